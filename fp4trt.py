@@ -1,0 +1,232 @@
+"""The front door: the `fp4trt` command, a table of sub-commands that load their room only when called.
+
+A room's `cli.py` holds plain `click.Command` objects whose callbacks print human lines and return a JSON-able
+dict. What is the same for all of them happens here, once: `--json`, one-line errors and the exit status
+(0 done, 1 a check failed, 2 bad input).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+
+__all__ = ["COMMANDS", "Entry", "__version__", "main", "run"]
+
+__version__ = "0.1.0"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a sub-command lives (`module:attribute`) and its line in `fp4trt --help`."""
+
+    target: str
+    summary: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "calibrate": Entry("calibration.cli:calibrate", "Measure activation ranges over the denoising schedule."),
+    "quantize": Entry("calibration.cli:quantize", "Turn a 16-bit checkpoint into an NVFP4 checkpoint."),
+    "export": Entry("exporter.cli:export", "Turn a quantized checkpoint into an ONNX graph for TensorRT."),
+    "validate": Entry("onnx_functions.cli:validate", "Check the numerics of a graph against its checkpoint."),
+    "build": Entry("trt_build.cli:build_command", "Compile a graph into a TensorRT engine; no GPU needed."),
+    "inspect": Entry("onnx_functions.cli:inspect", "Say what an artifact is: formats, sizes, FP4 coverage."),
+    "demo": Entry("calibration.digits.cli:demo", "Walk the whole road on the built-in model."),
+}
+
+# Which extra brings a package that a room imports; everything else that fails to import is a bug.
+EXTRAS: dict[str, str] = {
+    "torch": "quantize",
+    "diffusers": "quantize",
+    "accelerate": "quantize",
+    "huggingface_hub": "quantize",
+    "modelopt": "quantize",
+    "PIL": "quantize",
+    "safetensors": "quantize",
+    "onnxscript": "quantize",
+    "onnx_ir": "quantize",
+    "tensorrt_rtx": "rtx",
+    "polygraphy": "rtx",
+    "tensorrt": "tensorrt",
+    "matplotlib": "report",
+}
+
+
+class _Failure(Exception):
+    """What the user is told, in one line, and the exit status that follows."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Rooms(click.Group):
+    """A group that imports a room only when one of its commands is called, not to list them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].target.partition(":")
+        with _foreseen_errors():
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        return _with_json(command, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+
+@click.group(
+    cls=_Rooms,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Each command has its own --help with an example, and takes --json.",
+)
+@click.version_option(__version__, prog_name="fp4trt")
+def _cli() -> None:
+    """Take a FLUX transformer from a 16-bit checkpoint to a validated FP4 TensorRT engine.
+
+    \b
+    Example:
+      fp4trt demo -o build/demo        the whole road, on a small built-in model, without a GPU
+    """
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 1 a check failed, 2 bad input.
+
+    `arguments` defaults to the process's own. Only a bug raises.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a Windows console may lack a character: never fail over it
+            stream.reconfigure(errors="replace")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    context: click.Context | None = None
+    try:
+        with _foreseen_errors(), _cli.make_context("fp4trt", words) as context:
+            return int(_cli.invoke(context) or 0)
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except _Failure as failure:
+        command = (context.invoked_subcommand if context else None) or ""
+        message = " ".join(str(failure).split())
+        click.echo(f"{f'fp4trt {command}'.strip()}: error: {message}", err=True)
+        return failure.status
+
+
+def main() -> NoReturn:
+    """Entry point of the `fp4trt` script and of `python -m fp4trt`."""
+    sys.exit(run())
+
+
+def _with_json(command: click.Command, name: str) -> click.Command:
+    """Return a copy of a room's command that also takes `--json` and returns an exit status."""
+    wrapped = copy.copy(command)
+    option = click.Option(
+        ["--json", "as_json"],
+        is_flag=True,
+        help="Print the result as one JSON object on stdout; human lines go to stderr.",
+    )
+    wrapped.name = name
+    wrapped.params = [*command.params, option]
+    wrapped.callback = _with_status(command.callback)
+    return wrapped
+
+
+def _with_status(callback: Callable[..., Any] | None) -> Callable[..., int]:
+    """Wrap a room's callback: hold its result, print it under `--json`, and turn it into an exit status."""
+
+    def call(*, as_json: bool, **values: Any) -> int:
+        assert callback is not None
+        if as_json:
+            with _stdout_to_stderr():
+                result = callback(**values)
+            click.echo(json.dumps(_finite(result or {}), allow_nan=False, default=os.fspath))
+        else:
+            result = callback(**values)
+        return 1 if isinstance(result, dict) and result.get("passed") is False else 0
+
+    return call
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what this process, its native libraries and its children write to stdout to stderr instead."""
+    stdout = sys.stdout
+    stdout.flush()
+    try:
+        saved = os.dup(1)
+    except OSError:  # no such descriptor (a window without a console): only Python's stream is left
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        stdout.flush()  # what was written by those who kept the stream object must not follow the switch back
+        sys.stderr.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def _foreseen_errors() -> Iterator[None]:
+    """Turn what a user can cause into a one-line failure; let everything else through as the bug it is."""
+    try:
+        yield
+    except (_Failure, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError):
+        raise
+    except (KeyboardInterrupt, EOFError, click.Abort) as error:
+        raise _Failure("interrupted", 2) from error
+    except click.ClickException as error:
+        raise _Failure(error.format_message(), error.exit_code) from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        advice = f'pip install "fp4trt[{EXTRAS[package]}]"'
+        raise _Failure(f"the package {package} is needed and not installed; try: {advice}", 2) from error
+    except Exception as error:
+        status = getattr(error, "exit_code", 2 if isinstance(error, OSError) else None)
+        if not isinstance(status, int):
+            raise
+        raise _Failure(_sentence(error), status) from error
+
+
+def _sentence(error: Exception) -> str:
+    """Say an error in words; an operating system's own error as `PATH: what is wrong`."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with each infinite or NaN float, which JSON cannot hold, replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    main()

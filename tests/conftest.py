@@ -1,0 +1,79 @@
+"""What several rooms' tests share: the built-in model, quantized and exported once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# The models of the tests are so small that a second thread costs more than it brings. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no CUDA GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def digits() -> Path:
+    """The built-in model's folder, in BF16."""
+    from calibration.source import BUILT_IN, find_source
+
+    return find_source(BUILT_IN)
+
+
+@pytest.fixture(scope="session")
+def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model quantized with the default recipe and exported; not to be changed."""
+    from calibration import quantize
+    from exporter import export
+
+    directory = tmp_path_factory.mktemp("quantized") / "digits-fp4"
+    quantize("digits", directory)
+    export(directory)
+    return directory
+
+
+@pytest.fixture
+def copy_of_digits(quantized_digits: Path, tmp_path: Path) -> Path:
+    """A copy of the quantized built-in model that a test may change."""
+    return shutil.copytree(quantized_digits, tmp_path / "digits-fp4")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux() -> Callable[..., Path]:
+    """Return a maker of tiny FLUX checkpoints with random weights."""
+
+    def make(directory: Path, **changes: object) -> Path:
+        import torch
+        from diffusers import FluxTransformer2DModel
+
+        sizes = {
+            "in_channels": 64,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "axes_dims_rope": (4, 6, 6),
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 16,
+            "guidance_embeds": True,
+        }
+        torch.manual_seed(0)
+        model = FluxTransformer2DModel(**{**sizes, **changes})
+        torch.nn.Module.to(model, torch.bfloat16)
+        model.save_pretrained(directory)
+        return directory
+
+    return make

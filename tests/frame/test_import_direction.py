@@ -1,0 +1,67 @@
+"""Imports run one way between the rooms, and each room imports only what its extra brings."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fp4trt
+
+ROOT = Path(fp4trt.__file__).parent
+ROOMS = ("calibration", "exporter", "onnx_functions", "trt_build")
+
+LIGHT = {"click", "numpy", "ml_dtypes", "onnx"}
+TORCH = {"accelerate", "diffusers", "huggingface_hub", "modelopt", "safetensors", "torch"}
+
+# Which rooms, and which packages, each room may import.
+ALLOWED = {
+    "calibration": TORCH | {"click", "numpy", "ml_dtypes", "PIL", "matplotlib"},
+    "exporter": TORCH | LIGHT | {"onnx_ir", "onnxscript", "calibration", "onnx_functions"},
+    "onnx_functions": LIGHT | {"onnxruntime", "matplotlib"},
+    "trt_build": LIGHT | {"polygraphy", "tensorrt", "tensorrt_rtx", "onnx_functions"},
+}
+# Files that may import more than their room, and why.
+EXCEPTIONS = {
+    # runs the torch reference
+    "onnx_functions/validate.py": {"calibration", "torch"},
+    # the demo walks the whole road, room by room, as the front door does
+    "calibration/digits/cli.py": {"exporter", "onnx_functions", "trt_build"},
+}
+
+
+def sources() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    """Yield the top-level package of each absolute import in a file, wherever it stands in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").partition(".")[0]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_imports_only_what_its_room_may(path):
+    name = path.relative_to(ROOT).as_posix()
+    room = name.partition("/")[0]
+    allowed = ALLOWED[room] | EXCEPTIONS.get(name, set()) | {room} | sys.stdlib_module_names
+    assert set(imported_packages(path)) - allowed == set()
+
+
+def test_the_front_door_imports_no_room_and_only_click():
+    assert set(imported_packages(ROOT / "fp4trt.py")) - sys.stdlib_module_names == {"click"}
+
+
+def test_every_exception_is_still_needed():
+    unused = {
+        name: extra - set(imported_packages(ROOT / name))
+        for name, extra in EXCEPTIONS.items()
+        if extra - set(imported_packages(ROOT / name))
+    }
+    assert unused == {}
