@@ -1,0 +1,22 @@
+"""Calibration: a BF16 checkpoint in, a quantized checkpoint out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["calibrate", "load", "quantize", "read"]
+
+_HOME = {
+    "calibrate": "calibration.input_amax",
+    "quantize": "calibration.quantization",
+    "load": "calibration.checkpoint",
+    "read": "calibration.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public function with its room's dependencies only when it is asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

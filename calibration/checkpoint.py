@@ -1,0 +1,190 @@
+"""Quantized checkpoints: read what a folder holds, load it back into torch.
+
+A folder in ModelOpt's unified layout: for a quantized linear X, ``X.weight`` U8 [N, K/2] (two E2M1 codes a byte),
+``X.weight_scale`` F8_E4M3 [N, K/16], ``X.weight_scale_2`` and ``X.input_scale`` F32 scalars (amax / (6 * 448)), and the
+rest as diffusers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from calibration import nvfp4
+from calibration.errors import BadCheckpoint
+from calibration.models import Family, family_of
+from calibration.nvfp4_linear import NVFP4Linear
+from calibration.safetensors_file import StoredTensor
+from calibration.source import load_json, model_class, tensors_of
+
+__all__ = ["MANIFEST", "SCALES", "WEIGHTS", "Checkpoint", "load", "plain_config", "read"]
+
+WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
+MANIFEST: Final = "fp4trt.json"
+SCALES: Final = ("weight_scale", "weight_scale_2", "input_scale")
+"""What a quantized linear has beside its weight (and bias)."""
+
+_NUMPY: Final = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "U8": np.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantized checkpoint on disk: its description, and where each tensor lies."""
+
+    directory: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @cached_property
+    def family(self) -> Family:
+        """The model family of the config."""
+        return family_of(self.config)
+
+    @cached_property
+    def quantized(self) -> tuple[str, ...]:
+        """Module paths of the linears that are stored in NVFP4, in graph order."""
+        return tuple(path for path in self.family.quantized(self.config) if f"{path}.weight_scale" in self.tensors)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The quantized linears by shared input."""
+        found = set(self.quantized)
+        kept = (tuple(path for path in group if path in found) for group in self.family.groups(self.config))
+        return tuple(group for group in kept if group)
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe, ``unknown`` for a checkpoint that another program wrote."""
+        return str(self.manifest.get("recipe", {}).get("name", "unknown"))
+
+    def raw(self, name: str) -> npt.NDArray[Any]:
+        """Return a tensor as numpy (BF16 and E4M3 as ml_dtypes), read from disk.
+
+        Raises:
+            BadCheckpoint: there is none of that name.
+        """
+        if name not in self.tensors:
+            raise BadCheckpoint(f"{self.directory} has no tensor {name}; is config.json the one of these weights?")
+        stored = self.tensors[name]
+        return stored.bytes().view(_NUMPY[stored.dtype]).reshape(stored.shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor as torch has it."""
+        raw = self.raw(name)
+        if raw.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
+        if raw.dtype == ml_dtypes.float8_e4m3fn:
+            return torch.from_numpy(raw.view(np.uint8)).view(torch.float8_e4m3fn)
+        return torch.from_numpy(raw)
+
+    def weight(self, path: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the dequantized weight [N, K] of a quantized linear: FP32 products, rounded once to ``dtype``."""
+        codes = nvfp4.unpack_codes(self.tensor(f"{path}.weight"))
+        scales = self.tensor(f"{path}.weight_scale")
+        return nvfp4.dequantize(codes, scales, self.tensor(f"{path}.weight_scale_2")).to(dtype)
+
+
+def read(directory: str | Path) -> Checkpoint:
+    """Read a quantized checkpoint's description, checking it against itself but reading no weights.
+
+    Raises:
+        BadCheckpoint: something is missing, damaged or contradictory.
+        UnknownFamily: the model is of no family of ours.
+    """
+    folder = Path(directory)
+    config = load_json(folder / "config.json")
+    manifest = load_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    checkpoint = Checkpoint(folder, config, manifest, tensors_of(folder))
+    if not checkpoint.quantized:
+        raise BadCheckpoint(
+            f"{folder} holds no NVFP4 weights; expected a quantized checkpoint: run fp4trt quantize first"
+        )
+    for path in manifest.get("quantized", {}).get("nvfp4", []):
+        if path not in checkpoint.quantized:
+            raise BadCheckpoint(
+                f"{folder} has no NVFP4 weights for {path}, which its {MANIFEST} promises; quantize again"
+            )
+    for path in checkpoint.quantized:
+        _check_linear(checkpoint, path)
+    return checkpoint
+
+
+def _check_linear(checkpoint: Checkpoint, path: str) -> None:
+    for name in ("weight", *SCALES):
+        if f"{path}.{name}" not in checkpoint.tensors:
+            raise BadCheckpoint(
+                f"{checkpoint.directory} lacks {path}.{name}; expected NVFP4 codes with all their scales"
+            )
+    codes, scales = checkpoint.tensors[f"{path}.weight"], checkpoint.tensors[f"{path}.weight_scale"]
+    rows, packed = codes.shape
+    if codes.dtype != "U8" or scales.dtype != "F8_E4M3" or scales.shape != (rows, packed * 2 // nvfp4.BLOCK_SIZE):
+        raise BadCheckpoint(
+            f"{path} has codes {codes.dtype}{list(codes.shape)} and block scales {scales.dtype}{list(scales.shape)}; "
+            f"expected U8 [N, K/2] and F8_E4M3 [N, K/{nvfp4.BLOCK_SIZE}]"
+        )
+
+
+def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
+    """Load a quantized checkpoint as its diffusers class, in eval mode, on the CPU.
+
+    Every quantized linear becomes an :class:`NVFP4Linear`; in BF16 the model computes what ModelOpt's fake
+    quantization computes, bit for bit.
+
+    Args:
+        directory: the checkpoint.
+        dtype: of weights and computation; scales stay FP32.
+        quantize_activations: False leaves the linears' inputs unquantized.
+
+    Raises:
+        BadCheckpoint: the folder is not what :func:`read` accepts, or its tensors do not fit its config.
+    """
+    checkpoint = read(directory)
+    with torch.device("meta"):
+        model = model_class(checkpoint.family).from_config(plain_config(checkpoint.config))
+        for path in checkpoint.quantized:
+            linear = model.get_submodule(path)
+            replacement = NVFP4Linear(linear.in_features, linear.out_features, linear.bias is not None)
+            replacement.quantize_activations = quantize_activations
+            model.set_submodule(path, replacement)
+    model.load_state_dict(_state(checkpoint, model, dtype), strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _state(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    quantized = set(checkpoint.quantized)
+    state = {}
+    for name, wanted in model.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if path in quantized and leaf == "weight":
+            value = checkpoint.weight(path, dtype)
+        elif leaf == "input_scale":
+            value = checkpoint.tensor(name)
+        else:
+            value = checkpoint.tensor(name).to(dtype)
+        if value.shape != wanted.shape:
+            raise BadCheckpoint(
+                f"{name} is {list(value.shape)} in {checkpoint.directory}, {list(wanted.shape)} by its config.json"
+            )
+        state[name] = value
+    return state
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config without the entry that would make diffusers look for a quantizer of its own."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}

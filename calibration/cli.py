@@ -1,0 +1,87 @@
+"""The commands of this room: ``fp4trt calibrate`` and ``fp4trt quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["calibrate", "quantize"]
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", type=_PATH, required=True, help="The JSON file to write: {module path: amax}.")
+@click.option("--inputs", type=_PATH, help="Captured transformer inputs (.safetensors) to run on.")
+@click.option("--prompts", type=_PATH, help="A text file, one prompt a line, for the family's pipeline.")
+@click.option("--save-inputs", type=_PATH, help="Keep the captured inputs here, to repeat the calibration exactly.")
+@click.option("--force", is_flag=True, help="Replace existing results.")
+def calibrate(
+    source: str,
+    output: Path,
+    inputs: Path | None,
+    prompts: Path | None,
+    save_inputs: Path | None,
+    force: bool,
+) -> dict[str, Any]:
+    """Measure how large the inputs of the linears become, over the whole denoising schedule.
+
+    SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
+    built-in model.
+
+    \b
+    Example:
+      fp4trt calibrate digits -o amax.json --save-inputs inputs.safetensors
+      fp4trt calibrate FLUX.1-dev -o amax.json --prompts prompts.txt
+    """
+    from calibration.input_amax import calibrate as run
+
+    result = run(source, output, inputs, prompts, save_inputs, force)
+    click.echo(f"calibrated {result['linears']} linears on {result['calls']} calls -> {output}")
+    return result
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
+@click.option("--recipe", default="nvfp4-ptq", show_default=True, help="How to quantize.")
+@click.option("--calibration", type=_PATH, help="Maxima (.json) or captured inputs (.safetensors).")
+@click.option("--modelopt-state", type=_PATH, help="A state of modelopt.torch.opt.save, in place of calibrating.")
+@click.option("--trust", is_flag=True, help="Read that state though it is a pickle and can run code.")
+@click.option("--force", is_flag=True, help="Replace an existing result.")
+def quantize(
+    source: str,
+    output: Path,
+    recipe: str,
+    calibration: Path | None,
+    modelopt_state: Path | None,
+    trust: bool,
+    force: bool,
+) -> dict[str, Any]:
+    """Quantize a BF16 checkpoint to NVFP4 with ModelOpt.
+
+    SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
+    built-in model, which brings its own calibration data.
+
+    \b
+    Example:
+      fp4trt quantize digits -o digits-fp4
+      fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration amax.json
+    """
+    from calibration.quantization import quantize as run
+
+    result = run(source, output, recipe, calibration, modelopt_state, trust, force)
+    cost = result["sharing_cost"]
+    click.echo(
+        f"quantized {result['quantized_linears']} linears ({result['recipe']}): "
+        f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
+    )
+    text = f"one global scale for each of {result['groups']} groups costs: "
+    text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"
+    if cost["output_own"] is not None:
+        text += f", output error {cost['output_own']:.2%} -> {cost['output_shared']:.2%}"
+    click.echo(text)
+    return result

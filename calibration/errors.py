@@ -1,0 +1,59 @@
+"""What a user of this room can get wrong: one exception type per kind of mistake.
+
+Every message is one line that says what was found, what was expected and what to do; the command line prints it and
+exits with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadAmax",
+    "BadCheckpoint",
+    "BadInputs",
+    "OutputExists",
+    "UnknownFamily",
+    "UnsupportedLinear",
+    "Untrusted",
+]
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint is missing, damaged, or not what its config says."""
+
+    exit_code = 2
+
+
+class BadAmax(ValueError):
+    """A calibration maximum is missing, zero, NaN or infinite."""
+
+    exit_code = 2
+
+
+class BadInputs(ValueError):
+    """A file of captured transformer inputs or prompts cannot be used."""
+
+    exit_code = 2
+
+
+class UnknownFamily(ValueError):
+    """No model family of ours fits the config."""
+
+    exit_code = 2
+
+
+class UnsupportedLinear(ValueError):
+    """A linear that the recipe names cannot be stored in the format."""
+
+    exit_code = 2
+
+
+class OutputExists(ValueError):
+    """The result would replace something that is already there."""
+
+    exit_code = 2
+
+
+class Untrusted(ValueError):
+    """A pickle was given without the user's word that it may be run."""
+
+    exit_code = 2

@@ -1,0 +1,37 @@
+"""ModelOpt, imported quietly, with our NVFP4 arithmetic registered as one of its quantization backends.
+
+Import ModelOpt from here: a quantized model that names the backend fails at its first call where it is not registered.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any, Final
+
+import torch
+
+from calibration import nvfp4
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import modelopt.torch.opt as mto
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+        is_registered_quant_backend,
+        register_quant_backend,
+    )
+
+__all__ = ["BACKEND", "mto", "mtq"]
+
+BACKEND: Final = "fp4trt_nvfp4"
+
+logging.getLogger("modelopt").setLevel(logging.ERROR)
+
+
+def _fake_quantize(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
+    return nvfp4.fake_quantize(inputs, nvfp4.global_scale(quantizer.amax.float()))
+
+
+if not is_registered_quant_backend(BACKEND):
+    register_quant_backend(BACKEND, _fake_quantize)

@@ -1,0 +1,63 @@
+"""A model that somebody quantized with ModelOpt already: restore its state in place of calibrating here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from calibration.errors import BadAmax, BadCheckpoint, Untrusted
+from calibration.modelopt_backend import mto
+
+__all__ = ["restore"]
+
+
+def restore(model: nn.Module, paths: Sequence[str], state: str | Path, trust: bool) -> nn.Module:
+    """Return ``model`` with the weights and quantizers that ``modelopt.torch.opt.save`` wrote.
+
+    Args:
+        model: the unquantized model, of the same config.
+        paths: the linears that must be quantized, and no others.
+        state: the file.
+        trust: the user's word that the file is his own; it is a pickle, and reading it can run code.
+
+    Raises:
+        Untrusted: without ``trust``.
+        BadCheckpoint: the file is no such state, or quantizes other linears, or in another format.
+        BadAmax: a quantizer was never calibrated.
+    """
+    if not trust:
+        raise Untrusted(f"{state} is a pickle, which can run code when read; add --trust if you made it yourself")
+    if not Path(state).is_file():
+        raise BadCheckpoint(f"{state} does not exist; expected a file that modelopt.torch.opt.save wrote")
+    try:
+        model = mto.restore(model, str(state))
+    except Exception as error:  # whatever unpickling a stranger's file may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadCheckpoint(f"{state} is not a ModelOpt state of this model ({reason})") from None
+    _check_selection(model, paths, state)
+    return model
+
+
+def _check_selection(model: nn.Module, paths: Sequence[str], state: str | Path) -> None:
+    wanted = {f"{path}.{kind}" for path in paths for kind in ("input_quantizer", "weight_quantizer")}
+    enabled = {name: module for name, module in model.named_modules() if _is_enabled(name, module)}
+    for name in sorted(wanted ^ enabled.keys()):
+        what = "is not quantized" if name in wanted else "is quantized, which the recipe does not want"
+        raise BadCheckpoint(
+            f"{state}: {name} {what}; quantize exactly the family's linears (fp4trt inspect lists them)"
+        )
+    for name, module in enabled.items():
+        quantizer: Any = module
+        if quantizer.num_bits != (2, 1) or (quantizer.block_sizes or {}).get(-1) != 16:
+            raise BadCheckpoint(f"{state}: {name} has num_bits {quantizer.num_bits}; expected NVFP4 in blocks of 16")
+        amax = quantizer.amax
+        if amax is None or amax.numel() != 1 or not math.isfinite(float(amax)) or float(amax) <= 0:
+            raise BadAmax(f"{state}: {name} has amax {amax}; expected one finite number above 0: calibrate first")
+
+
+def _is_enabled(name: str, module: nn.Module) -> bool:
+    return name.endswith("_quantizer") and bool(getattr(module, "is_enabled", False))

@@ -1,0 +1,100 @@
+"""What the rest of the project has to know of a model family, and how a config finds its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from calibration.errors import UnknownFamily, UnsupportedLinear
+from calibration.nvfp4 import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Config", "Family", "Symbol", "family_of"]
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """One symbolic dimension of the graph, with the bounds that an optimization profile may take.
+
+    A ``batch`` or ``text_tokens`` symbol is bounded directly; an ``image_tokens`` symbol through the resolution in
+    pixels: a picture of H x W pixels has (H / pixels_per_token) * (W / pixels_per_token) tokens.
+    """
+
+    kind: str
+    min: int | None = None
+    max: int | None = None
+    default: int | None = None
+    pixels_per_token: int | None = None
+    min_resolution: int | None = None
+    max_resolution: int | None = None
+    default_resolution: int | None = None
+
+    def as_dict(self) -> dict[str, int | str]:
+        """Return the fields that this kind of symbol has, as they stand in the graph's metadata."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of diffusion transformers, as data.
+
+    Attributes:
+        name: what the manifest and the graph call it.
+        class_name: the diffusers class.
+        matches: whether a diffusers config belongs here.
+        groups: the quantized linears of a config, in graph order, as groups whose members read the same input. A group
+            shares its global scales, because only then does TensorRT run it as one FP4 GEMM.
+        example_inputs: (config, batch, image tokens, text tokens, seed, dtype) to the model's inputs in graph order.
+        input_shapes: (config) to the symbolic shape of every input, in graph order.
+        symbols: name of a symbolic dimension to its bounds.
+        outputs: names of the outputs.
+    """
+
+    name: str
+    class_name: str
+    matches: Callable[[Config], bool]
+    groups: Callable[[Config], tuple[tuple[str, ...], ...]]
+    example_inputs: Callable[[Config, int, int, int, int, torch.dtype], dict[str, torch.Tensor]]
+    input_shapes: Callable[[Config], dict[str, tuple[str | int, ...]]]
+    symbols: Mapping[str, Symbol]
+    outputs: tuple[str, ...]
+
+    def quantized(self, config: Config) -> tuple[str, ...]:
+        """Return the module paths of the quantized linears, in graph order."""
+        return tuple(path for group in self.groups(config) for path in group)
+
+
+def family_of(config: Config) -> Family:
+    """Return the family of a diffusers config.
+
+    Raises:
+        UnknownFamily: no family fits.
+    """
+    from calibration.models import digits, flux
+
+    families = (digits.DIGITS, flux.FLUX)
+    for family in families:
+        if family.matches(config):
+            return family
+    known = ", ".join(sorted({family.class_name for family in families}))
+    raise UnknownFamily(
+        f"config.json describes a {config.get('_class_name', 'model without _class_name')}; "
+        f"expected one of: {known}; give the folder of a diffusers transformer"
+    )
+
+
+def require_blocks_of_16(path: str, in_features: int) -> None:
+    """Refuse a linear whose rows do not split into blocks of 16.
+
+    Raises:
+        UnsupportedLinear: naming the linear.
+    """
+    if in_features % BLOCK_SIZE:
+        raise UnsupportedLinear(
+            f"{path} has {in_features} in-features, NVFP4 needs a multiple of {BLOCK_SIZE}; leave the model in BF16"
+        )

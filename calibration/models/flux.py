@@ -1,0 +1,109 @@
+"""FLUX.1 (dev, schnell, Fill, Control, Kontext, Krea): diffusers' FluxTransformer2DModel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from calibration.models.family import Config, Family, Symbol
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FLUX", "example_inputs", "groups", "input_shapes"]
+
+DOUBLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
+    ("norm1.linear",),
+    ("norm1_context.linear",),
+    ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ("attn.to_out.0",),
+    ("attn.to_add_out",),
+    ("ff.net.0.proj",),
+    ("ff.net.2",),
+    ("ff_context.net.0.proj",),
+    ("ff_context.net.2",),
+)
+"""Everything that multiplies in a double block: 14 linears, 10 GEMMs once each group is one."""
+
+SINGLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
+    ("norm.linear",),
+    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    ("proj_out",),
+)
+"""Everything that multiplies in a single block: 6 linears, 3 GEMMs. ``proj_out`` is a block's own, not the model's."""
+
+
+def groups(config: Config) -> tuple[tuple[str, ...], ...]:
+    """Return the quantized linears in graph order; not among them: embedders, the final norm and output layer."""
+    blocks = [(f"transformer_blocks.{index}", DOUBLE_BLOCK) for index in range(config["num_layers"])]
+    blocks += [(f"single_transformer_blocks.{index}", SINGLE_BLOCK) for index in range(config["num_single_layers"])]
+    return tuple(tuple(f"{block}.{name}" for name in group) for block, inner in blocks for group in inner)
+
+
+def input_shapes(config: Config) -> dict[str, tuple[str | int, ...]]:
+    """Return each input's symbolic shape, in the order that NVIDIA's and Black Forest Labs' runtimes use."""
+    shapes: dict[str, tuple[str | int, ...]] = {
+        "hidden_states": ("B", "L", config["in_channels"]),
+        "encoder_hidden_states": ("B", "T", config["joint_attention_dim"]),
+        "pooled_projections": ("B", config["pooled_projection_dim"]),
+        "timestep": ("B",),
+        "img_ids": ("L", 3),
+        "txt_ids": ("T", 3),
+    }
+    if config.get("guidance_embeds"):
+        shapes["guidance"] = ("B",)
+    return shapes
+
+
+def example_inputs(
+    config: Config, batch: int, image_tokens: int, text_tokens: int, seed: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return seeded random inputs in graph order.
+
+    Position ids and guidance are FP32, the rest ``dtype``; timesteps lie in (0, 1]. The picture is as square as
+    ``image_tokens`` allows.
+    """
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    size = {"B": batch, "L": image_tokens, "T": text_tokens}
+
+    def normal(name: str) -> torch.Tensor:
+        shape = [size[n] if isinstance(n, str) else n for n in input_shapes(config)[name]]
+        return torch.randn(shape, generator=random).to(dtype)
+
+    width = next(n for n in range(int(image_tokens**0.5), 0, -1) if image_tokens % n == 0)
+    positions = torch.arange(image_tokens)
+    inputs = {
+        "hidden_states": normal("hidden_states"),
+        "encoder_hidden_states": normal("encoder_hidden_states"),
+        "pooled_projections": normal("pooled_projections"),
+        "timestep": (1 - 0.9 * torch.rand(batch, generator=random)).to(dtype),
+        "img_ids": torch.stack((torch.zeros_like(positions), positions // width, positions % width), dim=-1).float(),
+        "txt_ids": torch.zeros(text_tokens, 3),
+    }
+    if config.get("guidance_embeds"):
+        inputs["guidance"] = 1 + 4 * torch.rand(batch, generator=random)
+    return inputs
+
+
+FLUX: Final = Family(
+    name="flux",
+    class_name="FluxTransformer2DModel",
+    matches=lambda config: config.get("_class_name") == "FluxTransformer2DModel",
+    groups=groups,
+    example_inputs=example_inputs,
+    input_shapes=input_shapes,
+    symbols={
+        "B": Symbol("batch", min=1, max=4, default=1),
+        "L": Symbol(
+            "image_tokens",
+            pixels_per_token=16,
+            min_resolution=256,
+            max_resolution=1360,
+            default_resolution=1024,
+        ),
+        "T": Symbol("text_tokens", min=1, max=512, default=512),
+    },
+    outputs=("latent",),
+)

@@ -1,0 +1,90 @@
+"""From prompts to captured transformer inputs: run the family's pipeline over its whole schedule and listen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from calibration.dataset import Inputs, capturing
+from calibration.errors import BadInputs
+from calibration.models import Family
+from calibration.models.digits import DIGITS
+from calibration.source import load_json
+
+__all__ = ["capture_prompts"]
+
+
+def capture_prompts(model: nn.Module, folder: Path, family: Family, prompts: str | Path | None) -> list[Inputs]:
+    """Return every call that sampling the prompts makes of the transformer.
+
+    Args:
+        model: the transformer, loaded from ``folder``.
+        folder: its checkpoint; the pipeline (text encoders, tokenizers, scheduler) is expected in the parent folder.
+        family: the model's family.
+        prompts: a text file, one prompt a line; None for the built-in model's ten words.
+
+    Raises:
+        BadInputs: there are no prompts, or no pipeline to run them.
+    """
+    if family is DIGITS:
+        return _capture_digits(model, None if prompts is None else read_prompts(Path(prompts)))
+    if prompts is None:
+        raise BadInputs(f"{folder} needs calibration data; give captured inputs, or prompts, or an amax.json")
+    return _capture_pipeline(model, folder, family, read_prompts(Path(prompts)))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank.
+
+    Raises:
+        BadInputs: there are none, or there is no such file.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise BadInputs(f"{path} does not exist; expected a text file, one prompt a line") from None
+    except UnicodeDecodeError as error:
+        raise BadInputs(f"{path} is not UTF-8 text ({error}); expected one prompt a line") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise BadInputs(f"{path} holds no prompt; expected one a line")
+    return prompts
+
+
+def _capture_digits(model: nn.Module, words: list[str] | None) -> list[Inputs]:
+    from calibration.digits.prompts import WORDS
+    from calibration.digits.sampling import capture
+
+    if words is None:
+        return capture(model, dtype=torch.bfloat16)
+    unknown = sorted(set(words) - set(WORDS))
+    if unknown:
+        raise BadInputs(f"'{unknown[0]}' is no prompt of the built-in model; it knows: {', '.join(WORDS)}")
+    return capture(model, [WORDS.index(word) for word in words], dtype=torch.bfloat16)
+
+
+def _capture_pipeline(model: nn.Module, folder: Path, family: Family, prompts: list[str]) -> list[Inputs]:
+    """Sample every prompt with the pipeline's own defaults, on the GPU where there is one."""
+    import diffusers
+
+    root = folder.parent
+    if not (root / "model_index.json").is_file():
+        raise BadInputs(
+            f"{root} is not a pipeline (no model_index.json); give the pipeline's folder, or captured inputs"
+        )
+    load: Any = diffusers.DiffusionPipeline.from_pretrained
+    pipeline = load(root, transformer=model, torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    if torch.cuda.is_available():
+        pipeline.enable_model_cpu_offload()
+    config = load_json(folder / "config.json")
+    progress = click.progressbar(prompts, label="sampling prompts", file=sys.stderr)
+    with capturing(model, family, config) as calls, progress as bar:
+        for seed, prompt in enumerate(bar):
+            pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent")
+    return calls

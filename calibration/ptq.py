@@ -1,0 +1,116 @@
+"""Post-training quantization to NVFP4 through ModelOpt, on exactly the linears that a family names.
+
+ModelOpt holds the quantizers and measures their maxima; the arithmetic is :mod:`calibration.nvfp4`, registered as a
+ModelOpt backend because ModelOpt's own NVFP4 kernel refuses the CPU. On CUDA the same code runs.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import click
+import torch
+from torch import nn
+
+from calibration import nvfp4
+from calibration.dataset import Inputs
+from calibration.errors import BadAmax
+from calibration.modelopt_backend import BACKEND, mtq
+
+__all__ = ["insert_quantizers", "measure_input_amax", "share_global_scales"]
+
+_NVFP4: Final = {
+    "num_bits": (2, 1),
+    "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
+    "backend": BACKEND,
+}
+
+Amax = dict[str, float]
+"""Module path of a linear to the largest magnitude of its input."""
+
+
+def _quantize(model: nn.Module, quantizers: Iterable[str], forward: Any) -> None:
+    """Insert ModelOpt's quantizers in place, enabled by name and nowhere else, and calibrate them by maximum."""
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries += [{"quantizer_name": name, "cfg": _NVFP4, "enable": True} for name in quantizers]
+    with warnings.catch_warnings():
+        # No forward loop is how maxima from a file are used; ModelOpt warns that it calibrates weights only.
+        warnings.filterwarnings("ignore", message=".*forward_loop.*")
+        mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, forward)
+
+
+def measure_input_amax(model: nn.Module, paths: Sequence[str], calls: Sequence[Inputs]) -> Amax:
+    """Run the model on captured calls and return the largest magnitude that enters each linear.
+
+    Args:
+        model: the unquantized model, left with disabled quantizers.
+        paths: module paths of the linears.
+        calls: captured inputs, each one call of the model.
+
+    Raises:
+        BadAmax: a linear was never reached, or its maximum is zero, NaN or infinite.
+    """
+
+    def forward(quantized: Any) -> None:
+        progress = click.progressbar(calls, label="calibrating", file=sys.stderr)
+        with torch.no_grad(), progress as bar:
+            for call in bar:
+                quantized(**call)
+
+    _quantize(model, [f"{path}.input_quantizer" for path in paths], forward)
+    quantizers = {path: model.get_submodule(f"{path}.input_quantizer") for path in paths}
+    amax = {path: _amax(quantizer) for path, quantizer in quantizers.items()}
+    return checked(amax, paths)
+
+
+def _amax(quantizer: Any) -> float:
+    return math.nan if quantizer.amax is None else float(quantizer.amax)
+
+
+def checked(amax: Mapping[str, Any], paths: Sequence[str]) -> Amax:
+    """Return the maxima of these linears in their order.
+
+    Raises:
+        BadAmax: one is missing, zero, negative, NaN, infinite or no number, naming the linear.
+    """
+    for path in paths:
+        value = amax.get(path)
+        if value is None:
+            raise BadAmax(f"no amax for the input of {path}; calibrate with data that reach every quantized linear")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise BadAmax(f"amax of the input of {path} is {value}; expected a finite number above 0: calibrate again")
+    return {path: float(amax[path]) for path in paths}
+
+
+def insert_quantizers(model: nn.Module, paths: Sequence[str], input_amax: Mapping[str, float]) -> None:
+    """Quantize the model in place: weights by their own maxima, inputs by the given ones, a scale for each linear.
+
+    Raises:
+        BadAmax: a weight is all zeros, or not finite.
+    """
+    _quantize(model, [f"{path}.{kind}" for path in paths for kind in ("input_quantizer", "weight_quantizer")], None)
+    for path in paths:
+        linear: Any = model.get_submodule(path)
+        linear.input_quantizer.amax = torch.tensor(input_amax[path])
+        weight_amax = _amax(linear.weight_quantizer)
+        if not math.isfinite(weight_amax) or weight_amax <= 0:
+            raise BadAmax(
+                f"amax of the weight of {path} is {weight_amax}; expected finite weights that are not all zero"
+            )
+
+
+def share_global_scales(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
+    """Give the members of each group one global scale for weights and one for activations: the group's largest.
+
+    TensorRT merges linears that read the same input into one FP4 GEMM only where both are equal.
+    """
+    for group in groups:
+        for kind in ("input_quantizer", "weight_quantizer"):
+            quantizers: list[Any] = [model.get_submodule(f"{path}.{kind}") for path in group]
+            largest = max(float(quantizer.amax) for quantizer in quantizers)
+            for quantizer in quantizers:
+                quantizer.amax = torch.tensor(largest)

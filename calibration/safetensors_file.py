@@ -1,0 +1,164 @@
+"""Safetensors files with the byte order under our control.
+
+The safetensors library sorts tensors as it likes and hides their offsets; an ONNX graph that points into the file needs
+both. The format is one page: eight bytes of little-endian header length N, N bytes of JSON (name to dtype, shape and
+data_offsets), then the data without gaps. Source: the format section of the safetensors README.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.errors import BadCheckpoint
+
+__all__ = ["DTYPE_BYTES", "StoredTensor", "TensorPlan", "read_header", "sha256_of", "write"]
+
+DTYPE_BYTES: Final = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F64": 8,
+    "F8_E4M3": 1,
+    "U8": 1,
+    "I8": 1,
+    "I32": 4,
+    "I64": 8,
+}
+_ALIGNMENT: Final = 64
+_MAX_HEADER: Final = 100_000_000
+_CHUNK: Final = 1 << 22
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor that is to be written: ``dtype`` by its safetensors name, such as ``F8_E4M3``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: ``offset`` counts from the start of the file, in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def bytes(self) -> npt.NDArray[np.uint8]:
+        """Read the tensor's bytes; nothing stays mapped."""
+        return np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return where every tensor of a safetensors file lies, having checked that the file can hold them.
+
+    Raises:
+        BadCheckpoint: the file is missing, cut short, or not safetensors.
+    """
+    if not path.is_file():
+        raise BadCheckpoint(f"{path} does not exist; expected a safetensors file there")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else _MAX_HEADER
+        if length >= _MAX_HEADER or 8 + length > size:
+            raise BadCheckpoint(f"{path} is not a safetensors file ({size} bytes, header of {length}); copy it again")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            stored = {name: _stored(path, 8 + length, entry) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadCheckpoint(f"{path} has a damaged safetensors header ({error}); copy it again") from None
+    for name, tensor in stored.items():
+        if tensor.offset + tensor.nbytes > size:
+            raise BadCheckpoint(
+                f"{path} ends at byte {size}, but {name} needs {tensor.offset + tensor.nbytes} bytes; copy it again"
+            )
+    return stored
+
+
+def _stored(path: Path, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    plan = TensorPlan("", entry["dtype"], tuple(entry["shape"]))
+    if not 0 <= begin <= end or plan.nbytes != end - begin:
+        raise ValueError(f"{entry['dtype']}{list(plan.shape)} does not fill bytes {begin} to {end}")
+    return StoredTensor(path, plan.dtype, plan.shape, data_start + begin, end - begin)
+
+
+def write(
+    path: Path,
+    plan: Sequence[TensorPlan],
+    buffers: Iterable[tuple[str, npt.NDArray[np.uint8]]],
+    metadata: Mapping[str, str],
+) -> str:
+    """Write a safetensors file in exactly the planned order, synced to disk, one tensor in memory at a time.
+
+    Args:
+        path: the file; the caller writes into a folder that is not final yet.
+        plan: the tensors in file order; those with larger elements first keep every offset aligned.
+        buffers: (name, its bytes) in the same order.
+        metadata: for the header's ``__metadata__``.
+
+    Returns:
+        The file's SHA-256, hexadecimal.
+    """
+    header = _header(plan, metadata)
+    digest = hashlib.sha256(header)
+    with path.open("wb") as file:
+        file.write(header)
+        for tensor, (name, data) in zip(plan, buffers, strict=True):
+            if name != tensor.name or data.nbytes != tensor.nbytes:
+                raise AssertionError(f"planned {tensor}, got {name} of {data.nbytes} bytes")
+            view = np.ascontiguousarray(data).reshape(-1).data
+            digest.update(view)
+            file.write(view)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _header(plan: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:
+    """Return length and JSON, padded with spaces so that the data start on a multiple of 64."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for tensor, (begin, end) in zip(plan, _spans(plan), strict=True):
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _spans(plan: Sequence[TensorPlan]) -> Iterator[tuple[int, int]]:
+    offset = 0
+    for tensor in plan:
+        yield offset, offset + tensor.nbytes
+        offset += tensor.nbytes
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,162 @@
+"""Unquantized checkpoints: find them, hash them, load them strictly."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from calibration.errors import BadCheckpoint
+from calibration.models import Family, family_of
+from calibration.safetensors_file import StoredTensor, read_header, sha256_of
+
+__all__ = [
+    "BUILT_IN",
+    "files_of",
+    "find_source",
+    "load_json",
+    "load_source",
+    "model_class",
+    "source_hashes",
+    "tensors_of",
+]
+
+BUILT_IN: Final = "digits"
+"""What a user types for the model that comes with the package."""
+
+_STEM: Final = "diffusion_pytorch_model"
+
+
+def find_source(source: str | Path) -> Path:
+    """Return the folder of a transformer: config.json beside diffusion_pytorch_model*.safetensors.
+
+    Args:
+        source: such a folder, a pipeline's folder with a ``transformer`` sub-folder, ``digits`` for the built-in model,
+            or the name of a hub repository, whose transformer is then downloaded.
+
+    Raises:
+        BadCheckpoint: there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        for candidate in (folder, folder / "transformer"):
+            if (candidate / "config.json").is_file():
+                return candidate
+        raise BadCheckpoint(
+            f"{folder} has no config.json (nor transformer/config.json); expected a diffusers checkpoint"
+        )
+    if str(source) == BUILT_IN:
+        return Path(str(importlib.resources.files("calibration") / "digits"))
+    if str(source).count("/") == 1 and not folder.is_absolute():
+        return _download(str(source))
+    raise BadCheckpoint(f"{source} is not a folder; expected a diffusers checkpoint, a hub name or '{BUILT_IN}'")
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["transformer/*"])) / "transformer"
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadCheckpoint(
+            f"{repository} is no folder here and could not be downloaded ({reason}); give the path of a local copy"
+        ) from None
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from disk.
+
+    Raises:
+        BadCheckpoint: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path} does not exist; expected a diffusers checkpoint in {path.parent}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadCheckpoint(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def files_of(folder: Path) -> tuple[Path, ...]:
+    """Return the safetensors files of a checkpoint, sharded or not, in the order of their names.
+
+    Raises:
+        BadCheckpoint: there are none, or the index names one that is missing.
+    """
+    index = folder / f"{_STEM}.safetensors.index.json"
+    if not index.exists():
+        return (folder / f"{_STEM}.safetensors",)
+    return tuple(folder / name for name in sorted(set(load_json(index).get("weight_map", {}).values())))
+
+
+def tensors_of(folder: Path) -> dict[str, StoredTensor]:
+    """Return where every tensor of a checkpoint lies.
+
+    Raises:
+        BadCheckpoint: a file is missing or damaged, or two files define one tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files_of(folder):
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise BadCheckpoint(f"{name} is both in {tensors[name].file.name} and in {file.name}; keep one of them")
+            tensors[name] = tensor
+    return tensors
+
+
+def model_class(family: Family) -> Any:
+    """Return the diffusers class of a family."""
+    import diffusers
+
+    return getattr(diffusers, family.class_name)
+
+
+def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Load a plain checkpoint as its diffusers class, in eval mode, on the CPU.
+
+    Stricter than ``from_pretrained``, which fills missing weights with random ones and only warns.
+
+    Raises:
+        BadCheckpoint: names, shapes or values are not what config.json asks for.
+        UnknownFamily: the model is of no family of ours.
+    """
+    from safetensors.torch import load_file
+
+    config = load_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise BadCheckpoint(f"{folder} is quantized already; expected the BF16 checkpoint that it was made from")
+    cls = model_class(family_of(config))
+    stored = tensors_of(folder)
+    with torch.device("meta"):
+        model = cls.from_config(config)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise BadCheckpoint(
+                f"{name} is {_shape(found.get(name))} in {folder}, {_shape(wanted.get(name))} by its config.json"
+            )
+    state = {name: value for file in files_of(folder) for name, value in load_file(file).items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
+    model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def source_hashes(folder: Path) -> dict[str, str]:
+    """Return file name to SHA-256 of a checkpoint's config and weights."""
+    return {file.name: sha256_of(file) for file in (folder / "config.json", *files_of(folder))}
