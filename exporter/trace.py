@@ -1,0 +1,131 @@
+"""From a checkpoint's config to an ONNX graph without weights: torch.export on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from calibration.checkpoint import Checkpoint, plain_config
+from calibration.source import model_class
+from exporter.trt_ops import TracedLinear, translations
+
+__all__ = ["OPSET", "other_linears", "trace"]
+
+OPSET = 23
+"""The first ONNX opset with FLOAT4E2M1 and DequantizeLinear's ``output_dtype``."""
+
+_BATCH, _IMAGE_TOKENS, _TEXT_TOKENS = 2, 16, 8
+"""Sizes to trace with: a batch of 1 would be baked in. Nothing else depends on them."""
+
+
+def trace(checkpoint: Checkpoint) -> ir.Model:
+    """Return the checkpoint's model as an ONNX graph with the FP4 placeholders of :mod:`exporter.trt_ops`.
+
+    Inputs and output have the family's names, order, dtypes and symbolic shapes. Initializers have their state-dict
+    names, BF16, and no values. Nothing of the weights is read.
+    """
+    model = _meta_model(checkpoint)
+    family, config = checkpoint.family, checkpoint.config
+    example = family.example_inputs(config, _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS, 0, torch.bfloat16)
+    inputs = {name: value.to("meta") for name, value in example.items()}
+    shapes = family.input_shapes(config)
+    with _quiet():
+        program = torch.export.export(
+            model,
+            (),
+            kwargs={**inputs, "return_dict": False},
+            dynamic_shapes={**_dynamic_shapes(shapes), "return_dict": None},
+            strict=False,
+        )
+        exported = torch.onnx.export(
+            program,
+            custom_translation_table=translations(),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert exported is not None
+    graph = exported.model
+    _name_interface(graph.graph, shapes, family.outputs)
+    return graph
+
+
+def other_linears(checkpoint: Checkpoint) -> list[str]:
+    """Return the module paths of the linears that stay in 16 bit."""
+    quantized = set(checkpoint.quantized)
+    linears = [name for name, module in _meta_model(checkpoint).named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linears if name not in quantized]
+
+
+def _meta_model(checkpoint: Checkpoint) -> nn.Module:
+    with torch.device("meta"), _quiet():
+        model: nn.Module = model_class(checkpoint.family).from_config(plain_config(checkpoint.config))
+        nn.Module.to(model, torch.bfloat16)  # not diffusers' own, which warns of FP32 modules that there are none of
+        model.eval()
+        for path in checkpoint.quantized:
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            model.set_submodule(path, TracedLinear(linear, path))
+    return model
+
+
+def _dynamic_shapes(shapes: Mapping[str, Sequence[str | int]]) -> dict[str, dict[int, Any]]:
+    dims: dict[str, Any] = {}
+    for shape in shapes.values():
+        for size in shape:
+            if isinstance(size, str):
+                dims.setdefault(size, torch.export.Dim(size))
+    return {
+        name: {axis: dims[size] for axis, size in enumerate(shape) if isinstance(size, str)}
+        for name, shape in shapes.items()
+    }
+
+
+def _name_interface(graph: ir.Graph, shapes: Mapping[str, Sequence[str | int]], outputs: Sequence[str]) -> None:
+    """Give inputs, outputs and symbolic dimensions the family's names, everywhere in the graph."""
+    names: dict[str, str] = {}
+    kept = [value for value in graph.inputs if value.name in shapes]
+    assert [value.name for value in kept] == list(shapes), [value.name for value in graph.inputs]
+    graph.inputs[:] = kept
+    for value in kept:
+        assert value.name is not None
+        assert value.shape is not None
+        for traced, ours in zip(value.shape, shapes[value.name], strict=True):
+            if isinstance(ours, str):
+                names[str(traced)] = ours
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        value.name = name
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+
+
+def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    """Return a dimension with its symbols renamed; sums such as ``s2 + s3`` too."""
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return " ".join(names.get(word, word) for word in str(size.value).split())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on itself (torchvision is absent, a cast is a no-op) from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
