@@ -1,0 +1,73 @@
+"""Every way to lose FP4 without a word from the builder, and the reason that is given for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+import trt_build
+from trt_build.errors import CoverageError
+
+pytest.importorskip("tensorrt_rtx")
+
+WEIGHT = "block.to_out/weight/DequantizeLinear"
+
+
+def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.name == name)
+
+
+def dequantize_along_axis_0(model: onnx.ModelProto) -> None:
+    next(attribute for attribute in node(model, WEIGHT).attribute if attribute.name == "axis").i = 0
+    scale = next(t for t in model.graph.initializer if t.name == "block.to_out.weight_scale")
+    scale.dims[:] = reversed(scale.dims)
+
+
+def use_float_block_scales(model: onnx.ModelProto) -> None:
+    scale = numpy_helper.from_array(np.ones((128, 8), np.float32), "wide_scale")
+    model.graph.initializer.append(scale)
+    node(model, WEIGHT).input[1] = "wide_scale"
+
+
+def multiply_the_weight_by_a_vector(model: onnx.ModelProto) -> None:
+    factors = numpy_helper.from_array(np.linspace(0.5, 1, 128, dtype=np.float32), "factors")
+    model.graph.initializer.append(factors)
+    cast = node(model, "block.to_out/weight/Cast")
+    place = list(model.graph.node).index(cast)
+    multiply = helper.make_node("Mul", [cast.input[0], "factors"], ["scaled"], name="smooth/Mul")
+    cast.input[0] = "scaled"
+    model.graph.node.insert(place, multiply)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (dequantize_along_axis_0, f"'{WEIGHT}' dequantizes along axis 0"),
+        (use_float_block_scales, f"the block scales of '{WEIGHT}' are not FP8 with a global scale"),
+        (multiply_the_weight_by_a_vector, "Mul 'smooth/Mul' stands between its weight and the product"),
+    ],
+)
+def test_the_reason_of_lost_fp4_is_given(
+    attention_graph: Any, spoil: Callable[[onnx.ModelProto], None], reason: str
+) -> None:
+    path = attention_graph()
+    model = onnx.load(path, load_external_data=False)
+    spoil(model)
+    onnx.save(model, path)
+    with pytest.raises(CoverageError, match=r"block\.to_out") as caught:
+        trt_build.build(path)
+    assert reason in str(caught.value)
+
+
+def test_a_promised_linear_that_the_graph_lacks_is_lost(attention_graph: Any) -> None:
+    path = attention_graph()
+    model = onnx.load(path, load_external_data=False)
+    node(model, "block.to_out/MatMul").name = "renamed"
+    onnx.save(model, path)
+    with pytest.raises(CoverageError, match=r"the graph has no node block\.to_out/MatMul"):
+        trt_build.build(path)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trt_build.errors import BadProfileError
+from trt_build.profiles import Profile, make_profile
+
+INPUTS = {
+    "hidden_states": ("B", "L", 64),
+    "encoder_hidden_states": ("B", "T", 4096),
+    "timestep": ("B",),
+    "img_ids": ("L", 3),
+}
+SYMBOLS: dict[str, dict[str, Any]] = {
+    "B": {"kind": "batch", "min": 1, "max": 4, "default": 1},
+    "L": {
+        "kind": "image_tokens",
+        "pixels_per_token": 16,
+        "min_resolution": 256,
+        "max_resolution": 1360,
+        "default_resolution": 1024,
+    },
+    "T": {"kind": "text_tokens", "min": 1, "max": 512, "default": 512},
+}
+
+
+def profile(**options: Any) -> Profile:
+    return make_profile(INPUTS, SYMBOLS, **options)
+
+
+def test_without_options_the_profile_covers_all_that_the_model_declares() -> None:
+    assert profile().symbols == {"B": (1, 1, 4), "L": (256, 4096, 7225), "T": (1, 512, 512)}
+
+
+def test_one_value_fixes_a_dimension() -> None:
+    assert profile(resolution="1024", batch="2", text="77").symbols == {
+        "B": (2, 2, 2),
+        "L": (4096, 4096, 4096),
+        "T": (77, 77, 77),
+    }
+
+
+def test_every_input_gets_the_extent_of_its_symbols() -> None:
+    shapes = profile(resolution="512:1024:1360", batch="1:1:4", text="512").inputs
+    assert shapes["hidden_states"] == ((1, 1024, 64), (1, 4096, 64), (4, 7225, 64))
+    assert shapes["encoder_hidden_states"] == ((1, 512, 4096), (1, 512, 4096), (4, 512, 4096))
+    assert shapes["timestep"] == ((1,), (1,), (4,))
+    assert shapes["img_ids"] == ((1024, 3), (4096, 3), (7225, 3))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "tokens"),
+    [
+        ("768x1360", (48 * 85,) * 3),
+        ("1360x768", (48 * 85,) * 3),
+        ("512:768x512:1024", (1024, 1536, 4096)),
+    ],
+)
+def test_width_and_height_multiply(resolution: str, tokens: tuple[int, int, int]) -> None:
+    assert profile(resolution=resolution).symbols["L"] == tokens
+
+
+def test_the_built_in_models_pixels_per_token_are_read_from_its_metadata() -> None:
+    digits = {
+        "kind": "image_tokens",
+        "pixels_per_token": 4,
+        "min_resolution": 8,
+        "max_resolution": 32,
+        "default_resolution": 16,
+    }
+    made = make_profile({"hidden_states": (1, "L", 16)}, {"L": digits})
+    assert made.symbols["L"] == (4, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"resolution": "2048"}, "--resolution 2048: 2048 is outside the model's 256 to 1360 pixels"),
+        ({"resolution": "768x1376"}, "1376 is outside"),
+        ({"resolution": "1000"}, "1000 is not a multiple of 16"),
+        ({"resolution": "big"}, "expected 1024, 768x1360 or MIN:OPT:MAX"),
+        ({"resolution": "1x2x3"}, "expected 1024, 768x1360 or MIN:OPT:MAX"),
+        ({"resolution": "512:1024"}, "found 2 values"),
+        ({"resolution": "1024:512:1360"}, "minimum <= optimum <= maximum"),
+        ({"batch": "8"}, "outside the model's range 1 to 4"),
+        ({"batch": "0"}, "minimum <= optimum <= maximum"),
+        ({"batch": "-1"}, "expected a number"),
+        ({"text": "1:2:1024"}, "outside the model's range 1 to 512"),
+        ({"shapes": ["Q=1"]}, "no input or symbol 'Q'; it has B, L, T, hidden_states"),
+        ({"shapes": ["L=1:1:2"]}, "outside the model's range 256 to 7225"),
+        ({"shapes": ["timestep=1x1"]}, "expected 1 numbers"),
+        ({"shapes": ["img_ids=64x4"]}, "4 where the graph has 3"),
+    ],
+)
+def test_a_profile_outside_the_model_is_refused_in_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadProfileError) as caught:
+        profile(**options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_graph_without_metadata_takes_its_ranges_from_shapes() -> None:
+    made = make_profile(
+        {"x": ("batch", None, 64), "mask": ("batch", 77)},
+        {},
+        shapes=["batch=1:2:4", "x=1x16x64:2x32x64:4x64x64"],
+    )
+    assert made.inputs == {
+        "x": ((1, 16, 64), (2, 32, 64), (4, 64, 64)),
+        "mask": ((1, 77), (2, 77), (4, 77)),
+    }
+
+
+def test_an_open_dimension_is_named() -> None:
+    with pytest.raises(BadProfileError, match=r"input 'x': axis 0 is dynamic and has no range; give --shape batch="):
+        make_profile({"x": ("batch", 64)}, {})
+    with pytest.raises(BadProfileError, match=r"input 'x': axis 0 .* give --shape x=SHAPE"):
+        make_profile({"x": (None, 64)}, {})
+
+
+def test_resolution_needs_a_model_that_says_what_a_token_is() -> None:
+    with pytest.raises(BadProfileError, match="--resolution 1024: the model declares no such dimension"):
+        make_profile({"x": ("B", 64)}, {}, resolution="1024")
+
+
+def test_a_static_graph_needs_no_option() -> None:
+    assert make_profile({"x": (2, 64)}, {}).inputs == {"x": ((2, 64), (2, 64), (2, 64))}

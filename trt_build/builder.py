@@ -1,0 +1,216 @@
+"""ONNX in, engine out: validate everything, build in a child process, check FP4 coverage, publish."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trt_build import manifest
+from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
+from trt_build.errors import BackendMissingError
+from trt_build.graph import Graph, read_graph
+from trt_build.layer_info import parse_layers
+from trt_build.local_gpu import local_compute_capabilities
+from trt_build.memory import GIB, memory_lines
+from trt_build.profiles import Profile, make_profile
+from trt_build.script import write_script
+from trt_build.supervise import run_child
+from trt_build.targets import Target, parse_gpus, require_format
+
+__all__ = ["build"]
+
+OnProgress = Callable[[float, str], None]
+
+
+def _ignore(*_: object) -> None:
+    """Stand in for a callback that the caller did not give."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A validated request."""
+
+    graph: Graph
+    targets: tuple[Target, ...]
+    profile: Profile
+    engine: Path
+    weight_streaming: bool
+
+    @property
+    def compute_capabilities(self) -> list[str]:
+        return sorted({target.compute_capability for target in self.targets})
+
+    @property
+    def backend(self) -> str:
+        return self.targets[0].backend
+
+
+def build(
+    model: str | Path,
+    *,
+    gpu: str = "rtx5090",
+    # the optimization profile
+    resolution: str | None = None,
+    batch: str | None = None,
+    text: str | None = None,
+    shapes: Sequence[str] = (),
+    # the result
+    output: str | Path | None = None,
+    force: bool = False,
+    allow_slow: bool = False,
+    weight_streaming: bool = False,
+    # what the caller hears meanwhile
+    on_progress: OnProgress = _ignore,
+    on_line: Callable[[str], None] = _ignore,
+) -> dict[str, Any]:
+    """Build the engine of an ONNX graph, or answer from the engine that an unchanged request has left.
+
+    Args:
+        model: an ONNX file, or a directory that holds model.onnx.
+        gpu: one GPU or several, "rtx5090,gb10", in one engine (see trt_build.targets).
+        resolution, batch, text, shapes: see trt_build.profiles.make_profile.
+        output: the engine file, DIRECTORY/GPU.engine unless given; its manifest NAME.json goes beside it.
+        force: replace a file at `output` that fp4trt did not build.
+        allow_slow: publish an engine that lost FP4 where the graph promises it.
+        weight_streaming: let the runtime keep weights in host memory.
+        on_progress: called with (fraction 0..1, phase) during the build.
+        on_line: called with one line for what a build starts with (the memory estimate) and for each warning.
+
+    Returns:
+        engine, manifest (absolute paths), engine_bytes, engine_sha256, fp4_gemms, fp4_linears,
+        quantized_linears, gemms, lost, sixteen_bit, gpus, compute_capabilities, profile (minimum, optimum and
+        maximum of each symbol), shapes (the same of each input), cached, seconds.
+
+    Raises:
+        BuildError and its kin (trt_build.errors); EngineWriteError where the disk is full.
+    """
+    started = time.monotonic()
+    options = {"resolution": resolution, "batch": batch, "text": text, "shapes": shapes}
+    plan = _validate(model, gpu, options, output, weight_streaming)
+    manifest.check_output(plan.engine, plan.graph, force=force)
+    version = _tensorrt_version(plan)
+    weights = plan.graph.weight_bytes
+    if weights > GIB:
+        on_line(f"hashing {weights / GIB:.1f} GiB of weights, to see whether the engine is built already")
+    request = _request(plan, version)
+    content = manifest.answering_manifest(plan.engine, request)
+    cached = content is not None
+    if content is None:
+        for line in memory_lines(weights, plan.targets):
+            on_line(line)
+        content = _build_and_publish(plan, request, allow_slow=allow_slow, on_progress=on_progress)
+    elif not allow_slow:
+        require_coverage([SixteenBit(**item) for item in content["lost"]], content["quantized_linears"])
+    return _result(plan, content, cached=cached, seconds=time.monotonic() - started)
+
+
+def _validate(
+    model: str | Path, gpu: str, profile: dict[str, Any], output: str | Path | None, weight_streaming: bool
+) -> _Plan:
+    targets = parse_gpus(gpu)
+    graph = read_graph(Path(model).absolute())  # a link stays: weights lie beside it
+    if graph.uses_fp4:
+        require_format(targets, "nvfp4")
+    default = graph.path.parent / ("_".join(target.name for target in targets) + ".engine")
+    return _Plan(
+        graph=graph,
+        targets=targets,
+        profile=make_profile(graph.input_shapes, graph.symbols, **profile),
+        engine=Path(output).absolute() if output is not None else default,
+        weight_streaming=weight_streaming,
+    )
+
+
+def _tensorrt_version(plan: _Plan) -> str:
+    """Return the backend's version; without the backend, leave a build script where one can help.
+
+    Raises:
+        BackendMissingError
+    """
+    target = plan.targets[0]
+    if plan.backend == "tensorrt_rtx":
+        missing = [name for name in ("tensorrt_rtx", "polygraphy") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise BackendMissingError(f"{missing[0]} is not installed; pip install 'fp4trt[rtx]'")
+        return str(importlib.import_module(plan.backend).__version__)
+    installed = importlib.util.find_spec(plan.backend) is not None
+    if not installed or target.compute_capability not in local_compute_capabilities():
+        plan.engine.parent.mkdir(parents=True, exist_ok=True)
+        script = write_script(
+            plan.engine, plan.graph.path, target, plan.profile, plan.graph.promised_fp4, plan.weight_streaming
+        )
+        lacking = f"a {target.name} in this machine" if installed else "tensorrt, which is not installed here"
+        raise BackendMissingError(
+            f"{target.name} ({target.compute_capability}) needs {lacking}; "
+            f"wrote {script}: run it on a machine with the GPU"
+        )
+    return str(importlib.import_module(plan.backend).__version__)
+
+
+def _request(plan: _Plan, version: str) -> dict[str, Any]:
+    return manifest.make_request(
+        manifest.graph_sha256(plan.graph),
+        gpus=[target.name for target in plan.targets],
+        compute_capabilities=plan.compute_capabilities,
+        backend=plan.backend,
+        tensorrt_version=version,
+        profile={name: [list(shape) for shape in shapes] for name, shapes in plan.profile.inputs.items()},
+        weight_streaming=plan.weight_streaming,
+    )
+
+
+def _build_and_publish(
+    plan: _Plan, request: dict[str, Any], *, allow_slow: bool, on_progress: OnProgress
+) -> dict[str, Any]:
+    """Build NAME.partial, check it, and rename engine and manifest; on any failure nothing is left."""
+    plan.engine.parent.mkdir(parents=True, exist_ok=True)
+    partial = manifest.partial_path(plan.engine)
+    beside = manifest.manifest_path(plan.engine)
+    asked = {
+        "backend": plan.backend,
+        "onnx": str(plan.graph.path),
+        "partial": str(partial),
+        "compute_capabilities": plan.compute_capabilities,
+        "profile": request["profile"],
+        "weight_streaming": plan.weight_streaming,
+    }
+    try:
+        event = run_child(asked, on_progress)
+        coverage = measure_coverage(plan.graph, parse_layers(event["layers"]))
+        if not allow_slow:
+            require_coverage(coverage.lost, len(coverage.promised))
+        result = {
+            "engine_bytes": event["bytes"],
+            "engine_sha256": event["sha256"],
+            "symbols": {name: list(extent) for name, extent in plan.profile.symbols.items()},
+            **coverage.summary(),
+        }
+        content = manifest.write_manifest(plan.engine, request, result)
+        os.replace(partial, plan.engine)
+        os.replace(manifest.partial_path(beside), beside)
+        on_progress(1.0, "done")
+    finally:
+        partial.unlink(missing_ok=True)
+        manifest.partial_path(beside).unlink(missing_ok=True)
+    return content
+
+
+def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: float) -> dict[str, Any]:
+    kept = ("engine_bytes", "engine_sha256", "fp4_gemms", "fp4_linears", "quantized_linears", "gemms", "lost")
+    return {
+        "engine": str(plan.engine),
+        "manifest": str(manifest.manifest_path(plan.engine)),
+        **{key: content[key] for key in (*kept, "sixteen_bit")},
+        "gpus": [target.name for target in plan.targets],
+        "compute_capabilities": plan.compute_capabilities,
+        "profile": {name: list(extent) for name, extent in plan.profile.symbols.items()},
+        "shapes": content["request"]["profile"],
+        "cached": cached,
+        "seconds": round(seconds, 3),
+    }

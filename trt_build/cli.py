@@ -1,0 +1,104 @@
+"""The `build` command."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["build_command"]
+
+_STEPS = 1000
+_EXAMPLE = """\b
+Example:
+  fp4trt build flux-fp4 --gpu rtx5090 --resolution 512:1024:1360 --batch 1:1:4 --text 512
+"""
+
+
+@click.command("build", epilog=_EXAMPLE, short_help="Compile a graph into a TensorRT engine; no GPU needed.")
+@click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
+@click.option("--gpu", default="rtx5090", show_default=True, help="GPU, or several: rtx5090,gb10.")
+@click.option("--resolution", metavar="R", help="Pixels: 1024, 768x1360 or MIN:OPT:MAX.  [default: all allowed]")
+@click.option("--batch", metavar="N", help="Images: 1 or MIN:OPT:MAX.  [default: all allowed]")
+@click.option("--text", metavar="N", help="Text tokens: 512 or MIN:OPT:MAX.  [default: all allowed]")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=MIN:OPT:MAX",
+    help="Range of a symbolic dimension or, as 1x64:4x64:8x64, of an input; for graphs of other origin.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Engine file.  [default: GPU.engine beside the model]",
+)
+@click.option("--weight-streaming", is_flag=True, help="Let the runtime keep weights in host memory.")
+@click.option("--allow-slow", is_flag=True, help="Publish an engine even where promised FP4 was lost.")
+@click.option("--force", is_flag=True, help="Replace a file at the output that fp4trt did not build.")
+def build_command(model: Path, **options: Any) -> dict[str, Any]:
+    """Build the engine of DIR/model.onnx or MODEL.onnx.
+
+    The result is GPU.engine and, beside it, GPU.json: the request, its hashes, and the kernel of every
+    linear. An unchanged request is answered from them without building. Exit status 1 when a linear that the
+    graph promises in FP4 would run in 16 bit.
+    """
+    from trt_build.builder import build
+
+    def on_line(line: str) -> None:
+        click.echo(line, err=True)
+
+    with _progress_bar() as on_progress:
+        result = build(model, on_progress=on_progress, on_line=on_line, **options)
+    click.echo(_summary(result))
+    for item in result["lost"]:
+        click.echo(f"  16 bit: {item['linear']}: {item['reason']}")
+    return result
+
+
+def _summary(result: dict[str, Any]) -> str:
+    how = "unchanged, not built again" if result["cached"] else f"built in {result['seconds']:.1f} s"
+    size = result["engine_bytes"] / 1e6
+    capabilities = ", ".join(result["compute_capabilities"])
+    return (
+        f"{result['engine']}: {size:.2f} MB for {capabilities}, {how}; {result['fp4_gemms']} FP4 GEMMs cover "
+        f"{result['fp4_linears']} of {result['quantized_linears']} quantized linears"
+    )
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[float, str], None]]:
+    """Yield an on_progress that draws a bar on stderr from its first call on, so that lines can go before it.
+
+    It shows the seconds of the running phase: most of a build sits in one.
+    """
+    bar = click.progressbar(
+        length=_STEPS,
+        label="building",
+        file=sys.stderr,
+        show_eta=True,
+        item_show_func=lambda item: item or "",
+    )
+    with ExitStack() as stack:
+        began, running = 0.0, ""
+
+        def on_progress(fraction: float, phase: str) -> None:
+            nonlocal began, running
+            if not running:
+                stack.enter_context(bar)
+            if phase != running:
+                began, running = time.monotonic(), phase
+            seconds = int(time.monotonic() - began)
+            bar.update(int(fraction * _STEPS) - bar.pos, f"{phase} {seconds} s" if seconds else phase)
+            bar.render_progress()  # update() draws nothing where the fraction stands still
+
+        yield on_progress

@@ -1,0 +1,84 @@
+"""The engine's layers, read from the verbose build log: with no GPU, an engine cannot be loaded and asked.
+
+With DETAILED profiling verbosity the builder logs one message "Layers:" with a line per kernel:
+    Name: block.to_q/MatMul_myl0_3, LayerType: gemm, Inputs: [ { Name: ..., Datatype: FP4E2M1, ... }, ... ],
+    Constants: [ ... ], Outputs: [ ... ], TacticName: ..., StreamId: 0, Metadata: [ONNX Layer: X/MatMul]...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+__all__ = ["Gemm", "Layer", "find_gemms", "is_layer_message", "parse_layers"]
+
+_LAYER = re.compile(
+    r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*)\], "
+    r"Constants: \[(?P<constants>.*)\], Outputs: \[(?P<outputs>.*)\], "
+    r"TacticName: .*, Metadata:(?P<metadata>.*)$"
+)
+_DATA_TYPE = re.compile(r"Datatype: (\w+)")
+_ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_FP4 = "FP4E2M1"
+_PRODUCT_KINDS = ("gemm", "runtime_fusion")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kernel: data types as TensorRT writes them, and the names of the ONNX nodes that it serves."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs: tuple[str, ...]
+    onnx_nodes: tuple[str, ...]
+
+    @property
+    def is_fp4_gemm(self) -> bool:
+        """Both operands FP4: a kernel with FP4 only among its constants unpacks weights to 16 bit."""
+        return _FP4 in self.inputs and (_FP4 in self.constants or self.inputs.count(_FP4) > 1)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A kernel that computes linears: `format` is "nvfp4" or TensorRT's name of the activation's type."""
+
+    kernel: str
+    format: str
+    linears: tuple[str, ...]
+
+
+def is_layer_message(message: str) -> bool:
+    """Whether a message of the build log is the layer information."""
+    return message.startswith(("Layers:", "Engine Layer Information:"))
+
+
+def parse_layers(message: str) -> tuple[Layer, ...]:
+    """Return the layers of a layer information message; empty where its form is unknown."""
+    found = (_LAYER.match(line.strip()) for line in message.splitlines())
+    return tuple(_layer(match) for match in found if match)
+
+
+def find_gemms(layers: Iterable[Layer], products: Collection[str]) -> tuple[Gemm, ...]:
+    """Return the kernels that compute the given products, in execution order.
+
+    Args:
+        layers: the engine's layers.
+        products: names of ONNX nodes, "LINEAR/MatMul".
+
+    The kernel that rearranges an activation's block scales also carries the product's name in its metadata;
+    it computes nothing and is left out, as is the one that unpacks FP4 weights to 16 bit.
+    """
+    return tuple(
+        Gemm(layer.name, "nvfp4" if layer.is_fp4_gemm else layer.inputs[0].lower(), names)
+        for layer in layers
+        if (layer.is_fp4_gemm or (layer.kind in _PRODUCT_KINDS and layer.inputs))
+        and (names := tuple(node for node in layer.onnx_nodes if node in products))
+    )
+
+
+def _layer(match: re.Match[str]) -> Layer:
+    inputs, constants, outputs = (tuple(_DATA_TYPE.findall(match[part])) for part in ("inputs", "constants", "outputs"))
+    return Layer(match["name"], match["kind"], inputs, constants, outputs, tuple(_ONNX_NODE.findall(match["metadata"])))

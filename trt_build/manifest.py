@@ -1,0 +1,151 @@
+"""The JSON beside an engine: what was asked and what was built, and whether that answers a new request.
+
+It holds no time and no absolute path, so that a moved or repeated build keeps its manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trt_build.errors import OutputExistsError
+from trt_build.graph import Graph
+
+__all__ = [
+    "answering_manifest",
+    "check_output",
+    "file_sha256",
+    "graph_sha256",
+    "make_request",
+    "manifest_path",
+    "partial_path",
+    "read_manifest",
+    "write_manifest",
+]
+
+_FORMAT = 1
+_CHUNK = 8 << 20
+
+
+def manifest_path(engine: Path) -> Path:
+    """Return the path of an engine's manifest: rtx5090.engine -> rtx5090.json."""
+    return engine.with_suffix(".json")
+
+
+def graph_sha256(graph: Graph) -> str:
+    """Return the SHA-256 over model.onnx and then, in graph order, every external byte range it uses."""
+    digest = hashlib.sha256(graph.path.read_bytes())
+    for piece in graph.external_ranges:
+        _add_range(digest, piece.path, piece.offset, piece.length)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a whole file."""
+    digest = hashlib.sha256()
+    _add_range(digest, path, 0, path.stat().st_size)
+    return digest.hexdigest()
+
+
+def make_request(
+    onnx_sha256: str,
+    *,
+    gpus: list[str],
+    compute_capabilities: list[str],
+    backend: str,
+    tensorrt_version: str,
+    profile: dict[str, list[list[int]]],
+    weight_streaming: bool,
+) -> dict[str, Any]:
+    """Return all that decides an engine's bytes; equal requests are answered by one engine."""
+    return {
+        "onnx_sha256": onnx_sha256,
+        "gpus": gpus,
+        "compute_capabilities": compute_capabilities,
+        "backend": backend,
+        "tensorrt_version": tensorrt_version,
+        "profile": profile,
+        "flags": {"strongly_typed": True, "weight_streaming": weight_streaming},
+    }
+
+
+def read_manifest(engine: Path) -> dict[str, Any] | None:
+    """Return the manifest beside an engine; None where there is none, or it is not one of fp4trt's."""
+    try:
+        found = json.loads(manifest_path(engine).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(found, dict) and found.get("kind") == "fp4trt engine" and found.get("format") == _FORMAT
+    return found if ours else None
+
+
+def answering_manifest(engine: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest beside an engine when the engine is whole and was built for the same request."""
+    found = read_manifest(engine)
+    if found is None or found.get("request") != request or not _describes(found, engine):
+        return None
+    return found
+
+
+def check_output(engine: Path, graph: Graph, *, force: bool) -> None:
+    """Refuse an output path that would cost the user something.
+
+    An engine that its own manifest describes is ours to replace. Any other file needs `force`; the model, its
+    external data and a JSON file that is no engine manifest (a checkpoint's config.json) are never replaced.
+
+    Raises:
+        OutputExistsError
+    """
+    if engine.suffix == ".json" or engine.is_dir():
+        raise OutputExistsError(f"{engine} cannot be an engine; name a file such as rtx5090.engine")
+    if engine.exists() and any(
+        path.samefile(engine) for path in (graph.path, *{piece.path for piece in graph.external_ranges})
+    ):
+        raise OutputExistsError(f"{engine} is a part of the model; name another file")
+    beside = manifest_path(engine)
+    found = read_manifest(engine)
+    if found is None and beside.exists():
+        raise OutputExistsError(f"{beside} exists and is no engine's manifest; name another engine file")
+    if engine.exists() and not force and not (found and _describes(found, engine)):
+        raise OutputExistsError(f"{engine} exists and was not built by fp4trt, or has changed; replace it with --force")
+
+
+def write_manifest(engine: Path, request: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Write NAME.json.partial beside an engine, synced, and return the manifest; the caller renames it."""
+    content = {
+        "kind": "fp4trt engine",
+        "format": _FORMAT,
+        "engine": engine.name,
+        "request": request,
+        **result,
+    }
+    with partial_path(manifest_path(engine)).open("w", encoding="utf-8", newline="\n") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return content
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name that a result has until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def _describes(manifest: dict[str, Any], engine: Path) -> bool:
+    return (
+        engine.is_file()
+        and engine.stat().st_size == manifest.get("engine_bytes")
+        and file_sha256(engine) == manifest.get("engine_sha256")
+    )
+
+
+def _add_range(digest: hashlib._Hash, path: Path, offset: int, length: int) -> None:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while length > 0 and (chunk := file.read(min(_CHUNK, length))):
+            digest.update(chunk)
+            length -= len(chunk)

@@ -1,0 +1,169 @@
+"""Resolution, batch and text length -> optimization profile, checked against what the model declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trt_build.errors import BadProfileError
+
+__all__ = ["Extent", "InputShape", "Profile", "make_profile"]
+
+Extent = tuple[int, int, int]
+"""Minimum, optimum and maximum of one dimension."""
+
+InputShape = tuple[int | str | None, ...]
+"""Dimensions of a graph input: a number, a symbol, or None where the graph says nothing."""
+
+_OPTIONS = {"batch": "--batch", "image_tokens": "--resolution", "text_tokens": "--text"}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Minimum, optimum and maximum shape of every input, and the extent of every symbol."""
+
+    inputs: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    symbols: dict[str, Extent]
+
+
+def make_profile(
+    input_shapes: Mapping[str, InputShape],
+    symbols: Mapping[str, Mapping[str, Any]],
+    *,
+    resolution: str | None = None,
+    batch: str | None = None,
+    text: str | None = None,
+    shapes: Sequence[str] = (),
+) -> Profile:
+    """Return the profile of a graph.
+
+    Args:
+        input_shapes: the graph's inputs with their dimensions.
+        symbols: the model's `fp4trt.symbols`; empty for a graph that fp4trt did not write.
+        resolution: pixels, "1024", "768x1360" (width x height) or "512:1024:1360"; each side a multiple of
+            the pixels that a token spans.
+        batch: images, "1" or "1:1:4".
+        text: tokens, "512" or "1:512:512".
+        shapes: "NAME=MIN:OPT:MAX", NAME a symbol (numbers) or an input (shapes such as 1x256x64).
+
+    A dimension that no option names covers all that the metadata declares.
+
+    Raises:
+        BadProfileError: malformed, outside the declared range, or a dynamic dimension left open.
+    """
+    given = {"--resolution": resolution, "--batch": batch, "--text": text}
+    kinds = {_OPTIONS[symbol["kind"]] for symbol in symbols.values()}
+    for option, value in given.items():
+        if value is not None and option not in kinds:
+            raise BadProfileError(
+                f"{option} {value}: the model declares no such dimension; give --shape NAME=MIN:OPT:MAX"
+            )
+    extents = {name: _symbol_extent(symbol, given[_OPTIONS[symbol["kind"]]]) for name, symbol in symbols.items()}
+    whole: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for shape in shapes:
+        name, _, value = shape.partition("=")
+        if name in input_shapes:
+            whole[name] = _input_extent(shape, input_shapes[name])
+        elif any(name in dimensions for dimensions in input_shapes.values()):
+            extents[name] = _extent(shape, value, _declared(symbols.get(name)))
+        else:
+            known = ", ".join([*_free_symbols(input_shapes), *input_shapes])
+            raise BadProfileError(f"--shape {shape}: the graph has no input or symbol {name!r}; it has {known}")
+    inputs = {
+        name: whole[name] if name in whole else _resolve(name, dimensions, extents)
+        for name, dimensions in input_shapes.items()
+    }
+    return Profile({name: (low, best, high) for name, (low, best, high) in inputs.items()}, extents)
+
+
+def _symbol_extent(symbol: Mapping[str, Any], value: str | None) -> Extent:
+    if symbol["kind"] == "image_tokens":
+        return _image_tokens(symbol, value)
+    low, high = int(symbol["min"]), int(symbol["max"])
+    if value is None:
+        return low, int(symbol["default"]), high
+    return _extent(f"{_OPTIONS[symbol['kind']]} {value}", value, (low, high))
+
+
+def _image_tokens(symbol: Mapping[str, Any], value: str | None) -> Extent:
+    names = ("min_resolution", "default_resolution", "max_resolution")
+    parts = value.split(":") if value is not None else [str(symbol[name]) for name in names]
+    tokens = [_tokens(symbol, part, value or part) for part in parts]
+    return _ordered(f"--resolution {value}", tokens)
+
+
+def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
+    """Return the image tokens of "1024" or "768x1360"."""
+    sides = resolution.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise BadProfileError(f"--resolution {given}: expected 1024, 768x1360 or MIN:OPT:MAX of such")
+    width, height = int(sides[0]), int(sides[-1])
+    step, low, high = (int(symbol[key]) for key in ("pixels_per_token", "min_resolution", "max_resolution"))
+    for side in (width, height):
+        if not low <= side <= high:
+            raise BadProfileError(f"--resolution {given}: {side} is outside the model's {low} to {high} pixels")
+        if side % step:
+            raise BadProfileError(f"--resolution {given}: {side} is not a multiple of {step} pixels")
+    return (width // step) * (height // step)
+
+
+def _declared(symbol: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    if symbol is None:
+        return None
+    if symbol["kind"] == "image_tokens":
+        low, high = (
+            int(symbol[key]) // int(symbol["pixels_per_token"]) for key in ("min_resolution", "max_resolution")
+        )
+        return low * low, high * high
+    return int(symbol["min"]), int(symbol["max"])
+
+
+def _extent(given: str, value: str, declared: tuple[int, int] | None) -> Extent:
+    parts = value.split(":")
+    if not all(part.isdecimal() for part in parts):
+        raise BadProfileError(f"{given}: expected a number or MIN:OPT:MAX")
+    extent = _ordered(given, [int(part) for part in parts])
+    if declared and not declared[0] <= extent[0] <= extent[2] <= declared[1]:
+        raise BadProfileError(f"{given}: outside the model's range {declared[0]} to {declared[1]}")
+    return extent
+
+
+def _ordered(given: str, values: Sequence[int]) -> Extent:
+    if len(values) not in (1, 3):
+        raise BadProfileError(f"{given}: expected one value or MIN:OPT:MAX, found {len(values)} values")
+    low, best, high = values[0], values[len(values) // 2], values[-1]
+    if not 0 <= low <= best <= high or high == 0:
+        raise BadProfileError(f"{given}: expected minimum <= optimum <= maximum, found {low}, {best}, {high}")
+    return low, best, high
+
+
+def _input_extent(given: str, dimensions: InputShape) -> tuple[tuple[int, ...], ...]:
+    value = given.partition("=")[2]
+    columns = [part.lower().split("x") for part in value.split(":")]
+    if any(len(column) != len(dimensions) or not all(n.isdecimal() for n in column) for column in columns):
+        raise BadProfileError(f"--shape {given}: expected {len(dimensions)} numbers such as 1x256x64, or MIN:OPT:MAX")
+    for column in columns:
+        for number, dimension in zip(column, dimensions, strict=True):
+            if isinstance(dimension, int) and int(number) != dimension:
+                raise BadProfileError(f"--shape {given}: {number} where the graph has {dimension}")
+    rows = [_ordered(f"--shape {given}", [int(n) for n in numbers]) for numbers in zip(*columns, strict=True)]
+    return tuple(zip(*rows, strict=True)) if rows else ((), (), ())
+
+
+def _resolve(name: str, dimensions: InputShape, extents: Mapping[str, Extent]) -> tuple[tuple[int, ...], ...]:
+    rows: list[Extent] = []
+    for axis, dimension in enumerate(dimensions):
+        if isinstance(dimension, int):
+            rows.append((dimension, dimension, dimension))
+        elif dimension is not None and dimension in extents:
+            rows.append(extents[dimension])
+        else:
+            what = f"--shape {dimension}=MIN:OPT:MAX" if dimension else f"--shape {name}=SHAPE"
+            raise BadProfileError(f"input {name!r}: axis {axis} is dynamic and has no range; give {what}")
+    return tuple(zip(*rows, strict=True)) if rows else ((), (), ())
+
+
+def _free_symbols(input_shapes: Mapping[str, InputShape]) -> list[str]:
+    names = (dimension for shape in input_shapes.values() for dimension in shape if isinstance(dimension, str))
+    return list(dict.fromkeys(names))

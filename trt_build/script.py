@@ -1,0 +1,131 @@
+"""A build script to carry to a machine that has the GPU and the tensorrt package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from string import Template
+
+from trt_build.manifest import partial_path
+from trt_build.profiles import Profile
+from trt_build.targets import Target
+
+__all__ = ["script_path", "write_script"]
+
+_TEMPLATE = Template('''\
+"""Build $engine_name for $gpu ($capability) with the tensorrt package; run it on a machine that has this GPU.
+
+    pip install tensorrt polygraphy
+    python $script_name [MODEL.onnx] [OUTPUT.engine]
+
+NVFP4 with dynamic block scales needs a TensorRT that parses TRT_FP4DynamicQuantize (11 or later, it is said,
+for graphs of this kind). Take the model together with the weight files that it points to, in one directory.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import tensorrt as trt
+
+HERE = Path(__file__).resolve().parent
+ONNX = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / $onnx
+ENGINE = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / $engine
+PROMISED_FP4 = $promised
+PROFILE = {  # input: minimum, optimum and maximum shape
+$profile
+}
+
+
+class Log(trt.ILogger):
+    def __init__(self):
+        trt.ILogger.__init__(self)
+        self.layers = ""
+
+    def log(self, severity, message):
+        if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+            print(message, file=sys.stderr)
+        elif message.startswith(("Layers:", "Engine Layer Information:")):
+            self.layers = message
+
+
+def main():
+    log = Log()
+    builder = trt.Builder(log)
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(ONNX)):
+        sys.exit("error: " + "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if $weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    profile = builder.create_optimization_profile()
+    for name, shapes in PROFILE.items():
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        sys.exit("error: TensorRT " + trt.__version__ + " did not build the engine")
+    partial = ENGINE.with_name(ENGINE.name + ".partial")
+    partial.write_bytes(plan)
+    os.replace(partial, ENGINE)
+    kernels = [line for line in log.layers.splitlines() if line.startswith("Name: ")]
+    fp4 = [k for k in kernels if "FP4" in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
+    gemms = [k for k in fp4 if "FP4" in k.partition("Constants: [")[2].partition("], Outputs:")[0]]
+    lost = [name for name in PROMISED_FP4 if not any(f"[ONNX Layer: {name}/MatMul]" in k for k in gemms)]
+    result = {"engine": str(ENGINE), "engine_bytes": ENGINE.stat().st_size, "tensorrt": trt.__version__}
+    if not kernels:
+        sys.exit(json.dumps(result) + " warning: no layer information, so FP4 coverage is unknown")
+    print(json.dumps({**result, "fp4_gemms": len(gemms), "lost": lost}))
+    if lost:
+        sys.exit(f"error: {len(lost)} of {len(PROMISED_FP4)} linears run in 16 bit")
+
+
+main()
+''')
+
+
+def script_path(engine: Path) -> Path:
+    """Return the path of the script that stands in for an engine: b200.engine -> b200.build.py."""
+    return engine.with_suffix(".build.py")
+
+
+def write_script(
+    engine: Path,
+    onnx: Path,
+    target: Target,
+    profile: Profile,
+    promised: tuple[str, ...],
+    weight_streaming: bool,
+) -> Path:
+    """Write the build script beside the requested engine and return its path.
+
+    The script refers to the model relative to itself, and to nothing else of this machine.
+    """
+    path = script_path(engine)
+    rows = (f"    {name!r}: {shapes!r}," for name, shapes in profile.inputs.items())
+    content = _TEMPLATE.substitute(
+        engine_name=engine.name,
+        script_name=path.name,
+        gpu=target.name,
+        capability=target.compute_capability,
+        onnx=repr(_relative(onnx, path.parent)),
+        engine=repr(engine.name),
+        promised=repr(list(promised)),
+        profile="\n".join(rows),
+        weight_streaming=weight_streaming,
+    )
+    partial = partial_path(path)
+    partial.write_text(content, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+    return path
+
+
+def _relative(path: Path, directory: Path) -> str:
+    try:
+        return Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix()
+    except ValueError:  # another drive on Windows
+        return path.name
