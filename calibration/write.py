@@ -73,8 +73,8 @@ def refuse_foreign(directory: Path, force: bool) -> None:
     ours = {MANIFEST, "validation", *(name.split("/")[0] for name in _written_files(manifest))}
     engines = {path.stem for path in directory.glob("*.engine")}
     for path in sorted(directory.iterdir()):
-        derived = (
-            path.name.endswith((".engine", ".onnx", ".onnx.data")) or (path.suffix == ".json" and path.stem in engines)
+        derived = path.name.endswith((".engine", ".onnx", ".onnx.data")) or (
+            path.suffix == ".json" and path.stem in engines
         )
         if path.name not in ours and not derived:
             raise OutputExists(f"{directory} holds {path.name}, which fp4trt did not write; choose another --output")

@@ -28,8 +28,6 @@ ALLOWED = {
 EXCEPTIONS = {
     # runs the torch reference
     "onnx_functions/validate.py": {"calibration", "torch"},
-    # the demo walks the whole road, room by room, as the front door does
-    "calibration/digits/cli.py": {"exporter", "onnx_functions", "trt_build"},
 }
 
 

@@ -1,0 +1,118 @@
+"""The whole road on the built-in model: quantize, export, validate, build, and look at the pictures.
+
+Every stage runs as the command that a user would type, in a process of its own; what one leaves on disk, the next
+reads. So the demo imports no other room, and its log can be copied into a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from calibration.digits.errors import StageFailed
+from calibration.source import BUILT_IN
+
+__all__ = ["demo", "table"]
+
+GRID: Final = "digits.png"
+SUMMARY: Final = "demo.json"
+
+EVALUATION_SEED: Final = 1000
+"""Of the starting noise; calibration takes seeds 0 to 3."""
+
+
+def demo(directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool = False) -> dict[str, Any]:
+    """Walk the road and return what the command prints as JSON.
+
+    Args:
+        directory: becomes the quantized checkpoint, with ``model.onnx``, ``validation/``, the engine, ``digits.png``
+            and ``demo.json`` in it.
+        gpu: the target of the engine.
+        images: how many digits to draw with each model for accuracy, PSNR and velocity error.
+        force: replace an earlier result.
+
+    Raises:
+        StageFailed: a command ended with an error, which it has printed; carries its exit status.
+    """
+    # A model this small is slower on two threads than on one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if force and (directory / SUMMARY).exists():
+        for name in (GRID, SUMMARY):
+            (directory / name).unlink(missing_ok=True)
+    overwrite = ["--force"] if force else []
+    quantized = _run("quantize", BUILT_IN, "-o", str(directory), *overwrite)
+    exported = _run("export", str(directory))
+    validation = _run("validate", str(directory), may_fail=True)
+    built = _run("build", str(directory), "--gpu", gpu)
+    quality = _measure(directory, images)
+    result = {
+        "checkpoint": quantized["checkpoint"],
+        "onnx": exported["onnx"],
+        "validation": validation,
+        "engine": built["engine"],
+        "grid": str((directory / GRID).resolve()),
+        "bf16_bytes": quantized["source_bytes"],
+        "nvfp4_bytes": quantized["bytes"],
+        "quantized_linears": quantized["quantized_linears"],
+        "sharing_cost": quantized["sharing_cost"],
+        "gpu": gpu,
+        **{key: built[key] for key in ("engine_bytes", "fp4_gemms", "fp4_linears")},
+        **quality,
+        "passed": bool(validation["passed"]),
+    }
+    (directory / SUMMARY).write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return result
+
+
+def _run(*arguments: str, may_fail: bool = False) -> dict[str, Any]:
+    """Run one fp4trt command, its human lines passing through to stderr, and return its JSON."""
+    click.echo(f"$ fp4trt {' '.join(arguments)}")
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "fp4trt", *arguments, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, encoding="utf-8")
+    if done.returncode and not (may_fail and done.returncode == 1 and done.stdout.strip()):
+        raise StageFailed(f"fp4trt {arguments[0]} ended with status {done.returncode}", done.returncode)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def _measure(directory: Path, images: int) -> dict[str, Any]:
+    """Compare both models on prompts and noise that calibration has not seen, and draw some of the digits."""
+    import torch
+
+    from calibration.checkpoint import load
+    from calibration.digits.grid import grid
+    from calibration.digits.model import load_transformer
+    from calibration.digits.quality import compare
+
+    click.echo(f"drawing {images} digits with each model")
+    reference, quantized = load_transformer(), load(directory, torch.float32)
+    quality = compare(reference, quantized, (EVALUATION_SEED,), images)
+    grid(reference, quantized, directory / GRID, seed=EVALUATION_SEED)
+    return asdict(quality)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the demo's one table: what was before, what is after."""
+    verdict = "passed" if result["validation"]["passed"] else "FAILED"
+    rows = [
+        ("", "BF16", "NVFP4"),
+        ("checkpoint, bytes", f"{result['bf16_bytes']:,}", f"{result['nvfp4_bytes']:,}"),
+        ("digits recognised", f"{result['accuracy_bf16']:.1%}", f"{result['accuracy_nvfp4']:.1%}"),
+        ("image PSNR", "", f"{result['psnr_db']:.1f} dB"),
+        ("velocity error", "", f"{result['velocity_error']:.3f}"),
+        ("validation of the graph", "", verdict),
+        (f"engine for {result['gpu']}, bytes", "", f"{result['engine_bytes']:,}"),
+        ("FP4 GEMMs", "", str(result["fp4_gemms"])),
+        ("linears they cover", "", f"{result['fp4_linears']} of {result['quantized_linears']}"),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[1]), *lines[1:]])
