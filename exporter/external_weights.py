@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +16,7 @@ import onnx_ir as ir
 from calibration.safetensors_file import StoredTensor
 from exporter.errors import BadGraph
 
-__all__ = ["bind", "must_copy", "save"]
+__all__ = ["bind", "must_copy", "save_pointing", "save_with_copies"]
 
 _ELEMENT_TYPES: Final = {
     ir.DataType.FLOAT4E2M1: "U8",
@@ -23,21 +26,21 @@ _ELEMENT_TYPES: Final = {
 }
 """ONNX element type to how a checkpoint stores it; two FP4 codes make a byte in both."""
 
+_ALIGNMENT: Final = 64
+
 
 def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) -> None:
-    """Give every initializer without a value the checkpoint's tensor of its name, as external data.
+    """Give every weight of the graph the checkpoint's tensor of its name, as external data.
 
     Args:
-        model: changed in place.
+        model: changed in place; its weights have no values yet.
         tensors: the checkpoint's.
-        directory: where the graph will stand; locations are relative to it, with ``/``.
+        directory: where the tensors' files are seen from; locations are relative to it, with ``/``.
 
     Raises:
         BadGraph: a tensor is missing, or its type or size differ.
     """
-    for name, value in model.graph.initializers.items():
-        if value.const_value is not None and not _is_traced(value):
-            continue
+    for name, value in _weights(model).items():
         stored = tensors.get(name)
         assert value.dtype is not None
         assert value.shape is not None
@@ -45,9 +48,8 @@ def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) 
         found = (stored.dtype, stored.nbytes) if stored else ("nothing", 0)
         if stored is None or wanted != found:
             raise BadGraph(f"the graph needs {name} as {wanted[0]} of {wanted[1]} bytes, the checkpoint has {found}")
-        location = Path(os.path.relpath(stored.file, directory)).as_posix()
         value.const_value = ir.ExternalTensor(
-            location,
+            Path(os.path.relpath(stored.file, directory)).as_posix(),
             stored.offset,
             stored.nbytes,
             value.dtype,
@@ -57,19 +59,15 @@ def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) 
         )
 
 
-def _is_traced(value: ir.Value) -> bool:
-    """Whether the value is a weight that was traced without data."""
-    raw = getattr(value.const_value, "raw", None)
-    return getattr(getattr(raw, "device", None), "type", None) == "meta"
+def _weights(model: ir.Model) -> dict[str, ir.Value]:
+    """Return the initializers that stand for a checkpoint's tensors: their names are state-dict names, with a dot."""
+    return {name: value for name, value in model.graph.initializers.items() if "." in name}
 
 
 def _nbytes(value: ir.Value) -> int:
     assert value.dtype is not None
     assert value.shape is not None
-    elements = 1
-    for size in value.shape.numpy():
-        elements *= size
-    return int(elements * value.dtype.bitwidth) // 8
+    return int(math.prod(value.shape.numpy()) * value.dtype.bitwidth) // 8
 
 
 def must_copy(tensors: Mapping[str, StoredTensor], directory: Path) -> str | None:
@@ -86,40 +84,51 @@ def must_copy(tensors: Mapping[str, StoredTensor], directory: Path) -> str | Non
     return None
 
 
-def save(model: ir.Model, path: Path, copy_weights: bool) -> None:
-    """Write the graph, checked by onnx, under its final name only when it is whole.
-
-    Args:
-        model: with all initializers bound.
-        path: the ``.onnx`` file.
-        copy_weights: also copy every tensor into ``NAME.onnx.data``; else the graph points at where they are.
-    """
-    # A partial graph stands in the same folder as the final one, so that its relative locations hold.
+def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    """Write a graph whose weights are the checkpoint's own bytes, checked by onnx, under its name when it is whole."""
+    bind(model, tensors, path.parent)
+    # The partial graph stands in the same folder as the final one, so that its relative locations hold.
     partial = path.with_name(f"{path.name}.partial")
-    data = path.with_name(f"{path.name}.data")
-    partial_data = partial.with_name(f"{data.name}.partial")
     try:
-        if copy_weights:
-            ir.save(model, partial, external_data=partial_data.name, size_threshold_bytes=1024)
-            proto = onnx.load(partial, load_external_data=False)
-            onnx.checker.check_model(partial, full_check=True)
-            for tensor in proto.graph.initializer:
-                for entry in tensor.external_data:
-                    if entry.key == "location":
-                        entry.value = data.name
-            _write_synced(partial, proto.SerializeToString(deterministic=True))
-            os.replace(partial_data, data)
-        else:
-            _write_synced(partial, ir.to_proto(model).SerializeToString(deterministic=True))
-            onnx.checker.check_model(partial, full_check=True)
+        _write_checked(model, partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-        partial_data.unlink(missing_ok=True)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
+def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    """Write a graph and, in ``NAME.onnx.data``, a copy of its weights, one tensor in memory at a time."""
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    data = partial / f"{path.name}.data"
+    try:
+        bind(model, _copy(tensors, list(_weights(model)), data), partial)
+        _write_checked(model, partial / path.name)
+        os.replace(data, path.with_name(data.name))
+        os.replace(partial / path.name, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy(tensors: Mapping[str, StoredTensor], names: Sequence[str], data: Path) -> dict[str, StoredTensor]:
+    """Write the named tensors into one file, each at a multiple of its alignment; return where they are."""
+    copies = {}
+    with data.open("wb") as file:
+        for name in names:
+            if name not in tensors:
+                raise BadGraph(f"the graph needs {name}, which the checkpoint does not have; export and quantize again")
+            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+            copies[name] = replace(tensors[name], file=data, offset=file.tell())
+            file.write(tensors[name].bytes().data)
         file.flush()
         os.fsync(file.fileno())
+    return copies
+
+
+def _write_checked(model: ir.Model, path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(ir.to_proto(model).SerializeToString(deterministic=True))
+        file.flush()
+        os.fsync(file.fileno())
+    onnx.checker.check_model(path, full_check=True)

@@ -16,7 +16,7 @@ from exporter.passes.fold_constants import fold_constants
 from exporter.passes.name_nodes import name_nodes
 from exporter.trace import OPSET, other_linears, trace
 
-__all__ = ["export"]
+__all__ = ["export", "group_leaders"]
 
 _IR_VERSION = 11
 """The first ONNX IR version with FLOAT4E2M1."""
@@ -55,12 +55,12 @@ def export(
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
     model = trace(checkpoint)
     fold_constants(model)
-    double_dequantize(model, _leaders(checkpoint), scale_dtype)
+    double_dequantize(model, group_leaders(checkpoint), scale_dtype)
     name_nodes(model)
-    external_weights.bind(model, checkpoint.tensors, path.parent)
     _describe(model, checkpoint, scale_dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    external_weights.save(model, path, copy_weights or reason is not None)
+    save = external_weights.save_with_copies if copy_weights or reason else external_weights.save_pointing
+    save(model, checkpoint.tensors, path)
     return {
         "onnx": str(path.resolve()),
         "opset": OPSET,
@@ -73,7 +73,7 @@ def export(
     }
 
 
-def _leaders(checkpoint: Checkpoint) -> dict[str, str]:
+def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
     """Return each quantized linear's leader: the first of its group, or itself where the group's scales differ."""
     leaders = {}
     for group in checkpoint.groups:
