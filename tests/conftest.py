@@ -45,6 +45,17 @@ def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def bfloat16_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quantized built-in model exported with BF16 scales; not to be changed."""
+    from exporter import export
+
+    directory = tmp_path_factory.mktemp("bfloat16") / "digits-fp4"
+    shutil.copytree(quantized_digits, directory)
+    export(directory, scale_dtype="bfloat16", force=True)
+    return directory
+
+
 @pytest.fixture
 def copy_of_digits(quantized_digits: Path, tmp_path: Path) -> Path:
     """A copy of the quantized built-in model that a test may change."""

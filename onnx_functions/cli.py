@@ -1,0 +1,74 @@
+"""The commands of this room: `validate` and `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["inspect", "validate"]
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="Checkpoint to compare with: a quantized one, or a 16-bit one for the quantization error itself. "
+    "Default: the checkpoint beside the graph.",
+)
+@click.option(
+    "--level",
+    type=click.Choice(["full", "blocks"]),
+    default="full",
+    show_default=True,
+    help="full runs the whole graph too; blocks one block at a time only.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for report.json and report.html. Default: validation/ beside the graph.",
+)
+def validate(model: Path, reference: Path | None, level: str, output: Path | None) -> dict[str, Any]:
+    """Check the numerics of a graph against its checkpoint.
+
+    MODEL is an exported ONNX file, or the folder that holds model.onnx. Exits with 1 when a gate fails; the
+    report and the line of that gate name the tensor or node.
+
+    \b
+    Example:
+      fp4trt validate flux-fp4/ --reference flux-fp4/
+    """
+    from onnx_functions.report import NO_PLOTS, write_report
+    from onnx_functions.validate import validate as check
+
+    report = check(model, reference, level, say=click.echo)
+    folder = output or (model if model.is_dir() else model.parent) / "validation"
+    data, page = write_report(report, folder)
+    failed = ", ".join(gate.name for gate in report.failures)
+    if page is None:
+        click.echo(NO_PLOTS)
+    click.echo(f"validation {'passed' if report.passed else 'FAILED: ' + failed}; report in {page or data}")
+    html = str(page.resolve()) if page is not None else None
+    return {**report.as_dict(), "report": str(data.resolve()), "html": html}
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+def inspect(artifact: Path) -> dict[str, Any]:
+    """Say what an artifact is: formats, sizes, FP4 coverage, merged groups.
+
+    ARTIFACT is a checkpoint folder, an ONNX file, or the JSON that lies beside an engine (or the engine).
+
+    \b
+    Example:
+      fp4trt inspect flux-fp4/model.onnx
+    """
+    from onnx_functions.inspect import describe, table
+
+    found = describe(artifact)
+    for line in table(found):
+        click.echo(line)
+    return found

@@ -1,0 +1,27 @@
+"""What a user of this room can get wrong: one exception type per kind of mistake.
+
+Every message is one line that says what was found, what was expected and what to do; the command line prints
+it and exits with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BadGraph", "BadReference", "UnknownArtifact"]
+
+
+class BadGraph(ValueError):
+    """An ONNX file is missing, damaged, or not a graph that this project exports."""
+
+    exit_code = 2
+
+
+class BadReference(ValueError):
+    """The reference of a validation is missing or does not belong to the graph."""
+
+    exit_code = 2
+
+
+class UnknownArtifact(ValueError):
+    """A file or folder that is nothing this project writes."""
+
+    exit_code = 2

@@ -1,0 +1,136 @@
+"""Tensors whose bytes lie in another file: where, whether they fit, and what they hold.
+
+An ONNX initializer may point into any file, a `.safetensors` too, by location (relative to the model), offset
+and length. Source: `TensorProto.external_data` in the ONNX specification.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, external_data_helper
+
+from onnx_functions.errors import BadGraph
+
+__all__ = ["BITS", "Span", "array_of", "load_graph", "nbytes_of", "span_of", "type_name"]
+
+BITS: Final[Mapping[int, int]] = {
+    TensorProto.FLOAT: 32,
+    TensorProto.DOUBLE: 64,
+    TensorProto.FLOAT16: 16,
+    TensorProto.BFLOAT16: 16,
+    TensorProto.FLOAT8E4M3FN: 8,
+    TensorProto.FLOAT4E2M1: 4,
+    TensorProto.INT8: 8,
+    TensorProto.UINT8: 8,
+    TensorProto.INT32: 32,
+    TensorProto.INT64: 64,
+    TensorProto.BOOL: 8,
+}
+"""Bits of one element; FLOAT4E2M1 lies two a byte, the first in the low nibble."""
+
+_NUMPY: Final[Mapping[int, Any]] = {
+    TensorProto.FLOAT: np.float32,
+    TensorProto.BFLOAT16: ml_dtypes.bfloat16,
+    TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
+    TensorProto.FLOAT4E2M1: np.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A byte range of a file; `offset` and `length` in bytes."""
+
+    file: Path
+    offset: int
+    length: int
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file without its external data.
+
+    Raises:
+        BadGraph: the file is missing or no ONNX model.
+    """
+    if not path.is_file():
+        raise BadGraph(f"{path} does not exist; expected an ONNX file: run fp4trt export first")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises types of its own, by version
+        raise BadGraph(f"{path} is not an ONNX model ({str(error).splitlines()[0]}); export it again") from None
+    if not model.graph.node:
+        raise BadGraph(f"{path} holds no nodes; expected an exported graph: export it again")
+    return model
+
+
+def type_name(element_type: int) -> str:
+    """Return the name of an ONNX element type, such as FLOAT4E2M1."""
+    return TensorProto.DataType.Name(element_type)  # type: ignore[no-any-return, arg-type, unused-ignore]
+
+
+def nbytes_of(tensor: TensorProto) -> int:
+    """Return how many bytes the tensor's elements take."""
+    if tensor.data_type not in BITS:
+        raise BadGraph(f"initializer {tensor.name} is {type_name(tensor.data_type)}, which no graph of ours holds")
+    elements: int = math.prod(tensor.dims)
+    return -(-elements * BITS[tensor.data_type] // 8)
+
+
+def span_of(tensor: TensorProto, directory: Path) -> Span | None:
+    """Return where the tensor's bytes lie, None for a tensor that lies in the model itself.
+
+    Raises:
+        BadGraph: the location leaves the model's directory, the file is missing or too short, or the length
+            is not that of the shape. The message names the tensor.
+    """
+    if not external_data_helper.uses_external_data(tensor):
+        return None
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    # Posix and Windows spellings of "outside" both count, whatever this machine is.
+    relative = PurePosixPath(location.replace("\\", "/"))
+    if not location or relative.is_absolute() or ".." in relative.parts or ":" in location:
+        raise BadGraph(f"initializer {tensor.name} lies at {location!r}; expected a path inside the model's directory")
+    file = directory / relative
+    wanted = nbytes_of(tensor)
+    offset = int(entries.get("offset", "0"))
+    length = int(entries.get("length", wanted))
+    if length != wanted:
+        raise BadGraph(f"initializer {tensor.name} has {length} bytes of external data, its shape needs {wanted}")
+    size = file.stat().st_size if file.is_file() else -1
+    if offset < 0 or offset + length > size:
+        found = f"ends at byte {size}" if size >= 0 else "does not exist"
+        raise BadGraph(
+            f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {location}, which {found}"
+        )
+    return Span(file, offset, length)
+
+
+def array_of(tensor: TensorProto, directory: Path) -> npt.NDArray[Any]:
+    """Read an initializer, inside the model or not.
+
+    Returns:
+        Its values in its own type; FLOAT4E2M1 as the packed bytes, uint8 [..., K/2].
+    """
+    span = span_of(tensor, directory)
+    if span is None:
+        if tensor.data_type == TensorProto.FLOAT4E2M1:
+            # raw_data where there is any, else one packed byte an int32_data entry
+            packed = tensor.raw_data or bytes(tensor.int32_data)
+            return np.frombuffer(packed, np.uint8).reshape(*tensor.dims[:-1], tensor.dims[-1] // 2)
+        return onnx.numpy_helper.to_array(tensor)
+    if tensor.data_type not in _NUMPY:
+        return onnx.numpy_helper.to_array(tensor, base_dir=str(directory))
+    stored = np.fromfile(span.file, np.uint8, span.length, offset=span.offset)
+    raw: npt.NDArray[Any] = stored.view(_NUMPY[tensor.data_type])
+    if tensor.data_type == TensorProto.FLOAT4E2M1:
+        return raw.reshape(*tensor.dims[:-1], tensor.dims[-1] // 2)
+    return raw.reshape(tuple(tensor.dims))

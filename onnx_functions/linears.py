@@ -1,0 +1,181 @@
+"""Reading a deployable graph: its linears, and the chains of dequantization that feed them.
+
+Nothing here trusts names further than `X/MatMul` and `X/Add`: what a linear really reads is found by
+following its inputs, so that a graph whose wires are crossed is read as crossed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import NodeProto, TensorProto
+
+from onnx_functions.errors import BadGraph
+from onnx_functions.library import TRT_DOMAIN
+
+__all__ = ["Graph", "Linear", "Quantizer", "metadata_of", "promised_linears"]
+
+QUANTIZER = "TRT_FP4DynamicQuantize"
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """An activation quantizer and the tensors around it.
+
+    Attributes:
+        node: the trt::TRT_FP4DynamicQuantize node's name.
+        input: the tensor [..., K] that it reads.
+        scale: its global scale.
+        codes: [..., K].
+        block_scales: [..., K / 16].
+    """
+
+    node: str
+    input: str
+    scale: str
+    codes: str
+    block_scales: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the graph.
+
+    Attributes:
+        path: module path, as the checkpoint names it.
+        matmul: name of its MatMul (or Gemm) node.
+        activation: the tensor that reaches the MatMul, after any dequantization.
+        weight: the tensor [K, N] that reaches it.
+        input: the tensor [..., K] before any quantization.
+        output: the tensor [..., N] after the bias, where there is one.
+        add: name of the node that adds the bias, None without one.
+        bias: the tensor that is added.
+        quantizer: the activation quantizer, None in a 16-bit linear.
+        weight_source: the initializer at the far end of the weight's chain: codes or a 16-bit weight.
+    """
+
+    path: str
+    matmul: str
+    activation: str
+    weight: str
+    input: str
+    output: str
+    add: str | None
+    bias: str | None
+    quantizer: Quantizer | None
+    weight_source: str
+
+
+def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the model's metadata properties."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def promised_linears(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Return the linears that the exporter promised, by format ("nvfp4", "bf16").
+
+    Raises:
+        BadGraph: the graph carries no such promise.
+    """
+    text = metadata_of(model).get("fp4trt.linears")
+    try:
+        value: Any = json.loads(text or "")
+        return {str(key): [str(path) for path in paths] for key, paths in value.items()}
+    except (ValueError, AttributeError, TypeError):
+        raise BadGraph(
+            "the graph's metadata has no readable fp4trt.linears; expected a graph of fp4trt export: export it again"
+        ) from None
+
+
+class Graph:
+    """An index over a model's nodes: by name, by the tensor they make, by the tensors they read."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes: dict[str, NodeProto] = {node.name: node for node in model.graph.node}
+        self.order: dict[str, int] = {node.name: index for index, node in enumerate(model.graph.node)}
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producer: dict[str, NodeProto] = {name: node for node in model.graph.node for name in node.output if name}
+        self.consumers: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.consumers.setdefault(name, []).append(node)
+
+    def source(self, tensor: str) -> str:
+        """Follow first inputs through dequantization and data movement; return the tensor where that ends."""
+        while (node := self.producer.get(tensor)) is not None and node.op_type in _TRANSPARENT:
+            tensor = node.input[0]
+        return tensor
+
+    def quantizer(self, tensor: str) -> Quantizer | None:
+        """Return the activation quantizer whose dequantized codes `tensor` is, None where there is none."""
+        node = self.producer.get(self.source(tensor))
+        if node is None or node.domain != TRT_DOMAIN or node.op_type != QUANTIZER:
+            return None
+        return Quantizer(node.name, node.input[0], node.input[1], node.output[0], node.output[1])
+
+    def linear(self, path: str) -> Linear:
+        """Return the linear of a module path.
+
+        Raises:
+            BadGraph: there is no `path/MatMul`, or it reads no initializer as its weight.
+        """
+        node = self.nodes.get(f"{path}/MatMul") or self.nodes.get(f"{path}/Gemm")
+        if node is None:
+            raise BadGraph(f"the graph has no node {path}/MatMul, which its metadata promises; export it again")
+        if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
+            raise BadGraph(f"node {node.name} is a {node.op_type}; expected the product of {path}: export it again")
+        activation, weight = node.input[0], node.input[1]
+        source = self.source(weight)
+        if source not in self.initializers:
+            raise BadGraph(f"node {node.name} reads {weight} as its weight, which comes from no initializer")
+        add = self._bias_add(path, node)
+        bias = node.input[2] if len(node.input) > 2 else None
+        if add is not None:
+            bias = next(name for name in add.input if name != node.output[0])
+        quantizer = self.quantizer(activation)
+        return Linear(
+            path,
+            node.name,
+            activation,
+            weight,
+            quantizer.input if quantizer else activation,
+            add.output[0] if add is not None else node.output[0],
+            add.name if add is not None else None,
+            bias,
+            quantizer,
+            source,
+        )
+
+    def weight_scale(self, linear: Linear) -> str:
+        """Return the initializer that is the global scale of a quantized linear's weight.
+
+        Raises:
+            BadGraph: the weight is not dequantized twice.
+        """
+        tensor = linear.weight
+        while (node := self.producer.get(tensor)) is not None:
+            if node.op_type == "DequantizeLinear":
+                scales = self.producer.get(node.input[1])
+                if scales is not None and scales.input[1] in self.initializers:
+                    return str(scales.input[1])
+                break
+            tensor = node.input[0]
+        raise BadGraph(f"the weight of node {linear.matmul} is not dequantized by block and global scales")
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield every promised linear, the quantized first."""
+        for paths in promised_linears(self.model).values():
+            for path in paths:
+                yield self.linear(path)
+
+    def _bias_add(self, path: str, matmul: NodeProto) -> NodeProto | None:
+        add = self.nodes.get(f"{path}/Add")
+        return add if add is not None and matmul.output[0] in add.input else None
+
+
+_TRANSPARENT = {"Cast", "DequantizeLinear", "Transpose", "Identity"}

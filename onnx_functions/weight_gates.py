@@ -1,0 +1,332 @@
+"""Gates on what is stored: files, weights as ONNX Runtime dequantizes them, tensors byte by byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from onnx_functions import library
+from onnx_functions.cut import cut
+from onnx_functions.errors import BadGraph
+from onnx_functions.external_data import array_of, span_of
+from onnx_functions.linears import Graph, Linear
+from onnx_functions.simulate import runtime_session, simulate
+from onnx_functions.verdict import FloatArray, Gate, gate_of_offenders, relative_l2
+
+__all__ = [
+    "Reference",
+    "SlowQuantizer",
+    "files_gate",
+    "functions_gate",
+    "graph_weights",
+    "quantization_gates",
+    "rounded_weights_gate",
+    "stored_tensors_gate",
+    "weights_gate",
+]
+
+CHUNK_BYTES: Final = 256 << 20
+"""How much of dequantized weights is held at a time."""
+
+WEIGHT_ERROR_LIMIT: Final = 0.16
+"""Of a weight quantized to NVFP4, relative L2: normal data give .095, the widest layers of FLUX stay under
+.12."""
+
+SCALE_BIAS_LIMIT: Final = 0.03
+
+E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+class Reference(Protocol):
+    """A checkpoint as the gates want it; numpy only."""
+
+    @property
+    def directory(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Its tensors."""
+
+    def raw(self, name: str) -> npt.NDArray[Any]:
+        """Return a tensor as it is stored."""
+
+    def weight(self, path: str) -> FloatArray:
+        """Return the weight [N, K] of a linear that the graph must hold, as FP32 that BF16 can hold."""
+
+
+class SlowQuantizer(Protocol):
+    """The slow reference: (FP32 [..., K], global scale) to codes 0..15 and the bytes of E4M3 block scales."""
+
+    def __call__(self, x: FloatArray, scale: np.float32, /) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Quantize."""
+
+
+def functions_gate(reference: SlowQuantizer) -> Gate:
+    """Check the quantizer function in ONNX Runtime against the slow reference, bit for bit.
+
+    The data are normal values over 60 binary orders of magnitude, ties, zeros of both signs and subnormals.
+    """
+    rng = np.random.default_rng(0)
+    spread = np.exp2(rng.uniform(-40, 20, (256, 1)))
+    ties = np.tile([0, -0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -1.25, -2.5, -5, 6, -6], (8, 2))
+    subnormal = rng.uniform(-1e-39, 1e-39, (8, 32))
+    x = np.concatenate([rng.standard_normal((256, 32)) * spread, ties, subnormal, np.zeros((2, 32))])
+    x = x.astype(np.float32)
+    differing, worst = 0, ""
+    session = runtime_session(_quantizer_model(), Path.cwd())
+    for scale in (np.float32(1 / 448), np.float32(2.3e-7), np.float32(31.0)):
+        codes, block_scales = session.run(None, {"x": x, "scale": np.asarray(scale)})
+        wanted_codes, wanted_scales = reference(x, scale)
+        wrong = int((codes.view(np.uint32) != E2M1[wanted_codes].view(np.uint32)).sum())
+        wrong += int((_as_e4m3_bytes(block_scales) != wanted_scales).sum())
+        differing += wrong
+        worst = worst or (f"{wrong} values differ at global scale {scale}" if wrong else "")
+    offenders = [("trt::TRT_FP4DynamicQuantize", worst)] if differing else []
+    compared = f"{3 * x.size} values and their block scales equal the slow reference"
+    return gate_of_offenders("functions", offenders, differing, 0, compared)
+
+
+def _as_e4m3_bytes(values: FloatArray) -> npt.NDArray[np.uint8]:
+    import ml_dtypes
+
+    return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+def _quantizer_model() -> onnx.ModelProto:
+    """Return x, scale -> codes, block_scales, all FP32, through the function."""
+    nodes = [
+        helper.make_node(
+            "TRT_FP4DynamicQuantize", ["x", "scale"], ["q", "s"], domain="trt", axis=-1, block_size=16, scale_type=17
+        ),
+        helper.make_node("Cast", ["q"], ["codes"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["s"], ["block_scales"], to=TensorProto.FLOAT),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "quantizer",
+        [value("x", TensorProto.FLOAT, ["M", "K"]), value("scale", TensorProto.FLOAT, [])],
+        [value("codes", TensorProto.FLOAT, ["M", "K"]), value("block_scales", TensorProto.FLOAT, ["M", "S"])],
+    )
+    function = library.fp4_dynamic_quantize(TensorProto.FLOAT8E4M3FN)
+    opsets = [helper.make_opsetid("", library.FUNCTION_OPSET), helper.make_opsetid("trt", 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=11)
+
+
+def files_gate(model: onnx.ModelProto, directory: Path, checkpoints: Sequence[Path]) -> Gate:
+    """Check that checkpoint files hash as their manifest says and that every initializer's bytes exist.
+
+    Args:
+        model: the deployable graph.
+        directory: where its external data lie.
+        checkpoints: folders whose `fp4trt.json`, where there is one, is held against their files.
+    """
+    offenders, checked = [], 0
+    for folder in dict.fromkeys(path.resolve() for path in checkpoints):
+        manifest = folder / "fp4trt.json"
+        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
+        for name, wanted in sorted(entries.items()):
+            checked += 1
+            found = _sha256(folder / name)
+            if found != wanted:
+                what = f"SHA-256 is {found[:12]}, the manifest says {wanted[:12]}" if found else "is missing"
+                offenders.append((str(folder / name), what))
+    for tensor in model.graph.initializer:
+        try:
+            span_of(tensor, directory)
+        except BadGraph as error:
+            offenders.append((tensor.name, str(error)))
+    compared = f"{checked} hashes, the byte ranges of {len(model.graph.initializer)} initializers"
+    return gate_of_offenders("files", offenders, len(offenders), 0, compared)
+
+
+def _sha256(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def graph_weights(
+    model: onnx.ModelProto, directory: Path, linears: Sequence[Linear]
+) -> Iterator[tuple[Linear, FloatArray]]:
+    """Yield each linear's weight [N, K], FP32, as ONNX Runtime hands it to the MatMul; bounded memory."""
+    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    chunk: list[Linear] = []
+    held = 0
+    for index, linear in enumerate(linears):
+        chunk.append(linear)
+        held += 4 * int(np.prod(dims[linear.weight_source]))
+        if held < CHUNK_BYTES and index + 1 < len(linears):
+            continue
+        names = list(dict.fromkeys(member.weight for member in chunk))
+        session = runtime_session(simulate(cut(model, {}, names)), directory)
+        arrays = dict(zip(names, session.run(names, {}), strict=True))
+        for member in chunk:
+            yield member, arrays[member.weight].T
+        chunk, held = [], 0
+
+
+def weights_gate(model: onnx.ModelProto, directory: Path, reference: Reference, linears: Sequence[Linear]) -> Gate:
+    """Check that each MatMul's weight is, bit for bit, the reference's weight of that linear."""
+    dims = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    offenders, differing, elements = [], 0, 0
+    for linear, found in graph_weights(model, directory, linears):
+        expected = reference.weight(linear.path)
+        elements += expected.size
+        wrong = _differing(found, expected)
+        if wrong:
+            differing += wrong
+            same = [other for other in linears if dims[other.weight_source] == dims[linear.weight_source]]
+            offenders.append((f"{linear.path}.weight", _diagnosis(linear, found, same, reference)))
+    compared = f"{elements} elements of {len(linears)} weights, dequantized by ONNX Runtime, equal the checkpoint's"
+    return gate_of_offenders("weights", offenders, differing, 0, compared)
+
+
+def _differing(found: FloatArray, expected: FloatArray) -> int:
+    if found.shape != expected.shape:
+        return max(found.size, expected.size)
+    left, right = np.ascontiguousarray(found), np.ascontiguousarray(expected)
+    return int((left.view(np.uint32) != right.view(np.uint32)).sum())
+
+
+def _diagnosis(linear: Linear, found: FloatArray, same_shape: Sequence[Linear], reference: Reference) -> str:
+    """Say in what way a weight is wrong."""
+    expected = reference.weight(linear.path)
+    if found.shape != expected.shape:
+        return f"has shape {list(found.shape)}, expected {list(expected.shape)}"
+    wrong = np.argwhere(found.view(np.uint32) != expected.view(np.uint32))
+    text = f"{len(wrong)} of {found.size} elements differ, the first at {wrong[0].tolist()}"
+    pairs = expected.reshape(expected.shape[0], -1, 2)[:, :, ::-1].reshape(expected.shape)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = found[expected != 0] / expected[expected != 0]
+    if np.array_equal(np.sign(found), np.sign(pairs)):
+        return f"{text}: the two codes of each byte are exchanged"
+    if len(ratio) and abs(ratio - np.median(ratio)).max() < 0.01 * abs(np.median(ratio)):
+        return f"{text}: all are {np.median(ratio):.3g} times the checkpoint's, so its global scale is wrong"
+    if len(wrong) > 1:
+        for other in same_shape:
+            candidate = reference.weight(other.path) if other.path != linear.path else None
+            if candidate is not None and not _differing(found, candidate):
+                return f"{text}: the node {linear.matmul} reads the weight of {other.path}"
+    return text
+
+
+def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Reference) -> Gate:
+    """Check every initializer that carries a checkpoint tensor's name: codes, scales, biases, norms.
+
+    A checkpoint tensor that the graph does not hold is named too, save the scales that a merged group shares.
+    """
+    graph, names = Graph(model), set(reference.names)
+    offenders, checked = [], 0
+    for name in reference.names:
+        tensor = graph.initializers.get(name)
+        if tensor is None:
+            if not name.endswith((".input_scale", ".weight_scale_2")):
+                offenders.append((name, "is in the checkpoint but not in the graph"))
+            continue
+        try:
+            found, expected = _bytes(array_of(tensor, directory)), _bytes(reference.raw(name))
+        except BadGraph as error:
+            offenders.append((name, str(error)))
+            continue
+        checked += 1
+        if found.size != expected.size:
+            offenders.append((name, f"has {found.size} bytes, the checkpoint {expected.size}"))
+        elif not np.array_equal(found, expected):
+            wrong = np.flatnonzero(found != expected)
+            offenders.append((name, f"{len(wrong)} of {found.size} bytes differ, the first at {wrong[0]}"))
+    offenders += [(who, what) for who, what in _biases(graph) if who in names]
+    compared = f"{checked} initializers equal the checkpoint's tensors of the same name"
+    return gate_of_offenders("stored tensors", offenders, len(offenders), 0, compared)
+
+
+def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _biases(graph: Graph) -> Iterator[tuple[str, str]]:
+    """Yield the biases that a linear adds though they are another's, or does not add at all."""
+    for linear in graph.linears():
+        wanted = f"{linear.path}.bias"
+        source = graph.source(linear.bias) if linear.bias else None
+        if source != wanted:
+            yield wanted, f"node {linear.add or linear.matmul} adds {source} in its place"
+
+
+def quantization_gates(
+    model: onnx.ModelProto, directory: Path, reference: Reference, linears: Sequence[Linear]
+) -> tuple[Gate, Gate, Mapping[str, tuple[float, float]]]:
+    """Check quantized weights against the 16-bit weights that they were made of.
+
+    Returns:
+        The gate on the relative L2 error, the gate on the scale bias <w, w_q> / <w, w> - 1, and (error, bias)
+        of each linear by path.
+    """
+    errors, large, biased = {}, [], []
+    for linear, found in graph_weights(model, directory, linears):
+        expected = reference.weight(linear.path)
+        if found.shape != expected.shape:
+            large.append((f"{linear.path}.weight", f"shape {list(found.shape)}, expected {list(expected.shape)}"))
+            continue
+        error = relative_l2(found, expected)
+        w = expected.astype(np.float64).reshape(-1)
+        bias = float(np.dot(w, found.reshape(-1)) / max(np.dot(w, w), 1e-30)) - 1
+        errors[linear.path] = (error, bias)
+        if not error <= WEIGHT_ERROR_LIMIT:
+            large.append((f"{linear.path}.weight", f"relative L2 error {error:.3g}"))
+        if not abs(bias) <= SCALE_BIAS_LIMIT:
+            biased.append((f"{linear.path}.weight", f"is {1 + bias:.4g} times as large as the reference's"))
+    worst = max((error for error, _ in errors.values()), default=0.0)
+    worst_bias = max((abs(bias) for _, bias in errors.values()), default=0.0)
+    told = f"largest relative L2 error of {len(errors)} weights {worst:.3g}"
+    told_bias = f"largest scale bias of {len(errors)} weights {worst_bias:.2%}"
+    return (
+        gate_of_offenders("weight error", large, worst, WEIGHT_ERROR_LIMIT, told),
+        gate_of_offenders("scale bias", biased, worst_bias, SCALE_BIAS_LIMIT, told_bias),
+        errors,
+    )
+
+
+def rounded_weights_gate(
+    model: onnx.ModelProto,
+    directory: Path,
+    reference: Reference,
+    linears: Sequence[Linear],
+    dequantize: Callable[[str, FloatArray, np.float32], FloatArray],
+) -> Gate:
+    """Check that every weight is the reference's, rounded under the graph's own global scale.
+
+    Only plain rounding promises this (recipe `nvfp4-ptq`). It finds a single flipped code, which no norm
+    would.
+
+    Args:
+        model: the deployable graph.
+        directory: where its external data lie.
+        reference: the 16-bit checkpoint.
+        linears: the quantized linears.
+        dequantize: (path, weight [N, K], global scale) to the weight as the graph's chain has it after
+            quantization.
+    """
+    graph = Graph(model)
+    offenders, differing, elements = [], 0, 0
+    for linear, found in graph_weights(model, directory, linears):
+        scale = array_of(graph.initializers[graph.weight_scale(linear)], directory).reshape(())
+        expected = dequantize(linear.path, reference.weight(linear.path), np.float32(scale))
+        wrong = _differing(found, expected)
+        elements += expected.size
+        if wrong:
+            differing += wrong
+            what = f"{wrong} of {found.size} elements are not the reference's, rounded to the nearest code"
+            offenders.append((f"{linear.path}.weight", what))
+    compared = f"{elements} codes are those nearest to the reference"
+    return gate_of_offenders("rounded weights", offenders, differing, 0, compared)

@@ -1,0 +1,93 @@
+"""`inspect` says what an artifact is, from headers alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fp4trt
+from onnx_functions.errors import UnknownArtifact
+from onnx_functions.inspect import describe, table
+
+
+def test_a_quantized_checkpoint_is_described(quantized_digits: Path) -> None:
+    found = describe(quantized_digits)
+    assert found["kind"] == "quantized checkpoint"
+    assert found["fp4_linears"] == 52
+    assert found["formats"]["nvfp4"] == {"linears": 52, "parameters": 2162688, "bytes": 2162688 * 9 // 16 + 52 * 4}
+    assert 0.9 < found["fp4_coverage"] < 1
+    assert ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"] in (
+        found["groups"]
+    )
+
+
+def test_a_16_bit_checkpoint_is_described(digits: Path) -> None:
+    found = describe(digits)
+    assert found["kind"] == "checkpoint"
+    assert found["formats"].keys() == {"bf16"}
+    assert found["fp4_coverage"] == 0
+
+
+def test_a_graph_is_described(quantized_digits: Path) -> None:
+    found = describe(quantized_digits / "model.onnx")
+    assert found["kind"] == "onnx"
+    assert found["fp4_linears"] == 52
+    assert found["activation_quantizers"] == 32
+    assert found["inputs"][0] == {"name": "hidden_states", "type": "BFLOAT16", "shape": ["B", "L", 16]}
+    assert found["external_files"] == ["diffusion_pytorch_model.safetensors"]
+    assert found["formats"] == describe(quantized_digits)["formats"] | {"nvfp4": found["formats"]["nvfp4"]}
+    assert any("FP4 covers" in line for line in table(found))
+
+
+def test_an_engine_is_described_by_the_json_beside_it(tmp_path: Path) -> None:
+    manifest = {
+        "kind": "fp4trt engine",
+        "format": 1,
+        "engine": "a.engine",
+        "engine_bytes": 1234,
+        "fp4_gemms": 32,
+        "fp4_linears": 52,
+        "quantized_linears": 52,
+        "request": {"gpus": ["rtx5090"], "compute_capabilities": ["12.0"]},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (tmp_path / "a.engine").write_bytes(b"engine")
+    for name in ("a.json", "a.engine"):
+        found = describe(tmp_path / name)
+        assert found["kind"] == "engine"
+        assert found["fp4_coverage"] == 1
+        assert found["engine_present"]
+        assert any("rtx5090" in line for line in table(found))
+
+
+@pytest.mark.parametrize("name", ["absent", "note.txt", "list.json", "other.json"])
+def test_anything_else_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "note.txt").write_text("hello", encoding="utf-8")
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UnknownArtifact) as caught:
+        describe(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_prints_a_table_and_json(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fp4trt.run(["inspect", str(digits)]) == 0
+    assert "bf16" in capsys.readouterr().out
+    assert fp4trt.run(["inspect", str(digits), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
+
+
+def test_inspecting_needs_no_torch(quantized_digits: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from onnx_functions.inspect import describe\n"
+        "for path in sys.argv[1:]: print(describe(path)['kind'])"
+    )
+    paths = [str(quantized_digits), str(quantized_digits / "model.onnx")]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["quantized", "checkpoint", "onnx"]

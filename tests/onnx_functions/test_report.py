@@ -1,0 +1,83 @@
+"""The report: JSON that any reader takes, and one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import onnx_functions
+from onnx_functions.report import write_report
+from onnx_functions.verdict import Figures, Gate, Report, gate_of_offenders, relative_l2
+
+
+def report(tmp_path: Path) -> Report:
+    gates = (
+        Gate("weights", True, 0, 0, "all equal"),
+        Gate("structure", False, float("inf"), 1e-3, "node <a> & b", ("a",)),
+        Gate("second witness", True, 0, 0, "too large", was_skipped=True),
+    )
+    rows = tuple(
+        Figures(f"blocks.{i}.to_q", f"blocks.{i}", output_error=1e-5 * i, structure_error=1e-6) for i in range(12)
+    )
+    return Report(tmp_path / "model.onnx", tmp_path, "quantized", "full", gates, rows)
+
+
+def test_the_json_is_strict_and_complete(tmp_path: Path) -> None:
+    data, _ = write_report(report(tmp_path), tmp_path / "out")
+    found = json.loads(data.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found["passed"] is False
+    assert [gate["name"] for gate in found["gates"]] == ["weights", "structure", "second witness"]
+    assert found["gates"][1]["figure"] is None
+    assert len(found["linears"]) == 12
+
+
+def test_the_html_holds_its_plots_and_loads_nothing(tmp_path: Path) -> None:
+    _, page = write_report(report(tmp_path), tmp_path / "out")
+    assert page is not None
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<svg") == 3
+    assert "node &lt;a&gt; &amp; b" in text
+    assert not re.search(r'(src|href)="(?!#)', text.replace("xlink:href", "href"))
+
+
+def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
+    pages = [write_report(report(tmp_path), tmp_path / name)[1] for name in ("one", "two")]
+    assert pages[0] is not None
+    assert pages[1] is not None
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_without_matplotlib_the_json_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    data, page = write_report(report(tmp_path), tmp_path / "out")
+    assert page is None
+    assert data.exists()
+
+
+def test_a_gate_names_five_offenders_and_counts_the_rest() -> None:
+    gate = gate_of_offenders("weights", [(f"w{i}", "differs") for i in range(7)], 7, 0, "")
+    assert not gate.passed
+    assert "w4: differs; and 2 more" in gate.detail
+    assert len(gate.offenders) == 7
+
+
+def test_a_relative_error_of_other_shapes_or_of_nan_is_infinite() -> None:
+    import numpy as np
+
+    ones = np.ones(4, np.float32)
+    assert relative_l2(ones, np.ones(3, np.float32)) == float("inf")
+    assert relative_l2(ones * np.nan, ones) == float("inf")
+    assert relative_l2(ones * 1.5, ones) == pytest.approx(0.5)
+
+
+def test_the_verbs_are_functions_whatever_was_imported_before() -> None:
+    for module in ("simulate", "validate"):
+        importlib.import_module(f"onnx_functions.{module}")
+    assert callable(onnx_functions.validate)
+    assert callable(onnx_functions.simulate)
+    assert callable(onnx_functions.session)
