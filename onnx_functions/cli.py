@@ -42,7 +42,7 @@ def validate(model: Path, reference: Path | None, level: str, output: Path | Non
       fp4trt validate flux-fp4/ --reference flux-fp4/
     """
     from onnx_functions.report import NO_PLOTS, write_report
-    from onnx_functions.validate import validate as check
+    from onnx_functions.validation import validate as check
 
     report = check(model, reference, level, say=click.echo)
     folder = output or (model if model.is_dir() else model.parent) / "validation"

@@ -1,6 +1,6 @@
 """The second witness: onnx's own ReferenceEvaluator on the deployable graph as it stands.
 
-It reads the same file and nothing of :mod:`onnx_functions.simulate`; only the trt operator, which onnx does
+It reads the same file and nothing of :mod:`onnx_functions.simulation`; only the trt operator, which onnx does
 not know, is given here, in numpy. Slow: for small graphs.
 """
 

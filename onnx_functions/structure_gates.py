@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from onnx_functions.cut import cut
 from onnx_functions.linears import Graph, Linear
-from onnx_functions.simulate import runtime_session, simulate
+from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.verdict import FloatArray, Gate, failed_to_run, relative_l2, runtime_errors, skipped
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_functions.linears import Linear, Quantizer
-from onnx_functions.simulate import runtime_session, teacher_forced
+from onnx_functions.simulation import runtime_session, teacher_forced
 from onnx_functions.verdict import FloatArray, Gate, gate_of_offenders, relative_l2
 
 __all__ = [

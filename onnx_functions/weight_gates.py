@@ -18,7 +18,7 @@ from onnx_functions.cut import cut
 from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import array_of, span_of
 from onnx_functions.linears import Graph, Linear
-from onnx_functions.simulate import runtime_session, simulate
+from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.verdict import FloatArray, Gate, gate_of_offenders, relative_l2
 
 __all__ = [

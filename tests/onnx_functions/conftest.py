@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration import nvfp4
 from onnx_functions.cut import cut
-from onnx_functions.simulate import runtime_session, simulate
+from onnx_functions.simulation import runtime_session, simulate
 
 GROUPS = (("first", "second"), ("third",))
 WIDTH = 32

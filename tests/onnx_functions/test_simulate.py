@@ -17,7 +17,7 @@ from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import load_graph
 from onnx_functions.linears import Graph
 from onnx_functions.reference_ops import reference_evaluator
-from onnx_functions.simulate import runtime_session, session, simulate, teacher_forced
+from onnx_functions.simulation import runtime_session, session, simulate, teacher_forced
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:

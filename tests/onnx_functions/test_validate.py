@@ -12,7 +12,7 @@ import torch
 import fp4trt
 from calibration.checkpoint import read
 from onnx_functions.errors import BadGraph, BadReference
-from onnx_functions.validate import validate
+from onnx_functions.validation import validate
 from onnx_functions.verdict import Report
 
 TO_Q = "transformer_blocks.1.attn.to_q"

@@ -28,7 +28,7 @@ from onnx_functions import structure_gates, teacher_gates, weight_gates
 from onnx_functions.errors import BadGraph, BadReference
 from onnx_functions.external_data import array_of, load_graph
 from onnx_functions.linears import Graph, Linear, metadata_of, promised_linears
-from onnx_functions.simulate import runtime_session, simulate
+from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.structure_gates import Run
 from onnx_functions.teacher_gates import Teacher, TeacherForced, block_of
 from onnx_functions.verdict import Figures, FloatArray, Gate, Report, failed_to_run, guarded, skipped
