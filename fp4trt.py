@@ -55,6 +55,7 @@ EXTRAS: dict[str, str] = {
     "safetensors": "quantize",
     "onnxscript": "quantize",
     "onnx_ir": "quantize",
+    "transformers": "prompts",
     "tensorrt_rtx": "rtx",
     "polygraphy": "rtx",
     "tensorrt": "tensorrt",

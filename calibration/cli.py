@@ -18,6 +18,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--inputs", type=_PATH, help="Captured transformer inputs (.safetensors) to run on.")
 @click.option("--prompts", type=_PATH, help="A text file, one prompt a line, for the family's pipeline.")
 @click.option("--save-inputs", type=_PATH, help="Keep the captured inputs here, to repeat the calibration exactly.")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps a prompt.  [default: the pipeline's own]")
+@click.option("--resolution", type=click.IntRange(16), help="Pixels of a side.  [default: the pipeline's own]")
 @click.option("--force", is_flag=True, help="Replace existing results.")
 def calibrate(
     source: str,
@@ -25,6 +27,8 @@ def calibrate(
     inputs: Path | None,
     prompts: Path | None,
     save_inputs: Path | None,
+    steps: int | None,
+    resolution: int | None,
     force: bool,
 ) -> dict[str, Any]:
     """Measure how large the inputs of the linears become, over the whole denoising schedule.
@@ -35,11 +39,11 @@ def calibrate(
     \b
     Example:
       fp4trt calibrate digits -o amax.json --save-inputs inputs.safetensors
-      fp4trt calibrate FLUX.1-dev -o amax.json --prompts prompts.txt
+      fp4trt calibrate FLUX.1-dev -o amax.json --prompts prompts.txt --steps 20
     """
     from calibration.input_amax import calibrate as run
 
-    result = run(source, output, inputs, prompts, save_inputs, force)
+    result = run(source, output, inputs, prompts, save_inputs, steps, resolution, force)
     click.echo(f"calibrated {result['linears']} linears on {result['calls']} calls -> {output}")
     return result
 

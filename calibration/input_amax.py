@@ -13,7 +13,7 @@ from calibration import ptq
 from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
 from calibration.errors import BadAmax, BadInputs
 from calibration.models import family_of
-from calibration.prompts import capture_prompts
+from calibration.prompts import Sampling, capture_prompts
 from calibration.safetensors_file import sha256_of
 from calibration.source import find_source, load_json, load_source
 from calibration.write import refuse_existing, write_json
@@ -45,6 +45,8 @@ def calibrate(
     inputs: str | Path | None = None,
     prompts: str | Path | None = None,
     save_inputs_to: str | Path | None = None,
+    steps: int | None = None,
+    resolution: int | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Measure the largest magnitude that enters every quantized linear and write ``{module path: amax}``.
@@ -55,6 +57,8 @@ def calibrate(
         inputs: captured inputs to run on; or
         prompts: a text file, one prompt a line, that the family's pipeline runs on. Neither: the built-in model's own.
         save_inputs_to: where to keep the captured inputs, so that calibration repeats exactly.
+        steps: denoising steps for each prompt; None for the pipeline's own number.
+        resolution: height and width of the prompts' pictures, in pixels; None for the pipeline's own.
         force: replace existing results.
 
     Returns:
@@ -68,7 +72,7 @@ def calibrate(
     if save_inputs_to is not None:
         refuse_existing(Path(save_inputs_to), force)
     folder = find_source(source)
-    measured = _measure(folder, inputs, prompts)
+    measured = _measure(folder, inputs, prompts, Sampling(steps, resolution))
     if save_inputs_to is not None:
         save_inputs(save_inputs_to, measured.calls)
     partial = output.with_name(output.name + ".partial")
@@ -93,7 +97,7 @@ def calibration_from(folder: Path, given: str | Path | None) -> Calibration:
         BadAmax, BadInputs: naming what is wrong.
     """
     if given is None or Path(given).suffix != ".json":
-        return _measure(folder, given, None)
+        return _measure(folder, given, None, Sampling())
     config = load_json(folder / "config.json")
     amax = ptq.checked(_load_amax(Path(given)), family_of(config).quantized(config))
     return Calibration(amax, {"data": "amax", "sha256": sha256_of(Path(given))})
@@ -111,7 +115,7 @@ def _load_amax(path: Path) -> dict[str, Any]:
     return values
 
 
-def _measure(folder: Path, inputs: str | Path | None, prompts: str | Path | None) -> Calibration:
+def _measure(folder: Path, inputs: str | Path | None, prompts: str | Path | None, sampling: Sampling) -> Calibration:
     """Load the model, run it on captured inputs, or on what its pipeline makes of prompts."""
     config = load_json(folder / "config.json")
     family = family_of(config)
@@ -124,7 +128,7 @@ def _measure(folder: Path, inputs: str | Path | None, prompts: str | Path | None
             {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))},
         )
     else:
-        calls, described = capture_prompts(model, folder, family, prompts), {"data": "prompts"}
+        calls, described = capture_prompts(model, folder, family, prompts, sampling), {"data": "prompts"}
     check_inputs(calls, family, config)
     amax = ptq.measure_input_amax(model, family.quantized(config), calls)
     return Calibration(amax, {**described, "calls": len(calls), "family": family.name}, tuple(calls))

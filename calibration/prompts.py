@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ from calibration.models import Family
 from calibration.models.digits import DIGITS
 from calibration.source import load_json
 
-__all__ = ["capture_prompts"]
+__all__ = ["Sampling", "capture_prompts", "read_prompts"]
 
 
-def capture_prompts(model: nn.Module, folder: Path, family: Family, prompts: str | Path | None) -> list[Inputs]:
+@dataclass(frozen=True)
+class Sampling:
+    """How the prompts of a pipeline are sampled; None leaves a setting to the pipeline."""
+
+    steps: int | None = None
+    resolution: int | None = None
+
+
+def capture_prompts(
+    model: nn.Module, folder: Path, family: Family, prompts: str | Path | None, sampling: Sampling
+) -> list[Inputs]:
     """Return every call that sampling the prompts makes of the transformer.
 
     Args:
@@ -27,6 +38,7 @@ def capture_prompts(model: nn.Module, folder: Path, family: Family, prompts: str
         folder: its checkpoint; the pipeline (text encoders, tokenizers, scheduler) is expected in the parent folder.
         family: the model's family.
         prompts: a text file, one prompt a line; None for the built-in model's ten words.
+        sampling: of a pipeline; the built-in model has its own schedule.
 
     Raises:
         BadInputs: there are no prompts, or no pipeline to run them.
@@ -35,7 +47,7 @@ def capture_prompts(model: nn.Module, folder: Path, family: Family, prompts: str
         return _capture_digits(model, None if prompts is None else read_prompts(Path(prompts)))
     if prompts is None:
         raise BadInputs(f"{folder} needs calibration data; give captured inputs, or prompts, or an amax.json")
-    return _capture_pipeline(model, folder, family, read_prompts(Path(prompts)))
+    return _capture_pipeline(model, folder, family, read_prompts(Path(prompts)), sampling)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -68,9 +80,12 @@ def _capture_digits(model: nn.Module, words: list[str] | None) -> list[Inputs]:
     return capture(model, [WORDS.index(word) for word in words], dtype=torch.bfloat16)
 
 
-def _capture_pipeline(model: nn.Module, folder: Path, family: Family, prompts: list[str]) -> list[Inputs]:
-    """Sample every prompt with the pipeline's own defaults, on the GPU where there is one."""
+def _capture_pipeline(
+    model: nn.Module, folder: Path, family: Family, prompts: list[str], sampling: Sampling
+) -> list[Inputs]:
+    """Sample every prompt, on the GPU where there is one, and keep every call of the transformer."""
     import diffusers
+    import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
 
     root = folder.parent
     if not (root / "model_index.json").is_file():
@@ -82,9 +97,11 @@ def _capture_pipeline(model: nn.Module, folder: Path, family: Family, prompts: l
     pipeline.set_progress_bar_config(disable=True)
     if torch.cuda.is_available():
         pipeline.enable_model_cpu_offload()
+    settings = {"num_inference_steps": sampling.steps, "height": sampling.resolution, "width": sampling.resolution}
+    settings = {name: value for name, value in settings.items() if value is not None}
     config = load_json(folder / "config.json")
     progress = click.progressbar(prompts, label="sampling prompts", file=sys.stderr)
     with capturing(model, family, config) as calls, progress as bar:
         for seed, prompt in enumerate(bar):
-            pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent")
+            pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **settings)
     return calls

@@ -15,7 +15,7 @@ ROOT = Path(fp4trt.__file__).parent
 ROOMS = ("calibration", "exporter", "onnx_functions", "trt_build")
 
 LIGHT = {"click", "numpy", "ml_dtypes", "onnx"}
-TORCH = {"accelerate", "diffusers", "huggingface_hub", "modelopt", "safetensors", "torch"}
+TORCH = {"accelerate", "diffusers", "huggingface_hub", "modelopt", "safetensors", "torch", "transformers"}
 
 # Which rooms, and which packages, each room may import.
 ALLOWED = {

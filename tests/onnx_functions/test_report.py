@@ -76,7 +76,7 @@ def test_a_relative_error_of_other_shapes_or_of_nan_is_infinite() -> None:
 
 
 def test_the_verbs_are_functions_whatever_was_imported_before() -> None:
-    for module in ("simulate", "validate"):
+    for module in ("simulation", "validation"):
         importlib.import_module(f"onnx_functions.{module}")
     assert callable(onnx_functions.validate)
     assert callable(onnx_functions.simulate)

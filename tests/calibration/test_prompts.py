@@ -1,0 +1,97 @@
+"""From prompts to captured inputs: the built-in model's words, and a real (tiny) FLUX pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibration.dataset import load_inputs
+from calibration.errors import BadInputs
+from calibration.input_amax import METADATA, calibrate
+from calibration.models import family_of
+from calibration.prompts import read_prompts
+from calibration.source import load_json
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_flux: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX pipeline with random weights, as diffusers stores one."""
+    pytest.importorskip("transformers")
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "cat": 4, "dog": 5, "<unk>": 6}
+    split = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=split, model_max_length=77, **names)
+    folder = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 7}
+    clip = CLIPTextConfig(hidden_size=16, intermediate_size=16, projection_dim=16, eos_token_id=2, **sizes)
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(latent_channels=16, block_out_channels=(32,), norm_num_groups=8, sample_size=32),
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(T5Config(d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=7)),
+        tokenizer_2=tokenizer,
+        transformer=FluxTransformer2DModel.from_pretrained(tiny_flux(folder / "seed")),
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def test_a_pipelines_prompts_are_sampled_over_the_whole_schedule(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    result = calibrate(
+        pipeline,
+        tmp_path / "amax.json",
+        prompts=tmp_path / "prompts.txt",
+        save_inputs_to=tmp_path / "inputs.safetensors",
+        steps=3,
+        resolution=32,
+    )
+    assert result["calls"] == 2 * 3
+    amax = json.loads((tmp_path / "amax.json").read_text())
+    config = load_json(pipeline / "transformer" / "config.json")
+    assert list(amax) == sorted([METADATA, *family_of(config).quantized(config)])
+    calls = load_inputs(tmp_path / "inputs.safetensors")
+    times = [float(call["timestep"][0]) for call in calls[:3]]
+    assert times[0] == 1.0
+    assert times == sorted(times, reverse=True)
+    assert not torch.equal(calls[0]["hidden_states"], calls[3]["hidden_states"])
+    again = calibrate(pipeline, tmp_path / "again.json", inputs=tmp_path / "inputs.safetensors")
+    assert again["linears"] == 20
+    repeated = json.loads((tmp_path / "again.json").read_text())
+    assert {**repeated, METADATA: 0} == {**amax, METADATA: 0}
+
+
+def test_words_choose_what_the_built_in_model_draws(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("three\nseven\n")
+    result = calibrate("digits", tmp_path / "amax.json", prompts=tmp_path / "words.txt")
+    assert result["linears"] == 52
+    (tmp_path / "words.txt").write_text("eleven\n")
+    with pytest.raises(BadInputs, match="'eleven' is no prompt of the built-in model; it knows: zero"):
+        calibrate("digits", tmp_path / "other.json", prompts=tmp_path / "words.txt")
+
+
+def test_a_transformer_alone_cannot_sample_prompts(tiny_flux: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with pytest.raises(BadInputs, match="not a pipeline"):
+        calibrate(tiny_flux(tmp_path / "flux"), tmp_path / "amax.json", prompts=tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfe", "UTF-8")]
+)
+def test_a_file_without_prompts_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(BadInputs, match=words):
+        read_prompts(tmp_path / "prompts.txt")
+    with pytest.raises(BadInputs, match="does not exist"):
+        read_prompts(tmp_path / "absent.txt")
