@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import click
 import onnx_ir as ir
 
 from calibration.checkpoint import Checkpoint, read
@@ -14,7 +16,7 @@ from exporter.errors import BadGraph, OutputExists
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.name_nodes import name_nodes
-from exporter.trace import OPSET, other_linears, trace
+from exporter.trace import OPSET, other_linears, trace, translate
 
 __all__ = ["export", "group_leaders"]
 
@@ -53,14 +55,21 @@ def export(
     if path.exists() and not force:
         raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
-    model = trace(checkpoint)
-    fold_constants(model)
-    double_dequantize(model, group_leaders(checkpoint), scale_dtype)
-    name_nodes(model)
-    _describe(model, checkpoint, scale_dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save = external_weights.save_with_copies if copy_weights or reason else external_weights.save_pointing
-    save(model, checkpoint.tensors, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
+    with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
+        program = trace(checkpoint)
+        bar.update(45)
+        model = translate(checkpoint, program)
+        bar.update(45)
+        fold_constants(model)
+        double_dequantize(model, group_leaders(checkpoint), scale_dtype)
+        name_nodes(model)
+        _describe(model, checkpoint, scale_dtype)
+        bar.update(5)
+        save(model, checkpoint.tensors, path)
+        bar.update(5)
     return {
         "onnx": str(path.resolve()),
         "opset": OPSET,

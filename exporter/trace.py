@@ -16,7 +16,7 @@ from calibration.checkpoint import Checkpoint, plain_config
 from calibration.source import model_class
 from exporter.trt_ops import TracedLinear, translations
 
-__all__ = ["OPSET", "other_linears", "trace"]
+__all__ = ["OPSET", "other_linears", "trace", "translate"]
 
 OPSET = 23
 """The first ONNX opset with FLOAT4E2M1 and DequantizeLinear's ``output_dtype``."""
@@ -25,25 +25,32 @@ _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS = 2, 16, 8
 """Sizes to trace with: a batch of 1 would be baked in. Nothing else depends on them."""
 
 
-def trace(checkpoint: Checkpoint) -> ir.Model:
-    """Return the checkpoint's model as an ONNX graph with the FP4 placeholders of :mod:`exporter.trt_ops`.
+def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
+    """Return the checkpoint's model as torch.export sees it, with TracedLinear where it is quantized.
 
-    Inputs and output have the family's names, order, dtypes and symbolic shapes. Initializers have their state-dict
-    names, BF16, and no values. Nothing of the weights is read.
+    Its weights are on the meta device: nothing of the checkpoint's data is read.
     """
     model = _meta_model(checkpoint)
     family, config = checkpoint.family, checkpoint.config
     example = family.example_inputs(config, _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS, 0, torch.bfloat16)
     inputs = {name: value.to("meta") for name, value in example.items()}
-    shapes = family.input_shapes(config)
     with _quiet():
-        program = torch.export.export(
+        return torch.export.export(
             model,
             (),
             kwargs={**inputs, "return_dict": False},
-            dynamic_shapes={**_dynamic_shapes(shapes), "return_dict": None},
+            dynamic_shapes={**_dynamic_shapes(family.input_shapes(config)), "return_dict": None},
             strict=False,
         )
+
+
+def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> ir.Model:
+    """Return the traced program as an ONNX graph with the FP4 placeholders of :mod:`exporter.trt_ops`.
+
+    Inputs and output have the family's names, order, dtypes and symbolic shapes. Initializers have their state-dict
+    names, BF16, and no values.
+    """
+    with _quiet():
         exported = torch.onnx.export(
             program,
             custom_translation_table=translations(),
@@ -53,9 +60,9 @@ def trace(checkpoint: Checkpoint) -> ir.Model:
             verbose=False,
         )
     assert exported is not None
-    graph = exported.model
-    _name_interface(graph.graph, shapes, family.outputs)
-    return graph
+    family = checkpoint.family
+    _name_interface(exported.model.graph, family.input_shapes(checkpoint.config), family.outputs)
+    return exported.model
 
 
 def other_linears(checkpoint: Checkpoint) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_command_s_help_has_an_example_and_takes_json(name, capfd):
 
 def torch_free_modules() -> list[str]:
     paths = (path for room in ("onnx_functions", "trt_build") for path in sorted((ROOT / room).rglob("*.py")))
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.stem != "validate"]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.stem != "validation"]
 
 
 def test_onnx_functions_and_trt_build_import_without_torch():
