@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
-from calibration.models.family import Family, Symbol, family_of
+from typing import Final
 
-__all__ = ["Family", "Symbol", "family_of"]
+from calibration.errors import UnknownFamily
+from calibration.models.digits import DIGITS
+from calibration.models.family import Config, Family, Symbol
+from calibration.models.flux import FLUX
+
+__all__ = ["FAMILIES", "Family", "Symbol", "family_of"]
+
+FAMILIES: Final = (DIGITS, FLUX)
+"""In the order in which a config is tried on them: the narrower first."""
+
+
+def family_of(config: Config) -> Family:
+    """Return the family of a diffusers config.
+
+    Raises:
+        UnknownFamily: no family fits.
+    """
+    for family in FAMILIES:
+        if family.matches(config):
+            return family
+    known = ", ".join(sorted({family.class_name for family in FAMILIES}))
+    raise UnknownFamily(
+        f"config.json describes a {config.get('_class_name', 'model without _class_name')}; "
+        f"expected one of: {known}; give the folder of a diffusers transformer"
+    )

@@ -1,4 +1,4 @@
-"""What the rest of the project has to know of a model family, and how a config finds its family."""
+"""What the rest of the project has to know of a model family."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from calibration.errors import UnknownFamily, UnsupportedLinear
+from calibration.errors import UnsupportedLinear
 from calibration.nvfp4 import BLOCK_SIZE
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Config", "Family", "Symbol", "family_of"]
+__all__ = ["Config", "Family", "Symbol", "require_blocks_of_16"]
 
 Config = Mapping[str, Any]
 
@@ -67,25 +67,6 @@ class Family:
     def quantized(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the quantized linears, in graph order."""
         return tuple(path for group in self.groups(config) for path in group)
-
-
-def family_of(config: Config) -> Family:
-    """Return the family of a diffusers config.
-
-    Raises:
-        UnknownFamily: no family fits.
-    """
-    from calibration.models import digits, flux
-
-    families = (digits.DIGITS, flux.FLUX)
-    for family in families:
-        if family.matches(config):
-            return family
-    known = ", ".join(sorted({family.class_name for family in families}))
-    raise UnknownFamily(
-        f"config.json describes a {config.get('_class_name', 'model without _class_name')}; "
-        f"expected one of: {known}; give the folder of a diffusers transformer"
-    )
 
 
 def require_blocks_of_16(path: str, in_features: int) -> None:
