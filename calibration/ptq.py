@@ -6,6 +6,8 @@ ModelOpt backend because ModelOpt's own NVFP4 kernel refuses the CPU. On CUDA th
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import sys
 import warnings
@@ -37,7 +39,7 @@ def _quantize(model: nn.Module, quantizers: Iterable[str], forward: Any) -> None
     """Insert ModelOpt's quantizers in place, enabled by name and nowhere else, and calibrate them by maximum."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     entries += [{"quantizer_name": name, "cfg": _NVFP4, "enable": True} for name in quantizers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
         # No forward loop is how maxima from a file are used; ModelOpt warns that it calibrates weights only.
         warnings.filterwarnings("ignore", message=".*forward_loop.*")
         mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, forward)

@@ -102,20 +102,46 @@ def _modelopt_pack(x: F32, g: torch.Tensor) -> tuple[npt.NDArray[np.uint8], npt.
     return packed._quantized_data.numpy(), scales.view(torch.uint8).numpy()
 
 
-def _without_negative_zeros(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _positive_zeros(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     low, high = packed & 0xF, packed >> 4
     return np.where(low == 8, 0, low) | (np.where(high == 8, 0, high) << 4)
 
 
-@pytest.mark.parametrize("name", ["random", "tied", "bfloat16", "huge"])
-def test_modelopt_packs_calibrated_data_the_same_but_for_the_sign_of_zero(name: str) -> None:
-    # By design ModelOpt takes a code's sign from `x < 0` before rounding for nonzero x, and writes -0 as +0.
+def _as_modelopt_means_it(x: F32, g: torch.Tensor) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Return our bytes with ModelOpt's three deviations by design: zero blocks, tiny blocks, the sign of zero."""
+    packed, scales = _pack(x, g)
+    with np.errstate(all="ignore"):
+        wanted = np.abs(x.reshape(*x.shape[:-1], -1, 16)).max(-1) / (np.float32(6) * g.numpy())
+    # A block of zeros gets the scale 1 and one whose scale would round to zero the smallest one above it.
+    scales = np.where(wanted == 0, np.uint8(0x38), np.where(scales == 0, np.uint8(1), scales))
+    tiny = np.repeat((wanted > 0) & (_pack(x, g)[1] == 0), 8, axis=-1)
+    d = np.float32(2.0**-9) * g.numpy()
+    with np.errstate(all="ignore"):
+        codes = np.clip(x / (d if d else np.float32(3e38)), -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 0xF
+    return _positive_zeros(np.where(tiny, codes[..., 0::2] | (codes[..., 1::2] << 4), packed)), scales
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_modelopts_packer_gives_the_same_bytes_but_where_it_differs_by_design(name: str) -> None:
     x = CASES[name]
-    x = np.where(x == 0, np.float32(0), x)
-    g = nvfp4.global_scale(float(np.abs(x).max()))
-    ours, theirs = _pack(x, g), _modelopt_pack(x, g)
-    np.testing.assert_array_equal(ours[1], theirs[1])
-    np.testing.assert_array_equal(ours[0], theirs[0])
+    g = nvfp4.global_scale(max(float(np.abs(x).max()), 1e-30))
+    packed, scales = _modelopt_pack(x, g)
+    expected = _as_modelopt_means_it(x, g)
+    np.testing.assert_array_equal(scales, expected[1])
+    np.testing.assert_array_equal(_positive_zeros(packed), expected[0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    x=hnp.arrays(np.float32, (2, 32), elements=st.floats(-(2.0**20), 2.0**20, width=32)),
+    amax=st.floats(2.0**-20, 2.0**20, width=32),
+)
+def test_modelopts_packer_agrees_on_any_data_but_where_it_differs_by_design(x: F32, amax: float) -> None:
+    g = nvfp4.global_scale(amax)
+    packed, scales = _modelopt_pack(x, g)
+    expected = _as_modelopt_means_it(x, g)
+    np.testing.assert_array_equal(scales, expected[1])
+    np.testing.assert_array_equal(_positive_zeros(packed), expected[0])
 
 
 def test_modelopt_differs_where_it_means_to() -> None:
