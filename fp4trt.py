@@ -39,6 +39,7 @@ COMMANDS: dict[str, Entry] = {
     "quantize": Entry("calibration.cli:quantize", "Turn a 16-bit checkpoint into an NVFP4 checkpoint."),
     "export": Entry("exporter.cli:export", "Turn a quantized checkpoint into an ONNX graph for TensorRT."),
     "validate": Entry("onnx_functions.cli:validate", "Check the numerics of a graph against its checkpoint."),
+    "lint": Entry("onnx_functions.cli:lint", "Find what TensorRT would accept wrongly or degrade in silence."),
     "build": Entry("trt_build.cli:build_command", "Compile a graph into a TensorRT engine; no GPU needed."),
     "inspect": Entry("onnx_functions.cli:inspect", "Say what an artifact is: formats, sizes, FP4 coverage."),
     "demo": Entry("calibration.digits.cli:demo", "Walk the whole road on the built-in model."),

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from calibration.safetensors_file import StoredTensor
 from exporter.errors import BadGraph
+from onnx_functions.linting import require_clean
 
 __all__ = ["bind", "must_copy", "save_pointing", "save_with_copies"]
 
@@ -85,7 +86,7 @@ def must_copy(tensors: Mapping[str, StoredTensor], directory: Path) -> str | Non
 
 
 def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path) -> None:
-    """Write a graph whose weights are the checkpoint's own bytes, checked by onnx, under its name when it is whole."""
+    """Write a graph whose weights are the checkpoint's own bytes; it gets its name once onnx and the lint accept it."""
     bind(model, tensors, path.parent)
     # The partial graph stands in the same folder as the final one, so that its relative locations hold.
     partial = path.with_name(f"{path.name}.partial")
@@ -132,3 +133,4 @@ def _write_checked(model: ir.Model, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     onnx.checker.check_model(path, full_check=True)
+    require_clean(path)  # a finding is a mistake of the exporter's, or of the checkpoint's data

@@ -47,6 +47,7 @@ def export(
     Raises:
         BadCheckpoint: the folder is no quantized checkpoint.
         BadGraph, OutputExists: naming what is wrong.
+        LintError: the graph would not be built right; nothing is written.
     """
     if scale_dtype not in get_args(ScaleDtype):
         raise BadGraph(f"there is no scale dtype '{scale_dtype}'; choose one of: {', '.join(get_args(ScaleDtype))}")

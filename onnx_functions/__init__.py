@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnx_functions.linting import lint
     from onnx_functions.simulation import session, simulate
     from onnx_functions.validation import validate
 
-__all__ = ["session", "simulate", "validate"]
+__all__ = ["lint", "session", "simulate", "validate"]
 
 _HOME = {
+    "lint": "onnx_functions.linting",
     "session": "onnx_functions.simulation",
     "simulate": "onnx_functions.simulation",
     "validate": "onnx_functions.validation",

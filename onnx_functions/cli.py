@@ -1,4 +1,4 @@
-"""The commands of this room: `validate` and `inspect`."""
+"""The commands of this room: `validate`, `lint` and `inspect`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-__all__ = ["inspect", "validate"]
+__all__ = ["inspect", "lint", "validate"]
 
 
 @click.command()
@@ -53,6 +53,32 @@ def validate(model: Path, reference: Path | None, level: str, output: Path | Non
     click.echo(f"validation {'passed' if report.passed else 'FAILED: ' + failed}; report in {page or data}")
     html = str(page.resolve()) if page is not None else None
     return {**report.as_dict(), "report": str(data.resolve()), "html": html}
+
+
+@click.command()
+@click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
+@click.option("--allow-slow", is_flag=True, help="Report what only loses FP4 speed without refusing it.")
+def lint(model: Path, allow_slow: bool) -> dict[str, Any]:
+    """Find what TensorRT would accept wrongly or degrade in silence.
+
+    Prints one line for each finding: severity, rule, node, tensor, what was found, how to mend it. Exits with 1 when
+    one is refused: every `wrong` one, and every `slow` one without --allow-slow. Needs no torch.
+
+    \b
+    Example:
+      fp4trt lint flux-fp4/model.onnx
+    """
+    from onnx_functions.linting import RULES
+    from onnx_functions.linting import lint as check
+
+    report = check(model, allow_slow)
+    for finding in report.findings:
+        click.echo(finding.line())
+    click.echo(
+        f"{len(RULES)} rules, {len(report.findings)} findings, {len(report.refused)} refused: "
+        f"{'passed' if report.passed else 'FAILED'}"
+    )
+    return report.as_dict()
 
 
 @click.command()

@@ -6,7 +6,7 @@ it and exits with ``exit_code``.
 
 from __future__ import annotations
 
-__all__ = ["BadGraph", "BadReference", "UnknownArtifact"]
+__all__ = ["BadGraph", "BadReference", "LintError", "UnknownArtifact"]
 
 
 class BadGraph(ValueError):
@@ -19,6 +19,12 @@ class BadReference(ValueError):
     """The reference of a validation is missing or does not belong to the graph."""
 
     exit_code = 2
+
+
+class LintError(ValueError):
+    """A graph that TensorRT would accept wrongly, degrade in silence or refuse."""
+
+    exit_code = 1
 
 
 class UnknownArtifact(ValueError):

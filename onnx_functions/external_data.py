@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,10 @@ from onnx import TensorProto, external_data_helper
 
 from onnx_functions.errors import BadGraph
 
-__all__ = ["BITS", "Span", "array_of", "load_graph", "nbytes_of", "span_of", "type_name"]
+__all__ = ["BITS", "BadSpan", "Span", "array_of", "load_graph", "nbytes_of", "span_of", "type_name"]
+
+FLOAT8E8M0: Final = 24
+"""The number of an element type that onnx knows from 1.19 on."""
 
 BITS: Final[Mapping[int, int]] = {
     TensorProto.FLOAT: 32,
@@ -28,12 +31,22 @@ BITS: Final[Mapping[int, int]] = {
     TensorProto.FLOAT16: 16,
     TensorProto.BFLOAT16: 16,
     TensorProto.FLOAT8E4M3FN: 8,
+    TensorProto.FLOAT8E4M3FNUZ: 8,
+    TensorProto.FLOAT8E5M2: 8,
+    TensorProto.FLOAT8E5M2FNUZ: 8,
     TensorProto.FLOAT4E2M1: 4,
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
     TensorProto.INT8: 8,
     TensorProto.UINT8: 8,
+    TensorProto.INT16: 16,
+    TensorProto.UINT16: 16,
     TensorProto.INT32: 32,
+    TensorProto.UINT32: 32,
     TensorProto.INT64: 64,
+    TensorProto.UINT64: 64,
     TensorProto.BOOL: 8,
+    FLOAT8E8M0: 8,
 }
 """Bits of one element; FLOAT4E2M1 lies two a byte, the first in the low nibble."""
 
@@ -43,6 +56,17 @@ _NUMPY: Final[Mapping[int, Any]] = {
     TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
     TensorProto.FLOAT4E2M1: np.uint8,
 }
+
+
+Fault = Literal["type", "outside", "length", "file"]
+
+
+class BadSpan(BadGraph):
+    """An initializer's external data is not where it has to be; `fault` says in which way."""
+
+    def __init__(self, fault: Fault, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -73,13 +97,19 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 def type_name(element_type: int) -> str:
     """Return the name of an ONNX element type, such as FLOAT4E2M1."""
+    if element_type not in TensorProto.DataType.values():
+        return f"element type {element_type}"
     return TensorProto.DataType.Name(element_type)  # type: ignore[no-any-return, arg-type, unused-ignore]
 
 
 def nbytes_of(tensor: TensorProto) -> int:
-    """Return how many bytes the tensor's elements take."""
+    """Return how many bytes the tensor's elements take.
+
+    Raises:
+        BadSpan: their type is unknown.
+    """
     if tensor.data_type not in BITS:
-        raise BadGraph(f"initializer {tensor.name} is {type_name(tensor.data_type)}, which no graph of ours holds")
+        raise BadSpan("type", f"initializer {tensor.name} is {type_name(tensor.data_type)}, whose size is unknown")
     elements: int = math.prod(tensor.dims)
     return -(-elements * BITS[tensor.data_type] // 8)
 
@@ -88,7 +118,7 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
     """Return where the tensor's bytes lie, None for a tensor that lies in the model itself.
 
     Raises:
-        BadGraph: the location leaves the model's directory, the file is missing or too short, or the length
+        BadSpan: the location leaves the model's directory, the file is missing or too short, or the length
             is not that of the shape. The message names the tensor.
     """
     if not external_data_helper.uses_external_data(tensor):
@@ -98,19 +128,27 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
     # Posix and Windows spellings of "outside" both count, whatever this machine is.
     relative = PurePosixPath(location.replace("\\", "/"))
     if not location or relative.is_absolute() or ".." in relative.parts or ":" in location:
-        raise BadGraph(f"initializer {tensor.name} lies at {location!r}; expected a path inside the model's directory")
+        raise BadSpan(
+            "outside", f"initializer {tensor.name} lies at {location!r}; expected a path inside the model's directory"
+        )
     file = directory / relative
     wanted = nbytes_of(tensor)
-    offset = int(entries.get("offset", "0"))
-    length = int(entries.get("length", wanted))
+    try:
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", wanted))
+    except ValueError:
+        raise BadSpan(
+            "length", f"initializer {tensor.name} has an offset or length that is no number; export the graph again"
+        ) from None
     if length != wanted:
-        raise BadGraph(f"initializer {tensor.name} has {length} bytes of external data, its shape needs {wanted}")
-    size = file.stat().st_size if file.is_file() else -1
-    if offset < 0 or offset + length > size:
-        found = f"ends at byte {size}" if size >= 0 else "does not exist"
-        raise BadGraph(
-            f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {location}, which {found}"
+        raise BadSpan(
+            "length", f"initializer {tensor.name} has {length} bytes of external data, its shape needs {wanted}"
         )
+    needs = f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {location}"
+    if not file.is_file():
+        raise BadSpan("file", f"{needs}, which does not exist")
+    size = file.stat().st_size
+    if offset < 0 or offset + length > size:
+        raise BadSpan("length", f"{needs}, which ends at byte {size}")
     return Span(file, offset, length)
 
 

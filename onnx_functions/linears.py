@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto
 from onnx_functions.errors import BadGraph
 from onnx_functions.library import TRT_DOMAIN
 
-__all__ = ["Graph", "Linear", "Quantizer", "metadata_of", "promised_linears"]
+__all__ = ["QUANTIZER", "Graph", "Linear", "Quantizer", "metadata_of", "promised_linears"]
 
 QUANTIZER = "TRT_FP4DynamicQuantize"
 

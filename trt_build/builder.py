@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx_functions.linting import require_clean
 from trt_build import manifest
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.errors import BackendMissingError
@@ -24,6 +25,8 @@ from trt_build.supervise import run_child
 from trt_build.targets import Target, parse_gpus, require_format
 
 __all__ = ["build"]
+
+_SHOWN_FINDINGS = 5
 
 OnProgress = Callable[[float, str], None]
 
@@ -77,7 +80,7 @@ def build(
         resolution, batch, text, shapes: see trt_build.profiles.make_profile.
         output: the engine file, DIRECTORY/GPU.engine unless given; its manifest NAME.json goes beside it.
         force: replace a file at `output` that fp4trt did not build.
-        allow_slow: publish an engine that lost FP4 where the graph promises it.
+        allow_slow: build what the lint finds slow, and publish an engine that lost FP4 where the graph promises it.
         weight_streaming: let the runtime keep weights in host memory.
         on_progress: called with (fraction 0..1, phase) during the build.
         on_line: called with one line for what a build starts with (the memory estimate) and for each warning.
@@ -88,6 +91,7 @@ def build(
         maximum of each symbol), shapes (the same of each input), cached, seconds.
 
     Raises:
+        LintError: the graph would be built wrongly, or slowly without `allow_slow`.
         BuildError and its kin (trt_build.errors); EngineWriteError where the disk is full.
     """
     started = time.monotonic()
@@ -96,6 +100,8 @@ def build(
     manifest.check_output(plan.engine, plan.graph, force=force)
     version = _tensorrt_version(plan)
     weights = plan.graph.weight_bytes
+    for line in _lint(plan.graph.path, allow_slow=allow_slow):
+        on_line(line)
     if weights > GIB:
         on_line(f"hashing {weights / GIB:.1f} GiB of weights, to see whether the engine is built already")
     request = _request(plan, version)
@@ -125,6 +131,18 @@ def _validate(
         engine=Path(output).absolute() if output is not None else default,
         weight_streaming=weight_streaming,
     )
+
+
+def _lint(path: Path, *, allow_slow: bool) -> Iterator[str]:
+    """Refuse what would be built wrongly; yield a line for each of the first warnings.
+
+    Raises:
+        LintError
+    """
+    findings = require_clean(path, allow_slow).findings
+    yield from (finding.line() for finding in findings[:_SHOWN_FINDINGS])
+    if len(findings) > _SHOWN_FINDINGS:
+        yield f"and {len(findings) - _SHOWN_FINDINGS} warnings more: fp4trt lint lists them"
 
 
 def _tensorrt_version(plan: _Plan) -> str:

@@ -43,14 +43,14 @@ Example:
     help="Engine file.  [default: GPU.engine beside the model]",
 )
 @click.option("--weight-streaming", is_flag=True, help="Let the runtime keep weights in host memory.")
-@click.option("--allow-slow", is_flag=True, help="Publish an engine even where promised FP4 was lost.")
+@click.option("--allow-slow", is_flag=True, help="Build and publish even where FP4 is lost.")
 @click.option("--force", is_flag=True, help="Replace a file at the output that fp4trt did not build.")
 def build_command(model: Path, **options: Any) -> dict[str, Any]:
     """Build the engine of DIR/model.onnx or MODEL.onnx.
 
     The result is GPU.engine and, beside it, GPU.json: the request, its hashes, and the kernel of every
-    linear. An unchanged request is answered from them without building. Exit status 1 when a linear that the
-    graph promises in FP4 would run in 16 bit.
+    linear. An unchanged request is answered from them without building. Exit status 1 when the lint refuses the
+    graph, or a linear that it promises in FP4 would run in 16 bit.
     """
     from trt_build.builder import build
 

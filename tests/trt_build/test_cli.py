@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from onnx_functions.errors import LintError
 from trt_build.cli import build_command
-from trt_build.errors import CoverageError, UnknownGpuError
+from trt_build.errors import UnknownGpuError
 
 
 def call(*arguments: str) -> Any:
@@ -52,6 +53,6 @@ def test_errors_pass_to_the_front_door_with_their_exit_code(attention_graph: Any
     unknown = call(str(attention_graph()), "--gpu", "voodoo2")
     assert isinstance(unknown.exception, UnknownGpuError)
     lost = call(str(attention_graph("lost", unquantized_input=True)))
-    assert isinstance(lost.exception, CoverageError)
+    assert isinstance(lost.exception, LintError)
     slow = call(str(attention_graph("slow", unquantized_input=True)), "--allow-slow")
     assert "16 bit: block.to_out: its input comes from Tanh" in slow.stdout

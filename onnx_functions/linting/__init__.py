@@ -1,0 +1,66 @@
+"""What TensorRT would accept wrongly, or degrade in silence: every rule that a graph is held against.
+
+One function a rule, one file a family of rules. Nothing here runs a graph: nodes, metadata and stored bytes are read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from onnx_functions.errors import LintError
+from onnx_functions.external_data import load_graph
+from onnx_functions.linting import activations, data, files, promise, structure, weights
+from onnx_functions.linting.opset import normalise
+from onnx_functions.linting.rule import Finding, LintReport, Rule
+from onnx_functions.linting.subject import Subject
+
+__all__ = ["RULES", "Finding", "LintReport", "Rule", "lint", "normalise", "require_clean"]
+
+RULES: Final[tuple[Rule, ...]] = (
+    *weights.RULES,
+    *activations.RULES,
+    *data.RULES,
+    *structure.RULES,
+    *promise.RULES,
+    *files.RULES,
+)
+
+_GRAVITY: Final = ("wrong", "slow", "warning")
+
+
+def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
+    """Hold a graph against every rule.
+
+    Args:
+        path: an ONNX file, or a folder that holds model.onnx.
+        allow_slow: do not refuse what only loses speed.
+
+    Returns:
+        The findings. Each byte of external data is read at most once, 8 MiB at a time.
+
+    Raises:
+        BadGraph: the file is missing or no ONNX model.
+    """
+    file = Path(path)
+    file = file / "model.onnx" if file.is_dir() else file
+    subject = Subject(file, load_graph(file))
+    findings = [finding for rule in RULES for finding in rule.findings(subject)]
+    findings.sort(key=lambda finding: _GRAVITY.index(finding.severity))
+    return LintReport(file, tuple(findings), allow_slow)
+
+
+def require_clean(path: str | Path, allow_slow: bool = False) -> LintReport:
+    """Return the lint's report of a graph that has nothing to be refused.
+
+    Raises:
+        LintError: naming the first finding.
+        BadGraph: the file is missing or no ONNX model.
+    """
+    report = lint(path, allow_slow)
+    if report.passed:
+        return report
+    first, *others = report.refused
+    more = f" (and {len(others)} more: fp4trt lint lists them)" if others else ""
+    slow = "; or pass --allow-slow" if all(finding.severity == "slow" for finding in report.refused) else ""
+    raise LintError(f"{report.path.name} is refused: {first.line()}{more}{slow}")

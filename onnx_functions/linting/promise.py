@@ -1,0 +1,221 @@
+"""Rules for what a graph promises: its linears by format, and the inputs and outputs of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from onnx import NodeProto, TensorProto, ValueInfoProto
+
+from onnx_functions.external_data import type_name
+from onnx_functions.linting.rule import Hit, rule
+from onnx_functions.linting.subject import Subject, name_of
+
+__all__ = ["CONTRACTS", "KEYS", "RULES", "Tensor"]
+
+KEYS: Final = ("family", "recipe", "scale_dtype", "linears", "groups", "symbols")
+"""The entries, after `fp4trt.`, of the metadata of a graph that promises something."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output as its runtimes expect it; None is a size that belongs to the model."""
+
+    name: str
+    type: int
+    shape: tuple[str | int | None, ...]
+    optional: bool = False
+
+
+_FLUX: Final = (
+    Tensor("hidden_states", TensorProto.BFLOAT16, ("B", "L", None)),
+    Tensor("encoder_hidden_states", TensorProto.BFLOAT16, ("B", "T", None)),
+    Tensor("pooled_projections", TensorProto.BFLOAT16, ("B", None)),
+    Tensor("timestep", TensorProto.BFLOAT16, ("B",)),
+    Tensor("img_ids", TensorProto.FLOAT, ("L", 3)),
+    Tensor("txt_ids", TensorProto.FLOAT, ("T", 3)),
+    Tensor("guidance", TensorProto.FLOAT, ("B",), optional=True),
+)
+_LATENT: Final = (Tensor("latent", TensorProto.BFLOAT16, ("B", "L", None)),)
+
+CONTRACTS: Final[Mapping[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]] = {
+    "flux": (_FLUX, _LATENT),
+    "flux-digits": (_FLUX, _LATENT),
+}
+"""Family to its inputs and outputs, in order. Source: what the runtimes of NVIDIA and Black Forest Labs agree on."""
+
+
+@rule("promise-metadata", "wrong", "export again")
+def promise_metadata(subject: Subject) -> Iterator[Hit]:
+    """A promise that is incomplete or unreadable: nothing could then be held against it.
+
+    Source: fp4trt export writes all of it.
+    """
+    if not subject.promises:
+        return
+    for key in (f"fp4trt.{key}" for key in KEYS):
+        if key not in subject.metadata:
+            yield Hit("the key is missing in the metadata", tensor=key)
+        elif key in _KINDS and not isinstance(subject.declared(key), _KINDS[key]):
+            yield Hit(f"the value is no JSON {_KINDS[key].__name__}", tensor=key)
+    if subject.promised and not subject.promised.get("nvfp4") and subject.weights:
+        yield Hit("no linear is promised in nvfp4, but the graph holds FP4 weights", tensor="fp4trt.linears")
+
+
+@rule("promise-family", "warning", "check inputs and outputs yourself, or export again")
+def promise_family(subject: Subject) -> Iterator[Hit]:
+    """A family whose inputs and outputs are not known here cannot be held against them.
+
+    Source: the table of families.
+    """
+    family = subject.metadata.get("fp4trt.family")
+    if family is not None and family not in CONTRACTS:
+        yield Hit(f"the family {family!r} is unknown; known are {', '.join(CONTRACTS)}", tensor="fp4trt.family")
+
+
+@rule("promised-linear", "wrong", "export again")
+def promised_linear(subject: Subject) -> Iterator[Hit]:
+    """A promised linear that the graph does not have under its name.
+
+    Source: coverage and validation find linears by `LINEAR/MatMul`.
+    """
+    for paths in subject.promised.values():
+        for path in paths:
+            if _product(subject, path) is None:
+                yield Hit(f"the graph has no product of the promised linear {path}", f"{path}/MatMul")
+
+
+@rule("promised-fp4", "slow", "quantize it again, or export again: the promise is in the metadata")
+def promised_fp4(subject: Subject) -> Iterator[Hit]:
+    """A linear that is promised in FP4 and whose weight is stored in 16 bit.
+
+    Source: measured: built without a word.
+    """
+    quantized = {name_of(product.node) for product in subject.products}
+    for path in subject.promised.get("nvfp4", ()):
+        node = _product(subject, path)
+        if node is not None and name_of(node) not in quantized:
+            source = subject.graph.source(node.input[1]) if len(node.input) > 1 else ""
+            stored = subject.constants.get(source)
+            found = f"its weight is {type_name(stored.data_type)}" if stored is not None else "its weight is not FP4"
+            if not (stored is not None and stored.data_type == TensorProto.FLOAT4E2M1):
+                yield Hit(f"{found}; promised in FP4", name_of(node), source)
+
+
+@rule("promised-sixteen-bit", "wrong", "export again: the promise is in the metadata")
+def promised_sixteen_bit(subject: Subject) -> Iterator[Hit]:
+    """A linear that is promised in 16 bit and whose weight is FP4: quality was not measured so.
+
+    Source: embedders and the output layer are kept in 16 bit for their effect on quality.
+    """
+    quantized = {name_of(product.node): product.chain.codes for product in subject.products}
+    for kind, paths in subject.promised.items():
+        for path in paths if kind != "nvfp4" else ():
+            node = _product(subject, path)
+            if node is not None and name_of(node) in quantized:
+                yield Hit(f"its weight is FP4; promised as {kind}", name_of(node), quantized[name_of(node)])
+
+
+@rule("promised-weight", "wrong", "let each linear read its own weight: export again")
+def promised_weight(subject: Subject) -> Iterator[Hit]:
+    """A promised linear X that reads other codes than the initializer X.weight, which is there.
+
+    Source: measured: weights of one shape are exchanged without a word.
+    """
+    codes = {name_of(product.node): product.chain.codes for product in subject.products}
+    for path in subject.promised.get("nvfp4", ()):
+        node = _product(subject, path)
+        read = codes.get(name_of(node)) if node is not None else None
+        if read is not None and f"{path}.weight" in (subject.constants.keys() - {read}):
+            yield Hit(f"reads {read}; expected {path}.weight", f"{path}/MatMul", read)
+
+
+@rule("contract-names", "wrong", "rename or reorder, or export again")
+def contract_names(subject: Subject) -> Iterator[Hit]:
+    """Inputs and outputs have the names, in the order, that the family's runtimes bind.
+
+    Source: what the runtimes of NVIDIA and Black Forest Labs agree on.
+    """
+    for wanted, found, kind in _sides(subject):
+        names = [value.name for value in found]
+        expected = [tensor.name for tensor in wanted if not tensor.optional or tensor.name in names]
+        for name in expected:
+            if name not in names:
+                yield Hit(f"the graph has no {kind} of this name; found {', '.join(names)}", tensor=name)
+        for name in names:
+            if name not in expected:
+                yield Hit(f"an {kind} that the family does not have", tensor=name)
+        if sorted(names) == sorted(expected):
+            swapped = ((was, name) for was, name in zip(names, expected, strict=True) if was != name)
+            for was, name in swapped:
+                yield Hit(f"{kind} {was} stands where {name} is expected", tensor=name)
+
+
+@rule("contract-types", "wrong", "export again")
+def contract_types(subject: Subject) -> Iterator[Hit]:
+    """Inputs and outputs have the types that the family's runtimes bind.
+
+    Source: what the runtimes of NVIDIA and Black Forest Labs agree on.
+    """
+    for tensor, value in _pairs(subject):
+        kind = value.type.tensor_type.elem_type
+        if kind != tensor.type:
+            yield Hit(f"its type is {type_name(kind)}; expected {type_name(tensor.type)}", tensor=value.name)
+
+
+@rule("contract-dims", "wrong", "export again with symbolic batch, image and text lengths")
+def contract_dims(subject: Subject) -> Iterator[Hit]:
+    """Batch, image and text lengths are symbolic, under the names that the profile uses.
+
+    Source: an engine of a fixed batch builds and then serves nothing else.
+    """
+    for tensor, value in _pairs(subject):
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        wrong = len(dims) != len(tensor.shape) or any(
+            (wanted is not None and found != wanted) or (wanted is None and isinstance(found, str))
+            for found, wanted in zip(dims, tensor.shape, strict=True)
+        )
+        if wrong:
+            expected = ["fixed" if size is None else size for size in tensor.shape]
+            yield Hit(f"its shape is {dims}; expected {expected}", tensor=value.name)
+    if subject.metadata.get("fp4trt.family") not in CONTRACTS and isinstance(subject.declared("fp4trt.symbols"), dict):
+        found = {dim.dim_param for value in subject.model.graph.input for dim in value.type.tensor_type.shape.dim}
+        for symbol in subject.declared("fp4trt.symbols").keys() - found:
+            yield Hit(f"no input has the promised symbolic dimension {symbol}", tensor="fp4trt.symbols")
+
+
+RULES = (
+    promise_metadata,
+    promise_family,
+    promised_linear,
+    promised_fp4,
+    promised_sixteen_bit,
+    promised_weight,
+    contract_names,
+    contract_types,
+    contract_dims,
+)
+
+_KINDS: Final[Mapping[str, type]] = {"fp4trt.linears": dict, "fp4trt.groups": list, "fp4trt.symbols": dict}
+
+
+def _product(subject: Subject, path: str) -> NodeProto | None:
+    node = subject.graph.nodes.get(f"{path}/MatMul") or subject.graph.nodes.get(f"{path}/Gemm")
+    return node if node is not None and node.op_type in ("MatMul", "Gemm") else None
+
+
+def _sides(subject: Subject) -> Iterator[tuple[tuple[Tensor, ...], list[ValueInfoProto], str]]:
+    contract = CONTRACTS.get(subject.metadata.get("fp4trt.family", ""))
+    if contract is not None:
+        inputs = [value for value in subject.model.graph.input if value.name not in subject.graph.initializers]
+        yield contract[0], inputs, "input"
+        yield contract[1], list(subject.model.graph.output), "output"
+
+
+def _pairs(subject: Subject) -> Iterator[tuple[Tensor, ValueInfoProto]]:
+    for wanted, found, _ in _sides(subject):
+        by_name = {value.name: value for value in found}
+        for tensor in wanted:
+            if tensor.name in by_name:
+                yield tensor, by_name[tensor.name]

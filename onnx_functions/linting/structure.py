@@ -1,0 +1,219 @@
+"""Rules for the graph as such: operators, names, order, the declared opset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import onnx
+from onnx import AttributeProto, NodeProto
+
+from onnx_functions.element_types import attributes_of
+from onnx_functions.library import TRT_DOMAIN
+from onnx_functions.linting.opset import differing_operators, opset_of
+from onnx_functions.linting.rule import Hit, rule
+from onnx_functions.linting.subject import Subject, integer, name_of
+
+__all__ = ["RULES"]
+
+_PLACEHOLDERS = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ")
+
+
+@rule("opset", "wrong", "export again at opset 23")
+def opset(subject: Subject) -> Iterator[Hit]:
+    """A graph at an opset below 23 that holds operators whose meaning has changed since, or below 19 at all.
+
+    TensorRT-RTX reads the declaration and judges by its own table: accepted. Source: the ONNX changelog.
+    """
+    version = opset_of(subject.model)
+    if version < 19:
+        yield Hit(f"the declared opset is {version}; expected 23 (19 to 22 where that means the same)")
+    elif version < 23 and (changed := differing_operators(subject.model)):
+        yield Hit(f"the declared opset is {version}, and {', '.join(changed)} means something else at 23")
+
+
+@rule("opset-declared", "warning", "nothing to do for TensorRT-RTX; onnx_functions.linting.normalise writes 23")
+def opset_declared(subject: Subject) -> Iterator[Hit]:
+    """A graph at opset 19 to 22 whose every operator means the same at 23 is read as one of 23.
+
+    FP4 entered the standard at 23, so strict readers refuse the graph; TensorRT-RTX builds the same engine from it.
+    Source: measured; the ONNX changelog.
+    """
+    version = opset_of(subject.model)
+    if 19 <= version < 23 and not differing_operators(subject.model):
+        yield Hit(f"the declared opset is {version}; read as 23, which means the same for this graph")
+
+
+@rule("trt-domain", "wrong", 'put the operator into the domain "trt", and import that')
+def trt_domain(subject: Subject) -> Iterator[Hit]:
+    """TensorRT's operators belong to the domain "trt": in another one they are no standard's, yet built.
+
+    Source: measured; no other runtime, and no function that says what the operator means, finds it there.
+    """
+    imported = {entry.domain for entry in subject.model.opset_import}
+    for node in subject.model.graph.node:
+        if node.op_type.startswith("TRT_") and node.domain != TRT_DOMAIN:
+            yield Hit(f"{node.op_type} is in the domain {node.domain!r}; expected 'trt'", name_of(node))
+        elif node.domain == TRT_DOMAIN and TRT_DOMAIN not in imported:
+            yield Hit("the model does not import the domain 'trt'", name_of(node))
+
+
+@rule("placeholder", "wrong", "write codes and scales in two DequantizeLinear: export the graph with fp4trt")
+def placeholder(subject: Subject) -> Iterator[Hit]:
+    """A TRT_FP4QDQ is a weight that was to become FP4 and did not: an exporter's last step is missing.
+
+    Source: measured: refused by the parser.
+    """
+    for node in subject.model.graph.node:
+        if node.op_type in _PLACEHOLDERS:
+            yield Hit(f"a {node.op_type} is left in the graph", name_of(node), node.input[0] if node.input else "")
+
+
+@rule("duplicate-node-name", "wrong", "give each node a name of its own")
+def duplicate_node_name(subject: Subject) -> Iterator[Hit]:
+    """Two nodes of one name: the engine's layers can no longer be matched with the linears.
+
+    Source: measured: accepted, and one of two products is reported as lost.
+    """
+    seen = set()
+    for node in subject.model.graph.node:
+        if node.name and node.name in seen:
+            yield Hit(f"another node has this name (this one is a {node.op_type})", node.name)
+        seen.add(node.name)
+
+
+@rule("tensor-order", "wrong", "export again")
+def tensor_order(subject: Subject) -> Iterator[Hit]:
+    """A node that reads what no earlier node, input or initializer gives, or gives what another gives already.
+
+    Source: the ONNX specification; refused by the parser.
+    """
+    known = {value.name for value in subject.model.graph.input} | set(subject.graph.initializers)
+    known |= {tensor.values.name for tensor in subject.model.graph.sparse_initializer}
+    for node in subject.model.graph.node:
+        for name in node.input:
+            if name and name not in known:
+                yield Hit(f"reads {name}, which nothing before it gives", name_of(node), name)
+        for name in node.output:
+            if name and name in known:
+                yield Hit(f"gives {name}, which exists already", name_of(node), name)
+            known.add(name)
+    for value in subject.model.graph.output:
+        if value.name not in known:
+            yield Hit("nothing gives this output", tensor=value.name)
+
+
+@rule(
+    "initializer-input", "warning", "take the initializers out of the graph's inputs: onnx_functions.linting.normalise"
+)
+def initializer_input(subject: Subject) -> Iterator[Hit]:
+    """An initializer that is a graph input too is a default that a caller may replace; TensorRT-RTX takes a constant.
+
+    Source: measured; the ONNX specification.
+    """
+    for value in subject.model.graph.input:
+        if value.name in subject.graph.initializers:
+            yield Hit("the initializer is listed among the graph's inputs", tensor=value.name)
+
+
+@rule("dead-initializer", "warning", "remove it, or find out what should read it")
+def dead_initializer(subject: Subject) -> Iterator[Hit]:
+    """An initializer that nothing reads is dead weight, or the sign of a crossed wire.
+
+    Source: TensorRT-RTX drops it.
+    """
+    read = set(_read(subject.model.graph.node)) | {value.name for value in subject.model.graph.output}
+    for name in subject.graph.initializers:
+        if name not in read:
+            yield Hit("nothing reads this initializer", tensor=name)
+
+
+@rule("fp8-attention", "slow", "decompose the Attention into MatMul, Softmax and MatMul with Q/DQ around them")
+def fp8_attention(subject: Subject) -> Iterator[Hit]:
+    """An Attention operator whose inputs are dequantized from FP8 runs in 16 bit all the same.
+
+    Source: measured.
+    """
+    for node in subject.model.graph.node:
+        if node.op_type != "Attention":
+            continue
+        for name in node.input[:3]:
+            above = subject.graph.producer.get(name)
+            while above is not None and above.op_type in ("Cast", "Identity", "Transpose", "Reshape"):
+                above = subject.graph.producer.get(above.input[0])
+            if above is not None and above.op_type == "DequantizeLinear":
+                yield Hit(f"reads {name}, which {name_of(above)} dequantizes", name_of(node), name)
+
+
+@rule("mxfp8-block-size", "wrong", "MXFP8 has blocks of 32: quantize again, and declare 32")
+def mxfp8_block_size(subject: Subject) -> Iterator[Hit]:
+    """MXFP8 has one scale for 32 elements: another block size is accepted and gives other numbers.
+
+    Source: measured.
+    """
+    for node in _mxfp8(subject):
+        size = integer(attributes_of(node), "block_size", 32)
+        if size != 32:
+            yield Hit(f"block_size is {size}; expected 32", name_of(node))
+            continue
+        name, scales = (subject.constant(tensor) for tensor in (*node.input, "", "")[:2])
+        if name and scales:
+            rows, wanted = subject.dims(name), (*subject.dims(name)[:-1], subject.dims(name)[-1] // 32)
+            if subject.dims(scales) != wanted:
+                found = f"scales are {list(subject.dims(scales))}; expected {list(wanted)} for {list(rows)}"
+                yield Hit(found, name_of(node), scales)
+
+
+@rule("mxfp8-float-output", "wrong", "write output_dtype=BFLOAT16 and no Cast")
+def mxfp8_float_output(subject: Subject) -> Iterator[Hit]:
+    """TRT_MXFP8DequantizeLinear with FP32 output and a Cast behind, on activation and weight, crashes the builder.
+
+    Source: measured: a segmentation fault; on the weight alone it builds, in 16 bit.
+    """
+    for node in _mxfp8(subject):
+        if integer(attributes_of(node), "output_dtype", 0) == onnx.TensorProto.FLOAT and any(
+            reader.op_type == "Cast" for reader in subject.graph.consumers.get(node.output[0], ())
+        ):
+            yield Hit("output_dtype is FLOAT, and a Cast reads it", name_of(node))
+
+
+@rule("mxfp8-storage", "warning", "take NVFP4 or per-tensor FP8 for speed")
+def mxfp8_storage(subject: Subject) -> Iterator[Hit]:
+    """MXFP8 saves storage only: no form that was tried got a block-scaled GEMM.
+
+    Source: measured.
+    """
+    for node in _mxfp8(subject):
+        yield Hit("the weight is unpacked to 16 bit", name_of(node), node.input[0])
+
+
+RULES = (
+    opset,
+    opset_declared,
+    trt_domain,
+    placeholder,
+    duplicate_node_name,
+    tensor_order,
+    initializer_input,
+    dead_initializer,
+    fp8_attention,
+    mxfp8_block_size,
+    mxfp8_float_output,
+    mxfp8_storage,
+)
+
+
+def _mxfp8(subject: Subject) -> Iterator[NodeProto]:
+    for node in subject.model.graph.node:
+        if node.op_type == "TRT_MXFP8DequantizeLinear":
+            yield node
+
+
+def _read(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    """Yield the tensors that nodes read, in their subgraphs too."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            inner = [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
+            for graph in inner:
+                yield from _read(graph.node)
+                yield from (value.name for value in graph.output)

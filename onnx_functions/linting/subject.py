@@ -1,0 +1,222 @@
+"""What the rules look at: a graph, its FP4 chains, its promise, where its data lies and what that holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import NodeProto, TensorProto
+
+from onnx_functions.element_types import attributes_of
+from onnx_functions.external_data import BadSpan, Span, span_of
+from onnx_functions.linears import QUANTIZER, Graph, metadata_of
+from onnx_functions.linting.values import Values, read_values
+
+__all__ = ["ActivationChain", "Product", "Subject", "WeightChain", "name_of"]
+
+PASS_THROUGH = ("Cast", "Identity", "Transpose")
+
+
+@dataclass(frozen=True)
+class WeightChain:
+    """An FP4 weight and its dequantization.
+
+    Attributes:
+        values: the DequantizeLinear that reads the codes.
+        codes: the codes' initializer.
+        scales: the DequantizeLinear that gives the block scales, None where they are stored in full.
+        block_scales: their initializer, "" where they come from elsewhere.
+        global_scale: the tensor that `scales` reads as its scale, "" without one.
+    """
+
+    values: NodeProto
+    codes: str
+    scales: NodeProto | None
+    block_scales: str
+    global_scale: str
+
+
+@dataclass(frozen=True)
+class ActivationChain:
+    """An activation quantizer and the DequantizeLinear nodes that read its codes and its block scales."""
+
+    quantizer: NodeProto
+    values: tuple[NodeProto, ...]
+    scales: tuple[NodeProto, ...]
+
+    @property
+    def scale(self) -> str:
+        """The tensor that is its global scale."""
+        return self.quantizer.input[1] if len(self.quantizer.input) > 1 else ""
+
+
+@dataclass(frozen=True)
+class Product:
+    """What reads an FP4 weight at the end of its chain: `transposed` after how many exchanges of the axes."""
+
+    node: NodeProto
+    index: int
+    transposed: int
+    chain: WeightChain
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One graph under the lint; everything else is found from it once, when a rule asks for it."""
+
+    path: Path
+    model: onnx.ModelProto
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The index over nodes and tensors."""
+        return Graph(self.model)
+
+    @cached_property
+    def constants(self) -> dict[str, TensorProto]:
+        """Initializers and the values of Constant nodes."""
+        found = dict(self.graph.initializers)
+        for node in self.model.graph.node:
+            if node.op_type == "Constant" and isinstance(value := attributes_of(node).get("value"), TensorProto):
+                found[node.output[0]] = value
+        return found
+
+    @cached_property
+    def spans(self) -> dict[str, Span | BadSpan | None]:
+        """Where each constant lies, or what is wrong with that; None inside the model."""
+        return {name: _span(tensor, self.path.parent) for name, tensor in self.constants.items()}
+
+    @cached_property
+    def values(self) -> dict[str, Values]:
+        """What the constants that can be read hold. Every byte of a file is read at most once for it."""
+        return read_values(self.constants, self.spans)
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The model's metadata properties."""
+        return metadata_of(self.model)
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """How many axes the tensors have whose shape the graph gives."""
+        values = (value for value in self.model.graph.value_info if value.type.tensor_type.HasField("shape"))
+        return {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+
+    @property
+    def promises(self) -> bool:
+        """Whether the graph says of itself what fp4trt's do."""
+        return any(key.startswith("fp4trt.") for key in self.metadata)
+
+    @cached_property
+    def promised(self) -> dict[str, list[str]]:
+        """The promised linears by format; empty where there is no readable promise."""
+        value = self.declared("fp4trt.linears")
+        if not isinstance(value, dict):
+            return {}
+        return {str(key): [str(path) for path in paths] for key, paths in value.items() if isinstance(paths, list)}
+
+    def declared(self, key: str) -> Any:
+        """Return a metadata entry that holds JSON, None where it is missing or unreadable."""
+        try:
+            return json.loads(self.metadata[key])
+        except (KeyError, ValueError):
+            return None
+
+    @cached_property
+    def weights(self) -> tuple[WeightChain, ...]:
+        """The FP4 weights: every DequantizeLinear of constant codes that are FP4 or have scales of scales."""
+        nodes = (node for node in self.model.graph.node if node.op_type == "DequantizeLinear" and len(node.input) > 1)
+        return tuple(chain for node in nodes if (chain := self._weight_chain(node)))
+
+    @cached_property
+    def activations(self) -> tuple[ActivationChain, ...]:
+        """The activation quantizers, in whatever domain they were put."""
+        nodes = (node for node in self.model.graph.node if node.op_type == QUANTIZER and len(node.output) > 1)
+        return tuple(
+            ActivationChain(node, self._dequantizers(node.output[0]), self._dequantizers(node.output[1]))
+            for node in nodes
+        )
+
+    @cached_property
+    def products(self) -> tuple[Product, ...]:
+        """What reads the FP4 weights, through casts and transposes."""
+        return tuple(
+            Product(node, index, transposed, chain)
+            for chain in self.weights
+            for node, index, transposed in self._readers(chain.values.output[0], 0)
+        )
+
+    def constant(self, tensor: str) -> str:
+        """Return the constant that a tensor is, through Identity nodes; "" where it is none."""
+        while tensor not in self.constants:
+            node = self.graph.producer.get(tensor)
+            if node is None or node.op_type != "Identity":
+                return ""
+            tensor = node.input[0]
+        return tensor
+
+    def scalar(self, tensor: str) -> float | None:
+        """Return the value of a constant of one element, None where it is none or cannot be read."""
+        found = self.values.get(self.constant(tensor))
+        return found.scalar if found else None
+
+    def dims(self, tensor: str) -> tuple[int, ...]:
+        """Return a constant's shape."""
+        return tuple(self.constants[tensor].dims)
+
+    def quantizer_of(self, tensor: str) -> NodeProto | None:
+        """Return the activation quantizer whose dequantized codes a tensor is, None where there is none."""
+        node = self.graph.producer.get(self.graph.source(tensor))
+        return node if node is not None and node.op_type == QUANTIZER else None
+
+    def _weight_chain(self, node: NodeProto) -> WeightChain | None:
+        codes = self.constant(node.input[0])
+        if not codes:
+            return None
+        scales = self._past_casts(node.input[1])
+        double = scales is not None and scales.op_type == "DequantizeLinear" and len(scales.input) > 1
+        if self.constants[codes].data_type != TensorProto.FLOAT4E2M1 and not double:
+            return None
+        if double:
+            assert scales is not None
+            return WeightChain(node, codes, scales, self.constant(scales.input[0]), scales.input[1])
+        return WeightChain(node, codes, None, self.constant(node.input[1]), "")
+
+    def _past_casts(self, tensor: str) -> NodeProto | None:
+        node = self.graph.producer.get(tensor)
+        while node is not None and node.op_type in ("Cast", "Identity"):
+            node = self.graph.producer.get(node.input[0])
+        return node
+
+    def _dequantizers(self, tensor: str) -> tuple[NodeProto, ...]:
+        return tuple(node for node in self.graph.consumers.get(tensor, ()) if node.op_type == "DequantizeLinear")
+
+    def _readers(self, tensor: str, transposed: int) -> Iterator[tuple[NodeProto, int, int]]:
+        for node in self.graph.consumers.get(tensor, ()):
+            if node.op_type in PASS_THROUGH:
+                yield from self._readers(node.output[0], transposed + (node.op_type == "Transpose"))
+            else:
+                yield node, list(node.input).index(tensor), transposed
+
+
+def name_of(node: NodeProto) -> str:
+    """Return a node's name, or that of its first output where it has none."""
+    return node.name or (f"(node of {node.output[0]})" if node.output else f"({node.op_type})")
+
+
+def integer(attributes: Mapping[str, object], name: str, default: int) -> int:
+    """Return an integer attribute."""
+    value = attributes.get(name, default)
+    return value if isinstance(value, int) else default
+
+
+def _span(tensor: TensorProto, directory: Path) -> Span | BadSpan | None:
+    try:
+        return span_of(tensor, directory)
+    except BadSpan as fault:
+        return fault
