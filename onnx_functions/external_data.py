@@ -7,7 +7,7 @@ and length. Source: `TensorProto.external_data` in the ONNX specification.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
@@ -90,9 +90,27 @@ def load_graph(path: Path) -> onnx.ModelProto:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises types of its own, by version
         raise BadGraph(f"{path} is not an ONNX model ({str(error).splitlines()[0]}); export it again") from None
+    if any(isinstance(text, bytes) for text in _texts(model)):  # what protobuf gives for what is no UTF-8
+        raise BadGraph(f"{path} holds a name that is no UTF-8: the file is damaged; export it again")
     if not model.graph.node:
         raise BadGraph(f"{path} holds no nodes; expected an exported graph: export it again")
     return model
+
+
+def _texts(model: onnx.ModelProto) -> Iterator[object]:
+    for opset in model.opset_import:
+        yield opset.domain
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        yield value.name
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+    for node in model.graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+    for tensor in model.graph.initializer:
+        yield tensor.name
+        yield from (text for entry in tensor.external_data for text in (entry.key, entry.value))
 
 
 def type_name(element_type: int) -> str:
@@ -139,7 +157,7 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
         raise BadSpan(
             "length", f"initializer {tensor.name} has an offset or length that is no number; export the graph again"
         ) from None
-    if length != wanted:
+    if length != wanted or wanted < 0:
         raise BadSpan(
             "length", f"initializer {tensor.name} has {length} bytes of external data, its shape needs {wanted}"
         )

@@ -45,6 +45,10 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
     file = Path(path)
     file = file / "model.onnx" if file.is_dir() else file
     subject = Subject(file, load_graph(file))
+    # Wires that lead nowhere, or in a circle, cannot be followed.
+    broken = tuple(structure.tensor_order.findings(subject))
+    if broken:
+        return LintReport(file, broken, allow_slow)
     findings = [finding for rule in RULES for finding in rule.findings(subject)]
     findings.sort(key=lambda finding: _GRAVITY.index(finding.severity))
     return LintReport(file, tuple(findings), allow_slow)

@@ -13,7 +13,7 @@ from onnx_functions.linting.opset import differing_operators, opset_of
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, integer, name_of
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "tensor_order"]
 
 _PLACEHOLDERS = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ")
 
@@ -81,15 +81,19 @@ def duplicate_node_name(subject: Subject) -> Iterator[Hit]:
         seen.add(node.name)
 
 
-@rule("tensor-order", "wrong", "export again")
+@rule("tensor-order", "wrong", "export again; nothing else of the graph was judged")
 def tensor_order(subject: Subject) -> Iterator[Hit]:
-    """A node that reads what no earlier node, input or initializer gives, or gives what another gives already.
+    """A node that reads what no earlier node, input or initializer gives, gives what exists already, or lacks inputs.
 
-    Source: the ONNX specification; refused by the parser.
+    No other rule can follow the wires of such a graph, so none is asked. Source: the ONNX specification; refused by
+    the parser.
     """
     known = {value.name for value in subject.model.graph.input} | set(subject.graph.initializers)
     known |= {tensor.values.name for tensor in subject.model.graph.sparse_initializer}
     for node in subject.model.graph.node:
+        least = _LEAST_INPUTS.get(node.op_type, 0)
+        if len(node.input) < least or (least and not node.output):
+            yield Hit(f"has {len(node.input)} inputs and {len(node.output)} outputs", name_of(node))
         for name in node.input:
             if name and name not in known:
                 yield Hit(f"reads {name}, which nothing before it gives", name_of(node), name)
@@ -156,7 +160,7 @@ def mxfp8_block_size(subject: Subject) -> Iterator[Hit]:
             yield Hit(f"block_size is {size}; expected 32", name_of(node))
             continue
         name, scales = (subject.constant(tensor) for tensor in (*node.input, "", "")[:2])
-        if name and scales:
+        if name and scales and subject.dims(name):
             rows, wanted = subject.dims(name), (*subject.dims(name)[:-1], subject.dims(name)[-1] // 32)
             if subject.dims(scales) != wanted:
                 found = f"scales are {list(subject.dims(scales))}; expected {list(wanted)} for {list(rows)}"
@@ -200,6 +204,13 @@ RULES = (
     mxfp8_float_output,
     mxfp8_storage,
 )
+
+
+_LEAST_INPUTS = {
+    **dict.fromkeys(("Cast", "Identity", "Transpose", "Reshape"), 1),
+    **dict.fromkeys(("DequantizeLinear", "MatMul", "Gemm", "TRT_FP4DynamicQuantize", "TRT_MXFP8DequantizeLinear"), 2),
+}
+"""What the rules follow, and how many inputs it has at least."""
 
 
 def _mxfp8(subject: Subject) -> Iterator[NodeProto]:

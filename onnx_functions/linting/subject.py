@@ -13,7 +13,7 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from onnx_functions.element_types import attributes_of
-from onnx_functions.external_data import BadSpan, Span, span_of
+from onnx_functions.external_data import BadSpan, Span, nbytes_of, span_of
 from onnx_functions.linears import QUANTIZER, Graph, metadata_of
 from onnx_functions.linting.values import Values, read_values
 
@@ -217,6 +217,11 @@ def integer(attributes: Mapping[str, object], name: str, default: int) -> int:
 
 def _span(tensor: TensorProto, directory: Path) -> Span | BadSpan | None:
     try:
-        return span_of(tensor, directory)
+        span = span_of(tensor, directory)
+        wanted = nbytes_of(tensor) if span is None and tensor.raw_data else 0
     except BadSpan as fault:
         return fault
+    if span is None and tensor.raw_data and len(tensor.raw_data) != wanted:
+        held = len(tensor.raw_data)
+        return BadSpan("length", f"initializer {tensor.name} holds {held} bytes, its shape needs {wanted}")
+    return span

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def read_values(tensors: Mapping[str, TensorProto], spans: Mapping[str, Span | B
         if isinstance(span, Span):
             outside.append((span, name))
         elif span is None:
-            found[name] = _look_at(_inner_bytes(tensor), tensor)
+            with contextlib.suppress(ValueError):  # fewer elements than the shape needs
+                found[name] = _look_at(_inner_bytes(tensor), tensor)
     found.update(_read_files(sorted(outside, key=lambda entry: (entry[0].file, entry[0].offset)), tensors))
     return found
 

@@ -2,27 +2,200 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import lint_table
+import onnx
 import pytest
 from lint_damage import Damaged
-from lint_mutations import Mutation
+from lint_mutations import MODULATION, OUT, Mutation
 from lint_mutations_outside import MUTATIONS
+from onnx import helper
 
-from onnx_functions.linting import RULES, lint
+import fp4trt
+from calibration.models.digits import DIGITS
+from calibration.models.flux import FLUX
+from onnx_functions.errors import BadGraph, LintError
+from onnx_functions.linting import RULES, lint, normalise, promise, require_clean, values
+from trt_build.graph import read_graph
 
 SEVERITY = {rule.name: rule.severity for rule in RULES}
+BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
+BUILT = (
+    "weight block size 32",
+    "block scales of another quantizer",
+    "a negative block scale",
+    "activation scale zero",
+    "quantizer in the empty domain",
+    "weight axis 0",
+    "block scales transposed",
+)
+"""Mutations that the tests build, of each verdict; benchmarks/lint_verdicts.py builds all."""
+
+
+@pytest.fixture
+def damaged(quantized_digits: Path, tmp_path: Path) -> Damaged:
+    return Damaged.copy(quantized_digits, tmp_path / "model")
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_mutation_is_found_by_its_rule_which_names_the_place(
-    mutation: Mutation, quantized_digits: Path, tmp_path: Path
-) -> None:
-    graph = Damaged.copy(quantized_digits, tmp_path / "model")
-    mutation.apply(graph)
-    report = lint(graph.save())
+def test_a_mutation_is_found_by_its_rule_which_names_the_place(mutation: Mutation, damaged: Damaged) -> None:
+    mutation.apply(damaged)
+    report = lint(damaged.save())
     found = [finding for finding in report.findings if finding.rule == mutation.rule]
     assert mutation.where in {place for finding in found for place in (finding.node, finding.tensor)}
     assert report.passed == (SEVERITY[mutation.rule] == "warning")
     assert replace(report, allow_slow=True).passed == (SEVERITY[mutation.rule] != "wrong")
+
+
+def test_every_rule_has_a_mutation_and_every_mutation_a_name_of_its_own() -> None:
+    assert {mutation.rule for mutation in MUTATIONS} == {rule.name for rule in RULES}
+    assert len(BY_NAME) == len(MUTATIONS)
+
+
+def test_the_table_in_the_documentation_is_that_of_the_code() -> None:
+    text = (Path(fp4trt.__file__).parent / "docs" / "lint.md").read_text(encoding="utf-8")
+    assert lint_table.page(text) == text, "run tests/onnx_functions/lint_table.py"
+
+
+def test_an_untouched_export_has_no_finding(quantized_digits: Path, bfloat16_digits: Path, tmp_path: Path) -> None:
+    from exporter import export
+
+    assert lint(quantized_digits).findings == ()
+    assert lint(bfloat16_digits).findings == ()
+    export(quantized_digits, tmp_path / "copied.onnx", copy_weights=True)
+    assert lint(tmp_path / "copied.onnx").findings == ()
+
+
+def test_an_untouched_export_without_its_promise_is_warned_of_what_could_be_merged(damaged: Damaged) -> None:
+    """The modulations of all blocks read one SiLU; their family keeps them apart."""
+    del damaged.model.metadata_props[:]
+    (finding,) = lint(damaged.save()).findings
+    assert (finding.rule, finding.node) == ("merge-scales", f"{MODULATION}/MatMul")
+
+
+def test_a_weight_only_graph_is_reported_and_not_refused(damaged: Damaged) -> None:
+    BY_NAME["no activation quantized and nothing promised"].apply(damaged)
+    (finding,) = lint(damaged.save()).findings
+    assert finding.message == "52 FP4 weights and no activation quantizer: a weight-only graph"
+
+
+def test_a_gemm_does_as_well_as_a_matmul(damaged: Damaged) -> None:
+    product, bias = damaged.node(f"{MODULATION}/MatMul"), damaged.node(f"{MODULATION}/Add")
+    weight = damaged.node(f"{MODULATION}/Transpose").input[0]
+    inputs = [product.input[0], weight, f"{MODULATION}.bias"]
+    product.CopyFrom(helper.make_node("Gemm", inputs, bias.output, f"{MODULATION}/Gemm", transB=1))
+    damaged.remove(f"{MODULATION}/Transpose", f"{MODULATION}/Add")
+    assert lint(damaged.save()).findings == ()
+
+
+def test_scales_in_constant_nodes_count_as_initializers(damaged: Damaged) -> None:
+    """Exporters that go by TorchScript write them so."""
+    name = f"{OUT}.input_scale"
+    value = helper.make_tensor("value", onnx.TensorProto.FLOAT, [], damaged.values(name))
+    damaged.model.graph.initializer.remove(damaged.tensor(name))
+    damaged.model.graph.node.insert(0, helper.make_node("Constant", [], [name], "scale", value=value))
+    assert lint(damaged.save()).findings == ()
+
+
+def test_the_contracts_are_those_of_the_model_families() -> None:
+    for family in (FLUX, DIGITS):
+        inputs, outputs = promise.CONTRACTS[family.name]
+        config = {"in_channels": 1, "joint_attention_dim": 2, "pooled_projection_dim": 4, "guidance_embeds": True}
+        shapes = family.input_shapes(config)
+        assert [tensor.name for tensor in inputs] == list(shapes)
+        assert [tensor.name for tensor in outputs] == list(family.outputs)
+        for tensor in inputs:
+            sizes = zip(tensor.shape, shapes[tensor.name], strict=True)
+            assert all(size is None or size == wanted for size, wanted in sizes)
+
+
+def test_no_byte_is_read_twice(quantized_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    original = values._read
+
+    def recording(file: Any, span: Any, *rest: Any) -> Any:
+        read.append((span.offset, span.offset + span.length))
+        return original(file, span, *rest)
+
+    monkeypatch.setattr(values, "_read", recording)
+    assert lint(quantized_digits).passed
+    assert len(read) == 256
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(read))
+
+
+def test_a_chunk_boundary_hides_no_bad_value(damaged: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "_CHUNK", 64)
+    BY_NAME["a nan written into the weights file"].apply(damaged)
+    assert [finding.rule for finding in lint(damaged.save()).findings] == ["block-scale-values"]
+
+
+def test_normalise_declares_opset_23_and_cleans_the_inputs(damaged: Damaged) -> None:
+    BY_NAME["opset 22"].apply(damaged)
+    BY_NAME["an initializer among the inputs"].apply(damaged)
+    assert {finding.rule for finding in lint(damaged.save()).findings} == {"opset-declared", "initializer-input"}
+    damaged.model = normalise(damaged.model)
+    assert lint(damaged.save()).findings == ()
+    BY_NAME["opset 17"].apply(damaged)
+    with pytest.raises(BadGraph, match="opset 17"):
+        normalise(damaged.model)
+
+
+def test_a_damaged_file_is_bad_input_or_judged_and_never_a_crash(damaged: Damaged) -> None:
+    whole = damaged.save().read_bytes()
+    choose = random.Random(3)
+    for _ in range(60):
+        data = bytearray(whole)
+        data[choose.randrange(len(data))] = choose.randrange(128)
+        damaged.path.write_bytes(data)
+        try:
+            assert lint(damaged.path).findings is not None
+        except BadGraph:
+            continue
+
+
+def test_a_refusal_says_in_one_line_what_and_where(damaged: Damaged) -> None:
+    BY_NAME["weight axis 0"].apply(damaged)
+    with pytest.raises(LintError, match=rf"weight-axis: {OUT}/weight/Dequ.*pass --allow-slow") as caught:
+        require_clean(damaged.save())
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
+    assert require_clean(damaged.path, allow_slow=True).passed
+
+
+def test_the_command_prints_a_line_for_each_finding_and_exits_with_1(
+    damaged: Damaged, quantized_digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fp4trt.run(["lint", str(quantized_digits)]) == 0
+    assert capsys.readouterr().out == f"{len(RULES)} rules, 0 findings, 0 refused: passed\n"
+    BY_NAME["weight axis 0"].apply(damaged)
+    assert fp4trt.run(["lint", str(damaged.save())]) == 1
+    assert capsys.readouterr().out.startswith(f"slow: weight-axis: {OUT}/weight/DequantizeLinear [{OUT}.weight]: ")
+    assert fp4trt.run(["lint", str(damaged.path), "--allow-slow", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["passed"], answer["refused"], answer["findings"][0]["rule"]) == (True, 0, "weight-axis")
+
+
+def test_an_export_that_the_lint_refuses_leaves_nothing(copy_of_digits: Path) -> None:
+    from exporter import export
+
+    shutil.rmtree(copy_of_digits / "validation", ignore_errors=True)
+    (copy_of_digits / "model.onnx").rename(copy_of_digits / "old.onnx")
+    graph = Damaged(copy_of_digits / "old.onnx", onnx.load(copy_of_digits / "old.onnx", load_external_data=False))
+    BY_NAME["a nan written into the weights file"].apply(graph)
+    with pytest.raises(LintError, match="block-scale-values"):
+        export(copy_of_digits)
+    assert not list(copy_of_digits.glob("model.onnx*"))
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_tensorrt_does_what_the_table_says(name: str, damaged: Damaged, quantized_digits: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    BY_NAME[name].apply(damaged)
+    assert lint_table.verdict(damaged.save(), read_graph(quantized_digits)) == BY_NAME[name].tensorrt

@@ -1,0 +1,74 @@
+"""The table of docs/lint.md, and what TensorRT-RTX does with a graph when the lint does not stop it.
+
+`python tests/onnx_functions/lint_table.py` writes the table into docs/lint.md; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lint_mutations_outside import MUTATIONS
+
+from onnx_functions.linting import RULES
+from trt_build.coverage import measure_coverage
+from trt_build.errors import BuildError
+from trt_build.graph import Graph, read_graph
+from trt_build.layer_info import parse_layers
+from trt_build.profiles import make_profile
+from trt_build.supervise import run_child
+
+__all__ = ["BEGIN", "END", "page", "table", "verdict"]
+
+BEGIN = "<!-- table: written by tests/onnx_functions/lint_table.py -->"
+GEMMS, LINEARS = 30, 52
+"""FP4 GEMMs of the built-in model's engine, and the linears that they cover."""
+END = "<!-- end of the table -->"
+
+
+def table() -> list[str]:
+    """Return the lines of the table: a rule a row, with its mutations and TensorRT-RTX's verdict on each."""
+    lines = ["| rule | severity | why | mutation: what TensorRT-RTX 1.7.1 does |", "|---|---|---|---|"]
+    for rule in RULES:
+        provoked = [f"{entry.name}: {entry.tensorrt}" for entry in MUTATIONS if entry.rule == rule.name]
+        lines.append(f"| `{rule.name}` | {rule.severity} | {rule.why} | {'<br>'.join(provoked)} |")
+    return lines
+
+
+def page(text: str) -> str:
+    """Return docs/lint.md with its table renewed."""
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return "\n".join([before + BEGIN, *table(), END + after])
+
+
+def verdict(path: Path, untouched: Graph) -> str:
+    """Build a mutated graph and return `accepted`, `slow`, `refused` or `crashes`: see lint_mutations.py."""
+    graph = read_graph(path)
+    profile = make_profile(graph.input_shapes, untouched.symbols, resolution=None, batch=None, text=None, shapes=())
+    partial = path.with_name("engine.partial")
+    request = {
+        "backend": "tensorrt_rtx",
+        "onnx": str(path),
+        "partial": str(partial),
+        "compute_capabilities": ["SM120"],
+        "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.inputs.items()},
+        "weight_streaming": False,
+    }
+    try:
+        event = run_child(request, lambda *_: None)
+    except BuildError as error:
+        return "crashes" if "ended without a result" in str(error) else "refused"
+    finally:
+        partial.unlink(missing_ok=True)
+    coverage = measure_coverage(untouched, parse_layers(event["layers"]))
+    whole = (coverage.fp4_gemms, coverage.fp4_linears) == (GEMMS, LINEARS)
+    return "accepted" if whole else "slow"
+
+
+if __name__ == "__main__":
+    target = Path(__file__).parents[2] / "docs" / "lint.md"
+    target.write_text(page(target.read_text(encoding="utf-8")), encoding="utf-8")
