@@ -10,11 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "onnx_functions")]
 
-from calibration import quantize  # noqa: E402
-from exporter import export  # noqa: E402
 from lint_damage import Damaged  # noqa: E402
 from lint_mutations_outside import MUTATIONS  # noqa: E402
 from lint_table import verdict  # noqa: E402
+
+from calibration import quantize  # noqa: E402
+from exporter import export  # noqa: E402
 from trt_build.graph import read_graph  # noqa: E402
 
 
