@@ -33,11 +33,7 @@ def activation_axis(subject: Subject) -> Iterator[Hit]:
     """
     for chain in subject.activations:
         axis = integer(attributes_of(chain.quantizer), "axis", 0)
-        if axis == -1:
-            continue
-        # A positive axis may be the last one: the weight's columns do not tell, the rank of the codes may.
-        rank = subject.ranks.get(chain.quantizer.output[0], 0)
-        if axis != rank - 1 or axis == 0:
+        if not _is_last(subject, chain.quantizer.output[0], axis):
             found = f"axis is {axis}" if axis else "axis is missing"
             yield Hit(f"{found}; expected -1", name_of(chain.quantizer))
 
@@ -102,7 +98,7 @@ def activation_dequantize(subject: Subject) -> Iterator[Hit]:
         for node in chain.values:
             attributes = attributes_of(node)
             size, axis = integer(attributes, "block_size", 0), integer(attributes, "axis", 1)
-            if size != _BLOCK or axis not in (-1, subject.ranks.get(node.input[0], 0) - 1):
+            if size != _BLOCK or not _is_last(subject, node.input[0], axis):
                 yield Hit(f"axis is {axis} and block_size {size}; expected -1 and {_BLOCK}", name_of(node))
 
 
@@ -208,6 +204,12 @@ def _attribute(subject: Subject, name: str, allowed: tuple[int, ...]) -> Iterato
             shown = type_name(value) if name == "scale_type" and value else str(value)
             found = f"{name} is {shown}" if value else f"{name} is missing"
             yield Hit(f"{found}; expected {allowed[0]}", name_of(chain.quantizer))
+
+
+def _is_last(subject: Subject, tensor: str, axis: int) -> bool:
+    """Whether an axis is a tensor's last; with an unknown rank, whether it can be: the parser refuses the others."""
+    rank = subject.ranks.get(tensor)
+    return axis == -1 or (axis > 0 and rank is None) or (rank is not None and axis == rank - 1 > 0)
 
 
 def _matmuls(subject: Subject) -> Iterator[Product]:
