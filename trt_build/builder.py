@@ -98,10 +98,10 @@ def build(
     options = {"resolution": resolution, "batch": batch, "text": text, "shapes": shapes}
     plan = _validate(model, gpu, options, output, weight_streaming)
     manifest.check_output(plan.engine, plan.graph, force=force)
-    version = _tensorrt_version(plan)
     weights = plan.graph.weight_bytes
     for line in _lint(plan.graph.path, allow_slow=allow_slow):
         on_line(line)
+    version = _tensorrt_version(plan)
     if weights > GIB:
         on_line(f"hashing {weights / GIB:.1f} GiB of weights, to see whether the engine is built already")
     request = _request(plan, version)
