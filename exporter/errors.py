@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BadGraph", "OutputExists"]
+__all__ = ["BadGraph", "NoPlaceholders", "OutputExists", "WrongPrecision"]
 
 
 class OutputExists(ValueError):
@@ -13,5 +13,17 @@ class OutputExists(ValueError):
 
 class BadGraph(ValueError):
     """A graph does not have what this step needs."""
+
+    exit_code = 2
+
+
+class WrongPrecision(ValueError):
+    """A plain checkpoint was given where a quantized one is expected, or the other way round."""
+
+    exit_code = 2
+
+
+class NoPlaceholders(ValueError):
+    """A graph of other origin marks no weight for FP4."""
 
     exit_code = 2

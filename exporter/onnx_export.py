@@ -1,26 +1,29 @@
-"""``fp4trt export``: a quantized checkpoint in, an ONNX graph for TensorRT out."""
+"""``fp4trt export`` of a checkpoint, quantized or plain: an ONNX graph for TensorRT out."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 import onnx_ir as ir
 
 from calibration.checkpoint import Checkpoint, read
-from exporter import external_weights
-from exporter.errors import BadGraph, OutputExists
+from calibration.source import BUILT_IN, find_source
+from exporter import external_weights, plain_checkpoint
+from exporter.errors import BadGraph, OutputExists, WrongPrecision
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.name_nodes import name_nodes
 from exporter.trace import OPSET, other_linears, trace, translate
 
-__all__ = ["export", "group_leaders"]
+__all__ = ["IR_VERSION", "Precision", "export", "graph_path", "group_leaders"]
 
-_IR_VERSION = 11
+Precision = Literal["nvfp4", "bf16"]
+
+IR_VERSION = 11
 """The first ONNX IR version with FLOAT4E2M1."""
 
 
@@ -30,32 +33,43 @@ def export(
     scale_dtype: ScaleDtype = "float32",
     copy_weights: bool = False,
     force: bool = False,
+    precision: Precision = "nvfp4",
 ) -> dict[str, Any]:
-    """Export a quantized checkpoint as an opset-23 graph in TensorRT's double-DequantizeLinear form.
+    """Export a checkpoint as an opset-23 graph: quantized, in double-DequantizeLinear form, or plain, in BF16.
 
     Args:
-        directory: the checkpoint.
-        output: the graph; default ``DIRECTORY/model.onnx``, whose initializers point into the checkpoint's safetensors.
+        directory: the checkpoint; with ``bf16`` whatever :func:`calibration.source.find_source` takes.
+        output: the graph, or a folder for ``model.onnx``; default ``DIRECTORY/model.onnx``, whose initializers point
+            into the checkpoint's safetensors.
         scale_dtype: ``float32`` computes what fake quantization computes, bit for bit; ``bfloat16`` needs no Casts and
             rounds each block's scale to BF16.
         copy_weights: copy the weights into ``NAME.onnx.data``; implied where the graph cannot point at them.
         force: replace an existing graph.
+        precision: ``nvfp4`` takes a quantized checkpoint, ``bf16`` a plain one.
 
     Returns:
         What the command prints as JSON.
 
     Raises:
-        BadCheckpoint: the folder is no quantized checkpoint.
+        BadCheckpoint: the folder is no such checkpoint.
+        WrongPrecision: it is a checkpoint of the other kind.
         BadGraph, OutputExists: naming what is wrong.
     """
-    if scale_dtype not in get_args(ScaleDtype):
-        raise BadGraph(f"there is no scale dtype '{scale_dtype}'; choose one of: {', '.join(get_args(ScaleDtype))}")
-    checkpoint = read(directory)
-    path = Path(output) if output is not None else checkpoint.directory / "model.onnx"
+    for what, given, known in (
+        ("scale dtype", scale_dtype, get_args(ScaleDtype)),
+        ("precision", precision, get_args(Precision)),
+    ):
+        if given not in known:
+            raise BadGraph(f"there is no {what} '{given}'; choose one of: {', '.join(known)}")
+    checkpoint = _open(directory, precision)
+    if output is None and not Path(directory).is_dir():
+        raise BadGraph(f"{directory} is no folder that a graph could be written into; name one with --output")
+    path = graph_path(output if output is not None else checkpoint.directory)
     if path.exists() and not force:
         raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
-    save = external_weights.save_with_copies if copy_weights or reason else external_weights.save_pointing
+    if precision == "bf16":
+        reason = reason or plain_checkpoint.must_round(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
     with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
@@ -68,11 +82,15 @@ def export(
         name_nodes(model)
         _describe(model, checkpoint, scale_dtype)
         bar.update(5)
-        save(model, checkpoint.tensors, path)
+        if copy_weights or reason:
+            external_weights.save_with_copies(model, checkpoint.tensors, path, rounded=precision == "bf16")
+        else:
+            external_weights.save_pointing(model, checkpoint.tensors, path)
         bar.update(5)
     return {
         "onnx": str(path.resolve()),
         "opset": OPSET,
+        "precision": precision,
         "nodes": len(model.graph),
         "quantized_linears": len(checkpoint.quantized),
         "scale_dtype": scale_dtype,
@@ -80,6 +98,24 @@ def export(
         "copied_weights": copy_weights or reason is not None,
         "copied_because": "--copy-weights" if copy_weights else reason,
     }
+
+
+def graph_path(output: str | Path) -> Path:
+    """Return the graph that an output names: itself, or ``model.onnx`` in a folder."""
+    path = Path(output)
+    return path if path.suffix == ".onnx" and not path.is_dir() else path / "model.onnx"
+
+
+def _open(source: str | Path, precision: Precision) -> Checkpoint:
+    if precision == "bf16":
+        return plain_checkpoint.read(source)
+    if str(source) == BUILT_IN and not Path(source).exists():
+        source = find_source(source)
+    if plain_checkpoint.is_plain(Path(source)):
+        raise WrongPrecision(
+            f"{source} holds no NVFP4 weights: run fp4trt quantize first, or export it as it is with --precision bf16"
+        )
+    return read(source)
 
 
 def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
@@ -103,14 +139,14 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
     model.metadata_props.update(
         {
             "fp4trt.family": checkpoint.family.name,
-            "fp4trt.recipe": checkpoint.recipe,
+            "fp4trt.recipe": checkpoint.recipe if checkpoint.quantized else "none",
             "fp4trt.scale_dtype": scale_dtype,
             "fp4trt.linears": json.dumps(linears),
             "fp4trt.groups": json.dumps(checkpoint.groups),
             "fp4trt.symbols": json.dumps(symbols),
         }
     )
-    model.ir_version = _IR_VERSION
+    model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "fp4trt", None, None
     model.graph.name = checkpoint.family.name
     model.graph.doc_string = None
