@@ -87,8 +87,9 @@ class _Rewrite:
 
     def weight(self, node: ir.Node) -> None:
         """Replace a weight's placeholder, by a chain that exists already where another one reads the same weight."""
-        weight = _stored_weight(node)
+        weight = node.inputs[0]
         if weight not in self.weights:
+            weight = _stored_weight(node)
             self.weights[weight] = self._weight_chain(node, weight)
         self._replace(node, self.weights[weight][1])
 
