@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ from calibration.safetensors_file import StoredTensor
 from exporter.errors import BadGraph
 from exporter.plain_checkpoint import bfloat16_chunks
 
-__all__ = ["Chunks", "bind", "must_copy", "save_pointing", "save_self_contained", "save_with_copies"]
+__all__ = ["Chunks", "bind", "folder_for", "must_copy", "save_pointing", "save_self_contained", "save_with_copies"]
 
 Chunks = Callable[[], Iterable[npt.NDArray[np.uint8]]]
 """Gives a tensor's bytes, in as many pieces as it likes."""
@@ -33,6 +34,20 @@ _ELEMENT_TYPES: Final = {
 """ONNX element type to how a checkpoint stores it; two FP4 codes make a byte in both."""
 
 _ALIGNMENT: Final = 64
+
+
+@contextlib.contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Make the folder of a file that is to be written, and take back what was made of it when anything is raised."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else put something there
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) -> None:

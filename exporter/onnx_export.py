@@ -70,9 +70,11 @@ def export(
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
     if precision == "bf16":
         reason = reason or plain_checkpoint.must_round(checkpoint)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
-    with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
+    with (
+        external_weights.folder_for(path),
+        click.progressbar(length=100, label="exporting", file=sys.stderr) as bar,
+    ):
         program = trace(checkpoint)
         bar.update(45)
         model = translate(checkpoint, program)
@@ -109,11 +111,12 @@ def graph_path(output: str | Path) -> Path:
 def _open(source: str | Path, precision: Precision) -> Checkpoint:
     if precision == "bf16":
         return plain_checkpoint.read(source)
+    name = source
     if str(source) == BUILT_IN and not Path(source).exists():
         source = find_source(source)
     if plain_checkpoint.is_plain(Path(source)):
         raise WrongPrecision(
-            f"{source} holds no NVFP4 weights: run fp4trt quantize first, or export it as it is with --precision bf16"
+            f"{name} holds no NVFP4 weights: run fp4trt quantize first, or export it as it is with --precision bf16"
         )
     return read(source)
 

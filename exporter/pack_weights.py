@@ -16,8 +16,8 @@ from exporter.errors import BadGraph
 
 __all__ = ["PackedWeight"]
 
-_CHUNK: Final = 1 << 22
-"""Elements that are packed at a time: 16 MiB in FP32, and a few times that for what is computed from them."""
+_CHUNK: Final = 1 << 18
+"""Elements that are packed at a time: 1 MiB in FP32, which stays in the cache with what is computed from it."""
 
 
 class PackedWeight:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import click
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -14,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from exporter.errors import BadGraph, NoPlaceholders, OutputExists
-from exporter.external_weights import Chunks, save_self_contained
+from exporter.external_weights import Chunks, folder_for, save_self_contained
 from exporter.onnx_export import IR_VERSION, graph_path
 from exporter.pack_weights import PackedWeight
 from exporter.passes.double_dequantize import QuantizedWeight, double_dequantize
@@ -68,9 +70,10 @@ def export_graph(source: str | Path, output: str | Path, force: bool = False) ->
     common.RemoveInitializersFromInputsPass()(model)
     model.ir_version = max(model.ir_version, IR_VERSION)
     contents = dict(_contents(model, weights))
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_self_contained(model, contents, path)
+        with folder_for(path), click.progressbar(length=len(contents), label="exporting", file=sys.stderr) as bar:
+            counted = {name: functools.partial(_counted, chunks, bar) for name, chunks in contents.items()}
+            save_self_contained(model, counted, path)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         raise BadGraph(f"{theirs} makes no valid ONNX graph ({reason}); export it again") from None
@@ -190,6 +193,11 @@ def _contents(model: ir.Model, weights: Iterable[QuantizedWeight]) -> Iterator[t
             value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
             yield name, functools.partial(_stored, tensor)
     yield from packed.items()
+
+
+def _counted(chunks: Chunks, bar: Any) -> Iterator[npt.NDArray[np.uint8]]:
+    yield from chunks()
+    bar.update(1)
 
 
 def _scalar(packer: PackedWeight) -> ir.TensorProtocol:
