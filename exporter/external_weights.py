@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Final
 import onnx
 import onnx_ir as ir
 
-from calibration.safetensors_file import StoredTensor
+from calibration.safetensors_file import StoredTensor, naming
 from exporter.errors import BadGraph
 
-__all__ = ["bind", "must_copy", "save_pointing", "save_with_copies"]
+__all__ = ["bind", "data_file", "must_copy", "save_pointing", "save_with_copies"]
 
 _ELEMENT_TYPES: Final = {
     ir.DataType.FLOAT4E2M1: "U8",
@@ -98,23 +98,24 @@ def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Pa
 
 def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path) -> None:
     """Write a graph and, in ``NAME.onnx.data``, a copy of its weights, one tensor in memory at a time."""
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    data = partial / f"{path.name}.data"
-    try:
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.partial-", dir=path.parent) as folder:
+        partial = Path(folder)
+        data = partial / data_file(path).name
         bind(model, _copy(tensors, list(_weights(model)), data), partial)
         _write_checked(model, partial / path.name)
-        os.replace(data, path.with_name(data.name))
+        os.replace(data, data_file(path))
         os.replace(partial / path.name, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def data_file(path: Path) -> Path:
+    """Return where the copied weights of a graph lie: ``NAME.onnx.data`` beside it."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _copy(tensors: Mapping[str, StoredTensor], names: Sequence[str], data: Path) -> dict[str, StoredTensor]:
     """Write the named tensors into one file, each at a multiple of its alignment; return where they are."""
     copies = {}
-    with data.open("wb") as file:
+    with naming(data), data.open("wb") as file:
         for name in names:
             if name not in tensors:
                 raise BadGraph(f"the graph needs {name}, which the checkpoint does not have; export and quantize again")
@@ -127,7 +128,7 @@ def _copy(tensors: Mapping[str, StoredTensor], names: Sequence[str], data: Path)
 
 
 def _write_checked(model: ir.Model, path: Path) -> None:
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(ir.to_proto(model).SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())

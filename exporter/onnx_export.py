@@ -11,8 +11,9 @@ import click
 import onnx_ir as ir
 
 from calibration.checkpoint import Checkpoint, read
+from calibration.write import refuse_existing
 from exporter import external_weights
-from exporter.errors import BadGraph, OutputExists
+from exporter.errors import BadGraph
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.name_nodes import name_nodes
@@ -52,11 +53,11 @@ def export(
         raise BadGraph(f"there is no scale dtype '{scale_dtype}'; choose one of: {', '.join(get_args(ScaleDtype))}")
     checkpoint = read(directory)
     path = Path(output) if output is not None else checkpoint.directory / "model.onnx"
-    if path.exists() and not force:
-        raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
-    save = external_weights.save_with_copies if copy_weights or reason else external_weights.save_pointing
-    path.parent.mkdir(parents=True, exist_ok=True)
+    copies = copy_weights or reason is not None
+    for result in (path, external_weights.data_file(path))[: 2 if copies else 1]:
+        refuse_existing(result, force)
+    save = external_weights.save_with_copies if copies else external_weights.save_pointing
     # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
     with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
         program = trace(checkpoint)
@@ -77,7 +78,7 @@ def export(
         "quantized_linears": len(checkpoint.quantized),
         "scale_dtype": scale_dtype,
         "onnx_bytes": path.stat().st_size,
-        "copied_weights": copy_weights or reason is not None,
+        "copied_weights": copies,
         "copied_because": "--copy-weights" if copy_weights else reason,
     }
 
