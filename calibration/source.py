@@ -97,7 +97,10 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     index = folder / f"{_STEM}.safetensors.index.json"
     if not index.exists():
         return (folder / f"{_STEM}.safetensors",)
-    return tuple(folder / name for name in sorted(set(load_json(index).get("weight_map", {}).values())))
+    names = load_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise BadCheckpoint(f"{index} has no weight_map of tensor names to file names; copy it again")
+    return tuple(folder / name for name in sorted(set(names.values())))
 
 
 def tensors_of(folder: Path) -> dict[str, StoredTensor]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+from calibration.errors import OutputExists
+
 __all__ = ["BadGraph", "NoPlaceholders", "OutputExists", "WrongPrecision"]
-
-
-class OutputExists(ValueError):
-    """The result would replace something that is already there."""
-
-    exit_code = 2
 
 
 class BadGraph(ValueError):

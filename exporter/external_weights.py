@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -16,11 +16,20 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from calibration.safetensors_file import StoredTensor
+from calibration.safetensors_file import StoredTensor, naming
 from exporter.errors import BadGraph
 from exporter.plain_checkpoint import bfloat16_chunks
 
-__all__ = ["Chunks", "bind", "folder_for", "must_copy", "save_pointing", "save_self_contained", "save_with_copies"]
+__all__ = [
+    "Chunks",
+    "bind",
+    "data_file",
+    "folder_for",
+    "must_copy",
+    "save_pointing",
+    "save_self_contained",
+    "save_with_copies",
+]
 
 Chunks = Callable[[], Iterable[npt.NDArray[np.uint8]]]
 """Gives a tensor's bytes, in as many pieces as it likes."""
@@ -164,27 +173,27 @@ def save_self_contained(model: ir.Model, contents: Mapping[str, Chunks], path: P
         contents: initializer to its bytes, asked for once each, in this order.
         path: the graph; both files appear under their names when they are whole and onnx has checked them.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    data = partial / f"{path.name}.data"
-    try:
-        offsets = _write_data(data, contents)
-        for name, (offset, length) in offsets.items():
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.partial-", dir=path.parent) as folder:
+        partial = Path(folder)
+        data = partial / data_file(path).name
+        for name, (offset, length) in _write_data(data, contents).items():
             value = model.graph.initializers[name]
             assert length == _nbytes(value), f"{name} needs {_nbytes(value)} bytes, {length} were written"
             _point(value, data, offset, partial)
         _write_checked(model, partial / path.name)
-        os.replace(data, path.with_name(data.name))
+        os.replace(data, data_file(path))
         os.replace(partial / path.name, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def data_file(path: Path) -> Path:
+    """Return where the copied weights of a graph lie: ``NAME.onnx.data`` beside it."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _write_data(data: Path, contents: Mapping[str, Chunks]) -> dict[str, tuple[int, int]]:
     """Write the contents into one file, each at a multiple of its alignment; return offset and length of each."""
     spans = {}
-    with data.open("wb") as file:
+    with naming(data), data.open("wb") as file:
         for name, chunks in contents.items():
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             offset = file.tell()
@@ -197,7 +206,7 @@ def _write_data(data: Path, contents: Mapping[str, Chunks]) -> dict[str, tuple[i
 
 
 def _write_checked(model: ir.Model, path: Path) -> None:
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(ir.to_proto(model).SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from calibration.checkpoint import Checkpoint, read
 from calibration.source import BUILT_IN, find_source
+from calibration.write import refuse_existing
 from exporter import external_weights, plain_checkpoint
-from exporter.errors import BadGraph, OutputExists, WrongPrecision
+from exporter.errors import BadGraph, WrongPrecision
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.name_nodes import name_nodes
@@ -65,16 +66,31 @@ def export(
     if output is None and not Path(directory).is_dir():
         raise BadGraph(f"{directory} is no folder that a graph could be written into; name one with --output")
     path = graph_path(output if output is not None else checkpoint.directory)
-    if path.exists() and not force:
-        raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
     if precision == "bf16":
         reason = reason or plain_checkpoint.must_round(checkpoint)
+    copies = copy_weights or reason is not None
+    with external_weights.folder_for(path):
+        for result in (path, external_weights.data_file(path))[: 2 if copies else 1]:
+            refuse_existing(result, force)
+        nodes = _write(checkpoint, path, scale_dtype, copies)
+    return {
+        "onnx": str(path.resolve()),
+        "opset": OPSET,
+        "precision": precision,
+        "nodes": nodes,
+        "quantized_linears": len(checkpoint.quantized),
+        "scale_dtype": scale_dtype,
+        "onnx_bytes": path.stat().st_size,
+        "copied_weights": copies,
+        "copied_because": "--copy-weights" if copy_weights else reason,
+    }
+
+
+def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: bool) -> int:
+    """Trace, rewrite and save; return the graph's number of nodes."""
     # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
-    with (
-        external_weights.folder_for(path),
-        click.progressbar(length=100, label="exporting", file=sys.stderr) as bar,
-    ):
+    with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
         program = trace(checkpoint)
         bar.update(45)
         model = translate(checkpoint, program)
@@ -84,22 +100,12 @@ def export(
         name_nodes(model)
         _describe(model, checkpoint, scale_dtype)
         bar.update(5)
-        if copy_weights or reason:
-            external_weights.save_with_copies(model, checkpoint.tensors, path, rounded=precision == "bf16")
+        if copies:
+            external_weights.save_with_copies(model, checkpoint.tensors, path, rounded=not checkpoint.quantized)
         else:
             external_weights.save_pointing(model, checkpoint.tensors, path)
         bar.update(5)
-    return {
-        "onnx": str(path.resolve()),
-        "opset": OPSET,
-        "precision": precision,
-        "nodes": len(model.graph),
-        "quantized_linears": len(checkpoint.quantized),
-        "scale_dtype": scale_dtype,
-        "onnx_bytes": path.stat().st_size,
-        "copied_weights": copy_weights or reason is not None,
-        "copied_because": "--copy-weights" if copy_weights else reason,
-    }
+    return len(model.graph)
 
 
 def graph_path(output: str | Path) -> Path:

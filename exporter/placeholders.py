@@ -15,8 +15,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from calibration.write import refuse_existing
 from exporter.errors import BadGraph, NoPlaceholders, OutputExists
-from exporter.external_weights import Chunks, folder_for, save_self_contained
+from exporter.external_weights import Chunks, data_file, folder_for, save_self_contained
 from exporter.onnx_export import IR_VERSION, graph_path
 from exporter.pack_weights import PackedWeight
 from exporter.passes.double_dequantize import QuantizedWeight, double_dequantize
@@ -55,11 +56,9 @@ def export_graph(source: str | Path, output: str | Path, force: bool = False) ->
     theirs, path = Path(source), graph_path(output)
     model = _load(theirs)
     files = _checked_files(model)
-    for result in (path, path.with_name(f"{path.name}.data")):
+    for result in (path, data_file(path)):
         if result.resolve() in {theirs.resolve(), *files}:
             raise OutputExists(f"{result} is what the graph is read from; choose another --output")
-    if path.exists() and not force:
-        raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
     _refuse_hidden_placeholders(model)
     nodes, declared = len(model.graph), model.graph.opset_imports.get("")
     raise_opset(model, OPSET)
@@ -71,9 +70,12 @@ def export_graph(source: str | Path, output: str | Path, force: bool = False) ->
     model.ir_version = max(model.ir_version, IR_VERSION)
     contents = dict(_contents(model, weights))
     try:
-        with folder_for(path), click.progressbar(length=len(contents), label="exporting", file=sys.stderr) as bar:
-            counted = {name: functools.partial(_counted, chunks, bar) for name, chunks in contents.items()}
-            save_self_contained(model, counted, path)
+        with folder_for(path):
+            for result in (path, data_file(path)):
+                refuse_existing(result, force)
+            with click.progressbar(length=len(contents), label="exporting", file=sys.stderr) as bar:
+                counted = {name: functools.partial(_counted, chunks, bar) for name, chunks in contents.items()}
+                save_self_contained(model, counted, path)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         raise BadGraph(f"{theirs} makes no valid ONNX graph ({reason}); export it again") from None
@@ -86,7 +88,7 @@ def export_graph(source: str | Path, output: str | Path, force: bool = False) ->
         "quantized_weights": [weight.codes for weight in weights],
         "activation_quantizers": sum(node.op_type == "TRT_FP4DynamicQuantize" for node in model.graph),
         "onnx_bytes": path.stat().st_size,
-        "data_bytes": path.with_name(f"{path.name}.data").stat().st_size,
+        "data_bytes": data_file(path).stat().st_size,
     }
 
 
