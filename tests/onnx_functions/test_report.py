@@ -60,7 +60,7 @@ def test_without_matplotlib_the_json_is_written_all_the_same(tmp_path: Path, mon
 
 
 def test_a_gate_names_five_offenders_and_counts_the_rest() -> None:
-    gate = gate_of_offenders("weights", [(f"w{i}", "differs") for i in range(7)], 7, 0, "")
+    gate = gate_of_offenders("weights", [(f"w{i}", "differs") for i in range(7)], 7, 0, "", count=9)
     assert not gate.passed
     assert "w4: differs; and 2 more" in gate.detail
     assert len(gate.offenders) == 7
