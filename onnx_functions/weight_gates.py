@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -247,6 +248,7 @@ def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Refe
             wrong = np.flatnonzero(found != expected)
             offenders.append((name, f"{len(wrong)} of {found.size} bytes differ, the first at {wrong[0]}"))
     offenders += [(who, what) for who, what in _biases(graph) if who in names]
+    offenders += _bad_scales(graph, directory)
     compared = f"{checked} initializers equal the checkpoint's tensors of the same name"
     return gate_of_offenders("stored tensors", offenders, len(offenders), 0, compared, count=checked)
 
@@ -262,6 +264,16 @@ def _biases(graph: Graph) -> Iterator[tuple[str, str]]:
         source = graph.source(linear.bias) if linear.bias else None
         if source != wanted:
             yield wanted, f"node {linear.add or linear.matmul} adds {source} in its place"
+
+
+def _bad_scales(graph: Graph, directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield the global scales that divide by zero or lead to values that are no numbers."""
+    for name, tensor in graph.initializers.items():
+        if name.endswith((".input_scale", ".weight_scale_2")) and tensor.data_type == TensorProto.FLOAT:
+            with contextlib.suppress(BadGraph):  # which the gate on files says
+                value = float(array_of(tensor, directory).reshape(-1)[0])
+                if not 0 < value < np.inf:
+                    yield name, f"is {value:g}; expected a global scale above zero: calibrate again"
 
 
 def quantization_gates(
