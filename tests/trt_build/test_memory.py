@@ -24,6 +24,11 @@ def test_a_build_that_fits_has_no_warning() -> None:
     assert len(memory.memory_lines(1 << 20, parse_gpus("rtx5090"))) == 1
 
 
+@pytest.mark.parametrize(("count", "said"), [(900, "900 bytes"), (2_000_000, "1.9 MiB"), (3 << 30, "3.0 GiB")])
+def test_the_weights_have_a_readable_unit(count: int, said: str) -> None:
+    assert f"the build of {said} of weights needs" in memory.memory_lines(count, parse_gpus("rtx5090"))[0]
+
+
 def test_available_memory_is_known_here_and_plausible() -> None:
     free = memory.available_memory()
     assert free is None or 1 << 26 < free < 1 << 46
