@@ -65,7 +65,7 @@ class _Reference:
     quantized: bool
     rounds_scales: bool
     names: tuple[str, ...]
-    fp4: frozenset[str]
+    fp4: tuple[str, ...]
 
     @property
     def directory(self) -> Path:
@@ -77,10 +77,10 @@ class _Reference:
         return frozenset(self.checkpoint.quantized)
 
     @cached_property
-    def linears(self) -> frozenset[str]:
+    def linears(self) -> tuple[str, ...]:
         """All its linears: they alone have matrices."""
         matrices = (name.rpartition(".") for name, tensor in self.checkpoint.tensors.items() if len(tensor.shape) == 2)
-        return frozenset(path for path, _, leaf in matrices if leaf == "weight")
+        return tuple(path for path, _, leaf in matrices if leaf == "weight")
 
     def raw(self, name: str) -> npt.NDArray[Any]:
         return self.checkpoint.raw(name)
@@ -199,7 +199,7 @@ def _reference_of(graph: onnx.ModelProto, model: Path, reference: str | Path | N
     # A 16-bit reference says what the linears are; which of them are FP4 is then the graph's word and that of the
     # manifest beside it.
     stored = checkpoint.quantized if quantized else (*promised.get("nvfp4", ()), *(beside.nvfp4 if beside else ()))
-    fp4 = frozenset((*stored, *(manifest.nvfp4 if manifest else ())))
+    fp4 = tuple(dict.fromkeys((*stored, *(manifest.nvfp4 if manifest else ()))))
     rounds = metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16"
     return _Reference(checkpoint, quantized, rounds, names, fp4)
 
