@@ -104,7 +104,7 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
     # Posix and Windows spellings of "outside" both count, whatever this machine is.
     relative = PurePosixPath(location.replace("\\", "/"))
     if not location or relative.is_absolute() or ".." in relative.parts or ":" in location:
-        raise BadGraph(f"initializer {tensor.name} lies at {location!r}; expected a path inside the model's folder")
+        raise BadGraph(f"initializer {tensor.name} lies at {location!r}; expected a path inside the model's directory")
     file = directory / relative
     wanted = nbytes_of(tensor)
     offset = _number(tensor, "offset", entries.get("offset", "0"))
