@@ -6,7 +6,7 @@ it and exits with ``exit_code``.
 
 from __future__ import annotations
 
-__all__ = ["BadGraph", "BadReference", "UnknownArtifact"]
+__all__ = ["BadGraph", "BadReference", "OutputExists", "UnknownArtifact"]
 
 
 class BadGraph(ValueError):
@@ -17,6 +17,12 @@ class BadGraph(ValueError):
 
 class BadReference(ValueError):
     """The reference of a validation is missing or does not belong to the graph."""
+
+    exit_code = 2
+
+
+class OutputExists(ValueError):
+    """A result would replace something that fp4trt did not write."""
 
     exit_code = 2
 

@@ -27,7 +27,8 @@ def raise_opset(model: ir.Model, target: int) -> None:
     3. ``Split`` without sizes says its number of outputs, as from opset 18 on.
     4. Any other operator that changed is refused.
 
-    onnx's own version converter is no help: it refuses graphs with FP4 or with operators of other domains.
+    Schemas are compared instead of running onnx's version converter, which takes the whole graph through another
+    representation and would rename what is foreign.
 
     Args:
         model: without functions of its own.

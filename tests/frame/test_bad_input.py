@@ -183,7 +183,9 @@ sys.exit(fp4trt.run(sys.argv[2:]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of a file as POSIX does")
-@pytest.mark.parametrize(("command", "limit"), [("quantize", 500_000), ("export", 100_000), ("build", 1_000_000)])
+@pytest.mark.parametrize(
+    ("command", "limit"), [("quantize", 500_000), ("export", 100_000), ("build", 1_000_000), ("validate", 9_000)]
+)
 def test_a_full_disk_leaves_nothing_behind(command: str, limit: int, quantized_digits: Path, tmp_path: Path) -> None:
     arguments = [*_commands(quantized_digits)[command], "-o", tmp_path / "result"]
     done = subprocess.run(

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+import fp4trt
 import trt_build
 from trt_build.errors import CoverageError
 
@@ -71,3 +72,50 @@ def test_a_promised_linear_that_the_graph_lacks_is_lost(attention_graph: Any) ->
     onnx.save(model, path)
     with pytest.raises(CoverageError, match=r"the graph has no node block\.to_out/MatMul"):
         trt_build.build(path)
+
+
+def bypass_every_quantizer(model: onnx.ModelProto) -> None:
+    inputs = {node.name.split("/")[0]: node.input[0] for node in model.graph.node if node.op_type.startswith("TRT_")}
+    for path in ("to_q", "to_k", "to_v", "to_out"):
+        node(model, f"block.{path}/MatMul").input[0] = inputs["block.to_out" if path == "to_out" else "block.to_q"]
+
+
+def describe(model: onnx.ModelProto, text: str) -> None:
+    next(entry for entry in model.metadata_props if entry.key == "fp4trt.linears").value = text
+
+
+@pytest.mark.parametrize("text", ['{"nvfp4": [], "bf16": []}', "{}"])
+def test_metadata_that_promise_little_do_not_hide_fp4_weights_that_run_in_16_bit(
+    attention_graph: Any, text: str
+) -> None:
+    path = attention_graph()
+    model = onnx.load(path, load_external_data=False)
+    bypass_every_quantizer(model)
+    describe(model, text)
+    onnx.save(model, path)
+    with pytest.raises(CoverageError, match=r"4 of 4 linears promised in FP4 would run in 16 bit: block\.to_q"):
+        trt_build.build(path)
+
+
+def test_the_manifest_beside_the_graph_promises_too(attention_graph: Any) -> None:
+    path = attention_graph()
+    assert trt_build.build(path)["quantized_linears"] == 4
+    (path.parent / "fp4trt.json").write_text('{"quantized": {"nvfp4": ["block.to_out", "head"]}}')
+    with pytest.raises(CoverageError, match=r"1 of 5 linears promised in FP4 would run in 16 bit: head"):
+        trt_build.build(path)
+
+
+def test_a_weight_only_graph_without_metadata_is_legal_and_reported(
+    attention_graph: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = attention_graph(metadata=False)
+    model = onnx.load(path, load_external_data=False)
+    bypass_every_quantizer(model)
+    dead = [node for node in model.graph.node if "/input" in node.name or node.op_type.startswith("TRT_")]
+    for quantizer in dead:
+        model.graph.node.remove(quantizer)
+    onnx.save(model, path)
+    assert fp4trt.run(["build", str(path), "--shape", "B=1", "--shape", "L=64"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing promises FP4 GEMMs of this graph" in out
+    assert "16 bit: 4 linears: weight-only: its weight is FP4, its input is not quantized" in out
