@@ -27,8 +27,7 @@ def raise_opset(model: ir.Model, target: int) -> None:
     3. ``Split`` without sizes says its number of outputs, as from opset 18 on.
     4. Any other operator that changed is refused.
 
-    Schemas are compared instead of running onnx's version converter, which takes the whole graph through another
-    representation and would rename what is foreign.
+    Schemas are compared instead of running onnx's version converter, which adds nodes without names.
 
     Args:
         model: without functions of its own.
