@@ -26,7 +26,7 @@ from calibration.nvfp4_linear import NVFP4Linear
 from calibration.safetensors_file import StoredTensor
 from calibration.source import load_json, model_class, tensors_of
 
-__all__ = ["MANIFEST", "SCALES", "WEIGHTS", "Checkpoint", "load", "plain_config", "read"]
+__all__ = ["MANIFEST", "SCALES", "WEIGHTS", "Checkpoint", "load", "load_manifest", "plain_config", "read"]
 
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 MANIFEST: Final = "fp4trt.json"
@@ -100,6 +100,24 @@ class Checkpoint:
         return nvfp4.dequantize(codes, scales, self.tensor(f"{path}.weight_scale_2")).to(dtype)
 
 
+def load_manifest(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest, having checked the shape of what is read from it.
+
+    Raises:
+        BadCheckpoint: it is damaged.
+    """
+    manifest = load_json(path)
+    for key in ("files", "quantized", "recipe"):
+        if not isinstance(manifest.get(key, {}), dict):
+            raise BadCheckpoint(
+                f"{path}: {key} is a JSON {type(manifest[key]).__name__}, expected an object; quantize again"
+            )
+    paths = manifest.get("quantized", {}).get("nvfp4", [])
+    if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
+        raise BadCheckpoint(f"{path}: quantized.nvfp4 is no list of module paths; quantize again")
+    return manifest
+
+
 def read(directory: str | Path) -> Checkpoint:
     """Read a quantized checkpoint's description, checking it against itself but reading no weights.
 
@@ -109,7 +127,7 @@ def read(directory: str | Path) -> Checkpoint:
     """
     folder = Path(directory)
     config = load_json(folder / "config.json")
-    manifest = load_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    manifest = load_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     checkpoint = Checkpoint(folder, config, manifest, tensors_of(folder))
     if not checkpoint.quantized:
         raise BadCheckpoint(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from calibration.errors import BadInputs
 from calibration.models import Family
+from calibration.safetensors_file import bytes_of, plan_of, write
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +28,18 @@ def save_inputs(path: str | Path, calls: Sequence[Inputs]) -> None:
         path: a ``.safetensors`` file, written beside and renamed.
         calls: at least one.
     """
-    from safetensors.torch import save_file
-
     if not calls:
         raise BadInputs("no transformer call was captured; expected at least one")
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    tensors = {
-        f"{index:05d}.{name}": value.contiguous() for index, call in enumerate(calls) for name, value in call.items()
-    }
-    save_file(tensors, partial, metadata={"format": "fp4trt-inputs"})
-    os.replace(partial, path)
+    tensors = {f"{index:05d}.{name}": value for index, call in enumerate(calls) for name, value in call.items()}
+    by_width = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    plan = [plan_of(name, tensors[name]) for name in by_width]
+    try:
+        write(partial, plan, ((name, bytes_of(tensors[name])) for name in by_width), {"format": "fp4trt-inputs"})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_inputs(path: str | Path) -> list[Inputs]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from calibration import ptq
 from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
-from calibration.errors import BadAmax, BadInputs
+from calibration.errors import BadAmax, BadInputs, OutputExists
 from calibration.models import family_of
 from calibration.prompts import Sampling, capture_prompts
 from calibration.safetensors_file import sha256_of
@@ -68,16 +68,22 @@ def calibrate(
         BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
     """
     output = Path(output)
-    refuse_existing(output, force)
-    if save_inputs_to is not None:
-        refuse_existing(Path(save_inputs_to), force)
+    given = {Path(path).resolve() for path in (inputs, prompts) if path is not None}
+    results = [Path(path) for path in (output, save_inputs_to) if path is not None]
     folder = find_source(source)
+    for index, path in enumerate(results):
+        if path.resolve() in given or path in results[:index]:
+            raise OutputExists(f"{path} is named twice, as a result and as something else; give each file its own name")
+        refuse_existing(path, force)
     measured = _measure(folder, inputs, prompts, Sampling(steps, resolution))
     if save_inputs_to is not None:
         save_inputs(save_inputs_to, measured.calls)
     partial = output.with_name(output.name + ".partial")
-    write_json(partial, {METADATA: dict(measured.described), **measured.amax})
-    os.replace(partial, output)
+    try:
+        write_json(partial, {METADATA: dict(measured.described), **measured.amax})
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
     return {
         "amax": str(output.resolve()),
         "inputs": str(Path(save_inputs_to).resolve()) if save_inputs_to is not None else None,
@@ -99,7 +105,11 @@ def calibration_from(folder: Path, given: str | Path | None) -> Calibration:
     if given is None or Path(given).suffix != ".json":
         return _measure(folder, given, None, Sampling())
     config = load_json(folder / "config.json")
-    amax = ptq.checked(_load_amax(Path(given)), family_of(config).quantized(config))
+    values, paths = _load_amax(Path(given)), family_of(config).quantized(config)
+    unknown = sorted(values.keys() - {METADATA} - set(paths))
+    if unknown:
+        raise BadAmax(f"{given} names {unknown[0]}, which this model does not quantize; give the maxima of this model")
+    amax = ptq.checked(values, paths)
     return Calibration(amax, {"data": "amax", "sha256": sha256_of(Path(given))})
 
 

@@ -77,15 +77,21 @@ def checked(amax: Mapping[str, Any], paths: Sequence[str]) -> Amax:
     """Return the maxima of these linears in their order.
 
     Raises:
-        BadAmax: one is missing, zero, negative, NaN, infinite or no number, naming the linear.
+        BadAmax: one is missing, or gives no finite global scale above 0 in FP32 (zero, negative, NaN, infinite, no
+            number, too small or too large), naming the linear.
     """
     for path in paths:
         value = amax.get(path)
         if value is None:
             raise BadAmax(f"no amax for the input of {path}; calibrate with data that reach every quantized linear")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _gives_scale(value):
             raise BadAmax(f"amax of the input of {path} is {value}; expected a finite number above 0: calibrate again")
     return {path: float(amax[path]) for path in paths}
+
+
+def _gives_scale(amax: float) -> bool:
+    scale = float(nvfp4.global_scale(amax)) if math.isfinite(amax) else math.nan
+    return 0 < scale < math.inf
 
 
 def insert_quantizers(model: nn.Module, paths: Sequence[str], input_amax: Mapping[str, float]) -> None:
@@ -99,7 +105,7 @@ def insert_quantizers(model: nn.Module, paths: Sequence[str], input_amax: Mappin
         linear: Any = model.get_submodule(path)
         linear.input_quantizer.amax = torch.tensor(input_amax[path])
         weight_amax = _amax(linear.weight_quantizer)
-        if not math.isfinite(weight_amax) or weight_amax <= 0:
+        if not _gives_scale(weight_amax):
             raise BadAmax(
                 f"amax of the weight of {path} is {weight_amax}; expected finite weights that are not all zero"
             )

@@ -58,6 +58,8 @@ def quantize(
     """
     if recipe not in RECIPES:
         raise BadInputs(f"there is no recipe '{recipe}'; choose one of: {', '.join(RECIPES)}")
+    if calibration is not None and modelopt_state is not None:
+        raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
     directory, folder = Path(output), find_source(source)
     write.refuse_foreign(directory, force)
     config = load_json(folder / "config.json")

@@ -7,6 +7,7 @@ data_offsets), then the data without gaps. Source: the format section of the saf
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -19,10 +20,21 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from calibration.errors import BadCheckpoint
 
-__all__ = ["DTYPE_BYTES", "StoredTensor", "TensorPlan", "read_header", "sha256_of", "write"]
+__all__ = [
+    "DTYPE_BYTES",
+    "StoredTensor",
+    "TensorPlan",
+    "bytes_of",
+    "naming",
+    "plan_of",
+    "read_header",
+    "sha256_of",
+    "write",
+]
 
 DTYPE_BYTES: Final = {
     "BF16": 2,
@@ -52,6 +64,19 @@ class TensorPlan:
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+_DTYPE_NAMES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def plan_of(name: str, tensor: torch.Tensor) -> TensorPlan:
+    """Return the plan to store a floating-point tensor as it is."""
+    return TensorPlan(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+
+
+def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Return a tensor's bytes, in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 @dataclass(frozen=True)
@@ -124,7 +149,7 @@ def write(
     """
     header = _header(plan, metadata)
     digest = hashlib.sha256(header)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(header)
         for tensor, (name, data) in zip(plan, buffers, strict=True):
             if name != tensor.name or data.nbytes != tensor.nbytes:
@@ -135,6 +160,16 @@ def write(
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the operating system the file that it happened to, which a full disk's lacks."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _header(plan: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:

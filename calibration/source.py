@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ __all__ = [
     "load_json",
     "load_source",
     "model_class",
+    "refuse_other_shapes",
     "source_hashes",
     "tensors_of",
 ]
@@ -95,7 +97,10 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     index = folder / f"{_STEM}.safetensors.index.json"
     if not index.exists():
         return (folder / f"{_STEM}.safetensors",)
-    return tuple(folder / name for name in sorted(set(load_json(index).get("weight_map", {}).values())))
+    names = load_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise BadCheckpoint(f"{index} has no weight_map of tensor names to file names; copy it again")
+    return tuple(folder / name for name in sorted(set(names.values())))
 
 
 def tensors_of(folder: Path) -> dict[str, StoredTensor]:
@@ -138,6 +143,21 @@ def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     stored = tensors_of(folder)
     with torch.device("meta"):
         model = cls.from_config(config)
+    refuse_other_shapes(folder, model, stored)
+    state = {name: value for file in files_of(folder) for name, value in load_file(file).items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
+    model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def refuse_other_shapes(folder: Path, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model that its config describes.
+
+    Raises:
+        BadCheckpoint: naming the first tensor that is absent, superfluous or of another shape.
+    """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in stored.items()}
     for name in sorted(wanted.keys() | found.keys()):
@@ -145,12 +165,6 @@ def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
             raise BadCheckpoint(
                 f"{name} is {_shape(found.get(name))} in {folder}, {_shape(wanted.get(name))} by its config.json"
             )
-    state = {name: value for file in files_of(folder) for name, value in load_file(file).items()}
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
-    model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

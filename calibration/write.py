@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,9 +17,9 @@ import torch
 from torch import nn
 
 from calibration import nvfp4
-from calibration.checkpoint import MANIFEST, WEIGHTS
-from calibration.errors import OutputExists
-from calibration.safetensors_file import DTYPE_BYTES, TensorPlan, sha256_of, write
+from calibration.checkpoint import MANIFEST, WEIGHTS, load_manifest
+from calibration.errors import BadCheckpoint, OutputExists
+from calibration.safetensors_file import DTYPE_BYTES, TensorPlan, bytes_of, naming, plan_of, sha256_of, write
 from calibration.source import load_json
 
 __all__ = ["refuse_existing", "refuse_foreign", "replacing", "write_json", "write_weights"]
@@ -26,7 +27,18 @@ __all__ = ["refuse_existing", "refuse_foreign", "replacing", "write_json", "writ
 GLOBAL_SCALES: Final = {"weight_scale_2": "weight_quantizer", "input_scale": "input_quantizer"}
 """Name of a stored global scale to the quantizer that it comes from."""
 
-_SAFETENSORS: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_DERIVED: Final = (
+    "model.onnx",
+    "model.onnx.data",
+    "validation/report.json",
+    "validation/report.html",
+    "digits.png",
+    "demo.json",
+)
+"""What later stages, and the demo, write into a checkpoint's folder."""
+
+_MARK: Final = ".fp4trt-partial"
+"""Tells a folder that fp4trt left unfinished from one of the user's."""
 
 
 @contextlib.contextmanager
@@ -34,28 +46,37 @@ def replacing(directory: Path, force: bool) -> Iterator[Path]:
     """Give an empty ``DIR.partial`` to write into, which becomes ``DIR`` when nothing was raised, and goes otherwise.
 
     Raises:
-        OutputExists: as :func:`refuse_foreign`.
+        OutputExists: as :func:`refuse_foreign`; or ``DIR.partial`` is there and is none of ours.
     """
     refuse_foreign(directory, force)
-    partial = directory.with_name(directory.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    partial = directory.with_name(f"{directory.name}.partial")
+    mark = partial / _MARK
+    if partial.exists() and not mark.exists():
+        raise OutputExists(
+            f"{partial} is in the way and was not written by fp4trt; move it, or choose another --output"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    mark.touch()
     try:
         yield partial
+        mark.unlink()
         _publish(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Refuse to replace what is there, unless ``force`` was given.
+    """Refuse to replace a file, unless ``force`` was given; make the folder that it will stand in.
 
     Raises:
         OutputExists: naming it.
     """
+    if path.is_dir():
+        raise OutputExists(f"{path} is a folder; expected a file to write: choose another --output")
     if path.exists() and not force:
         raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def refuse_foreign(directory: Path, force: bool) -> None:
@@ -68,37 +89,48 @@ def refuse_foreign(directory: Path, force: bool) -> None:
         raise OutputExists(f"{directory} is a file; expected a folder to write: choose another --output")
     if not directory.exists():
         return
-    refuse_existing(directory, force)
+    if not force:
+        raise OutputExists(f"{directory} exists; choose another --output, or replace it with --force")
     manifest = directory / MANIFEST
-    ours = {MANIFEST, "validation", *(name.split("/")[0] for name in _written_files(manifest))}
-    engines = {path.stem for path in directory.glob("*.engine")}
-    for path in sorted(directory.iterdir()):
-        derived = path.name.endswith((".engine", ".onnx", ".onnx.data")) or (
-            path.suffix == ".json" and path.stem in engines
-        )
-        if path.name not in ours and not derived:
-            raise OutputExists(f"{directory} holds {path.name}, which fp4trt did not write; choose another --output")
+    ours = {MANIFEST, *_DERIVED, *load_manifest(manifest).get("files", {})} if manifest.exists() else set()
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if not path.is_dir() and name not in ours and not (ours and _is_engine(path)):
+            raise OutputExists(f"{directory} holds {name}, which fp4trt did not write; choose another --output")
 
 
-def _written_files(manifest: Path) -> list[str]:
-    return list(load_json(manifest).get("files", {})) if manifest.exists() else []
+def _is_engine(path: Path) -> bool:
+    """Whether a file is an engine with its manifest, that manifest, or a build script of ours."""
+    if path.name.endswith(".build.py"):
+        return path.read_bytes().startswith(b"# Written by fp4trt")
+    if path.suffix not in (".engine", ".json"):
+        return False
+    engine, beside = path.with_suffix(".engine"), path.with_suffix(".json")
+    try:
+        return engine.exists() and "engine_sha256" in load_json(beside)
+    except BadCheckpoint:
+        return False
 
 
 def _publish(partial: Path, directory: Path) -> None:
-    """Give a finished ``DIR.partial`` its name; what stood there before goes only once the new one is in place."""
-    old = directory.with_name(directory.name + ".old")
-    if directory.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.replace(directory, old)
-    os.replace(partial, directory)
-    if old.exists():
-        shutil.rmtree(old)
+    """Give a finished folder its name; what stood there before goes only once the new one is in place."""
+    if not directory.exists():
+        os.replace(partial, directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f"{directory.name}.old-", dir=directory.parent))
+    os.replace(directory, old / directory.name)
+    try:
+        os.replace(partial, directory)
+    except OSError:
+        os.replace(old / directory.name, directory)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> str:
     """Write JSON, synced to disk; return its SHA-256."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with naming(path), path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -130,7 +162,7 @@ def _plain_tensors(model: nn.Module, quantized: set[str]) -> dict[str, torch.Ten
 
 def _plan(model: nn.Module, plain: Mapping[str, torch.Tensor], groups: Sequence[Sequence[str]]) -> list[TensorPlan]:
     plan = [TensorPlan(f"{path}.{kind}", "F32", ()) for kind in GLOBAL_SCALES for group in groups for path in group]
-    plan += [TensorPlan(name, _SAFETENSORS[value.dtype], tuple(value.shape)) for name, value in plain.items()]
+    plan += [plan_of(name, value) for name, value in plain.items()]
     plan.sort(key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
     for group in groups:
         shapes = {path: tuple(model.get_parameter(f"{path}.weight").shape) for path in group}
@@ -163,7 +195,7 @@ def _buffers(
             value = nvfp4.pack_codes(codes)
         else:
             value = scales.pop(path)
-        yield tensor.name, value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield tensor.name, bytes_of(value)
 
 
 def _global_scale(model: nn.Module, path: str, quantizer: str) -> torch.Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["export"]
+__all__ = ["export", "export_graph"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load ``export`` with its dependencies only when it is asked for."""
-    if name != "export":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from exporter.onnx_export import export
+    """Load a verb with its dependencies only when it is asked for."""
+    if name == "export":
+        from exporter.onnx_export import export
 
-    return export
+        return export
+    if name == "export_graph":
+        from exporter.placeholders import export_graph
+
+        return export_graph
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command of this room: ``fp4trt export``."""
+"""The command of this room: ``fp4trt export``, of a checkpoint or of a graph of other origin."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("directory", type=_PATH)
-@click.option("-o", "--output", type=_PATH, help="The graph to write.  [default: DIRECTORY/model.onnx]")
+@click.argument("source", metavar="CHECKPOINT|THEIRS.onnx", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="The graph to write, or its folder.  [default: CHECKPOINT/model.onnx]")
+@click.option(
+    "--precision",
+    type=click.Choice(["nvfp4", "bf16"]),
+    default="nvfp4",
+    show_default=True,
+    help="nvfp4 takes a quantized checkpoint, bf16 a plain one (or `digits`).",
+)
 @click.option(
     "--scale-dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -24,23 +31,59 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--copy-weights", is_flag=True, help="Copy the weights beside the graph instead of pointing at them.")
 @click.option("--force", is_flag=True, help="Replace an existing graph.")
-def export(directory: Path, output: Path | None, scale_dtype: str, copy_weights: bool, force: bool) -> dict[str, Any]:
-    """Export a quantized checkpoint as an opset-23 ONNX graph for TensorRT.
+def export(
+    source: Path, output: Path | None, precision: str, scale_dtype: str, copy_weights: bool, force: bool
+) -> dict[str, Any]:
+    """Export a checkpoint, or a graph with FP4 placeholders, as an opset-23 ONNX graph for TensorRT.
 
-    The graph's initializers point into the checkpoint's safetensors: keep both in one folder.
+    A checkpoint's graph points into its safetensors: keep both in one folder. THEIRS.onnx is a graph of other
+    origin, such as ModelOpt's, whose TRT_FP4QDQ nodes mark the weights for FP4; its names are kept, its data copied.
 
     \b
     Example:
       fp4trt export flux-fp4
       fp4trt export flux-fp4 -o elsewhere/model.onnx --copy-weights
+      fp4trt export FLUX.1-dev --precision bf16 -o flux-bf16
+      fp4trt export theirs.onnx -o ours
     """
+    if source.is_file() or source.suffix == ".onnx":
+        if precision != "nvfp4" or scale_dtype != "float32" or copy_weights:
+            raise click.UsageError("--precision, --scale-dtype and --copy-weights are for checkpoints, not for a graph")
+        if output is None:
+            raise click.UsageError(f"{source} is a graph; name the one to write with --output")
+        return _export_graph(source, output, force)
+    return _export_checkpoint(source, output, scale_dtype, copy_weights, force, precision)
+
+
+def _export_checkpoint(source: Path, output: Path | None, *options: Any) -> dict[str, Any]:
     from exporter.onnx_export import export as run
 
-    result = run(directory, output, scale_dtype, copy_weights, force)  # type: ignore[arg-type]
+    result = run(source, output, *options)
     if result["copied_weights"]:
         click.echo(f"weights are copied beside the graph: {result['copied_because']}")
     click.echo(
-        f"exported {result['nodes']} nodes, {result['quantized_linears']} linears in NVFP4, "
-        f"{result['onnx_bytes']:,} bytes -> {result['onnx']}"
+        f"exported {result['nodes']} nodes, {_linears(result)}, {result['onnx_bytes']:,} bytes -> {result['onnx']}"
     )
     return result
+
+
+def _export_graph(source: Path, output: Path, force: bool) -> dict[str, Any]:
+    from exporter.placeholders import export_graph
+
+    result = export_graph(source, output, force)
+    if result["declared_opset"] != result["opset"]:
+        click.echo(
+            f"raised opset {result['declared_opset']} to {result['opset']}: every operator means the same in both"
+        )
+    quantizers = result["activation_quantizers"]
+    click.echo(
+        f"packed {len(result['quantized_weights'])} weights to NVFP4; "
+        + (f"{quantizers} activation quantizers kept" if quantizers else "no activation quantizers: weight-only")
+    )
+    total = result["onnx_bytes"] + result["data_bytes"]
+    click.echo(f"exported {result['nodes']} nodes, {total:,} bytes with their data -> {result['onnx']}")
+    return result
+
+
+def _linears(result: dict[str, Any]) -> str:
+    return "all linears in BF16" if result["precision"] == "bf16" else f"{result['quantized_linears']} linears in NVFP4"

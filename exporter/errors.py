@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["BadGraph", "OutputExists"]
+from calibration.errors import OutputExists
 
-
-class OutputExists(ValueError):
-    """The result would replace something that is already there."""
-
-    exit_code = 2
+__all__ = ["BadGraph", "NoPlaceholders", "OutputExists", "WrongPrecision"]
 
 
 class BadGraph(ValueError):
     """A graph does not have what this step needs."""
+
+    exit_code = 2
+
+
+class WrongPrecision(ValueError):
+    """A plain checkpoint was given where a quantized one is expected, or the other way round."""
+
+    exit_code = 2
+
+
+class NoPlaceholders(ValueError):
+    """A graph of other origin marks no weight for FP4."""
 
     exit_code = 2

@@ -1,23 +1,39 @@
-"""Point a graph's initializers at the bytes of a checkpoint, or copy them into one file beside the graph."""
+"""Point a graph's initializers at the bytes of a checkpoint, or write them into one file beside the graph."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from calibration.safetensors_file import StoredTensor
+from calibration.safetensors_file import StoredTensor, naming
 from exporter.errors import BadGraph
+from exporter.plain_checkpoint import bfloat16_chunks
 from onnx_functions.linting import require_clean
 
-__all__ = ["bind", "must_copy", "save_pointing", "save_with_copies"]
+__all__ = [
+    "Chunks",
+    "bind",
+    "data_file",
+    "folder_for",
+    "must_copy",
+    "save_pointing",
+    "save_self_contained",
+    "save_with_copies",
+]
+
+Chunks = Callable[[], Iterable[npt.NDArray[np.uint8]]]
+"""Gives a tensor's bytes, in as many pieces as it likes."""
 
 _ELEMENT_TYPES: Final = {
     ir.DataType.FLOAT4E2M1: "U8",
@@ -28,6 +44,20 @@ _ELEMENT_TYPES: Final = {
 """ONNX element type to how a checkpoint stores it; two FP4 codes make a byte in both."""
 
 _ALIGNMENT: Final = 64
+
+
+@contextlib.contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Make the folder of a file that is to be written, and take back what was made of it when anything is raised."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else put something there
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) -> None:
@@ -42,22 +72,35 @@ def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) 
         BadGraph: a tensor is missing, or its type or size differ.
     """
     for name, value in _weights(model).items():
-        stored = tensors.get(name)
-        assert value.dtype is not None
-        assert value.shape is not None
-        wanted = (_ELEMENT_TYPES.get(value.dtype), _nbytes(value))
-        found = (stored.dtype, stored.nbytes) if stored else ("nothing", 0)
-        if stored is None or wanted != found:
-            raise BadGraph(f"the graph needs {name} as {wanted[0]} of {wanted[1]} bytes, the checkpoint has {found}")
-        value.const_value = ir.ExternalTensor(
-            Path(os.path.relpath(stored.file, directory)).as_posix(),
-            stored.offset,
-            stored.nbytes,
-            value.dtype,
-            shape=ir.Shape(value.shape.numpy()),
-            name=name,
-            base_dir=directory,
-        )
+        stored = _required(name, value, tensors)
+        _point(value, stored.file, stored.offset, directory)
+
+
+def _required(name: str, value: ir.Value, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
+    """Return the checkpoint's tensor for an initializer, which must have its type and size."""
+    assert value.dtype is not None
+    stored = tensors.get(name)
+    wanted = (_ELEMENT_TYPES.get(value.dtype), _nbytes(value))
+    found = (stored.dtype, stored.nbytes) if stored else ("nothing", 0)
+    if stored is None or wanted != found:
+        raise BadGraph(f"the graph needs {name} as {wanted[0]} of {wanted[1]} bytes, the checkpoint has {found}")
+    return stored
+
+
+def _point(value: ir.Value, file: Path, offset: int, directory: Path) -> None:
+    """Let an initializer's bytes be those of ``file`` from ``offset`` on, located relative to ``directory``."""
+    assert value.name is not None
+    assert value.dtype is not None
+    assert value.shape is not None
+    value.const_value = ir.ExternalTensor(
+        Path(os.path.relpath(file, directory)).as_posix(),
+        offset,
+        _nbytes(value),
+        value.dtype,
+        shape=ir.Shape(value.shape.numpy()),
+        name=value.name,
+        base_dir=directory,
+    )
 
 
 def _weights(model: ir.Model) -> dict[str, ir.Value]:
@@ -97,38 +140,74 @@ def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Pa
         partial.unlink(missing_ok=True)
 
 
-def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path) -> None:
-    """Write a graph and, in ``NAME.onnx.data``, a copy of its weights, one tensor in memory at a time."""
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    data = partial / f"{path.name}.data"
-    try:
-        bind(model, _copy(tensors, list(_weights(model)), data), partial)
+def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, rounded: bool = False) -> None:
+    """Write a graph and, in ``NAME.onnx.data``, a copy of its weights.
+
+    Args:
+        model: its weights have no values yet.
+        tensors: the checkpoint's.
+        path: the graph.
+        rounded: round what is stored in FP32 or FP16 to BF16 where the graph has BF16.
+
+    Raises:
+        BadGraph: as :func:`bind`.
+    """
+    contents: dict[str, Chunks] = {}
+    for name, value in _weights(model).items():
+        stored = tensors.get(name)
+        if rounded and stored and value.dtype == ir.DataType.BFLOAT16:
+            contents[name] = functools.partial(bfloat16_chunks, stored)
+        else:
+            contents[name] = functools.partial(_whole, _required(name, value, tensors))
+    save_self_contained(model, contents, path)
+
+
+def _whole(stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
+    return (stored.bytes(),)
+
+
+def save_self_contained(model: ir.Model, contents: Mapping[str, Chunks], path: Path) -> None:
+    """Write a graph and, in ``NAME.onnx.data``, the named initializers, one piece in memory at a time.
+
+    Args:
+        model: its initializers in ``contents`` become external; the others stay in the graph.
+        contents: initializer to its bytes, asked for once each, in this order.
+        path: the graph; both files appear under their names when they are whole and onnx has checked them.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.partial-", dir=path.parent) as folder:
+        partial = Path(folder)
+        data = partial / data_file(path).name
+        for name, (offset, length) in _write_data(data, contents).items():
+            value = model.graph.initializers[name]
+            assert length == _nbytes(value), f"{name} needs {_nbytes(value)} bytes, {length} were written"
+            _point(value, data, offset, partial)
         _write_checked(model, partial / path.name)
-        os.replace(data, path.with_name(data.name))
+        os.replace(data, data_file(path))
         os.replace(partial / path.name, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _copy(tensors: Mapping[str, StoredTensor], names: Sequence[str], data: Path) -> dict[str, StoredTensor]:
-    """Write the named tensors into one file, each at a multiple of its alignment; return where they are."""
-    copies = {}
-    with data.open("wb") as file:
-        for name in names:
-            if name not in tensors:
-                raise BadGraph(f"the graph needs {name}, which the checkpoint does not have; export and quantize again")
+def data_file(path: Path) -> Path:
+    """Return where the copied weights of a graph lie: ``NAME.onnx.data`` beside it."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _write_data(data: Path, contents: Mapping[str, Chunks]) -> dict[str, tuple[int, int]]:
+    """Write the contents into one file, each at a multiple of its alignment; return offset and length of each."""
+    spans = {}
+    with naming(data), data.open("wb") as file:
+        for name, chunks in contents.items():
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            copies[name] = replace(tensors[name], file=data, offset=file.tell())
-            file.write(tensors[name].bytes().data)
+            offset = file.tell()
+            for chunk in chunks():
+                file.write(np.ascontiguousarray(chunk).data)
+            spans[name] = (offset, file.tell() - offset)
         file.flush()
         os.fsync(file.fileno())
-    return copies
+    return spans
 
 
 def _write_checked(model: ir.Model, path: Path) -> None:
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(ir.to_proto(model).SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())

@@ -1,26 +1,30 @@
-"""``fp4trt export``: a quantized checkpoint in, an ONNX graph for TensorRT out."""
+"""``fp4trt export`` of a checkpoint, quantized or plain: an ONNX graph for TensorRT out."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 import onnx_ir as ir
 
 from calibration.checkpoint import Checkpoint, read
-from exporter import external_weights
-from exporter.errors import BadGraph, OutputExists
+from calibration.source import BUILT_IN, find_source
+from calibration.write import refuse_existing
+from exporter import external_weights, plain_checkpoint
+from exporter.errors import BadGraph, WrongPrecision
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.name_nodes import name_nodes
 from exporter.trace import OPSET, other_linears, trace, translate
 
-__all__ = ["export", "group_leaders"]
+__all__ = ["IR_VERSION", "Precision", "export", "graph_path", "group_leaders"]
 
-_IR_VERSION = 11
+Precision = Literal["nvfp4", "bf16"]
+
+IR_VERSION = 11
 """The first ONNX IR version with FLOAT4E2M1."""
 
 
@@ -30,34 +34,62 @@ def export(
     scale_dtype: ScaleDtype = "float32",
     copy_weights: bool = False,
     force: bool = False,
+    precision: Precision = "nvfp4",
 ) -> dict[str, Any]:
-    """Export a quantized checkpoint as an opset-23 graph in TensorRT's double-DequantizeLinear form.
+    """Export a checkpoint as an opset-23 graph: quantized, in double-DequantizeLinear form, or plain, in BF16.
 
     Args:
-        directory: the checkpoint.
-        output: the graph; default ``DIRECTORY/model.onnx``, whose initializers point into the checkpoint's safetensors.
+        directory: the checkpoint; with ``bf16`` whatever :func:`calibration.source.find_source` takes.
+        output: the graph, or a folder for ``model.onnx``; default ``DIRECTORY/model.onnx``, whose initializers point
+            into the checkpoint's safetensors.
         scale_dtype: ``float32`` computes what fake quantization computes, bit for bit; ``bfloat16`` needs no Casts and
             rounds each block's scale to BF16.
         copy_weights: copy the weights into ``NAME.onnx.data``; implied where the graph cannot point at them.
         force: replace an existing graph.
+        precision: ``nvfp4`` takes a quantized checkpoint, ``bf16`` a plain one.
 
     Returns:
         What the command prints as JSON.
 
     Raises:
-        BadCheckpoint: the folder is no quantized checkpoint.
+        BadCheckpoint: the folder is no such checkpoint.
+        WrongPrecision: it is a checkpoint of the other kind.
         BadGraph, OutputExists: naming what is wrong.
         LintError: the graph would not be built right; nothing is written.
     """
-    if scale_dtype not in get_args(ScaleDtype):
-        raise BadGraph(f"there is no scale dtype '{scale_dtype}'; choose one of: {', '.join(get_args(ScaleDtype))}")
-    checkpoint = read(directory)
-    path = Path(output) if output is not None else checkpoint.directory / "model.onnx"
-    if path.exists() and not force:
-        raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
+    for what, given, known in (
+        ("scale dtype", scale_dtype, get_args(ScaleDtype)),
+        ("precision", precision, get_args(Precision)),
+    ):
+        if given not in known:
+            raise BadGraph(f"there is no {what} '{given}'; choose one of: {', '.join(known)}")
+    checkpoint = _open(directory, precision)
+    if output is None and not Path(directory).is_dir():
+        raise BadGraph(f"{directory} is no folder that a graph could be written into; name one with --output")
+    path = graph_path(output if output is not None else checkpoint.directory)
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
-    save = external_weights.save_with_copies if copy_weights or reason else external_weights.save_pointing
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if precision == "bf16":
+        reason = reason or plain_checkpoint.must_round(checkpoint)
+    copies = copy_weights or reason is not None
+    with external_weights.folder_for(path):
+        for result in (path, external_weights.data_file(path))[: 2 if copies else 1]:
+            refuse_existing(result, force)
+        nodes = _write(checkpoint, path, scale_dtype, copies)
+    return {
+        "onnx": str(path.resolve()),
+        "opset": OPSET,
+        "precision": precision,
+        "nodes": nodes,
+        "quantized_linears": len(checkpoint.quantized),
+        "scale_dtype": scale_dtype,
+        "onnx_bytes": path.stat().st_size,
+        "copied_weights": copies,
+        "copied_because": "--copy-weights" if copy_weights else reason,
+    }
+
+
+def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: bool) -> int:
+    """Trace, rewrite and save; return the graph's number of nodes."""
     # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
     with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
         program = trace(checkpoint)
@@ -69,18 +101,31 @@ def export(
         name_nodes(model)
         _describe(model, checkpoint, scale_dtype)
         bar.update(5)
-        save(model, checkpoint.tensors, path)
+        if copies:
+            external_weights.save_with_copies(model, checkpoint.tensors, path, rounded=not checkpoint.quantized)
+        else:
+            external_weights.save_pointing(model, checkpoint.tensors, path)
         bar.update(5)
-    return {
-        "onnx": str(path.resolve()),
-        "opset": OPSET,
-        "nodes": len(model.graph),
-        "quantized_linears": len(checkpoint.quantized),
-        "scale_dtype": scale_dtype,
-        "onnx_bytes": path.stat().st_size,
-        "copied_weights": copy_weights or reason is not None,
-        "copied_because": "--copy-weights" if copy_weights else reason,
-    }
+    return len(model.graph)
+
+
+def graph_path(output: str | Path) -> Path:
+    """Return the graph that an output names: itself, or ``model.onnx`` in a folder."""
+    path = Path(output)
+    return path if path.suffix == ".onnx" and not path.is_dir() else path / "model.onnx"
+
+
+def _open(source: str | Path, precision: Precision) -> Checkpoint:
+    if precision == "bf16":
+        return plain_checkpoint.read(source)
+    name = source
+    if str(source) == BUILT_IN and not Path(source).exists():
+        source = find_source(source)
+    if plain_checkpoint.is_plain(Path(source)):
+        raise WrongPrecision(
+            f"{name} holds no NVFP4 weights: run fp4trt quantize first, or export it as it is with --precision bf16"
+        )
+    return read(source)
 
 
 def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
@@ -104,14 +149,14 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
     model.metadata_props.update(
         {
             "fp4trt.family": checkpoint.family.name,
-            "fp4trt.recipe": checkpoint.recipe,
+            "fp4trt.recipe": checkpoint.recipe if checkpoint.quantized else "none",
             "fp4trt.scale_dtype": scale_dtype,
             "fp4trt.linears": json.dumps(linears),
             "fp4trt.groups": json.dumps(checkpoint.groups),
             "fp4trt.symbols": json.dumps(symbols),
         }
     )
-    model.ir_version = _IR_VERSION
+    model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "fp4trt", None, None
     model.graph.name = checkpoint.family.name
     model.graph.doc_string = None

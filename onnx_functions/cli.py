@@ -31,22 +31,24 @@ __all__ = ["inspect", "lint", "validate"]
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for report.json and report.html. Default: validation/ beside the graph.",
 )
-def validate(model: Path, reference: Path | None, level: str, output: Path | None) -> dict[str, Any]:
+@click.option("--force", is_flag=True, help="Replace files of these names that are no reports of fp4trt.")
+def validate(model: Path, reference: Path | None, level: str, output: Path | None, force: bool) -> dict[str, Any]:
     """Check the numerics of a graph against its checkpoint.
 
     MODEL is an exported ONNX file, or the folder that holds model.onnx. Exits with 1 when a gate fails; the
-    report and the line of that gate name the tensor or node.
+    report and the line of that gate name the tensor or node. A graph that lies apart from its checkpoint
+    (export --copy-weights) needs --reference.
 
     \b
     Example:
       fp4trt validate flux-fp4/ --reference flux-fp4/
     """
-    from onnx_functions.report import NO_PLOTS, write_report
+    from onnx_functions.report import NO_PLOTS, report_files
     from onnx_functions.validation import validate as check
 
-    report = check(model, reference, level, say=click.echo)
     folder = output or (model if model.is_dir() else model.parent) / "validation"
-    data, page = write_report(report, folder)
+    report = check(model, reference, level, folder, force, say=click.echo)
+    data, page = report_files(folder)
     failed = ", ".join(gate.name for gate in report.failures)
     if page is None:
         click.echo(NO_PLOTS)

@@ -6,7 +6,7 @@ it and exits with ``exit_code``.
 
 from __future__ import annotations
 
-__all__ = ["BadGraph", "BadReference", "LintError", "UnknownArtifact"]
+__all__ = ["BadGraph", "BadReference", "LintError", "OutputExists", "UnknownArtifact"]
 
 
 class BadGraph(ValueError):
@@ -25,6 +25,12 @@ class LintError(ValueError):
     """A graph that TensorRT would accept wrongly, degrade in silence or refuse."""
 
     exit_code = 1
+
+
+class OutputExists(ValueError):
+    """A result would replace something that fp4trt did not write."""
+
+    exit_code = 2
 
 
 class UnknownArtifact(ValueError):

@@ -22,31 +22,21 @@ from onnx_functions.errors import BadGraph
 
 __all__ = ["BITS", "BadSpan", "Span", "array_of", "load_graph", "nbytes_of", "span_of", "type_name"]
 
-FLOAT8E8M0: Final = 24
-"""The number of an element type that onnx knows from 1.19 on."""
+_TYPES_BY_BITS: Final = {
+    2: "UINT2 INT2",
+    4: "FLOAT4E2M1 UINT4 INT4",
+    8: "FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ FLOAT8E8M0 INT8 UINT8 BOOL",
+    16: "FLOAT16 BFLOAT16 INT16 UINT16",
+    32: "FLOAT INT32 UINT32",
+    64: "DOUBLE INT64 UINT64 COMPLEX64",
+    128: "COMPLEX128",
+}
 
 BITS: Final[Mapping[int, int]] = {
-    TensorProto.FLOAT: 32,
-    TensorProto.DOUBLE: 64,
-    TensorProto.FLOAT16: 16,
-    TensorProto.BFLOAT16: 16,
-    TensorProto.FLOAT8E4M3FN: 8,
-    TensorProto.FLOAT8E4M3FNUZ: 8,
-    TensorProto.FLOAT8E5M2: 8,
-    TensorProto.FLOAT8E5M2FNUZ: 8,
-    TensorProto.FLOAT4E2M1: 4,
-    TensorProto.INT4: 4,
-    TensorProto.UINT4: 4,
-    TensorProto.INT8: 8,
-    TensorProto.UINT8: 8,
-    TensorProto.INT16: 16,
-    TensorProto.UINT16: 16,
-    TensorProto.INT32: 32,
-    TensorProto.UINT32: 32,
-    TensorProto.INT64: 64,
-    TensorProto.UINT64: 64,
-    TensorProto.BOOL: 8,
-    FLOAT8E8M0: 8,
+    TensorProto.DataType.Value(name): bits
+    for bits, names in _TYPES_BY_BITS.items()
+    for name in names.split()
+    if name in TensorProto.DataType.keys()  # noqa: SIM118 - an older onnx knows fewer, and this is no dict
 }
 """Bits of one element; FLOAT4E2M1 lies two a byte, the first in the low nibble."""
 
@@ -115,9 +105,8 @@ def _texts(model: onnx.ModelProto) -> Iterator[object]:
 
 def type_name(element_type: int) -> str:
     """Return the name of an ONNX element type, such as FLOAT4E2M1."""
-    if element_type not in TensorProto.DataType.values():
-        return f"element type {element_type}"
-    return TensorProto.DataType.Name(element_type)  # type: ignore[no-any-return, arg-type, unused-ignore]
+    known = {number: name for name, number in TensorProto.DataType.items()}
+    return known.get(element_type, f"type {element_type}")
 
 
 def nbytes_of(tensor: TensorProto) -> int:
@@ -127,7 +116,10 @@ def nbytes_of(tensor: TensorProto) -> int:
         BadSpan: their type is unknown.
     """
     if tensor.data_type not in BITS:
-        raise BadSpan("type", f"initializer {tensor.name} is {type_name(tensor.data_type)}, whose size is unknown")
+        raise BadSpan(
+            "type",
+            f"initializer {tensor.name} is {type_name(tensor.data_type)}, of unknown size; export the graph again",
+        )
     elements: int = math.prod(tensor.dims)
     return -(-elements * BITS[tensor.data_type] // 8)
 
@@ -137,7 +129,7 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
 
     Raises:
         BadSpan: the location leaves the model's directory, the file is missing or too short, or the length
-            is not that of the shape. The message names the tensor.
+            is not that of the shape. The message names the tensor and no folder of this machine.
     """
     if not external_data_helper.uses_external_data(tensor):
         return None
@@ -151,23 +143,29 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
         )
     file = directory / relative
     wanted = nbytes_of(tensor)
-    try:
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", wanted))
-    except ValueError:
+    offset = _number(tensor, "offset", entries.get("offset", "0"))
+    length = _number(tensor, "length", entries.get("length", str(wanted)))
+    if length != wanted:
         raise BadSpan(
-            "length", f"initializer {tensor.name} has an offset or length that is no number; export the graph again"
-        ) from None
-    if length != wanted or wanted < 0:
-        raise BadSpan(
-            "length", f"initializer {tensor.name} has {length} bytes of external data, its shape needs {wanted}"
+            "length",
+            f"initializer {tensor.name} has {length} bytes of external data, its shape needs {wanted}; export again",
         )
     needs = f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {location}"
+    hint = "lay the graph's own weights beside it, or export it again"
     if not file.is_file():
-        raise BadSpan("file", f"{needs}, which does not exist")
+        raise BadSpan("file", f"{needs}, which does not exist; {hint}")
     size = file.stat().st_size
-    if offset < 0 or offset + length > size:
-        raise BadSpan("length", f"{needs}, which ends at byte {size}")
+    if offset + length > size:
+        raise BadSpan("length", f"{needs}, which ends at byte {size}; {hint}")
     return Span(file, offset, length)
+
+
+def _number(tensor: TensorProto, key: str, text: str) -> int:
+    if not text.isdecimal():
+        raise BadSpan(
+            "length", f"initializer {tensor.name} has the {key} {text!r} in its external data; export the graph again"
+        )
+    return int(text)
 
 
 def array_of(tensor: TensorProto, directory: Path) -> npt.NDArray[Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, UnknownArtifact
+from onnx_functions.json_file import object_of, read_object
 from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _SHOWN: Final = (
     "external_files",
     "onnx",
 )
+_COUNTS: Final = ("quantized_linears", "fp4_linears", "engine_bytes")
 _FORMAT_OF: Final = {
     "U8": "nvfp4",
     "FLOAT4E2M1": "nvfp4",
@@ -82,35 +84,23 @@ def describe(artifact: str | Path) -> dict[str, Any]:
     raise UnknownArtifact(f"{path} is nothing fp4trt knows; expected a checkpoint folder, an ONNX file or an engine")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UnknownArtifact(f"{path} does not exist; expected it to describe {path.parent}") from None
-    except ValueError as error:
-        raise UnknownArtifact(f"{path} is not JSON ({error}); copy it again") from None
-    if not isinstance(value, dict):
-        raise UnknownArtifact(f"{path} holds a JSON {type(value).__name__}; expected an object")
-    return value
-
-
 def _checkpoint(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file() and (folder / "model.onnx").is_file():
         return _onnx(folder / "model.onnx")
-    config = _json(folder / "config.json")
-    manifest = _json(folder / "fp4trt.json") if (folder / "fp4trt.json").is_file() else {}
+    config = read_object(folder / "config.json")
+    manifest = read_checkpoint_manifest(folder)
     tensors = tensors_in_folder(folder)
     linears = list(_stored_linears(tensors))
     quantized = any(linear.format == "nvfp4" for linear in linears)
     return {
         "kind": "quantized checkpoint" if quantized else "checkpoint",
         "path": str(folder.resolve()),
-        "family": manifest.get("family", config.get("_class_name")),
-        "recipe": manifest.get("recipe", {}).get("name"),
+        "family": manifest.family if manifest else config.get("_class_name"),
+        "recipe": manifest.recipe if manifest else None,
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "tensors": len(tensors),
-        **_coverage(linears, manifest.get("groups", [])),
-        "versions": manifest.get("versions", {}),
+        **_coverage(linears, manifest.groups if manifest else ()),
+        "versions": manifest.versions if manifest else {},
         "onnx": str((folder / "model.onnx").resolve()) if (folder / "model.onnx").is_file() else None,
     }
 
@@ -152,7 +142,7 @@ def _coverage(linears: Sequence[_Linear], groups: Iterable[Sequence[str]]) -> di
 
 def _onnx(path: Path) -> dict[str, Any]:
     from onnx_functions.external_data import load_graph, nbytes_of, span_of, type_name
-    from onnx_functions.linears import Graph, metadata_of, promised_linears
+    from onnx_functions.linears import Graph, declared_groups, metadata_of, promised_linears
 
     model = load_graph(path)
     graph, metadata = Graph(model), metadata_of(model)
@@ -173,7 +163,7 @@ def _onnx(path: Path) -> dict[str, Any]:
         "inputs": [_value(value, type_name) for value in model.graph.input],
         "outputs": [_value(value, type_name) for value in model.graph.output],
         "activation_quantizers": len({chain.quantizer.node for chain in chains if chain.quantizer}),
-        **_coverage(linears, _groups(metadata)),
+        **_coverage(linears, declared_groups(model)),
     }
 
 
@@ -181,17 +171,11 @@ def _chained_linear(chain: Linear, weight: TensorProto, sizes: Mapping[str, int]
     from onnx_functions.external_data import type_name
 
     name = type_name(weight.data_type)
+    if len(weight.dims) != 2:
+        raise BadGraph(f"initializer {weight.name} has shape {list(weight.dims)}; expected a matrix: export again")
     rows, columns = weight.dims
     nbytes = sizes[weight.name] + sizes.get(f"{chain.path}.weight_scale", 0)
     return _Linear(chain.path, _FORMAT_OF.get(name, name.lower()), (rows, columns), nbytes)
-
-
-def _groups(metadata: Mapping[str, str]) -> list[list[str]]:
-    try:
-        groups: list[list[str]] = json.loads(metadata.get("fp4trt.groups", "[]"))
-    except ValueError:
-        raise BadGraph("the graph's metadata has no readable fp4trt.groups; export it again") from None
-    return groups
 
 
 def _value(value: Any, type_name: Any) -> dict[str, Any]:
@@ -201,11 +185,14 @@ def _value(value: Any, type_name: Any) -> dict[str, Any]:
 
 
 def _engine(path: Path) -> dict[str, Any]:
-    manifest = _json(path)
+    manifest = read_object(path)
     if manifest.get("kind") != "fp4trt engine":
         raise UnknownArtifact(f"{path} is no engine's manifest; expected the JSON that fp4trt build wrote")
-    linears = manifest.get("quantized_linears") or 0
-    covered = manifest.get("fp4_linears") or 0
+    try:
+        linears, covered, _ = (int(manifest.get(key) or 0) for key in _COUNTS)
+        object_of(manifest.get("request", {}), "request")
+    except (TypeError, ValueError) as error:
+        raise UnknownArtifact(f"{path} is a damaged manifest of an engine ({error}); build again") from None
     engine = path.with_name(str(manifest.get("engine", path.with_suffix(".engine").name)))
     return {
         **manifest,

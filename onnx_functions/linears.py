@@ -15,9 +15,19 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from onnx_functions.errors import BadGraph
+from onnx_functions.json_file import lists_of_strings, object_of, strings
 from onnx_functions.library import TRT_DOMAIN
 
-__all__ = ["QUANTIZER", "Graph", "Linear", "Quantizer", "metadata_of", "promised_linears"]
+__all__ = [
+    "QUANTIZER",
+    "Graph",
+    "Linear",
+    "Quantizer",
+    "declared_groups",
+    "declared_symbols",
+    "metadata_of",
+    "promised_linears",
+]
 
 QUANTIZER = "TRT_FP4DynamicQuantize"
 
@@ -79,16 +89,56 @@ def promised_linears(model: onnx.ModelProto) -> dict[str, list[str]]:
     """Return the linears that the exporter promised, by format ("nvfp4", "bf16").
 
     Raises:
-        BadGraph: the graph carries no such promise.
+        BadGraph: the graph carries no such promise, or one that cannot be read.
     """
-    text = metadata_of(model).get("fp4trt.linears")
     try:
-        value: Any = json.loads(text or "")
-        return {str(key): [str(path) for path in paths] for key, paths in value.items()}
-    except (ValueError, AttributeError, TypeError):
-        raise BadGraph(
-            "the graph's metadata has no readable fp4trt.linears; expected a graph of fp4trt export: export it again"
-        ) from None
+        value = object_of(_declared(model, "fp4trt.linears"), "it")
+        return {kind: list(strings(paths, repr(kind))) for kind, paths in value.items()}
+    except TypeError as error:
+        raise _unreadable("fp4trt.linears", error) from None
+
+
+def declared_groups(model: onnx.ModelProto) -> list[list[str]]:
+    """Return the linears that share global scales, group by group; none for a graph that does not say.
+
+    Raises:
+        BadGraph: the metadata are no list of lists.
+    """
+    if "fp4trt.groups" not in metadata_of(model):
+        return []
+    try:
+        return [list(group) for group in lists_of_strings(_declared(model, "fp4trt.groups"), "it")]
+    except TypeError as error:
+        raise _unreadable("fp4trt.groups", error) from None
+
+
+def declared_symbols(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
+    """Return what the metadata say of each symbolic dimension; nothing for a graph of other origin.
+
+    Raises:
+        BadGraph: they are no object of objects.
+    """
+    if "fp4trt.symbols" not in metadata_of(model):
+        return {}
+    try:
+        value = object_of(_declared(model, "fp4trt.symbols"), "it")
+        return {name: object_of(symbol, repr(name)) for name, symbol in value.items()}
+    except TypeError as error:
+        raise _unreadable("fp4trt.symbols", error) from None
+
+
+def _declared(model: onnx.ModelProto, key: str) -> Any:
+    text = metadata_of(model).get(key)
+    if text is None:
+        raise BadGraph(f"the graph's metadata have no {key}; expected a graph of fp4trt export: export it again")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(key, error) from None
+
+
+def _unreadable(key: str, error: Exception) -> BadGraph:
+    return BadGraph(f"the graph's metadata {key} cannot be read ({error}); export the graph again")
 
 
 class Graph:

@@ -6,19 +6,28 @@ import html
 import importlib.util
 import io
 import json
-import os
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from onnx_functions.errors import OutputExists, UnknownArtifact
+from onnx_functions.file_output import check_writable, made_folder, write_texts
+from onnx_functions.json_file import read_object
 from onnx_functions.verdict import Figures, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["NO_PLOTS", "write_report"]
+__all__ = ["NO_PLOTS", "check_report_folder", "report_files", "write_report"]
 
 NO_PLOTS: Final = "matplotlib is not installed, so there is no report.html: pip install 'fp4trt[report]'"
+
+_KEYS: Final = frozenset(("passed", "model", "reference", "reference_kind", "level", "gates", "linears"))
+"""What tells our report.json from another."""
+
+_HEAD: Final = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="fp4trt validate">'
+"""What tells our report.html from another."""
 
 _WORST: Final = 10
 _FLOOR: Final = 1e-9  # an error of exactly zero still gets a mark on a logarithmic axis
@@ -34,28 +43,60 @@ anywhere }
 """
 
 
-def write_report(report: Report, directory: Path) -> tuple[Path, Path | None]:
+def report_files(directory: Path) -> tuple[Path, Path | None]:
+    """Return where report.json and report.html go; None for the second where matplotlib is not installed."""
+    plots = importlib.util.find_spec("matplotlib") is not None
+    return directory / "report.json", directory / "report.html" if plots else None
+
+
+def check_report_folder(directory: Path, force: bool = False) -> None:
+    """Refuse, before anything is computed, a folder that a report cannot or must not be written into.
+
+    Reports of an earlier run are replaced; anything else at their names only with `force`.
+
+    Raises:
+        OutputExists: something else lies there.
+        OSError: the folder cannot be made or written.
+    """
+    for path, is_ours in zip(report_files(directory), (_is_our_data, _is_our_page), strict=True):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OutputExists(f"{path} is a folder; expected to write a report there: choose another --output")
+        if path.exists() and not force and not is_ours(path):
+            raise OutputExists(f"{path} is no report of fp4trt; choose another --output, or replace it with --force")
+        check_writable(path)
+
+
+def _is_our_data(path: Path) -> bool:
+    try:
+        return read_object(path).keys() >= _KEYS
+    except UnknownArtifact:
+        return False
+
+
+def _is_our_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_HEAD)) == _HEAD.encode()
+
+
+def write_report(report: Report, directory: Path, force: bool = False) -> tuple[Path, Path | None]:
     """Write report.json and report.html into `directory`, replacing those of an earlier run.
 
     Returns:
         The two files; None for the second where matplotlib is not installed.
+
+    Raises:
+        OutputExists, OSError: as :func:`check_report_folder`, or the disk is full; then nothing is left or changed.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    data, page = directory / "report.json", directory / "report.html"
-    _write(data, json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
-    if importlib.util.find_spec("matplotlib") is None:
-        return data, None
-    _write(page, _page(report))
+    check_report_folder(directory, force)
+    data, page = report_files(directory)
+    texts = {data: json.dumps(report.as_dict(absolute=False), indent=1, allow_nan=False) + "\n"}
+    if page is not None:
+        texts[page] = _page(report)
+    with made_folder(directory):
+        write_texts(texts)
     return data, page
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _page(report: Report) -> str:
@@ -63,7 +104,7 @@ def _page(report: Report) -> str:
     figures = "".join(f"<figure>{svg}</figure>" for svg in _plots(report))
     measured = "the quantized checkpoint" if report.reference_kind == "quantized" else "the 16-bit checkpoint"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Validation: {verdict}</title>'
+        f"{_HEAD}<title>Validation: {verdict}</title>"
         f"<style>{_STYLE}</style><h1>Validation <span class={verdict}>{verdict}</span></h1>"
         f"<p><code>{html.escape(report.model.name)}</code> against {measured} "
         f"<code>{html.escape(report.reference.name)}</code>, level {report.level}.</p>"
@@ -136,7 +177,7 @@ _SERIES: Final = (
 def _by_layer(axes: Axes, linears: Sequence[Figures]) -> None:
     for attribute, label in _SERIES:
         points = [(index, getattr(row, attribute)) for index, row in enumerate(linears)]
-        known = [(index, max(value, _FLOOR)) for index, value in points if value is not None]
+        known = [(index, max(value, _FLOOR)) for index, value in points if value is not None and math.isfinite(value)]
         if known:
             axes.plot(*zip(*known, strict=True), ".", label=label)
     _finish(axes, "Error by layer", "linear: the quantized in graph order, then the 16-bit")
@@ -148,7 +189,7 @@ def _by_block(axes: Axes, linears: Sequence[Figures]) -> None:
         points: list[tuple[int, Any]] = []
         for index, block in enumerate(blocks):
             values = [getattr(row, attribute) for row in linears if row.block == block]
-            known = [value for value in values if value is not None]
+            known = [value for value in values if value is not None and math.isfinite(value)]
             if known:
                 points.append((index, max(*known, _FLOOR)))
         if points:
@@ -158,7 +199,8 @@ def _by_block(axes: Axes, linears: Sequence[Figures]) -> None:
 
 
 def _worst_ten(axes: Axes, linears: Sequence[Figures]) -> None:
-    rows = _worst(linears)[::-1]
+    # A bar without an end cannot be drawn; the gates name such a linear.
+    rows = [row for row in _worst(linears)[::-1] if math.isfinite(row.output_error or 0)]
     axes.barh([row.path for row in rows], [row.output_error or 0 for row in rows])
     axes.set_xlabel("relative L2 of the product, teacher-forced")
     axes.set_title("Worst ten")
@@ -170,9 +212,10 @@ def _short(block: str) -> str:
 
 
 def _finish(axes: Axes, title: str, x_label: str) -> None:
-    axes.set_yscale("log")
+    if axes.lines:
+        axes.set_yscale("log")
+        axes.legend()
     axes.set_ylabel("relative L2 error")
     axes.set_xlabel(x_label)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend()

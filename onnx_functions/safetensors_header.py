@@ -7,17 +7,25 @@ data. Source: the format section of the safetensors README.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from onnx_functions.errors import UnknownArtifact
+from onnx_functions.json_file import object_of, read_object, strings_by_name
 
 __all__ = ["HeldTensor", "tensors_in_folder"]
 
 _STEM: Final = "diffusion_pytorch_model"
 _LONGEST_HEADER: Final = 100_000_000
+_BITS: Final = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64"), 64),
+}
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,16 @@ def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
     """Return the tensors of a diffusers folder, sharded or not.
 
     Raises:
-        UnknownArtifact: a file is missing or no safetensors file.
+        UnknownArtifact: a file is missing, damaged, shorter than its header says, or no safetensors file.
     """
     index = folder / f"{_STEM}.safetensors.index.json"
     files = [folder / f"{_STEM}.safetensors"]
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
-        files = [folder / name for name in sorted(set(shards))]
+        try:
+            shards = strings_by_name(read_object(index).get("weight_map"), "weight_map")
+        except TypeError as error:
+            raise UnknownArtifact(f"{index} is no index of safetensors files ({error}); copy it again") from None
+        files = [folder / name for name in sorted(set(shards.values()))]
     return {name: tensor for file in files for name, tensor in _header(file).items()}
 
 
@@ -53,12 +64,21 @@ def _header(path: Path) -> dict[str, HeldTensor]:
         if length >= _LONGEST_HEADER or 8 + length > size:
             raise UnknownArtifact(f"{path} is no safetensors file ({size} bytes); copy it again")
         try:
-            entries: dict[str, Any] = json.loads(file.read(length))
-            return {name: _held(entry) for name, entry in entries.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = object_of(json.loads(file.read(length)), "it")
+            return {name: _held(entry, size - 8 - length) for name, entry in entries.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnknownArtifact(f"{path} has a damaged safetensors header ({error}); copy it again") from None
+        except EOFError as error:
+            raise UnknownArtifact(f"{path} is cut short: {error}; copy it again") from None
 
 
-def _held(entry: dict[str, Any]) -> HeldTensor:
-    begin, end = entry["data_offsets"]
-    return HeldTensor(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), int(end) - int(begin))
+def _held(entry: Any, available: int) -> HeldTensor:
+    """Return what a header says of one tensor, `available` bytes of data being in the file."""
+    begin, end = (int(n) for n in entry["data_offsets"])
+    dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+    bits = _BITS.get(dtype)
+    if not 0 <= begin <= end or (bits is not None and math.prod(shape) * bits != 8 * (end - begin)):
+        raise ValueError(f"bytes {begin} to {end} for {dtype} {list(shape)}")
+    if end > available:
+        raise EOFError(f"it holds {available} bytes of data, its header speaks of {end}")
+    return HeldTensor(dtype, shape, end - begin)

@@ -150,7 +150,7 @@ def quantizer_gate(results: Iterable[TeacherForced], promised: Sequence[str]) ->
     offenders.update({f"{path}/MatMul": "has no activation quantizer" for path in promised if path in without})
     compared, differing = (sum(pair[i] for pair in seen.values()) for i in (0, 1))
     told = f"0 of {compared} codes and block scales of {len(seen)} quantizers differ"
-    return gate_of_offenders("quantizers", list(offenders.items()), differing, 0, told)
+    return gate_of_offenders("quantizers", list(offenders.items()), differing, 0, told, count=compared)
 
 
 def linear_gate(results: Iterable[TeacherForced], limit: float = LINEAR_LIMIT) -> Gate:
@@ -168,4 +168,4 @@ def _error_gate(name: str, measured: Iterable[tuple[float, Linear]], limit: floa
     offenders = [(linear.matmul, f"relative L2 error {error:.3g}") for error, linear in rows if not error <= limit]
     worst, where = (rows[0][0], rows[0][1].path) if rows else (0.0, "none")
     told = f"largest relative L2 error of {len(rows)} linears {worst:.2g} ({where})"
-    return gate_of_offenders(name, offenders, worst, limit, told)
+    return gate_of_offenders(name, offenders, worst, limit, told, count=len(rows))

@@ -25,9 +25,12 @@ from calibration.checkpoint import Checkpoint, load, read
 from calibration.errors import BadCheckpoint
 from calibration.source import BUILT_IN, find_source, load_json, load_source, tensors_of
 from onnx_functions import structure_gates, teacher_gates, weight_gates
+from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, BadReference
 from onnx_functions.external_data import array_of, load_graph
 from onnx_functions.linears import Graph, Linear, metadata_of, promised_linears
+from onnx_functions.promise_gate import promise_gate
+from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.structure_gates import Run
 from onnx_functions.teacher_gates import Teacher, TeacherForced, block_of
@@ -54,29 +57,37 @@ class _Reference:
         checkpoint: its tensors.
         quantized: whether its linears are stored in NVFP4.
         rounds_scales: whether the graph rounds the product of the scales to BF16 (`--scale-dtype bfloat16`).
-        held: names of the tensors that the graph must hold byte by byte.
+        names: of the tensors that the graph must hold byte by byte.
+        fp4: linears that the graph must compute in NVFP4.
     """
 
     checkpoint: Checkpoint
     quantized: bool
     rounds_scales: bool
     names: tuple[str, ...]
+    fp4: tuple[str, ...]
 
     @property
     def directory(self) -> Path:
         return self.checkpoint.directory
 
     @cached_property
-    def fp4(self) -> frozenset[str]:
-        """Linears that are stored in NVFP4."""
+    def stored_fp4(self) -> frozenset[str]:
+        """Linears that the checkpoint stores in NVFP4."""
         return frozenset(self.checkpoint.quantized)
+
+    @cached_property
+    def linears(self) -> tuple[str, ...]:
+        """All its linears: they alone have matrices."""
+        matrices = (name.rpartition(".") for name, tensor in self.checkpoint.tensors.items() if len(tensor.shape) == 2)
+        return tuple(path for path, _, leaf in matrices if leaf == "weight")
 
     def raw(self, name: str) -> npt.NDArray[Any]:
         return self.checkpoint.raw(name)
 
     def weight(self, path: str) -> FloatArray:
         """Return a linear's weight [N, K], FP32 rounded to BF16."""
-        if path not in self.fp4:
+        if path not in self.stored_fp4:
             return _round(self.raw(f"{path}.weight"))
         codes = nvfp4.unpack_codes(self.checkpoint.tensor(f"{path}.weight")).numpy()
         scales = self.raw(f"{path}.weight_scale").view(np.uint8)
@@ -115,6 +126,7 @@ def validate(
     reference: str | Path | None = None,
     level: str = "full",
     report_dir: str | Path | None = None,
+    force: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Report:
     """Check the numerics of a deployable graph.
@@ -125,6 +137,7 @@ def validate(
             (`digits` for the built-in one) makes the gates measure the quantization error itself.
         level: `full`, or `blocks` for what needs no run of the whole graph.
         report_dir: folder for report.json and, where matplotlib is installed, report.html; None writes none.
+        force: replace files of these names there that are no reports of fp4trt.
         say: called with one line per finished gate.
 
     Returns:
@@ -133,11 +146,15 @@ def validate(
     Raises:
         BadGraph: the file is no deployable graph.
         BadReference: the reference is no checkpoint of this graph.
+        UnknownArtifact: a manifest is damaged.
+        OutputExists, OSError: the report cannot be written; known before any gate runs.
     """
     path = Path(model)
     path = path / MODEL if path.is_dir() else path
     graph = load_graph(path)
-    held = _reference_of(graph, _folder_of(reference, path.parent))
+    held = _reference_of(graph, path, reference)
+    if report_dir is not None:
+        check_report_folder(Path(report_dir), force)
     figures: dict[str, dict[str, Any]] = {name: {} for paths in promised_linears(graph).values() for name in paths}
     gates = []
     for gate in _all_gates(path, graph, held, level, figures):
@@ -148,21 +165,26 @@ def validate(
     kind = "quantized" if held.quantized else "plain"
     report = Report(path, held.directory, kind, level, tuple(gates), rows)
     if report_dir is not None:
-        from onnx_functions.report import write_report
-
-        write_report(report, Path(report_dir))
+        write_report(report, Path(report_dir), force)
     return report
 
 
-def _folder_of(reference: str | Path | None, beside: Path) -> Path:
+def _folder_of(reference: str | Path | None, model: Path) -> Path:
     if reference is None:
-        return beside
+        if not (model.parent / "config.json").is_file():
+            raise BadReference(
+                f"no checkpoint lies beside {model}, as beside a graph that was exported elsewhere with "
+                "--copy-weights; expected config.json there, or the checkpoint in --reference CHECKPOINT"
+            )
+        return model.parent
     folder = Path(reference)
     return find_source(BUILT_IN) if str(reference) == BUILT_IN and not folder.exists() else folder
 
 
-def _reference_of(graph: onnx.ModelProto, folder: Path) -> _Reference:
+def _reference_of(graph: onnx.ModelProto, model: Path, reference: str | Path | None) -> _Reference:
     promised = promised_linears(graph)
+    folder = _folder_of(reference, model)
+    beside, manifest = (read_checkpoint_manifest(path) for path in (model.parent, folder))
     try:
         config = load_json(folder / "config.json")
         quantized = "quantization_config" in config
@@ -174,7 +196,12 @@ def _reference_of(graph: onnx.ModelProto, folder: Path) -> _Reference:
             raise BadReference(f"{folder} has no {path}.weight, which the graph needs; give the graph's own checkpoint")
     made = frozenset[str]() if quantized else frozenset(f"{path}.weight" for path in promised.get("nvfp4", []))
     names = tuple(name for name in checkpoint.tensors if name not in made)
-    return _Reference(checkpoint, quantized, metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16", names)
+    # A 16-bit reference says what the linears are; which of them are FP4 is then the graph's word and that of the
+    # manifest beside it.
+    stored = checkpoint.quantized if quantized else (*promised.get("nvfp4", ()), *(beside.nvfp4 if beside else ()))
+    fp4 = tuple(dict.fromkeys((*stored, *(manifest.nvfp4 if manifest else ()))))
+    rounds = metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16"
+    return _Reference(checkpoint, quantized, rounds, names, fp4)
 
 
 def _all_gates(
@@ -184,6 +211,7 @@ def _all_gates(
     folder = path.parent
     yield from guarded("functions", lambda: [weight_gates.functions_gate(nvfp4.quantize_reference)])
     yield from guarded("files", lambda: [weight_gates.files_gate(graph, folder, (held.directory, folder))])
+    yield from guarded("promise", lambda: [promise_gate(graph, held.fp4, held.linears)])
     yield from guarded("stored tensors", lambda: [weight_gates.stored_tensors_gate(graph, folder, held)])
     try:
         subject = _Subject(path, graph, held, tuple(Graph(graph).linears()), figures)

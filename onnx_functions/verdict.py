@@ -114,13 +114,17 @@ class Report:
         """The gates that did not pass."""
         return tuple(gate for gate in self.gates if not gate.passed)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON holds it; paths absolute, numbers that JSON has no word for as None."""
+    def as_dict(self, *, absolute: bool = True) -> dict[str, Any]:
+        """Return the report as JSON holds it; numbers that JSON has no word for are None.
+
+        Args:
+            absolute: whether `model` and `reference` are absolute paths, or the names alone, as in a file.
+        """
         gates = [{**asdict(gate), "figure": _finite(gate.figure)} for gate in self.gates]
         return {
             "passed": self.passed,
-            "model": str(self.model.resolve()),
-            "reference": str(self.reference.resolve()),
+            "model": str(self.model.resolve()) if absolute else self.model.name,
+            "reference": str(self.reference.resolve()) if absolute else self.reference.resolve().name,
             "reference_kind": self.reference_kind,
             "level": self.level,
             "gates": gates,
@@ -142,9 +146,9 @@ def relative_l2(found: FloatArray, expected: FloatArray) -> float:
 
 
 def gate_of_offenders(
-    name: str, offenders: Sequence[tuple[str, str]], figure: float, limit: float, compared: str
+    name: str, offenders: Sequence[tuple[str, str]], figure: float, limit: float, compared: str, *, count: int
 ) -> Gate:
-    """Return a gate that passes when there are no offenders.
+    """Return a gate that passes when there are no offenders; one that compared nothing counts as skipped.
 
     Args:
         name: of the gate.
@@ -152,7 +156,10 @@ def gate_of_offenders(
         figure: the worst value.
         limit: its limit.
         compared: what was compared, the detail of a gate that passes.
+        count: how much was compared.
     """
+    if not offenders and not count:
+        return skipped(name, f"there is nothing to compare: {compared}")
     if not offenders:
         return Gate(name, True, figure, limit, compared)
     told = "; ".join(f"{who}: {what}" for who, what in offenders[:_NAMED])

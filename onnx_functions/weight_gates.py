@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -14,12 +14,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnx_functions import library
+from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.cut import cut
 from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import array_of, span_of
 from onnx_functions.linears import Graph, Linear
 from onnx_functions.simulation import runtime_session, simulate
-from onnx_functions.verdict import FloatArray, Gate, gate_of_offenders, relative_l2
+from onnx_functions.verdict import FloatArray, Gate, gate_of_offenders, relative_l2, skipped
 
 __all__ = [
     "Reference",
@@ -92,7 +93,7 @@ def functions_gate(reference: SlowQuantizer) -> Gate:
         worst = worst or (f"{wrong} values differ at global scale {scale}" if wrong else "")
     offenders = [("trt::TRT_FP4DynamicQuantize", worst)] if differing else []
     compared = f"{3 * x.size} values and their block scales equal the slow reference"
-    return gate_of_offenders("functions", offenders, differing, 0, compared)
+    return gate_of_offenders("functions", offenders, differing, 0, compared, count=3 * x.size)
 
 
 def _as_e4m3_bytes(values: FloatArray) -> npt.NDArray[np.uint8]:
@@ -132,21 +133,22 @@ def files_gate(model: onnx.ModelProto, directory: Path, checkpoints: Sequence[Pa
     """
     offenders, checked = [], 0
     for folder in dict.fromkeys(path.resolve() for path in checkpoints):
-        manifest = folder / "fp4trt.json"
-        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
-        for name, wanted in sorted(entries.items()):
+        manifest = read_checkpoint_manifest(folder)
+        for name, wanted in sorted(manifest.files.items() if manifest else ()):
             checked += 1
             found = _sha256(folder / name)
             if found != wanted:
                 what = f"SHA-256 is {found[:12]}, the manifest says {wanted[:12]}" if found else "is missing"
-                offenders.append((str(folder / name), what))
+                offenders.append((f"{folder.name}/{name}", what))
     for tensor in model.graph.initializer:
         try:
             span_of(tensor, directory)
         except BadGraph as error:
             offenders.append((tensor.name, str(error)))
     compared = f"{checked} hashes, the byte ranges of {len(model.graph.initializer)} initializers"
-    return gate_of_offenders("files", offenders, len(offenders), 0, compared)
+    if not checked and not offenders:
+        return skipped("files", f"no fp4trt.json says what the files' hashes should be; checked {compared}")
+    return gate_of_offenders("files", offenders, len(offenders), 0, compared, count=checked)
 
 
 def _sha256(file: Path) -> str:
@@ -189,7 +191,7 @@ def weights_gate(model: onnx.ModelProto, directory: Path, reference: Reference, 
             same = [other for other in linears if dims[other.weight_source] == dims[linear.weight_source]]
             offenders.append((f"{linear.path}.weight", _diagnosis(linear, found, same, reference)))
     compared = f"{elements} elements of {len(linears)} weights, dequantized by ONNX Runtime, equal the checkpoint's"
-    return gate_of_offenders("weights", offenders, differing, 0, compared)
+    return gate_of_offenders("weights", offenders, differing, 0, compared, count=elements)
 
 
 def _differing(found: FloatArray, expected: FloatArray) -> int:
@@ -246,8 +248,9 @@ def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Refe
             wrong = np.flatnonzero(found != expected)
             offenders.append((name, f"{len(wrong)} of {found.size} bytes differ, the first at {wrong[0]}"))
     offenders += [(who, what) for who, what in _biases(graph) if who in names]
+    offenders += _bad_scales(graph, directory)
     compared = f"{checked} initializers equal the checkpoint's tensors of the same name"
-    return gate_of_offenders("stored tensors", offenders, len(offenders), 0, compared)
+    return gate_of_offenders("stored tensors", offenders, len(offenders), 0, compared, count=checked)
 
 
 def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
@@ -261,6 +264,16 @@ def _biases(graph: Graph) -> Iterator[tuple[str, str]]:
         source = graph.source(linear.bias) if linear.bias else None
         if source != wanted:
             yield wanted, f"node {linear.add or linear.matmul} adds {source} in its place"
+
+
+def _bad_scales(graph: Graph, directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield the global scales that divide by zero or lead to values that are no numbers."""
+    for name, tensor in graph.initializers.items():
+        if name.endswith((".input_scale", ".weight_scale_2")) and tensor.data_type == TensorProto.FLOAT:
+            with contextlib.suppress(BadGraph):  # which the gate on files says
+                value = float(array_of(tensor, directory).reshape(-1)[0])
+                if not 0 < value < np.inf:
+                    yield name, f"is {value:g}; expected a global scale above zero: calibrate again"
 
 
 def quantization_gates(
@@ -291,8 +304,8 @@ def quantization_gates(
     told = f"largest relative L2 error of {len(errors)} weights {worst:.3g}"
     told_bias = f"largest scale bias of {len(errors)} weights {worst_bias:.2%}"
     return (
-        gate_of_offenders("weight error", large, worst, WEIGHT_ERROR_LIMIT, told),
-        gate_of_offenders("scale bias", biased, worst_bias, SCALE_BIAS_LIMIT, told_bias),
+        gate_of_offenders("weight error", large, worst, WEIGHT_ERROR_LIMIT, told, count=len(errors)),
+        gate_of_offenders("scale bias", biased, worst_bias, SCALE_BIAS_LIMIT, told_bias, count=len(errors)),
         errors,
     )
 
@@ -329,4 +342,4 @@ def rounded_weights_gate(
             what = f"{wrong} of {found.size} elements are not the reference's, rounded to the nearest code"
             offenders.append((f"{linear.path}.weight", what))
     compared = f"{elements} codes are those nearest to the reference"
-    return gate_of_offenders("rounded weights", offenders, differing, 0, compared)
+    return gate_of_offenders("rounded weights", offenders, differing, 0, compared, count=elements)

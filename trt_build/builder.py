@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx_functions.file_output import partial_path
 from onnx_functions.linting import require_clean
 from trt_build import manifest
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
@@ -20,7 +21,7 @@ from trt_build.layer_info import parse_layers
 from trt_build.local_gpu import local_compute_capabilities
 from trt_build.memory import GIB, memory_lines
 from trt_build.profiles import Profile, make_profile
-from trt_build.script import write_script
+from trt_build.script import script_of, script_path, write_script
 from trt_build.supervise import run_child
 from trt_build.targets import Target, parse_gpus, require_format
 
@@ -59,9 +60,9 @@ def build(
     *,
     gpu: str = "rtx5090",
     # the optimization profile
-    resolution: str | None = None,
-    batch: str | None = None,
-    text: str | None = None,
+    resolution: int | str | None = None,
+    batch: int | str | None = None,
+    text: int | str | None = None,
     shapes: Sequence[str] = (),
     # the result
     output: str | Path | None = None,
@@ -79,7 +80,7 @@ def build(
         gpu: one GPU or several, "rtx5090,gb10", in one engine (see trt_build.targets).
         resolution, batch, text, shapes: see trt_build.profiles.make_profile.
         output: the engine file, DIRECTORY/GPU.engine unless given; its manifest NAME.json goes beside it.
-        force: replace a file at `output` that fp4trt did not build.
+        force: replace a file at `output` that fp4trt did not build, or a build script that was edited.
         allow_slow: build what the lint finds slow, and publish an engine that lost FP4 where the graph promises it.
         weight_streaming: let the runtime keep weights in host memory.
         on_progress: called with (fraction 0..1, phase) during the build.
@@ -101,7 +102,7 @@ def build(
     weights = plan.graph.weight_bytes
     for line in _lint(plan.graph.path, allow_slow=allow_slow):
         on_line(line)
-    version = _tensorrt_version(plan)
+    version = _tensorrt_version(plan, force)
     if weights > GIB:
         on_line(f"hashing {weights / GIB:.1f} GiB of weights, to see whether the engine is built already")
     request = _request(plan, version)
@@ -145,11 +146,11 @@ def _lint(path: Path, *, allow_slow: bool) -> Iterator[str]:
         yield f"and {len(findings) - _SHOWN_FINDINGS} warnings more: fp4trt lint lists them"
 
 
-def _tensorrt_version(plan: _Plan) -> str:
+def _tensorrt_version(plan: _Plan, force: bool) -> str:
     """Return the backend's version; without the backend, leave a build script where one can help.
 
     Raises:
-        BackendMissingError
+        BackendMissingError: naming the script; OutputExistsError: another lies in its place.
     """
     target = plan.targets[0]
     if plan.backend == "tensorrt_rtx":
@@ -159,10 +160,10 @@ def _tensorrt_version(plan: _Plan) -> str:
         return str(importlib.import_module(plan.backend).__version__)
     installed = importlib.util.find_spec(plan.backend) is not None
     if not installed or target.compute_capability not in local_compute_capabilities():
-        plan.engine.parent.mkdir(parents=True, exist_ok=True)
-        script = write_script(
+        content = script_of(
             plan.engine, plan.graph.path, target, plan.profile, plan.graph.promised_fp4, plan.weight_streaming
         )
+        script = write_script(script_path(plan.engine), content, force)
         lacking = f"a {target.name} in this machine" if installed else "tensorrt, which is not installed here"
         raise BackendMissingError(
             f"{target.name} ({target.compute_capability}) needs {lacking}; "
@@ -180,6 +181,7 @@ def _request(plan: _Plan, version: str) -> dict[str, Any]:
         tensorrt_version=version,
         profile={name: [list(shape) for shape in shapes] for name, shapes in plan.profile.inputs.items()},
         weight_streaming=plan.weight_streaming,
+        promised_fp4=plan.graph.promised_fp4,
     )
 
 
@@ -188,7 +190,7 @@ def _build_and_publish(
 ) -> dict[str, Any]:
     """Build NAME.partial, check it, and rename engine and manifest; on any failure nothing is left."""
     plan.engine.parent.mkdir(parents=True, exist_ok=True)
-    partial = manifest.partial_path(plan.engine)
+    partial = partial_path(plan.engine)
     beside = manifest.manifest_path(plan.engine)
     asked = {
         "backend": plan.backend,
@@ -211,11 +213,11 @@ def _build_and_publish(
         }
         content = manifest.write_manifest(plan.engine, request, result)
         os.replace(partial, plan.engine)
-        os.replace(manifest.partial_path(beside), beside)
+        os.replace(partial_path(beside), beside)
         on_progress(1.0, "done")
     finally:
         partial.unlink(missing_ok=True)
-        manifest.partial_path(beside).unlink(missing_ok=True)
+        partial_path(beside).unlink(missing_ok=True)
     return content
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ Example:
 )
 @click.option("--weight-streaming", is_flag=True, help="Let the runtime keep weights in host memory.")
 @click.option("--allow-slow", is_flag=True, help="Build and publish even where FP4 is lost.")
-@click.option("--force", is_flag=True, help="Replace a file at the output that fp4trt did not build.")
+@click.option("--force", is_flag=True, help="Replace an output, or build script, that is not as fp4trt wrote it.")
 def build_command(model: Path, **options: Any) -> dict[str, Any]:
     """Build the engine of DIR/model.onnx or MODEL.onnx.
 
@@ -62,6 +63,9 @@ def build_command(model: Path, **options: Any) -> dict[str, Any]:
     click.echo(_summary(result))
     for item in result["lost"]:
         click.echo(f"  16 bit: {item['linear']}: {item['reason']}")
+    if not result["quantized_linears"]:
+        for reason, count in Counter(item["reason"] for item in result["sixteen_bit"]).items():
+            click.echo(f"  16 bit: {count} linears: {reason}")
     return result
 
 
@@ -69,10 +73,10 @@ def _summary(result: dict[str, Any]) -> str:
     how = "unchanged, not built again" if result["cached"] else f"built in {result['seconds']:.1f} s"
     size = result["engine_bytes"] / 1e6
     capabilities = ", ".join(result["compute_capabilities"])
-    return (
-        f"{result['engine']}: {size:.2f} MB for {capabilities}, {how}; {result['fp4_gemms']} FP4 GEMMs cover "
-        f"{result['fp4_linears']} of {result['quantized_linears']} quantized linears"
-    )
+    promised = result["quantized_linears"]
+    covered = f"{result['fp4_gemms']} FP4 GEMMs cover {result['fp4_linears']} of {promised} quantized linears"
+    coverage = covered if promised else "nothing promises FP4 GEMMs of this graph"
+    return f"{result['engine']}: {size:.2f} MB for {capabilities}, {how}; {coverage}"
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def measure_coverage(graph: Graph, layers: Iterable[Layer]) -> Coverage:
         graph.promised_fp4,
         tuple(SixteenBit(path, _kernel(kernels.get(path)), _why_lost(graph, path)) for path in lost),
         tuple(
-            SixteenBit(path, _kernel(kernels.get(path)), "the graph does not quantize it")
+            SixteenBit(path, _kernel(kernels.get(path)), _why_kept(graph, path))
             for path in graph.other_linears
             if path not in covered
         ),
@@ -102,6 +102,12 @@ def require_coverage(lost: Iterable[SixteenBit], promised: int) -> None:
 
 def _kernel(gemm: Gemm | None) -> str | None:
     return gemm.kernel if gemm else None
+
+
+def _why_kept(graph: Graph, path: str) -> str:
+    if path in graph.fp4_weights:
+        return "weight-only: its weight is FP4, its input is not quantized"
+    return "the graph does not quantize it"
 
 
 def _why_lost(graph: Graph, path: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,23 +11,17 @@ from typing import Any
 
 import onnx
 
+from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
+from onnx_functions.errors import BadGraph, UnknownArtifact
+from onnx_functions.external_data import Span, load_graph, span_of
+from onnx_functions.linears import QUANTIZER, declared_symbols, metadata_of, promised_linears
 from trt_build.errors import BadModelError
 from trt_build.profiles import InputShape
 
-__all__ = ["ExternalRange", "Graph", "read_graph"]
+__all__ = ["Graph", "read_graph"]
 
 _PRODUCT_SUFFIXES = ("/MatMul", "/Gemm")
 _PASS_THROUGH = ("Cast", "Transpose", "Identity", "Reshape", "DequantizeLinear")
-
-
-@dataclass(frozen=True)
-class ExternalRange:
-    """Bytes [offset, offset + length) of a file that an initializer points to."""
-
-    tensor: str
-    path: Path
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Graph:
     @cached_property
     def metadata(self) -> dict[str, str]:
         """The model's metadata_props."""
-        return {entry.key: entry.value for entry in self.model.metadata_props}
+        return metadata_of(self.model)
 
     @cached_property
     def initializers(self) -> dict[str, onnx.TensorProto]:
@@ -60,30 +54,64 @@ class Graph:
 
     @cached_property
     def promised_fp4(self) -> tuple[str, ...]:
-        """Linears that must run as FP4 GEMMs: the metadata's, else every product with an FP4 weight."""
-        if "fp4trt.linears" in self.metadata:
-            return tuple(self.declared("fp4trt.linears").get("nvfp4", ()))
+        """Linears that must run as FP4 GEMMs.
+
+        All that anything says so of: the metadata, the checkpoint's manifest beside the graph, and each product whose
+        weight is stored as FP4 codes. A graph without metadata that quantizes no activation is weight-only by its own
+        pattern: then its stored codes promise nothing.
+        """
+        weights = self.fp4_weights if "fp4trt.linears" in self.metadata or self._quantizes_activations else ()
+        promised = (*self.declared_linears.get("nvfp4", ()), *self._manifest_fp4, *weights)
+        return tuple(dict.fromkeys(promised))
+
+    @cached_property
+    def fp4_weights(self) -> tuple[str, ...]:
+        """Linears whose weight is stored as FP4 codes."""
         return tuple(path for path, node in self.products.items() if self._weight_is_fp4(node))
 
     @cached_property
     def other_linears(self) -> tuple[str, ...]:
-        """Linears that the graph keeps in other formats."""
-        if "fp4trt.linears" in self.metadata:
-            declared: dict[str, list[str]] = self.declared("fp4trt.linears")
-            return tuple(path for kind, paths in declared.items() if kind != "nvfp4" for path in paths)
+        """Linears that nothing promises in FP4."""
+        declared = (path for paths in self.declared_linears.values() for path in paths)
         constant = (path for path, node in self.products.items() if self.stored(node.input[1]) is not None)
-        return tuple(path for path in constant if path not in self.promised_fp4)
+        found = declared if "fp4trt.linears" in self.metadata else constant
+        return tuple(path for path in dict.fromkeys(found) if path not in set(self.promised_fp4))
+
+    @cached_property
+    def declared_linears(self) -> dict[str, list[str]]:
+        """The metadata's linears by format; empty for a graph of other origin.
+
+        Raises BadModelError where they cannot be read.
+        """
+        if "fp4trt.linears" not in self.metadata:
+            return {}
+        with _of_model(self.path):
+            return promised_linears(self.model)
 
     @property
     def symbols(self) -> dict[str, dict[str, Any]]:
-        """The metadata's symbolic dimensions; empty for a graph of other origin."""
-        return self.declared("fp4trt.symbols") if "fp4trt.symbols" in self.metadata else {}
+        """The metadata's symbolic dimensions; empty for a graph of other origin.
+
+        Raises BadModelError where they cannot be read.
+        """
+        with _of_model(self.path):
+            return declared_symbols(self.model)
+
+    @cached_property
+    def _manifest_fp4(self) -> tuple[str, ...]:
+        with _of_model(self.path):
+            manifest = read_checkpoint_manifest(self.path.parent)
+        return manifest.nvfp4 if manifest else ()
+
+    @property
+    def _quantizes_activations(self) -> bool:
+        return any(node.op_type == QUANTIZER for node in self.model.graph.node)
 
     @property
     def uses_fp4(self) -> bool:
         """Whether any weight or activation is FP4, used for a GEMM or only stored: SM89 refuses both."""
-        return any(tensor.data_type == onnx.TensorProto.FLOAT4E2M1 for tensor in self.model.graph.initializer) or any(
-            node.op_type == "TRT_FP4DynamicQuantize" for node in self.model.graph.node
+        return any(tensor.data_type == onnx.TensorProto.FLOAT4E2M1 for tensor in self.model.graph.initializer) or (
+            self._quantizes_activations
         )
 
     @cached_property
@@ -96,29 +124,19 @@ class Graph:
         }
 
     @cached_property
-    def external_ranges(self) -> tuple[ExternalRange, ...]:
+    def external_ranges(self) -> tuple[Span, ...]:
         """External byte ranges in graph order.
 
-        Raises BadModelError where a file is missing or too short.
+        Raises BadModelError where one leaves the model's folder, or a file is missing or too short.
         """
-        ranges = (
-            _external_range(self.path.parent, tensor)
-            for tensor in _tensors(self.model.graph)
-            if tensor.data_location == onnx.TensorProto.EXTERNAL
-        )
-        return tuple(ranges)
+        with _of_model(self.path):
+            spans = [span_of(tensor, self.path.parent) for tensor in _tensors(self.model.graph)]
+        return tuple(span for span in spans if span is not None)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the graph file and of all external data: what the builder has to hold."""
         return self.path.stat().st_size + sum(piece.length for piece in self.external_ranges)
-
-    def declared(self, key: str) -> Any:
-        """Return a metadata entry that holds JSON."""
-        try:
-            return json.loads(self.metadata[key])
-        except json.JSONDecodeError as error:
-            raise BadModelError(f"{self.path}: metadata {key} is not JSON ({error}); export the graph again") from None
 
     def chain(self, tensor: str) -> list[onnx.NodeProto]:
         """Return the casts, moves and dequantizations above a tensor, nearest first, then what computes."""
@@ -153,13 +171,18 @@ def read_graph(path: Path) -> Graph:
     if not path.is_file():
         raise BadModelError(f"{path} does not exist; give an ONNX file or a directory that holds model.onnx")
     try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf raises its own DecodeError, which is not an exception class of onnx
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadModelError(f"{path} is not an ONNX model ({reason})") from None
-    if not model.graph.node:
-        raise BadModelError(f"{path} is not an ONNX model: it has no node")
-    return Graph(path, model)
+        return Graph(path, load_graph(path))
+    except BadGraph as error:
+        raise BadModelError(str(error)) from None
+
+
+@contextmanager
+def _of_model(path: Path) -> Iterator[None]:
+    """Say of which model it is that something cannot be read."""
+    try:
+        yield
+    except (BadGraph, UnknownArtifact) as error:
+        raise BadModelError(f"{path}: {error}") from None
 
 
 def _linear_of(node_name: str) -> str:
@@ -184,19 +207,3 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
             for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
                 yield from _tensors(inner)
-
-
-def _external_range(directory: Path, tensor: onnx.TensorProto) -> ExternalRange:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    path = directory / location
-    if not location or not path.is_file():
-        raise BadModelError(f"initializer {tensor.name!r} points to {str(path)!r}, which is not a file")
-    size, offset = path.stat().st_size, int(entries.get("offset", 0))
-    length = int(entries.get("length", size - offset))
-    if offset < 0 or length < 0 or offset + length > size:
-        raise BadModelError(
-            f"initializer {tensor.name!r} points to bytes {offset} to {offset + length} of {str(path)!r}, "
-            f"which has {size}; export the graph again"
-        )
-    return ExternalRange(tensor.name, path, offset, length)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from onnx_functions.file_output import naming, partial_path
 from trt_build.errors import OutputExistsError
 from trt_build.graph import Graph
 
@@ -21,7 +23,6 @@ __all__ = [
     "graph_sha256",
     "make_request",
     "manifest_path",
-    "partial_path",
     "read_manifest",
     "write_manifest",
 ]
@@ -39,7 +40,7 @@ def graph_sha256(graph: Graph) -> str:
     """Return the SHA-256 over model.onnx and then, in graph order, every external byte range it uses."""
     digest = hashlib.sha256(graph.path.read_bytes())
     for piece in graph.external_ranges:
-        _add_range(digest, piece.path, piece.offset, piece.length)
+        _add_range(digest, piece.file, piece.offset, piece.length)
     return digest.hexdigest()
 
 
@@ -59,8 +60,9 @@ def make_request(
     tensorrt_version: str,
     profile: dict[str, list[list[int]]],
     weight_streaming: bool,
+    promised_fp4: Sequence[str],
 ) -> dict[str, Any]:
-    """Return all that decides an engine's bytes; equal requests are answered by one engine."""
+    """Return all that decides an engine's bytes and the verdict on it; equal requests are answered by one engine."""
     return {
         "onnx_sha256": onnx_sha256,
         "gpus": gpus,
@@ -68,6 +70,7 @@ def make_request(
         "backend": backend,
         "tensorrt_version": tensorrt_version,
         "profile": profile,
+        "promised_fp4": list(promised_fp4),
         "flags": {"strongly_typed": True, "weight_streaming": weight_streaming},
     }
 
@@ -102,7 +105,7 @@ def check_output(engine: Path, graph: Graph, *, force: bool) -> None:
     if engine.suffix == ".json" or engine.is_dir():
         raise OutputExistsError(f"{engine} cannot be an engine; name a file such as rtx5090.engine")
     if engine.exists() and any(
-        path.samefile(engine) for path in (graph.path, *{piece.path for piece in graph.external_ranges})
+        path.samefile(engine) for path in (graph.path, *{piece.file for piece in graph.external_ranges})
     ):
         raise OutputExistsError(f"{engine} is a part of the model; name another file")
     beside = manifest_path(engine)
@@ -122,17 +125,13 @@ def write_manifest(engine: Path, request: dict[str, Any], result: dict[str, Any]
         "request": request,
         **result,
     }
-    with partial_path(manifest_path(engine)).open("w", encoding="utf-8", newline="\n") as file:
+    beside = manifest_path(engine)
+    with naming(beside), partial_path(beside).open("w", encoding="utf-8", newline="\n") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     return content
-
-
-def partial_path(path: Path) -> Path:
-    """Return the name that a result has until it is complete."""
-    return path.with_name(path.name + ".partial")
 
 
 def _describes(manifest: dict[str, Any], engine: Path) -> bool:

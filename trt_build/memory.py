@@ -49,14 +49,20 @@ def available_memory() -> int | None:
 def memory_lines(weight_bytes: int, targets: Sequence[Target]) -> list[str]:
     """Return the estimate, and a warning for memory or GPU memory that it exceeds, one line each."""
     need, free = build_memory(weight_bytes), available_memory()
-    lines = [f"memory: the build of {weight_bytes / GIB:.2f} GiB of weights needs about {need / GIB:.1f} GiB"]
+    lines = [f"memory: the build of {_size(weight_bytes)} of weights needs about {_size(need)}"]
     if free is not None and need > free:
-        lines.append(f"warning: only {free / GIB:.1f} GiB of memory are available; the build may be killed")
+        lines.append(f"warning: only {_size(free)} of memory are available; the build may be killed")
     small = (target for target in targets if weight_bytes > target.memory_gib * GIB)
     return lines + [
         f"warning: the engine exceeds the {target.memory_gib} GiB of {target.name}; use --weight-streaming"
         for target in small
     ]
+
+
+def _size(count: int) -> str:
+    units = {GIB: "GiB", 1 << 20: "MiB", 1 << 10: "KiB"}
+    unit = next((unit for unit in units if count >= unit), None)
+    return f"{count / unit:.1f} {units[unit]}" if unit else f"{count} bytes"
 
 
 def _proc_available() -> int | None:

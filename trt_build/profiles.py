@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_build.errors import BadProfileError
+from trt_build.errors import BadModelError, BadProfileError
 
 __all__ = ["Extent", "InputShape", "Profile", "make_profile"]
 
@@ -17,6 +17,14 @@ InputShape = tuple[int | str | None, ...]
 """Dimensions of a graph input: a number, a symbol, or None where the graph says nothing."""
 
 _OPTIONS = {"batch": "--batch", "image_tokens": "--resolution", "text_tokens": "--text"}
+
+
+_SYMBOL_KEYS: dict[str, tuple[str, ...]] = {
+    "batch": ("min", "default", "max"),
+    "text_tokens": ("min", "default", "max"),
+    "image_tokens": ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token"),
+}
+"""What a symbol of each kind declares: the range in order, then what it is counted in."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,9 @@ def make_profile(
     input_shapes: Mapping[str, InputShape],
     symbols: Mapping[str, Mapping[str, Any]],
     *,
-    resolution: str | None = None,
-    batch: str | None = None,
-    text: str | None = None,
+    resolution: int | str | None = None,
+    batch: int | str | None = None,
+    text: int | str | None = None,
     shapes: Sequence[str] = (),
 ) -> Profile:
     """Return the profile of a graph.
@@ -42,7 +50,7 @@ def make_profile(
         input_shapes: the graph's inputs with their dimensions.
         symbols: the model's `fp4trt.symbols`; empty for a graph that fp4trt did not write.
         resolution: pixels, "1024", "768x1360" (width x height) or "512:1024:1360"; each side a multiple of
-            the pixels that a token spans.
+            the pixels that a token spans. A single number may be an int, here and below.
         batch: images, "1" or "1:1:4".
         text: tokens, "512" or "1:512:512".
         shapes: "NAME=MIN:OPT:MAX", NAME a symbol (numbers) or an input (shapes such as 1x256x64).
@@ -51,8 +59,12 @@ def make_profile(
 
     Raises:
         BadProfileError: malformed, outside the declared range, or a dynamic dimension left open.
+        BadModelError: the symbols are not as fp4trt declares them.
     """
-    given = {"--resolution": resolution, "--batch": batch, "--text": text}
+    for name, symbol in symbols.items():
+        _check_symbol(name, symbol)
+    options = {"--resolution": resolution, "--batch": batch, "--text": text}
+    given = {option: None if value is None else str(value) for option, value in options.items()}
     kinds = {_OPTIONS[symbol["kind"]] for symbol in symbols.values()}
     for option, value in given.items():
         if value is not None and option not in kinds:
@@ -77,6 +89,23 @@ def make_profile(
     return Profile({name: (low, best, high) for name, (low, best, high) in inputs.items()}, extents)
 
 
+def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:
+    """Raise BadModelError unless a symbol has a kind of ours, and with it an ordered range of positive numbers."""
+    kind = symbol.get("kind")
+    keys = _SYMBOL_KEYS.get(kind) if isinstance(kind, str) else None
+    if keys is None:
+        raise BadModelError(
+            f"the graph's symbol {name!r} has the kind {kind!r}; expected {', '.join(_SYMBOL_KEYS)}: export it again"
+        )
+    values = [symbol.get(key) for key in keys]
+    numbers = [value for value in values if isinstance(value, int) and value > 0]
+    if len(numbers) < len(values) or numbers[:3] != sorted(numbers[:3]):
+        raise BadModelError(
+            f"the graph's symbol {name!r} declares {', '.join(map(repr, values))} as its {', '.join(keys)}; "
+            "expected positive numbers in order: export it again"
+        )
+
+
 def _symbol_extent(symbol: Mapping[str, Any], value: str | None) -> Extent:
     if symbol["kind"] == "image_tokens":
         return _image_tokens(symbol, value)
@@ -90,7 +119,7 @@ def _image_tokens(symbol: Mapping[str, Any], value: str | None) -> Extent:
     names = ("min_resolution", "default_resolution", "max_resolution")
     parts = value.split(":") if value is not None else [str(symbol[name]) for name in names]
     tokens = [_tokens(symbol, part, value or part) for part in parts]
-    return _ordered(f"--resolution {value}", tokens)
+    return _ordered(f"--resolution {value}", tokens, parts)
 
 
 def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
@@ -129,12 +158,15 @@ def _extent(given: str, value: str, declared: tuple[int, int] | None) -> Extent:
     return extent
 
 
-def _ordered(given: str, values: Sequence[int]) -> Extent:
+def _ordered(given: str, values: Sequence[int], said: Sequence[object] = ()) -> Extent:
+    """Return one value, or three, as an extent; `said` is how the user put them, where that is in another unit."""
     if len(values) not in (1, 3):
         raise BadProfileError(f"{given}: expected one value or MIN:OPT:MAX, found {len(values)} values")
     low, best, high = values[0], values[len(values) // 2], values[-1]
     if not 0 <= low <= best <= high or high == 0:
-        raise BadProfileError(f"{given}: expected minimum <= optimum <= maximum, found {low}, {best}, {high}")
+        raise BadProfileError(
+            f"{given}: expected minimum <= optimum <= maximum, found {', '.join(map(str, said or values))}"
+        )
     return low, best, high
 
 

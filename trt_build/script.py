@@ -6,20 +6,23 @@ import os
 from pathlib import Path
 from string import Template
 
-from trt_build.manifest import partial_path
+from onnx_functions.file_output import made_folder, write_texts
+from trt_build.errors import OutputExistsError
 from trt_build.profiles import Profile
 from trt_build.targets import Target
 
-__all__ = ["script_path", "write_script"]
+__all__ = ["script_of", "script_path", "write_script"]
 
 _TEMPLATE = Template('''\
+# Written by fp4trt: replaced by the next build only while it is unchanged.
 """Build $engine_name for $gpu ($capability) with the tensorrt package; run it on a machine that has this GPU.
 
     pip install tensorrt polygraphy
     python $script_name [MODEL.onnx] [OUTPUT.engine]
 
-NVFP4 with dynamic block scales needs a TensorRT that parses TRT_FP4DynamicQuantize (11 or later, it is said,
-for graphs of this kind). Take the model together with the weight files that it points to, in one directory.
+Tested: this script, with TensorRT for RTX 1.7 in place of the tensorrt package. Not tested: any version of the
+tensorrt package, and this GPU. The graph needs a version whose parser knows the operator TRT_FP4DynamicQuantize; one
+that does not know it says so. Take the model together with the weight files that it points to, in one directory.
 """
 
 import json
@@ -93,21 +96,21 @@ def script_path(engine: Path) -> Path:
     return engine.with_suffix(".build.py")
 
 
-def write_script(
+def script_of(
     engine: Path,
     onnx: Path,
     target: Target,
     profile: Profile,
     promised: tuple[str, ...],
     weight_streaming: bool,
-) -> Path:
-    """Write the build script beside the requested engine and return its path.
+) -> str:
+    """Return the build script of a requested engine.
 
-    The script refers to the model relative to itself, and to nothing else of this machine.
+    It refers to the model relative to itself, and to nothing else of this machine.
     """
     path = script_path(engine)
     rows = (f"    {name!r}: {shapes!r}," for name, shapes in profile.inputs.items())
-    content = _TEMPLATE.substitute(
+    return _TEMPLATE.substitute(
         engine_name=engine.name,
         script_name=path.name,
         gpu=target.name,
@@ -118,9 +121,23 @@ def write_script(
         profile="\n".join(rows),
         weight_streaming=weight_streaming,
     )
-    partial = partial_path(path)
-    partial.write_text(content, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+
+
+def write_script(path: Path, content: str, force: bool) -> Path:
+    """Write a build script and return its path.
+
+    Raises:
+        OutputExistsError: something else is there, such as a script that was edited, and `force` is not given.
+    """
+    if path.is_dir():
+        raise OutputExistsError(f"{path} is a folder; name another engine file")
+    if path.exists() and not force and path.read_bytes() != content.encode():
+        raise OutputExistsError(
+            f"{path} exists with other content (edited, or for another request); keep it and name another engine file, "
+            "or replace it with --force"
+        )
+    with made_folder(path.parent):
+        write_texts({path: content})
     return path
 
 

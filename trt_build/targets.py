@@ -61,6 +61,8 @@ _CARDS = {
     "SM121": "gb10:128",
 }
 
+_NEAR = 0.7  # of difflib: a wrong digit or letter in a name of this length
+
 _ALIASES = {
     "dgxspark": "gb10",
     "spark": "gb10",
@@ -82,7 +84,7 @@ def parse_gpus(text: str) -> tuple[Target, ...]:
     Spelling is free: "RTX 5090", "NVIDIA GeForce RTX 5090" and "rtx-5090" are one GPU, "dgx-spark" is "gb10".
 
     Raises:
-        UnknownGpuError: a name that no target has (the nearest ones are listed), or targets that one engine
+        UnknownGpuError: a name that no target has (near ones are listed, else all), or targets that one engine
             cannot serve together.
     """
     targets = tuple(dict.fromkeys(_find(name) for name in text.split(",")))
@@ -111,10 +113,7 @@ def _find(name: str) -> Target:
     key = _ALIASES.get(key, key)
     if key in TARGETS:
         return TARGETS[key]
-    near = difflib.get_close_matches(key, [*TARGETS, *_ALIASES], n=4, cutoff=0.5) or [
-        "rtx5090",
-        "gb10",
-        "b200",
-    ]
-    near = list(dict.fromkeys(_ALIASES.get(match, match) for match in near))
-    raise UnknownGpuError(f"unknown GPU {name.strip()!r}; did you mean {', '.join(near)}?")
+    near = difflib.get_close_matches(key, [*TARGETS, *_ALIASES], n=4, cutoff=_NEAR)
+    names = list(dict.fromkeys(_ALIASES.get(match, match) for match in near))
+    advice = f"did you mean {', '.join(names)}?" if names else f"known are {', '.join(TARGETS)}"
+    raise UnknownGpuError(f"unknown GPU {name.strip()!r}; {advice}")

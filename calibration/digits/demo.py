@@ -18,6 +18,7 @@ import click
 
 from calibration.digits.errors import StageFailed
 from calibration.source import BUILT_IN
+from calibration.write import replacing, write_json
 
 __all__ = ["demo", "table"]
 
@@ -33,31 +34,42 @@ def demo(directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool =
 
     Args:
         directory: becomes the quantized checkpoint, with ``model.onnx``, ``validation/``, the engine, ``digits.png``
-            and ``demo.json`` in it.
+            and ``demo.json`` in it; written as ``DIRECTORY.partial`` and renamed.
         gpu: the target of the engine.
         images: how many digits to draw with each model for accuracy, PSNR and velocity error.
         force: replace an earlier result.
 
     Raises:
+        OutputExists: the directory holds something that fp4trt did not write.
         StageFailed: a command ended with an error, which it has printed; carries its exit status.
     """
     # A model this small is slower on two threads than on one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if force and (directory / SUMMARY).exists():
-        for name in (GRID, SUMMARY):
-            (directory / name).unlink(missing_ok=True)
-    overwrite = ["--force"] if force else []
-    quantized = _run("quantize", BUILT_IN, "-o", str(directory), *overwrite)
+    with replacing(directory, force) as partial:
+        result = _walk(partial / directory.name, gpu, images)
+        for path in (partial / directory.name).iterdir():
+            os.replace(path, partial / path.name)
+        (partial / directory.name).rmdir()
+    return {
+        **result,
+        "checkpoint": str(directory.resolve()),
+        **{key: str((directory / result[key]).resolve()) for key in ("onnx", "engine", "grid", "report")},
+    }
+
+
+def _walk(directory: Path, gpu: str, images: int) -> dict[str, Any]:
+    """Run every stage into a folder; paths in the result are relative to it."""
+    quantized = _run("quantize", BUILT_IN, "-o", str(directory))
     exported = _run("export", str(directory))
     validation = _run("validate", str(directory), may_fail=True)
     built = _run("build", str(directory), "--gpu", gpu)
     quality = _measure(directory, images)
     result = {
-        "checkpoint": quantized["checkpoint"],
-        "onnx": exported["onnx"],
-        "validation": validation,
-        "engine": built["engine"],
-        "grid": str((directory / GRID).resolve()),
+        "onnx": Path(exported["onnx"]).name,
+        "engine": Path(built["engine"]).name,
+        "grid": GRID,
+        "report": "validation/report.html",
+        "validation": {"passed": validation["passed"], "gates": validation["gates"]},
         "bf16_bytes": quantized["source_bytes"],
         "nvfp4_bytes": quantized["bytes"],
         "quantized_linears": quantized["quantized_linears"],
@@ -67,7 +79,7 @@ def demo(directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool =
         **quality,
         "passed": bool(validation["passed"]),
     }
-    (directory / SUMMARY).write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(directory / SUMMARY, result)
     return result
 
 
@@ -78,7 +90,7 @@ def _run(*arguments: str, may_fail: bool = False) -> dict[str, Any]:
     command = [sys.executable, "-m", "fp4trt", *arguments, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, encoding="utf-8")
     if done.returncode and not (may_fail and done.returncode == 1 and done.stdout.strip()):
-        raise StageFailed(f"fp4trt {arguments[0]} ended with status {done.returncode}", done.returncode)
+        raise StageFailed(f"its stage {arguments[0]} ended with status {done.returncode}", done.returncode)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

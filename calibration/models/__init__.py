@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from calibration.errors import UnknownFamily
+from calibration.errors import BadCheckpoint, UnknownFamily
 from calibration.models.digits import DIGITS
 from calibration.models.family import Config, Family, Symbol
 from calibration.models.flux import FLUX
@@ -20,9 +20,13 @@ def family_of(config: Config) -> Family:
 
     Raises:
         UnknownFamily: no family fits.
+        BadCheckpoint: the config contradicts itself.
     """
     for family in FAMILIES:
         if family.matches(config):
+            wrong = family.problem(config)
+            if wrong is not None:
+                raise BadCheckpoint(f"config.json: {wrong}; take the one that belongs to the weights")
             return family
     known = ", ".join(sorted({family.class_name for family in FAMILIES}))
     raise UnknownFamily(

@@ -47,6 +47,7 @@ class Family:
         name: what the manifest and the graph call it.
         class_name: the diffusers class.
         matches: whether a diffusers config belongs here.
+        problem: what is wrong with a config of this class, in one sentence, or None.
         groups: the quantized linears of a config, in graph order, as groups whose members read the same input. A group
             shares its global scales, because only then does TensorRT run it as one FP4 GEMM.
         example_inputs: (config, batch, image tokens, text tokens, seed, dtype) to the model's inputs in graph order.
@@ -58,6 +59,7 @@ class Family:
     name: str
     class_name: str
     matches: Callable[[Config], bool]
+    problem: Callable[[Config], str | None]
     groups: Callable[[Config], tuple[tuple[str, ...], ...]]
     example_inputs: Callable[[Config, int, int, int, int, torch.dtype], dict[str, torch.Tensor]]
     input_shapes: Callable[[Config], dict[str, tuple[str | int, ...]]]

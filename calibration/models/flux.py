@@ -9,7 +9,7 @@ from calibration.models.family import Config, Family, Symbol
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLUX", "example_inputs", "groups", "input_shapes"]
+__all__ = ["FLUX", "example_inputs", "groups", "input_shapes", "problem"]
 
 DOUBLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
     ("norm1.linear",),
@@ -31,6 +31,30 @@ SINGLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
     ("proj_out",),
 )
 """Everything that multiplies in a single block: 6 linears, 3 GEMMs. ``proj_out`` is a block's own, not the model's."""
+
+
+_COUNTS: Final = (
+    "in_channels",
+    "num_layers",
+    "num_single_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
+
+
+def problem(config: Config) -> str | None:
+    """Return what is wrong with a config, in one sentence, or None."""
+    for key in _COUNTS:
+        if type(config.get(key)) is not int or config[key] < 1:
+            return f"{key} is {config.get(key)!r}, expected a whole number above 0"
+    axes, width = config.get("axes_dims_rope", (16, 56, 56)), config["attention_head_dim"]
+    if not isinstance(axes, list | tuple) or len(axes) != 3 or any(type(n) is not int or n % 2 for n in axes):
+        return f"axes_dims_rope is {axes!r}, expected three even numbers"
+    if sum(axes) != width:
+        return f"axes_dims_rope {list(axes)} adds up to {sum(axes)}, expected attention_head_dim, {width}"
+    return None
 
 
 def groups(config: Config) -> tuple[tuple[str, ...], ...]:
@@ -91,6 +115,7 @@ FLUX: Final = Family(
     name="flux",
     class_name="FluxTransformer2DModel",
     matches=lambda config: config.get("_class_name") == "FluxTransformer2DModel",
+    problem=problem,
     groups=groups,
     example_inputs=example_inputs,
     input_shapes=input_shapes,

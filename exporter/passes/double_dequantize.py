@@ -11,66 +11,106 @@ import onnx_ir as ir
 from exporter.errors import BadGraph
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, WEIGHT_PLACEHOLDER
 
-__all__ = ["BLOCK_SIZE", "ScaleDtype", "double_dequantize"]
+__all__ = ["BLOCK_SIZE", "QuantizedWeight", "ScaleDtype", "double_dequantize"]
 
 ScaleDtype = Literal["float32", "bfloat16"]
 
 BLOCK_SIZE: Final = 16
 
+_STORED: Final = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT)
 
-def double_dequantize(model: ir.Model, leaders: Mapping[str, str], scale_dtype: ScaleDtype) -> None:
-    """Rewrite in place.
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [..., K] in 16 or 32 bit, and the names of the initializers that stand for it in FP4."""
+
+    weight: ir.Value
+    codes: str
+    block_scales: str
+    global_scale: str
+
+
+def double_dequantize(
+    model: ir.Model, leaders: Mapping[str, str], scale_dtype: ScaleDtype
+) -> tuple[QuantizedWeight, ...]:
+    """Rewrite in place, a graph that we traced or one of other origin.
 
     1. ``TRT_FP4QDQ(X.weight)`` becomes DequantizeLinear(E4M3 block scales, global scale), then
-       DequantizeLinear(FP4 codes, that): initializers ``X.weight``, ``X.weight_scale`` and a ``weight_scale_2``.
+       DequantizeLinear(FP4 codes, that): initializers ``X.weight``, ``X.weight_scale`` and a ``X.weight_scale_2``. A
+       weight that two placeholders read is dequantized once; one that is read in 16 bit too keeps its name.
     2. ``TRT_FP4DynamicQDQ(x)`` becomes ``trt::TRT_FP4DynamicQuantize(x, input_scale)`` and the same two
        DequantizeLinear on its outputs.
     3. Linears with the same leader read one activation and one pair of global scales: the leader's. So TensorRT sees
        that they can be one GEMM.
-    4. ``float32``: both products in FP32, then a Cast, which is what fake quantization computes, bit for bit.
-       ``bfloat16``: ``output_dtype`` on both, no Cast; the scale is rounded to BF16 once more.
+    4. ``float32``: both products in FP32, then a Cast to the weight's type, which is what fake quantization computes,
+       bit for bit. ``bfloat16``: ``output_dtype`` on both, no Cast; the scale is rounded to BF16 once more.
 
     Args:
         model: with placeholders; the new initializers have no values yet.
-        leaders: module path of each quantized linear to the first member of its group.
+        leaders: module path of each quantized linear to the first member of its group; one that is absent leads itself.
         scale_dtype: see 4.
 
+    Returns:
+        The weights that were replaced, in graph order.
+
     Raises:
-        BadGraph: a placeholder is not where it can be replaced.
+        BadGraph: a placeholder is not where it can be replaced, or its weight cannot be stored in FP4.
     """
     rewrite = _Rewrite(model.graph, leaders, scale_dtype)
     for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type == WEIGHT_PLACEHOLDER:
+        if node.op_type == WEIGHT_PLACEHOLDER:
             rewrite.weight(node)
         elif node.domain == DOMAIN and node.op_type == ACTIVATION_PLACEHOLDER:
             rewrite.activation(node)
-    model.graph.opset_imports[DOMAIN] = 1
+    rewrite.drop_replaced()
+    _declare_domain(model.graph)
+    return tuple(weight for weight, _ in rewrite.weights.values())
+
+
+def _declare_domain(graph: ir.Graph) -> None:
+    """Declare TensorRT's domain where the graph has its operators, and only there."""
+    if any(node.domain == DOMAIN for node in graph.all_nodes()):
+        graph.opset_imports[DOMAIN] = 1
+    else:
+        graph.opset_imports.pop(DOMAIN, None)
 
 
 @dataclass
 class _Rewrite:
-    """One graph while it is rewritten; remembers the activation chains that later linears share."""
+    """One graph while it is rewritten; remembers the chains that later linears share."""
 
     graph: ir.Graph
     leaders: Mapping[str, str]
     scale_dtype: ScaleDtype
     chains: dict[tuple[str, int], ir.Value] = field(default_factory=dict)
+    weights: dict[ir.Value, tuple[QuantizedWeight, ir.Value]] = field(default_factory=dict)
 
     def weight(self, node: ir.Node) -> None:
-        """Replace a weight's placeholder."""
+        """Replace a weight's placeholder, by a chain that exists already where another one reads the same weight."""
         weight = node.inputs[0]
-        if weight is None or weight.name is None or not weight.is_initializer() or weight.shape is None:
-            raise BadGraph(
-                f"{node.name} quantizes {weight and weight.name}, which is no initializer; expected a weight"
-            )
-        path = weight.name.removesuffix(".weight")
-        rows, columns = (int(size) for size in weight.shape)  # type: ignore[arg-type]
-        del self.graph.initializers[weight.name]
-        codes = self._initializer(f"{path}.weight", ir.DataType.FLOAT4E2M1, (rows, columns))
-        scales = self._initializer(f"{path}.weight_scale", ir.DataType.FLOAT8E4M3FN, (rows, columns // BLOCK_SIZE))
-        overall = self._initializer(f"{self.leaders[path]}.weight_scale_2", ir.DataType.FLOAT, ())
-        result = self._dequantize(node, codes, scales, overall, f"{path}/weight")
-        self._replace(node, result)
+        if weight not in self.weights:
+            weight = _stored_weight(node)
+            self.weights[weight] = self._weight_chain(node, weight)
+        self._replace(node, self.weights[weight][1])
+
+    def _weight_chain(self, node: ir.Node, weight: ir.Value) -> tuple[QuantizedWeight, ir.Value]:
+        assert weight.name is not None
+        assert weight.dtype is not None
+        name = weight.name
+        if all(user.op_type == WEIGHT_PLACEHOLDER for user, _ in weight.uses()) and not weight.is_graph_output():
+            del self.graph.initializers[name]
+        else:
+            name = f"{name}_fp4"
+        path = name.removesuffix(".weight")
+        leader = self.leaders.get(path, path)
+        overall = f"{leader}.weight_scale_2" if path != name else f"{name}_scale_2"
+        quantized = QuantizedWeight(weight, name, f"{name}_scale", overall)
+        *rows, columns = (int(size) for size in weight.shape)  # type: ignore[union-attr, arg-type]
+        codes = self._initializer(quantized.codes, ir.DataType.FLOAT4E2M1, (*rows, columns))
+        scales = self._initializer(quantized.block_scales, ir.DataType.FLOAT8E4M3FN, (*rows, columns // BLOCK_SIZE))
+        shared = self._initializer(quantized.global_scale, ir.DataType.FLOAT, ())
+        stem = f"{path}/weight" if path != name else name
+        return quantized, self._dequantize(node, codes, scales, shared, stem, weight.dtype)
 
     def activation(self, node: ir.Node) -> None:
         """Replace an activation's placeholder, by a chain that exists already where the group has one."""
@@ -102,10 +142,12 @@ class _Rewrite:
             scales, f"{path}/input_block_scales", ir.DataType.FLOAT8E4M3FN, ir.Shape([*outer, columns // BLOCK_SIZE])
         )
         self.graph.insert_before(node, quantize)
-        return self._dequantize(node, codes, scales, overall, f"{path}/input")
+        return self._dequantize(node, codes, scales, overall, f"{path}/input", ir.DataType.BFLOAT16)
 
-    def _dequantize(self, before: ir.Node, codes: ir.Value, scales: ir.Value, overall: ir.Value, name: str) -> ir.Value:
-        """Insert the two DequantizeLinear (and the Cast to BF16 after FP32 ones); return what comes out."""
+    def _dequantize(
+        self, before: ir.Node, codes: ir.Value, scales: ir.Value, overall: ir.Value, name: str, result: ir.DataType
+    ) -> ir.Value:
+        """Insert the two DequantizeLinear (and after FP32 ones the Cast to ``result``); return what comes out."""
         wide = self.scale_dtype == "float32"
         dtype = ir.DataType.FLOAT if wide else ir.DataType.BFLOAT16
         attributes = {} if wide else {"output_dtype": int(dtype)}
@@ -119,9 +161,9 @@ class _Rewrite:
         )
         _describe(second.outputs[0], f"{name}/DequantizeLinear_output_0", dtype, codes.shape)
         nodes = [first, second]
-        if wide:
-            cast = ir.node("Cast", second.outputs, {"to": int(ir.DataType.BFLOAT16)}, name=f"{name}/Cast")
-            _describe(cast.outputs[0], f"{name}/Cast_output_0", ir.DataType.BFLOAT16, codes.shape)
+        if dtype != result:
+            cast = ir.node("Cast", second.outputs, {"to": int(result)}, name=f"{name}/Cast")
+            _describe(cast.outputs[0], f"{name}/Cast_output_0", result, codes.shape)
             nodes.append(cast)
         self.graph.insert_before(before, nodes)
         return nodes[-1].outputs[0]
@@ -133,9 +175,39 @@ class _Rewrite:
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 
+    def drop_replaced(self) -> None:
+        """Take weights that are FP4 now from the graph's inputs, where some exporters list initializers too."""
+        gone = {id(weight) for weight in self.weights if not weight.uses()}
+        self.graph.inputs[:] = [value for value in self.graph.inputs if id(value) not in gone]
+
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        if node.outputs[0].is_graph_output():
+            raise BadGraph(f"{node.name} is an output of the graph; expected a linear to read it")
         node.outputs[0].replace_all_uses_with(value)
         self.graph.remove(node, safe=True)
+
+
+def _stored_weight(node: ir.Node) -> ir.Value:
+    """Return the weight that a placeholder reads.
+
+    Raises:
+        BadGraph: it is computed, or cannot be stored in blocks of 16 along its last axis.
+    """
+    weight = node.inputs[0]
+    if weight is None or weight.name is None or not weight.is_initializer() or weight.shape is None:
+        raise BadGraph(f"{node.name} quantizes {weight and weight.name}, which is no initializer; expected a weight")
+    size = node.attributes["block_size"].as_int() if "block_size" in node.attributes else None
+    if size not in (None, BLOCK_SIZE):
+        raise BadGraph(f"{node.name} asks for blocks of {size}; TensorRT has FP4 in blocks of {BLOCK_SIZE} only")
+    shape = list(weight.shape)
+    if len(shape) < 2 or not isinstance(shape[-1], int) or shape[-1] % BLOCK_SIZE:
+        raise BadGraph(
+            f"{node.name} quantizes {weight.name} of shape {shape}; expected [..., N, K] with K a multiple of "
+            f"{BLOCK_SIZE}: leave it in 16 bit"
+        )
+    if weight.dtype not in _STORED:
+        raise BadGraph(f"{node.name} quantizes {weight.name}, which is {weight.dtype}; expected BF16, FP16 or FP32")
+    return weight
 
 
 def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:

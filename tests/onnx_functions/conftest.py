@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration import nvfp4
 from onnx_functions.cut import cut
+from onnx_functions.linears import Graph
 from onnx_functions.simulation import runtime_session, simulate
 
 GROUPS = (("first", "second"), ("third",))
@@ -238,6 +239,23 @@ class Mutant:
             for reader in model.graph.node:
                 reader.input[:] = ["baked" if name == tensor else name for name in reader.input]
             del model.graph.node[index]
+        onnx.save(model, self.path)
+
+    def bypass_quantizers(self, linears: dict[str, list[str]] | None = None) -> None:
+        """Let every product read its activation unquantized; promise `linears` instead where they are given."""
+        model = self._load()
+        graph = Graph(model)
+        sources = {linear.matmul: linear.input for linear in graph.linears() if linear.quantizer}
+        for node in model.graph.node:
+            node.input[0:1] = [sources.get(node.name, name) for name in node.input[0:1]]
+        onnx.save(model, self.path)
+        if linears is not None:
+            self.describe("fp4trt.linears", json.dumps(linears))
+
+    def describe(self, key: str, text: str) -> None:
+        """Set an entry of the metadata."""
+        model = self._load()
+        next(entry for entry in model.metadata_props if entry.key == key).value = text
         onnx.save(model, self.path)
 
     def _load(self) -> onnx.ModelProto:

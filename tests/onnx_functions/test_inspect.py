@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 import fp4trt
-from onnx_functions.errors import UnknownArtifact
+from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.inspect import describe, table
 
 
@@ -73,6 +74,69 @@ def test_anything_else_is_refused_in_one_line(tmp_path: Path, name: str) -> None
         describe(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _damaged(path: Path, name: str, value: object) -> Path:
+    (path / name).write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+DAMAGE: dict[str, tuple[str, object]] = {
+    "an index without names": ("diffusion_pytorch_model.safetensors.index.json", {"weight_map": [1]}),
+    "an index of numbers": ("diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"a": 1}}),
+    "an index that is a list": ("diffusion_pytorch_model.safetensors.index.json", []),
+    "a manifest without a recipe": ("fp4trt.json", {"recipe": []}),
+    "a manifest with other groups": ("fp4trt.json", {"groups": [1]}),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_json_is_refused_in_one_line(how: str, copy_of_digits: Path) -> None:
+    name, value = DAMAGE[how]
+    with pytest.raises(UnknownArtifact, match=rf"{name} .*(copy it again|quantize again|expected an object)"):
+        describe(_damaged(copy_of_digits, name, value))
+
+
+@pytest.mark.parametrize("value", [{"request": []}, {"fp4_linears": "many"}, {"quantized_linears": [1]}])
+def test_a_damaged_manifest_of_an_engine_is_refused_in_one_line(tmp_path: Path, value: dict[str, object]) -> None:
+    _damaged(tmp_path, "a.json", {"kind": "fp4trt engine", **value})
+    with pytest.raises(UnknownArtifact, match="is a damaged manifest of an engine"):
+        describe(tmp_path / "a.json")
+
+
+def test_a_safetensors_file_that_is_cut_short_is_refused(copy_of_digits: Path) -> None:
+    weights = copy_of_digits / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UnknownArtifact, match=r"safetensors is cut short: .* copy it again"):
+        describe(copy_of_digits)
+
+
+def test_a_safetensors_header_whose_sizes_contradict_each_other_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    header = json.dumps({"a.weight": {"dtype": "BF16", "shape": [4, 4], "data_offsets": [0, 8]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(8)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(data)
+    with pytest.raises(UnknownArtifact, match=r"bytes 0 to 8 for BF16 \[4, 4\]"):
+        describe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("offset", "many", "has the offset 'many'"),
+        ("offset", "-1", "has the offset '-1'"),
+        ("location", "../weights", "expected a path inside"),
+    ],
+)
+def test_external_data_that_make_no_sense_are_refused_in_one_line(
+    copied_model: Path, key: str, value: str, said: str
+) -> None:
+    model = onnx.load(copied_model, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in tensor.external_data if entry.key == key).value = value
+    onnx.save(model, copied_model)
+    with pytest.raises(BadGraph, match=said):
+        describe(copied_model)
 
 
 def test_the_command_prints_a_table_and_json(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

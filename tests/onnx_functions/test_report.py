@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import importlib
 import importlib.util
 import json
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import onnx_functions
-from onnx_functions.report import write_report
+from onnx_functions.errors import OutputExists
+from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.verdict import Figures, Gate, Report, gate_of_offenders, relative_l2
 
 
@@ -52,6 +55,54 @@ def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
+def test_the_files_hold_no_path_of_this_machine(tmp_path: Path) -> None:
+    data, page = write_report(report(tmp_path), tmp_path / "out")
+    assert page is not None
+    for path in (data, page):
+        assert str(tmp_path) not in path.read_text(encoding="utf-8")
+    found = json.loads(data.read_text(encoding="utf-8"))
+    assert (found["model"], found["reference"]) == ("model.onnx", tmp_path.name)
+    assert report(tmp_path).as_dict()["model"] == str(tmp_path / "model.onnx")
+
+
+def test_an_earlier_report_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
+    data, page = write_report(report(tmp_path), tmp_path)
+    assert page is not None
+    write_report(report(tmp_path), tmp_path)
+    for path, mine in ((data, '{"passed": true}'), (page, "<!doctype html><p>mine"), (data, "")):
+        ours = path.read_bytes()
+        path.write_text(mine)
+        with pytest.raises(OutputExists, match=rf"{path.name} is no report of fp4trt; .* --force"):
+            check_report_folder(tmp_path)
+        assert path.read_text() == mine
+        write_report(report(tmp_path), tmp_path, force=True)
+        assert path.read_bytes() == ours
+
+
+def test_checking_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_report_folder(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_infinite_error_is_drawn_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    rows = tuple(
+        Figures(f"b.{i}.q", f"b.{i}", output_error=value) for i, value in enumerate((float("inf"), float("nan")))
+    )
+    write_report(dataclasses.replace(report(tmp_path), linears=rows), tmp_path / "out")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_full_disk_is_named_by_the_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_report(report(tmp_path), tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out" / "report.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_matplotlib_the_json_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     data, page = write_report(report(tmp_path), tmp_path / "out")
@@ -60,7 +111,7 @@ def test_without_matplotlib_the_json_is_written_all_the_same(tmp_path: Path, mon
 
 
 def test_a_gate_names_five_offenders_and_counts_the_rest() -> None:
-    gate = gate_of_offenders("weights", [(f"w{i}", "differs") for i in range(7)], 7, 0, "")
+    gate = gate_of_offenders("weights", [(f"w{i}", "differs") for i in range(7)], 7, 0, "", count=9)
     assert not gate.passed
     assert "w4: differs; and 2 more" in gate.detail
     assert len(gate.offenders) == 7

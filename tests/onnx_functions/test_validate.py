@@ -47,6 +47,7 @@ def test_the_built_in_model_passes_every_gate(clean: Report) -> None:
     assert [gate.name for gate in clean.gates] == [
         "functions",
         "files",
+        "promise",
         "stored tensors",
         "weights",
         "quantizers",

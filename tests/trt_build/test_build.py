@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -169,11 +170,72 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, attention_graph
     model = attention_graph()
     weights = model.parent / "weights.bin"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(BadModelError, match=r"initializer 'head\.bias' points to bytes .* export the graph again"):
+    with pytest.raises(
+        BadModelError, match=r"initializer head\.bias needs bytes .* which ends at byte .* export it again"
+    ):
         trt_build.build(model)
     weights.unlink()
-    with pytest.raises(BadModelError, match="which is not a file"):
+    with pytest.raises(BadModelError, match=r"weights\.bin, which does not exist"):
         trt_build.build(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("fp4trt.linears", '{"nvfp4":5}'),
+        ("fp4trt.linears", "[]"),
+        ("fp4trt.symbols", "[]"),
+        ("fp4trt.symbols", '{"B":{"kind":"batches"}}'),
+        ("fp4trt.symbols", '{"B":{"kind":["batch"]}}'),
+        ("fp4trt.symbols", '{"B":{"kind":"batch","min":"1"}}'),
+        ("fp4trt.symbols", '{"B":{"kind":"batch","min":4,"default":1,"max":2}}'),
+    ],
+)
+def test_metadata_that_cannot_be_read_are_refused_in_one_line(attention_graph: Any, key: str, text: str) -> None:
+    path = attention_graph()
+    model = onnx.load(path, load_external_data=False)
+    next(entry for entry in model.metadata_props if entry.key == key).value = text
+    onnx.save(model, path)
+    with pytest.raises((BadModelError, LintError), match=r"export (it |the graph )?again") as caught:
+        trt_build.build(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_cannot_be_read_is_refused_in_one_line(attention_graph: Any) -> None:
+    path = attention_graph()
+    (path.parent / "fp4trt.json").write_text('{"files": []}')
+    with pytest.raises(BadModelError, match=r"fp4trt\.json is no manifest of fp4trt"):
+        trt_build.build(path)
+
+
+def test_weights_outside_the_models_folder_are_refused(attention_graph: Any) -> None:
+    path = attention_graph()
+    (path.parent / "inner").mkdir()
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = "../weights.bin"
+    onnx.save(model, path.parent / "inner" / "model.onnx")
+    with pytest.raises(BadModelError, match=r"lies at '\.\./weights\.bin'; expected a path inside"):
+        trt_build.build(path.parent / "inner")
+
+
+def test_a_range_may_be_a_plain_number(attention_graph: Any) -> None:
+    result = trt_build.build(attention_graph(), resolution=1024, batch=1)
+    assert result["profile"] == {"B": [1, 1, 1], "L": [4096, 4096, 4096]}
+
+
+def test_a_manifest_that_cannot_be_written_names_its_file(attention_graph: Any, monkeypatch: Any) -> None:
+    model = attention_graph()
+    before = names_in(model.parent)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        trt_build.build(model)
+    assert caught.value.filename == str(model.parent / "rtx5090.json")
+    assert names_in(model.parent) == before
 
 
 def test_an_output_that_is_not_ours_is_not_replaced(attention_graph: Any) -> None:

@@ -10,7 +10,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+import fp4trt
 import trt_build
+from onnx_functions.errors import LintError
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.errors import CoverageError
 from trt_build.graph import read_graph
@@ -74,4 +76,52 @@ def test_a_promised_linear_that_the_graph_lacks_is_lost(attention_graph: Any) ->
     node(model, "block.to_out/MatMul").name = "renamed"
     onnx.save(model, path)
     lost = measure_coverage(read_graph(path), [Layer("some", "gemm", ("BFLOAT16",), (), (), ())]).lost
-    assert lost[-1] == SixteenBit("block.to_out", None, "the graph has no node block.to_out/MatMul")
+    assert SixteenBit("block.to_out", None, "the graph has no node block.to_out/MatMul") in lost
+
+
+def bypass_every_quantizer(model: onnx.ModelProto) -> None:
+    inputs = {node.name.split("/")[0]: node.input[0] for node in model.graph.node if node.op_type.startswith("TRT_")}
+    for path in ("to_q", "to_k", "to_v", "to_out"):
+        node(model, f"block.{path}/MatMul").input[0] = inputs["block.to_out" if path == "to_out" else "block.to_q"]
+
+
+def describe(model: onnx.ModelProto, text: str) -> None:
+    next(entry for entry in model.metadata_props if entry.key == "fp4trt.linears").value = text
+
+
+@pytest.mark.parametrize("text", ['{"nvfp4": [], "bf16": []}', "{}"])
+def test_metadata_that_promise_little_do_not_hide_fp4_weights_that_run_in_16_bit(
+    attention_graph: Any, text: str
+) -> None:
+    path = attention_graph()
+    model = onnx.load(path, load_external_data=False)
+    bypass_every_quantizer(model)
+    describe(model, text)
+    onnx.save(model, path)
+    with pytest.raises(LintError, match=r"the graph holds FP4 weights|block\.to_q.*is not quantized"):
+        trt_build.build(path)
+    assert len(read_graph(path).promised_fp4) == 4
+
+
+def test_the_manifest_beside_the_graph_promises_too(attention_graph: Any) -> None:
+    path = attention_graph()
+    assert trt_build.build(path)["quantized_linears"] == 4
+    (path.parent / "fp4trt.json").write_text('{"quantized": {"nvfp4": ["block.to_out", "head"]}}')
+    with pytest.raises(CoverageError, match=r"1 of 5 linears promised in FP4 would run in 16 bit: head"):
+        trt_build.build(path)
+
+
+def test_a_weight_only_graph_without_metadata_is_legal_and_reported(
+    attention_graph: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = attention_graph(metadata=False)
+    model = onnx.load(path, load_external_data=False)
+    bypass_every_quantizer(model)
+    dead = [node for node in model.graph.node if "/input" in node.name or node.op_type.startswith("TRT_")]
+    for quantizer in dead:
+        model.graph.node.remove(quantizer)
+    onnx.save(model, path)
+    assert fp4trt.run(["build", str(path), "--shape", "B=1", "--shape", "L=64"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing promises FP4 GEMMs of this graph" in out
+    assert "16 bit: 4 linears: weight-only: its weight is FP4, its input is not quantized" in out

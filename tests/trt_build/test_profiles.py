@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trt_build.errors import BadProfileError
+from trt_build.errors import BadModelError, BadProfileError
 from trt_build.profiles import Profile, make_profile
 
 INPUTS = {
@@ -83,7 +83,7 @@ def test_the_built_in_models_pixels_per_token_are_read_from_its_metadata() -> No
         ({"resolution": "big"}, "expected 1024, 768x1360 or MIN:OPT:MAX"),
         ({"resolution": "1x2x3"}, "expected 1024, 768x1360 or MIN:OPT:MAX"),
         ({"resolution": "512:1024"}, "found 2 values"),
-        ({"resolution": "1024:512:1360"}, "minimum <= optimum <= maximum"),
+        ({"resolution": "1024:512:1360"}, "minimum <= optimum <= maximum, found 1024, 512, 1360"),
         ({"batch": "8"}, "outside the model's range 1 to 4"),
         ({"batch": "0"}, "minimum <= optimum <= maximum"),
         ({"batch": "-1"}, "expected a number"),
@@ -112,6 +112,12 @@ def test_a_graph_without_metadata_takes_its_ranges_from_shapes() -> None:
         "x": ((1, 16, 64), (2, 32, 64), (4, 64, 64)),
         "mask": ((1, 77), (2, 77), (4, 77)),
     }
+
+
+@pytest.mark.parametrize("symbol", [{"kind": "voxels"}, {}, {"kind": "batch"}, {**SYMBOLS["L"], "pixels_per_token": 0}])
+def test_a_symbol_that_is_not_as_fp4trt_declares_it_is_refused(symbol: dict[str, Any]) -> None:
+    with pytest.raises(BadModelError, match=r"the graph's symbol 'L' .* export it again"):
+        make_profile(INPUTS, {"L": symbol})
 
 
 def test_an_open_dimension_is_named() -> None:

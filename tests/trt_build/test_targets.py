@@ -40,6 +40,11 @@ def test_an_unknown_gpu_lists_its_near_matches_in_one_line() -> None:
     assert caught.value.exit_code == 2
 
 
+def test_an_unknown_gpu_that_is_near_to_none_lists_all_that_are_known() -> None:
+    with pytest.raises(UnknownGpuError, match=r"unknown GPU 'foo'; known are rtx2060, .*rtx5090.*gb10$"):
+        parse_gpus("foo")
+
+
 def test_one_engine_has_one_backend() -> None:
     with pytest.raises(UnknownGpuError, match="build once for each backend"):
         parse_gpus("rtx5090,b200")

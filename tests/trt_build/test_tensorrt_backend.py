@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import trt_build
-from trt_build.errors import BackendMissingError
+from trt_build.errors import BackendMissingError, OutputExistsError
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -48,6 +48,34 @@ def test_without_tensorrt_a_build_script_is_written_and_said(attention_graph: An
     assert "'hidden_states': ((1, 4096, 128), (1, 4096, 128), (4, 4096, 128))," in text
     assert str(model.parent) not in text
     assert not (model.parent / "b200.engine").exists()
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_a_build_script_that_was_edited_is_kept_unless_forced(attention_graph: Any) -> None:
+    model = attention_graph()
+    script = model.parent / "b200.build.py"
+    for _ in range(2):  # an unchanged script is no obstacle
+        with pytest.raises(BackendMissingError):
+            trt_build.build(model, gpu="b200")
+    written = script.read_bytes()
+    assert written.startswith(b"# Written by fp4trt: ")
+    script.write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"b200\.build\.py exists with other content .* --force"):
+        trt_build.build(model, gpu="b200")
+    assert script.read_text() == "mine"
+    with pytest.raises(BackendMissingError):
+        trt_build.build(model, gpu="b200", force=True)
+    assert script.read_bytes() == written
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_the_build_script_says_what_is_tested_and_what_is_not(attention_graph: Any) -> None:
+    model = attention_graph()
+    with pytest.raises(BackendMissingError):
+        trt_build.build(model, gpu="b200")
+    text = " ".join((model.parent / "b200.build.py").read_text().split())
+    assert "Tested: this script, with TensorRT for RTX" in text
+    assert "Not tested: any version of the tensorrt package, and this GPU" in text
 
 
 @pytest.mark.usefixtures("no_tensorrt")

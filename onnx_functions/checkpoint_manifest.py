@@ -1,0 +1,59 @@
+"""fp4trt.json, the manifest of a quantized checkpoint, as far as this room and the engine builder rely on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from onnx_functions.errors import UnknownArtifact
+from onnx_functions.json_file import lists_of_strings, object_of, read_object, strings, strings_by_name
+
+__all__ = ["CheckpointManifest", "read_checkpoint_manifest"]
+
+_NAME: Final = "fp4trt.json"
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """What a quantized checkpoint says of itself.
+
+    Attributes:
+        family: of the model.
+        recipe: name of the recipe.
+        nvfp4: module paths of the linears that it quantized.
+        groups: those that share global scales.
+        files: file name to SHA-256.
+        versions: package to version.
+    """
+
+    family: str | None
+    recipe: str | None
+    nvfp4: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    files: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
+    """Return the manifest of a folder, None where it has none.
+
+    Raises:
+        UnknownArtifact: it is damaged, or something else of that name.
+    """
+    path = folder / _NAME
+    if not path.is_file():
+        return None
+    value = read_object(path)
+    try:
+        return CheckpointManifest(
+            family=value.get("family"),
+            recipe=object_of(value.get("recipe", {}), "recipe").get("name"),
+            nvfp4=strings(object_of(value.get("quantized", {}), "quantized").get("nvfp4", []), "quantized.nvfp4"),
+            groups=lists_of_strings(value.get("groups", []), "groups"),
+            files=strings_by_name(value.get("files", {}), "files"),
+            versions=strings_by_name(value.get("versions", {}), "versions"),
+        )
+    except TypeError as error:
+        raise UnknownArtifact(f"{path} is no manifest of fp4trt ({error}); quantize again") from None

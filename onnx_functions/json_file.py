@@ -1,0 +1,62 @@
+"""JSON that others may have written or damaged: read as an object, its members checked before they are used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from onnx_functions.errors import UnknownArtifact
+
+__all__ = ["lists_of_strings", "object_of", "read_object", "strings", "strings_by_name"]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        UnknownArtifact: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnknownArtifact(f"{path} does not exist; expected it to describe {path.parent}") from None
+    except (ValueError, RecursionError) as error:
+        raise UnknownArtifact(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise UnknownArtifact(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def object_of(value: Any, what: str) -> dict[str, Any]:
+    """Return a JSON object as it is; a TypeError that names `what` for anything else."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{what} is {_kind(value)}, expected an object")
+    return value
+
+
+def strings(value: Any, what: str) -> tuple[str, ...]:
+    """Return a JSON list of strings; a TypeError that names `what` for anything else."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{what} is {_kind(value)}, expected a list of strings")
+    return tuple(value)
+
+
+def lists_of_strings(value: Any, what: str) -> tuple[tuple[str, ...], ...]:
+    """Return a JSON list of lists of strings; a TypeError that names `what` for anything else."""
+    if not isinstance(value, list):
+        raise TypeError(f"{what} is {_kind(value)}, expected a list of lists of strings")
+    return tuple(strings(item, f"a member of {what}") for item in value)
+
+
+def strings_by_name(value: Any, what: str) -> dict[str, str]:
+    """Return a JSON object whose members are strings; a TypeError that names `what` for anything else."""
+    for name, item in object_of(value, what).items():
+        if not isinstance(item, str):
+            raise TypeError(f"{name!r} in {what} is {_kind(item)}, expected a string")
+    return dict(value)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list of other things", str: "a string", type(None): "null"}
+    return names.get(type(value), repr(value))

@@ -1,0 +1,236 @@
+"""Bad input, through the command: one clear line on stderr, exit status 2, nothing left behind, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fp4trt
+
+ROOT = Path(fp4trt.__file__).parent
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MakeFlux = Callable[..., Path]
+
+
+def _refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must refuse, and return its one line."""
+    status = fp4trt.run([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert status == 2, err
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert out == ""
+    return lines[0]
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def source(tiny_flux: MakeFlux, tmp_path: Path) -> Path:
+    return tiny_flux(tmp_path / "flux")
+
+
+def _nan(source: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source / WEIGHTS)
+    tensors["transformer_blocks.0.ff.net.2.weight"][3, 5] = float("nan")
+    save_file(tensors, source / WEIGHTS)
+
+
+def _other_width(source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "joint_attention_dim": 48}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing weights": (lambda source: (source / WEIGHTS).unlink(), "does not exist"),
+    "truncated weights": (lambda s: (s / WEIGHTS).write_bytes((s / WEIGHTS).read_bytes()[:-9]), "ends at byte"),
+    "NaN weights": (_nan, "transformer_blocks.0.ff.net.2.weight holds NaN"),
+    "other config": (_other_width, "context_embedder.weight is [32, 32]"),
+    "missing config": (lambda source: (source / "config.json").unlink(), "has no config.json"),
+    "binary config": (lambda source: (source / "config.json").write_bytes(b"\xff\x00"), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("command", ["quantize", "calibrate"])
+def test_a_damaged_source_is_named(
+    how: str, command: str, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage, words = DAMAGE[how]
+    damage(source)
+    inputs = tmp_path / "inputs.safetensors"
+    inputs.write_bytes(b"never read")
+    option = "--calibration" if command == "quantize" else "--inputs"
+    assert words in _refused(capfd, command, source, "-o", tmp_path / "out", option, inputs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flux", "inputs.safetensors"]
+
+
+def test_in_features_that_are_no_multiple_of_16_are_named(
+    tiny_flux: MakeFlux, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_flux(tmp_path / "flux", attention_head_dim=20, axes_dims_rope=(4, 8, 8))
+    line = _refused(capfd, "quantize", source, "-o", tmp_path / "out")
+    assert "transformer_blocks.0.norm1.linear has 40 in-features" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inputs", [None, b"random bytes", b""])
+def test_calibration_inputs_that_are_none_are_refused(
+    inputs: bytes | None, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if inputs is not None:
+        (tmp_path / "inputs.safetensors").write_bytes(inputs)
+    line = _refused(capfd, "quantize", source, "-o", tmp_path / "out", "--calibration", tmp_path / "inputs.safetensors")
+    assert "inputs.safetensors" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "validate", "build", "inspect"])
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "random bytes", "an ONNX without its data"])
+def test_what_is_no_artifact_is_refused(
+    command: str, what: str, quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if command == "inspect" and what == "an ONNX without its data":
+        pytest.skip("inspect tells what a graph is from the graph alone")
+    path = tmp_path / "given"
+    if what == "an empty folder":
+        path.mkdir()
+    elif what == "random bytes":
+        path = tmp_path / "model.onnx"
+        path.write_bytes(bytes(range(256)) * 8)
+    elif what == "an ONNX without its data":
+        path.mkdir()
+        shutil.copy(quantized_digits / "model.onnx", path)
+        path = path / "model.onnx" if command != "export" else path
+    before = _contents(tmp_path)
+    _refused(capfd, command, path)
+    assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu", "rtx9999"], "rtx9999"),
+        (["--gpu", "rtx4090"], "FP4"),
+        (["--gpu", "rtx5090,rtx4090"], "rtx4090"),
+        (["--resolution", "huge"], "huge"),
+        (["--batch", "4:1:2"], "4:1:2"),
+        (["--text", "100000"], "100000"),
+    ],
+)
+def test_a_target_that_cannot_be_built_for_is_refused(
+    options: list[str], words: str, quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "x.engine"
+    assert words in _refused(capfd, "build", quantized_digits, "-o", engine, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _commands(quantized_digits: Path) -> dict[str, list[object]]:
+    inputs = quantized_digits / "calibration" / "inputs.safetensors"
+    return {
+        "calibrate": ["calibrate", "digits", "--inputs", inputs],
+        "quantize": ["quantize", "digits", "--calibration", inputs],
+        "export": ["export", quantized_digits],
+        "build": ["build", quantized_digits],
+        "validate": ["validate", quantized_digits],
+    }
+
+
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "export", "build", "validate"])
+def test_an_output_that_cannot_be_written_is_refused(
+    command: str, quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    # Below a file nothing can be made, not even by root.
+    _refused(capfd, *_commands(quantized_digits)[command], "-o", file / "below")
+    if command in ("quantize", "validate"):
+        _refused(capfd, *_commands(quantized_digits)[command], "-o", file)
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that even root cannot write into: /proc")
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "export", "build", "validate"])
+def test_a_folder_that_even_root_cannot_write_is_refused(
+    command: str, quantized_digits: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "/proc/nowhere" in _refused(capfd, *_commands(quantized_digits)[command], "-o", "/proc/nowhere/result")
+
+
+FULL_DISK = """
+import resource, sys
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+import fp4trt
+
+sys.exit(fp4trt.run(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of a file as POSIX does")
+@pytest.mark.parametrize(
+    ("command", "limit"), [("quantize", 500_000), ("export", 100_000), ("build", 1_000_000), ("validate", 9_000)]
+)
+def test_a_full_disk_leaves_nothing_behind(command: str, limit: int, quantized_digits: Path, tmp_path: Path) -> None:
+    arguments = [*_commands(quantized_digits)[command], "-o", tmp_path / "result"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(limit), *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if "error:" in line], done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal as a POSIX terminal does")
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("calibrate", "calibrating"),
+        ("quantize", "calibrating"),
+        ("export", "exporting"),
+        ("validate", "functions"),
+        ("build", "memory"),
+    ],
+)
+def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(
+    command: str, shown: str, quantized_digits: Path, tmp_path: Path
+) -> None:
+    arguments = [*_commands(quantized_digits)[command], "-o", tmp_path / "result"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "fp4trt", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    seen = ""
+    while shown not in seen and process.poll() is None:
+        seen += process.stdout.read(1)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, seen + rest
+    assert rest.strip().splitlines()[-1].endswith("error: interrupted"), rest
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
