@@ -98,13 +98,19 @@ def test_calibration_inputs_that_are_none_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["export", "validate", "build", "inspect"])
-@pytest.mark.parametrize("what", ["nothing", "an empty folder", "random bytes", "an ONNX without its data"])
+NO_ARTIFACTS = [
+    (command, what)
+    for command in ("export", "validate", "build", "inspect", "lint")
+    for what in ("nothing", "an empty folder", "random bytes", "an ONNX without its data")
+    # inspect tells what a graph is from the graph alone, and of missing data lint makes a finding, with status 1
+    if not (command in ("inspect", "lint") and what == "an ONNX without its data")
+]
+
+
+@pytest.mark.parametrize(("command", "what"), NO_ARTIFACTS)
 def test_what_is_no_artifact_is_refused(
     command: str, what: str, quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if command == "inspect" and what == "an ONNX without its data":
-        pytest.skip("inspect tells what a graph is from the graph alone")
     path = tmp_path / "given"
     if what == "an empty folder":
         path.mkdir()
@@ -234,3 +240,16 @@ def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(
     assert rest.strip().splitlines()[-1].endswith("error: interrupted"), rest
     assert "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lint_finds_missing_data(quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(quantized_digits / "model.onnx", tmp_path)
+    assert fp4trt.run(["lint", str(tmp_path / "model.onnx")]) == 1
+    assert "does not exist" in capfd.readouterr().out
+
+
+def test_a_plain_checkpoint_is_exported_only_when_bf16_is_asked_for(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "--precision bf16" in _refused(capfd, "export", source)
+    assert sorted(path.name for path in source.iterdir()) == ["config.json", WEIGHTS]
