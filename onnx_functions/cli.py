@@ -85,18 +85,21 @@ def lint(model: Path, allow_slow: bool) -> dict[str, Any]:
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-def inspect(artifact: Path) -> dict[str, Any]:
-    """Say what an artifact is: formats, sizes, FP4 coverage, merged groups.
+@click.option("--tree", "as_tree", is_flag=True, help="Print each linear at its module, equal blocks once.")
+def inspect(artifact: Path, as_tree: bool) -> dict[str, Any]:
+    """Say what an artifact is: formats, sizes, FP4 coverage, merged groups, promised against found.
 
-    ARTIFACT is a checkpoint folder, an ONNX file, or the JSON that lies beside an engine (or the engine).
+    ARTIFACT is a checkpoint folder, any ONNX file, or the JSON that lies beside an engine (or the engine).
 
     \b
     Example:
       fp4trt inspect flux-fp4/model.onnx
+      fp4trt inspect flux-fp4 --tree
     """
-    from onnx_functions.inspect import describe, table
+    from onnx_functions.inspect import describe
+    from onnx_functions.inspect_table import table, tree_table
 
     found = describe(artifact)
-    for line in table(found):
+    for line in (tree_table if as_tree else table)(found):
         click.echo(line)
     return found

@@ -12,7 +12,8 @@ import pytest
 
 import fp4trt
 from onnx_functions.errors import BadGraph, UnknownArtifact
-from onnx_functions.inspect import describe, table
+from onnx_functions.inspect import describe
+from onnx_functions.inspect_table import table
 
 
 def test_a_quantized_checkpoint_is_described(quantized_digits: Path) -> None:

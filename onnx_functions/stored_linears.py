@@ -1,0 +1,93 @@
+"""What `inspect` says of linears, whatever holds them: formats, coverage, and promised against found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+__all__ = ["FORMAT_OF", "StoredLinear", "compare", "coverage", "is_fp4"]
+
+FORMAT_OF: Final[Mapping[str, str]] = {
+    "U8": "nvfp4",
+    "FLOAT4E2M1": "nvfp4",
+    "BF16": "bf16",
+    "BFLOAT16": "bf16",
+    "F16": "fp16",
+    "FLOAT16": "fp16",
+    "F32": "fp32",
+    "FLOAT": "fp32",
+    "F8_E4M3": "fp8",
+    "FLOAT8E4M3FN": "fp8",
+    "NVFP4": "nvfp4",
+}
+"""Format by the name of the stored type, that of safetensors, of ONNX and of an engine's GEMMs."""
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear layer: `shape` is [N, K] in elements, `nbytes` the weight with its scales; None where unknown."""
+
+    path: str
+    format: str
+    shape: tuple[int, int] | None
+    nbytes: int | None
+
+
+def is_fp4(kind: str) -> bool:
+    """Return whether a format stores its weights in FP4."""
+    return kind.startswith(("nvfp4", "fp4"))
+
+
+def coverage(linears: Sequence[StoredLinear], groups: Iterable[Sequence[str]]) -> dict[str, Any]:
+    """Return formats, FP4 coverage, groups of more than one, and the linears themselves, as JSON holds them."""
+    formats: dict[str, dict[str, int]] = {}
+    for linear in linears:
+        entry = formats.setdefault(linear.format, {"linears": 0, "parameters": 0, "bytes": 0})
+        entry["linears"] += 1
+        entry["parameters"] += math.prod(linear.shape or (0,))
+        entry["bytes"] += linear.nbytes or 0
+    total = sum(entry["parameters"] for entry in formats.values())
+    fp4 = [entry for kind, entry in formats.items() if is_fp4(kind)]
+    return {
+        "formats": formats,
+        "fp4_linears": sum(entry["linears"] for entry in fp4),
+        "fp4_coverage": sum(entry["parameters"] for entry in fp4) / total if total else 0.0,
+        "groups": [list(group) for group in groups if len(group) > 1],
+        "linears": [{**asdict(linear), "shape": linear.shape and list(linear.shape)} for linear in linears],
+    }
+
+
+def compare(
+    promised: Mapping[str, Sequence[str]], found: Mapping[str, str], reasons: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Hold what an artifact promises of its linears against what was found.
+
+    Args:
+        promised: format to module paths. A linear that no format names may be anything but FP4, unless other
+            formats than FP4 are promised too: then it should not be there.
+        found: module path to format.
+        reasons: why a linear is not what it was to be, where that is known.
+
+    Returns:
+        `promised` and `found` as format to count, and `differing`: path, promised and found format (None where the
+        one or the other has no such linear), and the reason where one is known.
+    """
+    wanted = {path: kind for kind, paths in promised.items() for path in paths}
+    whole = any(not is_fp4(kind) for kind in promised)
+    unnamed = [path for path, kind in found.items() if path not in wanted and (whole or is_fp4(kind))]
+    differing = [
+        {"path": path, "promised": wanted.get(path), "found": found.get(path)}
+        | ({"reason": reasons[path]} if reasons and path in reasons else {})
+        for path in (*wanted, *unnamed)
+        if wanted.get(path) != found.get(path)
+    ]
+    counts: dict[str, int] = {}
+    for kind in found.values():
+        counts[kind] = counts.get(kind, 0) + 1
+    return {
+        "promised": {kind: len(paths) for kind, paths in promised.items() if paths},
+        "found": counts,
+        "differing": differing,
+    }
