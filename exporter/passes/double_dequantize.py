@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -84,11 +85,18 @@ class _Rewrite:
     scale_dtype: ScaleDtype
     chains: dict[tuple[str, int], ir.Value] = field(default_factory=dict)
     weights: dict[ir.Value, tuple[QuantizedWeight, ir.Value]] = field(default_factory=dict)
+    made: dict[str, ir.Value] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        outputs = (value for node in self.graph for value in node.outputs)
+        values = (*self.graph.inputs, *self.graph.initializers.values(), *outputs)
+        self.taken |= {str(value.name) for value in values}
 
     def weight(self, node: ir.Node) -> None:
         """Replace a weight's placeholder, by a chain that exists already where another one reads the same weight."""
-        weight = node.inputs[0]
-        if weight not in self.weights:
+        weight = node.inputs[0] if node.inputs else None
+        if weight is None or weight not in self.weights:
             weight = _stored_weight(node)
             self.weights[weight] = self._weight_chain(node, weight)
         self._replace(node, self.weights[weight][1])
@@ -99,16 +107,17 @@ class _Rewrite:
         name = weight.name
         if all(user.op_type == WEIGHT_PLACEHOLDER for user, _ in weight.uses()) and not weight.is_graph_output():
             del self.graph.initializers[name]
+            self.taken.discard(name)
         else:
             name = f"{name}_fp4"
         path = name.removesuffix(".weight")
         leader = self.leaders.get(path, path)
         overall = f"{leader}.weight_scale_2" if path != name else f"{name}_scale_2"
-        quantized = QuantizedWeight(weight, name, f"{name}_scale", overall)
         *rows, columns = (int(size) for size in weight.shape)  # type: ignore[union-attr, arg-type]
-        codes = self._initializer(quantized.codes, ir.DataType.FLOAT4E2M1, (*rows, columns))
-        scales = self._initializer(quantized.block_scales, ir.DataType.FLOAT8E4M3FN, (*rows, columns // BLOCK_SIZE))
-        shared = self._initializer(quantized.global_scale, ir.DataType.FLOAT, ())
+        codes = self._initializer(name, ir.DataType.FLOAT4E2M1, (*rows, columns))
+        scales = self._initializer(f"{name}_scale", ir.DataType.FLOAT8E4M3FN, (*rows, columns // BLOCK_SIZE))
+        shared = self._initializer(overall, ir.DataType.FLOAT, ())
+        quantized = QuantizedWeight(weight, str(codes.name), str(scales.name), str(shared.name))
         stem = f"{path}/weight" if path != name else name
         return quantized, self._dequantize(node, codes, scales, shared, stem, weight.dtype)
 
@@ -169,11 +178,22 @@ class _Rewrite:
         return nodes[-1].outputs[0]
 
     def _initializer(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-        """Return the initializer of that name, made without a value where it is new."""
-        if name not in self.graph.initializers:
-            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-            self.graph.initializers[name] = value
-        return self.graph.initializers[name]
+        """Return the initializer that this pass made for that name, without a value where it is new.
+
+        A tensor of somebody else's that has the name already keeps it: ours then gets another.
+        """
+        if name not in self.made:
+            value = ir.Value(name=self._free(name), type=ir.TensorType(dtype), shape=ir.Shape(shape))
+            self.graph.initializers[str(value.name)] = value
+            self.made[name] = value
+        return self.made[name]
+
+    def _free(self, name: str) -> str:
+        """Return the name, or the first of ``NAME_1``, ``NAME_2``... that nothing in the graph has."""
+        numbered = (f"{name}_{count}" for count in itertools.count(1))
+        free = name if name not in self.taken else next(other for other in numbered if other not in self.taken)
+        self.taken.add(free)
+        return free
 
     def drop_replaced(self) -> None:
         """Take weights that are FP4 now from the graph's inputs, where some exporters list initializers too."""
@@ -193,14 +213,14 @@ def _stored_weight(node: ir.Node) -> ir.Value:
     Raises:
         BadGraph: it is computed, or cannot be stored in blocks of 16 along its last axis.
     """
-    weight = node.inputs[0]
+    weight = node.inputs[0] if node.inputs else None
     if weight is None or weight.name is None or not weight.is_initializer() or weight.shape is None:
         raise BadGraph(f"{node.name} quantizes {weight and weight.name}, which is no initializer; expected a weight")
-    size = node.attributes["block_size"].as_int() if "block_size" in node.attributes else None
-    if size not in (None, BLOCK_SIZE):
+    size = node.attributes["block_size"].value if "block_size" in node.attributes else BLOCK_SIZE
+    if size != BLOCK_SIZE or not isinstance(size, int):
         raise BadGraph(f"{node.name} asks for blocks of {size}; TensorRT has FP4 in blocks of {BLOCK_SIZE} only")
-    shape = list(weight.shape)
-    if len(shape) < 2 or not isinstance(shape[-1], int) or shape[-1] % BLOCK_SIZE:
+    shape = [size if isinstance(size, int) else 0 for size in weight.shape]
+    if len(shape) < 2 or min(shape) < 1 or shape[-1] % BLOCK_SIZE:
         raise BadGraph(
             f"{node.name} quantizes {weight.name} of shape {shape}; expected [..., N, K] with K a multiple of "
             f"{BLOCK_SIZE}: leave it in 16 bit"

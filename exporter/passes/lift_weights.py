@@ -58,7 +58,7 @@ def _lift_constant(graph: ir.Graph, node: ir.Node) -> None:
 
 def _lift_moved(graph: ir.Graph, node: ir.Node, made: dict[tuple[str, tuple[Move, ...]], ir.Value]) -> None:
     """Apply rule 2 to one placeholder; one that reads an initializer, or something computed, stays as it is."""
-    read = node.inputs[0]
+    read = node.inputs[0] if node.inputs else None
     source, moves = _origin(read)
     if read is None or source is None or source.const_value is None or source is read:
         return

@@ -167,7 +167,8 @@ def merge_scales(subject: Subject) -> Iterator[Hit]:
     """
     groups: dict[object, list[Product]] = {}
     declared = subject.declared("fp4trt.groups")
-    member = {path: i for i, group in enumerate(declared) for path in group} if isinstance(declared, list) else None
+    groups_of = [group for group in declared if isinstance(group, list)] if isinstance(declared, list) else None
+    member = {str(path): i for i, group in enumerate(groups_of) for path in group} if groups_of is not None else None
     for product in _matmuls(subject):
         quantizer = subject.quantizer_of(product.node.input[0])
         if quantizer is not None:

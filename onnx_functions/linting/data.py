@@ -51,8 +51,8 @@ def weight_global_scale_value(subject: Subject) -> Iterator[Hit]:
 def plain_weight_values(subject: Subject) -> Iterator[Hit]:
     """A NaN in a weight or bias, or an infinity in a matrix or bias, ends in every output.
 
-    Source: measured: accepted. Infinite masks of attention are meant, so of tensors with more axes, and of matrices
-    that no product reads, only NaN counts.
+    Source: measured: accepted. Infinite masks of attention are meant, so of what no product reads only NaN counts;
+    with a promise all that has one axis is a bias or a norm.
     """
     scales = {name for chain in subject.weights for name in (chain.block_scales, subject.constant(chain.global_scale))}
     scales |= {subject.constant(chain.scale) for chain in subject.activations}
@@ -60,7 +60,8 @@ def plain_weight_values(subject: Subject) -> Iterator[Hit]:
         dims = subject.dims(name)
         if name in scales or not dims or math.prod(dims) == 1:
             continue
-        infinite = values.infinite if len(dims) == 1 or _is_multiplied(subject, name) else 0
+        counts = (subject.promises and len(dims) == 1) or _is_multiplied(subject, name)
+        infinite = values.infinite if counts else 0
         if values.nan + infinite:
             found = f"{values.nan} of {math.prod(dims)} elements are NaN and {infinite} infinite"
             yield Hit(found, tensor=name)
@@ -93,9 +94,12 @@ def _bad_scale(subject: Subject, node: NodeProto, tensor: str) -> Iterator[Hit]:
 
 def _is_multiplied(subject: Subject, tensor: str) -> bool:
     """Whether a matrix product reads a tensor, through casts and transposes."""
-    for node in subject.graph.consumers.get(tensor, ()):
-        if node.op_type in ("MatMul", "Gemm"):
-            return True
-        if node.op_type in ("Cast", "Identity", "Transpose") and _is_multiplied(subject, node.output[0]):
-            return True
+    waiting, seen = [tensor], {tensor}
+    while waiting:
+        for node in subject.graph.consumers.get(waiting.pop(), ()):
+            if node.op_type in ("MatMul", "Gemm"):
+                return True
+            if node.op_type in ("Cast", "Identity", "Transpose") and node.output and node.output[0] not in seen:
+                seen.add(node.output[0])
+                waiting.append(node.output[0])
     return False

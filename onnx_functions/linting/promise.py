@@ -59,7 +59,10 @@ def promise_metadata(subject: Subject) -> Iterator[Hit]:
             yield Hit("the key is missing in the metadata", tensor=key)
         elif key in _KINDS and not isinstance(subject.declared(key), _KINDS[key]):
             yield Hit(f"the value is no JSON {_KINDS[key].__name__}", tensor=key)
-    if subject.promised and not subject.promised.get("nvfp4") and subject.weights:
+    groups = subject.declared("fp4trt.groups")
+    if isinstance(groups, list) and not all(isinstance(group, list) for group in groups):
+        yield Hit("a group is no list of linears", tensor="fp4trt.groups")
+    if not subject.promised.get("nvfp4") and subject.weights:
         yield Hit("no linear is promised in nvfp4, but the graph holds FP4 weights", tensor="fp4trt.linears")
 
 

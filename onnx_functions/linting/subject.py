@@ -124,7 +124,7 @@ class Subject:
         """Return a metadata entry that holds JSON, None where it is missing or unreadable."""
         try:
             return json.loads(self.metadata[key])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             return None
 
     @cached_property

@@ -111,7 +111,7 @@ def _inner_bytes(tensor: TensorProto) -> _Bytes:
     if tensor.raw_data:
         return np.frombuffer(tensor.raw_data, np.uint8)
     if tensor.data_type in _CODES or tensor.data_type == TensorProto.FLOAT8E4M3FN:
-        return np.array(list(tensor.int32_data), np.uint8)
+        return np.array(list(tensor.int32_data), np.int64).astype(np.uint8)  # a byte each, whatever is written there
     return np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1).view(np.uint8)
 
 

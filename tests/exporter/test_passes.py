@@ -63,6 +63,26 @@ def test_linears_that_lead_themselves_share_nothing() -> None:
     assert "k.weight_scale_2" in model.graph.initializers
 
 
+@pytest.mark.parametrize("name", ["q.weight_scale", "q.weight_scale_2"])
+def test_a_tensor_of_the_graphs_own_keeps_a_name_that_the_pass_would_give(name: str) -> None:
+    model = _two_linears()
+    theirs = ir.Value(name=name, const_value=ir.tensor(np.array(3.0, np.float32), name=name))
+    model.graph.register_initializer(theirs)
+    double_dequantize(model, {"q": "q", "k": "q"}, "float32")
+    assert model.graph.initializers[name] is theirs
+    assert model.graph.initializers[name].const_value is not None
+    assert f"{name}_1" in model.graph.initializers
+
+
+@pytest.mark.parametrize(("shape", "size"), [([48, 0], 16), ([32, 40], 16), ([32, 64], 16.0), ([32, 64], 32)])
+def test_a_weight_that_has_no_blocks_of_16_is_refused(shape: list[int | str], size: float) -> None:
+    weight = _value("w", shape)
+    node = ir.node("TRT_FP4QDQ", [weight], {"block_size": size}, domain="trt", name="odd")
+    user = ir.node("Neg", node.outputs)
+    with pytest.raises(BadGraph, match="odd"):
+        double_dequantize(_model([], [user.outputs[0]], [node, user], [weight]), {}, "float32")
+
+
 def test_a_placeholder_on_something_computed_is_refused() -> None:
     x = _value("x", ["B", 64])
     node = ir.node("TRT_FP4QDQ", [x], {"block_size": 16}, domain="trt", name="odd")

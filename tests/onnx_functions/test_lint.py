@@ -199,3 +199,51 @@ def test_tensorrt_does_what_the_table_says(name: str, damaged: Damaged, quantize
     pytest.importorskip("tensorrt_rtx")
     BY_NAME[name].apply(damaged)
     assert lint_table.verdict(damaged.save(), read_graph(quantized_digits)) == BY_NAME[name].tensorrt
+
+
+@pytest.mark.parametrize("text", ['{"nvfp4": null}', "{}", "null", "[" * 5000])
+def test_a_promise_of_nothing_over_fp4_weights_is_refused(text: str, damaged: Damaged) -> None:
+    _metadata(damaged.model, "fp4trt.linears").value = text
+    assert "promise-metadata" in {finding.rule for finding in lint(damaged.save()).refused}
+
+
+@pytest.mark.parametrize("text", ["[null]", "[" * 5000, '[["a"], 5]'])
+def test_groups_that_are_none_are_refused(text: str, damaged: Damaged) -> None:
+    _metadata(damaged.model, "fp4trt.groups").value = text
+    assert "promise-metadata" in {finding.rule for finding in lint(damaged.save()).refused}
+
+
+def _metadata(model: onnx.ModelProto, key: str) -> onnx.StringStringEntryProto:
+    return next(entry for entry in model.metadata_props if entry.key == key)
+
+
+def _graph(nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], path: Path) -> Path:
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 4])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
+    return path
+
+
+def test_a_long_chain_of_casts_is_followed_to_its_end(tmp_path: Path) -> None:
+    chain = [helper.make_node("Identity", [f"w{i}"], [f"w{i + 1}"], name=f"i{i}") for i in range(3000)]
+    weight = helper.make_tensor("w0", onnx.TensorProto.FLOAT, [4, 2], [float("inf"), *[1.0] * 7])
+    product = helper.make_node("MatMul", ["x", "w3000"], ["y"], name="product")
+    found = lint(_graph([*chain, product], [weight], tmp_path / "deep.onnx")).refused
+    assert [(finding.rule, finding.tensor) for finding in found] == [("plain-weight-values", "w0")]
+
+
+def test_an_infinite_mask_of_one_axis_is_meant(tmp_path: Path) -> None:
+    mask = helper.make_tensor("mask", onnx.TensorProto.FLOAT, [4], [0.0, 0.0, float("-inf"), 0.0])
+    added = helper.make_node("Add", ["x", "mask"], ["y"], name="masked")
+    assert lint(_graph([added], [mask], tmp_path / "mask.onnx")).refused == ()
+
+
+def test_bytes_that_are_written_as_odd_integers_are_read_as_bytes(tmp_path: Path) -> None:
+    scale = onnx.TensorProto(
+        name="scale", data_type=onnx.TensorProto.FLOAT8E4M3FN, dims=[4], int32_data=[-1, 300, 1, 2]
+    )
+    one = helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1.0])
+    read = helper.make_node("DequantizeLinear", ["scale", "one"], ["s"], name="read")
+    added = helper.make_node("Add", ["x", "s"], ["y"], name="added")
+    lint(_graph([read, added], [scale, one], tmp_path / "odd.onnx"))
