@@ -111,6 +111,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     `arguments` defaults to the process's own. Only a bug raises.
     """
+    return _run(arguments)[0]
+
+
+def _run(arguments: Sequence[str] | None) -> tuple[int, bool]:
+    """Return the exit status, and whether Ctrl-C ended the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Windows console may lack a character: never fail over it
             stream.reconfigure(errors="replace")
@@ -118,22 +123,29 @@ def run(arguments: Sequence[str] | None = None) -> int:
     context: click.Context | None = None
     try:
         with _foreseen_errors(), _cli.make_context("fp4trt", words) as context:
-            return int(_cli.invoke(context) or 0)
+            return int(_cli.invoke(context) or 0), False
     except click.exceptions.Exit as request:
-        return request.exit_code
+        return request.exit_code, False
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        return error.exit_code
+        return error.exit_code, False
     except _Failure as failure:
         command = (context.invoked_subcommand if context else None) or ""
         message = " ".join(str(failure).split())
         click.echo(f"{f'fp4trt {command}'.strip()}: error: {message}", err=True)
-        return failure.status
+        return failure.status, isinstance(failure.__cause__, KeyboardInterrupt)
 
 
 def main() -> NoReturn:
     """Entry point of the `fp4trt` script and of `python -m fp4trt`."""
-    sys.exit(run())
+    status, interrupted = _run(None)
+    if interrupted:
+        # Python ends a process by the signal itself, whatever was done about it, when the interrupt went through
+        # code that a library had passed to exec(), as torch does. Everything of ours is closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _with_json(command: click.Command, name: str) -> click.Command:

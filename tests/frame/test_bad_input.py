@@ -221,9 +221,24 @@ def test_a_full_disk_leaves_nothing_behind(command: str, limit: int, quantized_d
 def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(
     command: str, shown: str, quantized_digits: Path, tmp_path: Path
 ) -> None:
-    arguments = [*_commands(quantized_digits)[command], "-o", tmp_path / "result"]
+    arguments = [*map(str, _commands(quantized_digits)[command]), "-o", str(tmp_path / "result")]
+    for _ in range(3):
+        status, text = _interrupted(arguments, shown)
+        if status:
+            break
+        # The signal came when nothing was left to do: once more.
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert status == 2, text
+    assert text.strip().splitlines()[-1].endswith("error: interrupted"), text
+    assert "Traceback" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def _interrupted(arguments: list[str], shown: str) -> tuple[int, str]:
+    """Run a command, press Ctrl-C soon after it has shown some words; return its status and what it printed."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "fp4trt", *map(str, arguments)],
+        [sys.executable, "-u", "-m", "fp4trt", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -236,10 +251,7 @@ def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 2, seen + rest
-    assert rest.strip().splitlines()[-1].endswith("error: interrupted"), rest
-    assert "Traceback" not in rest
-    assert list(tmp_path.iterdir()) == []
+    return process.returncode, seen + rest
 
 
 def test_lint_finds_missing_data(quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
