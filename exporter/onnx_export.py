@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,11 +17,14 @@ from calibration.write import refuse_existing
 from exporter import external_weights, plain_checkpoint
 from exporter.errors import BadGraph, WrongPrecision
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
+from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.name_nodes import name_nodes
+from exporter.passes.order_initializers import order_initializers
+from exporter.passes.stamp_blocks import stamp_blocks
 from exporter.trace import OPSET, other_linears, trace, translate
 
-__all__ = ["IR_VERSION", "Precision", "export", "graph_path", "group_leaders"]
+__all__ = ["IR_VERSION", "Precision", "export", "graph_of", "graph_path", "group_leaders"]
 
 Precision = Literal["nvfp4", "bf16"]
 
@@ -92,21 +96,42 @@ def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: 
     """Trace, rewrite and save; return the graph's number of nodes."""
     # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
     with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
-        program = trace(checkpoint)
-        bar.update(45)
-        model = translate(checkpoint, program)
-        bar.update(45)
-        fold_constants(model)
-        double_dequantize(model, group_leaders(checkpoint), scale_dtype)
-        name_nodes(model)
-        _describe(model, checkpoint, scale_dtype)
-        bar.update(5)
+        model = graph_of(checkpoint, group_leaders(checkpoint), scale_dtype, bar.update)
         if copies:
             external_weights.save_with_copies(model, checkpoint.tensors, path, rounded=not checkpoint.quantized)
         else:
             external_weights.save_pointing(model, checkpoint.tensors, path)
-        bar.update(5)
+        bar.update(10)
     return len(model.graph)
+
+
+def graph_of(
+    checkpoint: Checkpoint, leaders: Mapping[str, str], scale_dtype: ScaleDtype, progress: Callable[[int], object]
+) -> ir.Model:
+    """Return the graph of a checkpoint, whose weights have no values yet.
+
+    Args:
+        checkpoint: what its config, and the names and shapes of its tensors, say is all that is read.
+        leaders: see :func:`exporter.passes.double_dequantize.double_dequantize`.
+        scale_dtype: likewise.
+        progress: told how many hundredths of an export are behind, 90 in all.
+    """
+    program = trace(checkpoint)
+    progress(30)
+    model = translate(checkpoint, program)
+    progress(60)
+    fold_constants(model)
+    stamp_blocks(model, _stacks(checkpoint))
+    drop_placeholders(model, checkpoint.quantized)
+    double_dequantize(model, leaders, scale_dtype)
+    order_initializers(model)
+    name_nodes(model)
+    _describe(model, checkpoint, scale_dtype)
+    return model
+
+
+def _stacks(checkpoint: Checkpoint) -> dict[str, int]:
+    return {path: checkpoint.config[key] for path, key in checkpoint.family.stacks.items()}
 
 
 def graph_path(output: str | Path) -> Path:

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from calibration.checkpoint import Checkpoint, plain_config
+from calibration.models import Family
 from calibration.source import model_class
+from exporter.passes.stamp_blocks import TRACED_BLOCKS
 from exporter.trt_ops import TracedLinear, translations
 
 __all__ = ["OPSET", "other_linears", "trace", "translate"]
@@ -26,12 +28,21 @@ _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS = 2, 16, 8
 
 
 def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
-    """Return the checkpoint's model as torch.export sees it, with TracedLinear where it is quantized.
+    """Return the checkpoint's model as torch.export sees it, with a TracedLinear for all that its family quantizes.
 
-    Its weights are on the meta device: nothing of the checkpoint's data is read.
+    Its weights are on the meta device: nothing of the checkpoint's data is read. Stacks of equal blocks are traced at
+    most :data:`~exporter.passes.stamp_blocks.TRACED_BLOCKS` high; which of the linears this checkpoint has in FP4 makes
+    no difference yet, because a stack's blocks have to be equal.
     """
-    model = _meta_model(checkpoint)
-    family, config = checkpoint.family, checkpoint.config
+    family = checkpoint.family
+    config = plain_config(checkpoint.config)
+    config |= {key: min(config[key], TRACED_BLOCKS) for key in family.stacks.values()}
+    model = _meta_model(family, config)
+    with torch.device("meta"):
+        for path in family.quantized(config):
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            model.set_submodule(path, TracedLinear(linear, path))
     example = family.example_inputs(config, _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS, 0, torch.bfloat16)
     inputs = {name: value.to("meta") for name, value in example.items()}
     with _quiet():
@@ -67,21 +78,16 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
 
 def other_linears(checkpoint: Checkpoint) -> list[str]:
     """Return the module paths of the linears that stay in 16 bit."""
-    quantized = set(checkpoint.quantized)
-    linears = [name for name, module in _meta_model(checkpoint).named_modules() if isinstance(module, nn.Linear)]
+    quantized, model = set(checkpoint.quantized), _meta_model(checkpoint.family, plain_config(checkpoint.config))
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linears if name not in quantized]
 
 
-def _meta_model(checkpoint: Checkpoint) -> nn.Module:
+def _meta_model(family: Family, config: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"), _quiet():
-        model: nn.Module = model_class(checkpoint.family).from_config(plain_config(checkpoint.config))
+        model: nn.Module = model_class(family).from_config(config)
         nn.Module.to(model, torch.bfloat16)  # not diffusers' own, which warns of FP32 modules that there are none of
-        model.eval()
-        for path in checkpoint.quantized:
-            linear = model.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
-            model.set_submodule(path, TracedLinear(linear, path))
-    return model
+    return model.eval()
 
 
 def _dynamic_shapes(shapes: Mapping[str, Sequence[str | int]]) -> dict[str, dict[int, Any]]:

@@ -118,6 +118,7 @@ FLUX: Final = Family(
     problem=problem,
     groups=groups,
     example_inputs=example_inputs,
+    stacks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
     input_shapes=input_shapes,
     symbols={
         "B": Symbol("batch", min=1, max=4, default=1),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from typing import Final
 
 import onnx_ir as ir
 
-__all__ = ["name_nodes"]
+__all__ = ["SCOPES", "name_nodes"]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES: Final = "pkg.torch.onnx.name_scopes"
+"""Key of a node's metadata: the module paths that it was traced in, outermost first, and then itself."""
 
 
 def name_nodes(model: ir.Model) -> None:
@@ -41,7 +43,7 @@ def name_nodes(model: ir.Model) -> None:
 
 def _module_path(node: ir.Node) -> str:
     """Return the path of the innermost module that the node was traced in; the last scope is the operation itself."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['', '']"))
     return str(scopes[-2]) if len(scopes) > 1 and scopes[-2] else "model"
 
 
