@@ -85,7 +85,5 @@ def quantize(
     )
     text = f"one global scale for each of {result['groups']} groups costs: "
     text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"
-    if cost["output_own"] is not None:
-        text += f", output error {cost['output_own']:.2%} -> {cost['output_shared']:.2%}"
     click.echo(text)
     return result

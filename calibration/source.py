@@ -23,6 +23,7 @@ __all__ = [
     "load_source",
     "model_class",
     "refuse_other_shapes",
+    "refuse_quantized",
     "source_hashes",
     "tensors_of",
 ]
@@ -137,8 +138,7 @@ def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     from safetensors.torch import load_file
 
     config = load_json(folder / "config.json")
-    if "quantization_config" in config:
-        raise BadCheckpoint(f"{folder} is quantized already; expected the BF16 checkpoint that it was made from")
+    refuse_quantized(folder, config)
     cls = model_class(family_of(config))
     stored = tensors_of(folder)
     with torch.device("meta"):
@@ -150,6 +150,16 @@ def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
             raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
     model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is not plain.
+
+    Raises:
+        BadCheckpoint: it is quantized already.
+    """
+    if "quantization_config" in config:
+        raise BadCheckpoint(f"{folder} is quantized already; expected the BF16 checkpoint that it was made from")
 
 
 def refuse_other_shapes(folder: Path, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:

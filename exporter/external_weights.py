@@ -16,9 +16,9 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from calibration.bfloat16 import pieces_of
 from calibration.safetensors_file import StoredTensor, naming
 from exporter.errors import BadGraph
-from exporter.plain_checkpoint import bfloat16_chunks
 from onnx_functions.linting import require_clean
 
 __all__ = [
@@ -156,10 +156,14 @@ def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path:
     for name, value in _weights(model).items():
         stored = tensors.get(name)
         if rounded and stored and value.dtype == ir.DataType.BFLOAT16:
-            contents[name] = functools.partial(bfloat16_chunks, stored)
+            contents[name] = functools.partial(_rounded, stored)
         else:
             contents[name] = functools.partial(_whole, _required(name, value, tensors))
     save_self_contained(model, contents, path)
+
+
+def _rounded(stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
+    return (piece.view(np.uint8) for piece in pieces_of(stored))
 
 
 def _whole(stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
