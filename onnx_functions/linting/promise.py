@@ -87,6 +87,18 @@ def promised_sixteen_bit(subject: Subject) -> Iterator[Hit]:
                 yield Hit(f"its weight is FP4; promised as {kind}", name_of(node), quantized[name_of(node)])
 
 
+@rule("unpromised-fp4", "wrong", "export again: the promise is in the metadata")
+def unpromised_fp4(subject: Subject) -> Iterator[Hit]:
+    """A product of an FP4 weight in a graph whose promise does not list it: nothing is held against that linear.
+
+    Source: fp4trt export lists every linear; what is left out escapes the rules of the promise.
+    """
+    listed = {f"{path}/{kind}" for paths in subject.promised.values() for path in paths for kind in ("MatMul", "Gemm")}
+    for product in subject.products if listed else ():
+        if product.node.op_type in ("MatMul", "Gemm") and product.node.name not in listed:
+            yield Hit("multiplies by an FP4 weight, and is not promised", name_of(product.node), product.chain.codes)
+
+
 @rule("contract-names", "wrong", "rename or reorder, or export again")
 def contract_names(subject: Subject) -> Iterator[Hit]:
     """Inputs and outputs have the names, in the order, that the family's runtimes bind.
@@ -141,6 +153,7 @@ RULES = (
     promised_linear,
     promised_fp4,
     promised_sixteen_bit,
+    unpromised_fp4,
     contract_names,
     contract_types,
     contract_dims,

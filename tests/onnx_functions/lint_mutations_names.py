@@ -237,6 +237,13 @@ def a_promise_of_an_unknown_format(graph: Damaged) -> None:
     graph.metadata("fp4trt.linears", json.dumps({**linears_of(graph), "fp4": None}))
 
 
+@mutation("unpromised-fp4", f"{OUT}/MatMul", "accepted")
+def a_linear_in_fp4_that_nothing_promises(graph: Damaged) -> None:
+    linears = linears_of(graph)
+    linears["nvfp4"].remove(OUT)
+    graph.metadata("fp4trt.linears", json.dumps(linears))
+
+
 @mutation("promise-metadata", "fp4trt.scale_dtype", "accepted")
 def a_promise_of_an_unknown_scale_type(graph: Damaged) -> None:
     graph.metadata("fp4trt.scale_dtype", "float8")
