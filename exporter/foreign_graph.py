@@ -11,6 +11,7 @@ import onnx_ir as ir
 from exporter.errors import BadGraph, NoPlaceholders
 from exporter.naming import name_of
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
+from onnx_functions.file_input import what_it_lacks
 
 __all__ = ["checked_files", "load_foreign", "refuse_blocks_across_products", "refuse_what_stays"]
 
@@ -25,8 +26,7 @@ def load_foreign(path: Path) -> ir.Model:
         BadGraph: it is none.
     """
     if not path.is_file():
-        found = "is not a regular file" if path.exists() else "does not exist"
-        raise BadGraph(f"{path} {found}; expected an ONNX file")
+        raise BadGraph(f"{path} {what_it_lacks(path)}; expected an ONNX file")
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many types, by version

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
+from onnx_functions.file_input import what_it_lacks
 from onnx_functions.json_file import object_of, read_object, strings
 from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4
@@ -37,7 +38,7 @@ def describe(artifact: str | Path) -> dict[str, Any]:
     if path.is_dir():
         return _checkpoint(path)
     if not path.is_file():
-        raise UnknownArtifact(f"{path} does not exist; expected a checkpoint folder, an ONNX file or an engine")
+        raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected a checkpoint folder, an ONNX file or an engine")
     if path.suffix == ".onnx":
         return _onnx(path)
     if path.suffix in (".json", ".engine"):
