@@ -50,8 +50,21 @@ def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
             shards = strings_by_name(read_object(index).get("weight_map"), "weight_map")
         except TypeError as error:
             raise UnknownArtifact(f"{index} is no index of safetensors files ({error}); copy it again") from None
-        files = [folder / name for name in sorted(set(shards.values()))]
-    return {name: tensor for file in files for name, tensor in _header(file).items()}
+        files = [_shard(index, name) for name in sorted(set(shards.values()))]
+        tensors = {name: tensor for file in files for name, tensor in _header(file).items()}
+        absent = next((name for name in shards if name not in tensors), None)
+        if absent is not None:
+            raise UnknownArtifact(f"{index} speaks of {absent}, which no shard holds; copy the shards again")
+        if not shards:
+            raise UnknownArtifact(f"{index} speaks of no tensor; copy it again")
+        return tensors
+    return _header(files[0])
+
+
+def _shard(index: Path, name: str) -> Path:
+    if Path(name).name != name or "\\" in name:
+        raise UnknownArtifact(f"{index} speaks of {name!r}; expected the name of a file beside it: copy it again")
+    return index.with_name(name)
 
 
 def _header(path: Path) -> dict[str, HeldTensor]:
@@ -77,7 +90,11 @@ def _held(entry: Any, available: int) -> HeldTensor:
     begin, end = (int(n) for n in entry["data_offsets"])
     dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
     bits = _BITS.get(dtype)
-    if not 0 <= begin <= end or (bits is not None and math.prod(shape) * bits != 8 * (end - begin)):
+    if (
+        not 0 <= begin <= end
+        or min(shape, default=0) < 0
+        or (bits is not None and math.prod(shape) * bits != 8 * (end - begin))
+    ):
         raise ValueError(f"bytes {begin} to {end} for {dtype} {list(shape)}")
     if end > available:
         raise EOFError(f"it holds {available} bytes of data, its header speaks of {end}")
