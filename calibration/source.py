@@ -101,6 +101,8 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     names = load_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise BadCheckpoint(f"{index} has no weight_map of tensor names to file names; copy it again")
+    if outside := next((name for name in names.values() if Path(name).name != name or "\\" in name), None):
+        raise BadCheckpoint(f"{index} speaks of {outside!r}; expected the name of a file beside it: copy it again")
     return tuple(folder / name for name in sorted(set(names.values())))
 
 

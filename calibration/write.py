@@ -96,6 +96,8 @@ def refuse_existing(path: Path, force: bool) -> None:
     """
     if path.is_dir():
         raise OutputExists(f"{path} is a folder; expected a file to write: choose another --output")
+    if path.exists() and not path.is_file():
+        raise OutputExists(f"{path} is not a regular file, which --force does not replace; choose another --output")
     if path.exists() and not force:
         raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
     path.parent.mkdir(parents=True, exist_ok=True)

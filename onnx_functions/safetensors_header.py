@@ -45,14 +45,26 @@ def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
         UnknownArtifact: a file is missing, damaged, shorter than its header says, or no safetensors file.
     """
     index = folder / f"{_STEM}.safetensors.index.json"
-    files = [folder / f"{_STEM}.safetensors"]
     if index.is_file():
         try:
             shards = strings_by_name(read_object(index).get("weight_map"), "weight_map")
         except TypeError as error:
             raise UnknownArtifact(f"{index} is no index of safetensors files ({error}); copy it again") from None
-        files = [folder / name for name in sorted(set(shards.values()))]
-    return {name: tensor for file in files for name, tensor in tensors_in_file(file).items()}
+        files = [_shard(index, name) for name in sorted(set(shards.values()))]
+        tensors = {name: tensor for file in files for name, tensor in tensors_in_file(file).items()}
+        absent = next((name for name in shards if name not in tensors), None)
+        if absent is not None:
+            raise UnknownArtifact(f"{index} speaks of {absent}, which no shard holds; copy the shards again")
+        if not shards:
+            raise UnknownArtifact(f"{index} speaks of no tensor; copy it again")
+        return tensors
+    return tensors_in_file(folder / f"{_STEM}.safetensors")
+
+
+def _shard(index: Path, name: str) -> Path:
+    if Path(name).name != name or "\\" in name:
+        raise UnknownArtifact(f"{index} speaks of {name!r}; expected the name of a file beside it: copy it again")
+    return index.with_name(name)
 
 
 def tensors_in_file(path: Path) -> dict[str, HeldTensor]:
@@ -83,7 +95,11 @@ def _held(entry: Any, start: int, size: int) -> HeldTensor:
     begin, end = (int(n) for n in entry["data_offsets"])
     dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
     bits = _BITS.get(dtype)
-    if not 0 <= begin <= end or (bits is not None and math.prod(shape) * bits != 8 * (end - begin)):
+    if (
+        not 0 <= begin <= end
+        or min(shape, default=0) < 0
+        or (bits is not None and math.prod(shape) * bits != 8 * (end - begin))
+    ):
         raise ValueError(f"bytes {begin} to {end} for {dtype} {list(shape)}")
     if start + end > size:
         raise EOFError(f"it holds {size - start} bytes of data, its header speaks of {end}")

@@ -199,7 +199,7 @@ def test_nothing_is_left_behind_when_writing_fails(
 
     monkeypatch.setattr("exporter.external_weights.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save(finished, checkpoint.read(copy_of_digits).tensors, copy_of_digits / "model.onnx")
+        save(finished, checkpoint.read(copy_of_digits).tensors, copy_of_digits / "model.onnx", lambda _: [])
     assert {path.name: sha256_of(path) for path in copy_of_digits.glob("*.*")} == before
 
 
