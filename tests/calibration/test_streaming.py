@@ -25,7 +25,7 @@ from calibration.source import load_json
 
 MakeFlux = Callable[..., Path]
 
-SMALL = 60_000
+SMALL = 24_000
 """Bytes of a shard that make several of a tiny model."""
 
 ROOT = Path(__file__).resolve().parents[2]
