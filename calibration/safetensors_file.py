@@ -47,6 +47,17 @@ DTYPE_BYTES: Final = {
     "I32": 4,
     "I64": 8,
 }
+_TORCH: Final = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _ALIGNMENT: Final = 64
 _MAX_HEADER: Final = 100_000_000
 _CHUNK: Final = 1 << 22
@@ -92,6 +103,10 @@ class StoredTensor:
     def bytes(self) -> npt.NDArray[np.uint8]:
         """Read the tensor's bytes; nothing stays mapped."""
         return np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
+
+    def tensor(self) -> torch.Tensor:
+        """Read the tensor as torch has it; nothing stays mapped."""
+        return torch.from_numpy(self.bytes()).view(_TORCH[self.dtype]).reshape(self.shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
