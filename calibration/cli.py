@@ -20,6 +20,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--save-inputs", type=_PATH, help="Keep the captured inputs here, to repeat the calibration exactly.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a prompt.  [default: the pipeline's own]")
 @click.option("--resolution", type=click.IntRange(16), help="Pixels of a side.  [default: the pipeline's own]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run.")
 @click.option("--force", is_flag=True, help="Replace existing results.")
 def calibrate(
     source: str,
@@ -29,12 +30,13 @@ def calibrate(
     save_inputs: Path | None,
     steps: int | None,
     resolution: int | None,
+    device: str,
     force: bool,
 ) -> dict[str, Any]:
     """Measure how large the inputs of the linears become, over the whole denoising schedule.
 
     SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
-    built-in model.
+    built-in model. One block is in memory at a time; a command that was killed goes on with its first unfinished block.
 
     \b
     Example:
@@ -43,7 +45,7 @@ def calibrate(
     """
     from calibration.input_amax import calibrate as run
 
-    result = run(source, output, inputs, prompts, save_inputs, steps, resolution, force)
+    result = run(source, output, inputs, prompts, save_inputs, steps, resolution, force, device)
     click.echo(f"calibrated {result['linears']} linears on {result['calls']} calls -> {output}")
     return result
 
