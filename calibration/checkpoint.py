@@ -79,19 +79,17 @@ class Checkpoint:
         Raises:
             BadCheckpoint: there is none of that name.
         """
-        if name not in self.tensors:
-            raise BadCheckpoint(f"{self.directory} has no tensor {name}; is config.json the one of these weights?")
-        stored = self.tensors[name]
+        stored = self._stored(name)
         return stored.bytes().view(_NUMPY[stored.dtype]).reshape(stored.shape)
 
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise BadCheckpoint(f"{self.directory} has no tensor {name}; is config.json the one of these weights?")
+        return self.tensors[name]
+
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor as torch has it."""
-        raw = self.raw(name)
-        if raw.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
-        if raw.dtype == ml_dtypes.float8_e4m3fn:
-            return torch.from_numpy(raw.view(np.uint8)).view(torch.float8_e4m3fn)
-        return torch.from_numpy(raw)
+        """Return a tensor as torch has it, read from disk."""
+        return self._stored(name).tensor()
 
     def weight(self, path: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the dequantized weight [N, K] of a quantized linear: FP32 products, rounded once to ``dtype``."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
-from calibration.errors import BadInputs
+import numpy as np
+import numpy.typing as npt
+
+from calibration.errors import BadCheckpoint, BadInputs
 from calibration.models import Family
-from calibration.safetensors_file import bytes_of, plan_of, write
+from calibration.safetensors_file import DTYPE_BYTES, StoredTensor, bytes_of, plan_of, read_header, write
 
 if TYPE_CHECKING:
     import torch
@@ -32,38 +35,58 @@ def save_inputs(path: str | Path, calls: Sequence[Inputs]) -> None:
         raise BadInputs("no transformer call was captured; expected at least one")
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    tensors = {f"{index:05d}.{name}": value for index, call in enumerate(calls) for name, value in call.items()}
-    by_width = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    plan = [plan_of(name, tensors[name]) for name in by_width]
+    plan = [plan_of(f"{index:05d}.{name}", call[name]) for index, call in enumerate(calls) for name in call]
+    plan.sort(key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
     try:
-        write(partial, plan, ((name, bytes_of(tensors[name])) for name in by_width), {"format": "fp4trt-inputs"})
+        write(partial, plan, ((each.name, _bytes(calls, each.name)) for each in plan), {"format": "fp4trt-inputs"})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load_inputs(path: str | Path) -> list[Inputs]:
-    """Read captured calls, in the order they were captured.
+def _bytes(calls: Sequence[Inputs], tensor: str) -> npt.NDArray[np.uint8]:
+    index, _, name = tensor.partition(".")
+    return bytes_of(calls[int(index)][name])
+
+
+class _StoredCalls(Sequence[Inputs]):
+    """Captured calls on disk; each is read when it is asked for."""
+
+    def __init__(self, calls: Sequence[dict[str, StoredTensor]]) -> None:
+        self._calls = calls
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @overload
+    def __getitem__(self, index: int) -> Inputs: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Inputs]: ...
+    def __getitem__(self, index: int | slice) -> Inputs | Sequence[Inputs]:
+        if isinstance(index, slice):
+            return _StoredCalls(self._calls[index])
+        return {name: stored.tensor() for name, stored in self._calls[index].items()}
+
+
+def load_inputs(path: str | Path) -> Sequence[Inputs]:
+    """Return captured calls, in the order they were captured; each is read when it is asked for.
 
     Raises:
         BadInputs: the file is missing, damaged or holds something else.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not Path(path).is_file():
         raise BadInputs(f"{path} does not exist; expected captured inputs (fp4trt calibrate --save-inputs writes them)")
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise BadInputs(f"{path} is not a safetensors file ({error}); expected captured inputs") from None
-    calls: dict[str, Inputs] = {}
+        tensors = read_header(Path(path))
+    except BadCheckpoint as error:
+        raise BadInputs(f"{error}; expected captured inputs") from None
+    calls: dict[str, dict[str, StoredTensor]] = {}
     for name in sorted(tensors):
         index, _, key = name.partition(".")
         if not index.isdigit() or not key:
             raise BadInputs(f"{path} holds a tensor {name}; expected captured inputs, named like 00000.hidden_states")
         calls.setdefault(index, {})[key] = tensors[name]
-    return [calls[index] for index in sorted(calls)]
+    return _StoredCalls([calls[index] for index in sorted(calls)])
 
 
 def check_inputs(calls: Sequence[Inputs], family: Family, config: dict[str, object]) -> None:

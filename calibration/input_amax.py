@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from calibration import ptq
+from calibration.block_calibration import measure_by_block
 from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
 from calibration.errors import BadAmax, BadInputs, OutputExists
 from calibration.models import family_of
@@ -18,7 +20,7 @@ from calibration.safetensors_file import sha256_of
 from calibration.source import find_source, load_json, load_source
 from calibration.write import refuse_existing, write_json
 
-__all__ = ["Calibration", "calibrate", "calibration_from"]
+__all__ = ["Calibration", "calibrate", "calibration_from", "merged"]
 
 METADATA: Final = "__metadata__"
 """The one key of a calibration file that is no module path."""
@@ -36,7 +38,7 @@ class Calibration:
 
     amax: Mapping[str, float]
     described: Mapping[str, Any]
-    calls: tuple[Inputs, ...] = field(default=(), repr=False)
+    calls: Sequence[Inputs] = field(default=(), repr=False)
 
 
 def calibrate(
@@ -48,8 +50,12 @@ def calibrate(
     steps: int | None = None,
     resolution: int | None = None,
     force: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure the largest magnitude that enters every quantized linear and write ``{module path: amax}``.
+
+    Goes block by block in bounded memory (see :mod:`calibration.block_calibration`). What is finished lies in
+    ``OUTPUT.partial`` and is taken over by the same command after a kill.
 
     Args:
         source: BF16 checkpoint (see :func:`calibration.source.find_source`).
@@ -60,6 +66,7 @@ def calibrate(
         steps: denoising steps for each prompt; None for the pipeline's own number.
         resolution: height and width of the prompts' pictures, in pixels; None for the pipeline's own.
         force: replace existing results.
+        device: ``cpu`` or ``cuda``, for the calibration; the prompts' pipeline uses a GPU where there is one.
 
     Returns:
         What the command prints as JSON.
@@ -75,15 +82,15 @@ def calibrate(
         if path.resolve() in given or path in results[:index]:
             raise OutputExists(f"{path} is named twice, as a result and as something else; give each file its own name")
         refuse_existing(path, force)
-    measured = _measure(folder, inputs, prompts, Sampling(steps, resolution))
+    work = output.with_name(output.name + ".partial")
+    measured = _measure(folder, inputs, prompts, Sampling(steps, resolution), work, device)
     if save_inputs_to is not None:
         save_inputs(save_inputs_to, measured.calls)
-    partial = output.with_name(output.name + ".partial")
     try:
-        write_json(partial, {METADATA: dict(measured.described), **measured.amax})
-        os.replace(partial, output)
+        write_json(work, {METADATA: dict(measured.described), **measured.amax})
+        os.replace(work, output)
     finally:
-        partial.unlink(missing_ok=True)
+        work.unlink(missing_ok=True)
     return {
         "amax": str(output.resolve()),
         "inputs": str(Path(save_inputs_to).resolve()) if save_inputs_to is not None else None,
@@ -92,25 +99,58 @@ def calibrate(
     }
 
 
-def calibration_from(folder: Path, given: str | Path | None) -> Calibration:
+def calibration_from(
+    folder: Path, given: str | Path | Sequence[str | Path] | None, work: Path | None = None, device: str = "cpu"
+) -> Calibration:
     """Return the maxima to quantize ``folder`` with.
 
     Args:
         folder: the BF16 checkpoint.
-        given: maxima (``.json``), captured inputs (``.safetensors``), or None for the built-in model's own prompts.
+        given: maxima (``.json``), several files of them to be merged, captured inputs (``.safetensors``), or None for
+            the built-in model's own prompts.
+        work: where a killed calibration left its finished blocks, and this one keeps them; None keeps nothing.
+        device: where to calibrate.
 
     Raises:
         BadAmax, BadInputs: naming what is wrong.
     """
-    if given is None or Path(given).suffix != ".json":
-        return _measure(folder, given, None, Sampling())
-    config = load_json(folder / "config.json")
-    values, paths = _load_amax(Path(given)), family_of(config).quantized(config)
-    unknown = sorted(values.keys() - {METADATA} - set(paths))
-    if unknown:
-        raise BadAmax(f"{given} names {unknown[0]}, which this model does not quantize; give the maxima of this model")
-    amax = ptq.checked(values, paths)
-    return Calibration(amax, {"data": "amax", "sha256": sha256_of(Path(given))})
+    files = [Path(path) for path in ([given] if isinstance(given, str | Path) else given or ())]
+    if len(files) > 1 or (files and files[0].suffix == ".json"):
+        config = load_json(folder / "config.json")
+        return merged(files, family_of(config).quantized(config))
+    inputs = files[0] if files else None
+    if work is not None:
+        return _measure(folder, inputs, None, Sampling(), work, device)
+    with tempfile.TemporaryDirectory() as temporary:
+        return _measure(folder, inputs, None, Sampling(), Path(temporary) / "blocks", device)
+
+
+def merged(files: Sequence[Path], paths: Sequence[str]) -> Calibration:
+    """Return, for each linear, the largest maximum that any of the files has.
+
+    Args:
+        files: of maxima; each may cover a part of the linears.
+        paths: module paths of the linears, all of which the files together have to cover.
+
+    Raises:
+        BadAmax: a file is missing or holds something else, another linear, or a number that is no maximum; or a linear
+            is in none of them.
+    """
+    amax: dict[str, float] = {}
+    sources = []
+    for file in files:
+        values = _load_amax(file)
+        unknown = sorted(values.keys() - {METADATA} - set(paths))
+        if unknown:
+            raise BadAmax(f"{file} names {unknown[0]}, which this model does not quantize; give maxima of this model")
+        for path, value in ptq.checked(values, [path for path in paths if path in values]).items():
+            amax[path] = max(value, amax.get(path, value))
+        sources.append({"sha256": sha256_of(file), "described": values.get(METADATA, {})})
+    if len(files) == 1:
+        described = {"data": "amax", "sha256": sources[0]["sha256"]}
+    else:
+        described = {"data": "amax", "merged": sources}
+    return Calibration(ptq.checked(amax, paths), described)
 
 
 def _load_amax(path: Path) -> dict[str, Any]:
@@ -125,20 +165,26 @@ def _load_amax(path: Path) -> dict[str, Any]:
     return values
 
 
-def _measure(folder: Path, inputs: str | Path | None, prompts: str | Path | None, sampling: Sampling) -> Calibration:
-    """Load the model, run it on captured inputs, or on what its pipeline makes of prompts."""
+def _measure(
+    folder: Path,
+    inputs: str | Path | None,
+    prompts: str | Path | None,
+    sampling: Sampling,
+    work: Path,
+    device: str,
+) -> Calibration:
+    """Run the model on captured inputs, or on what its pipeline makes of prompts, for which it is loaded as a whole."""
     config = load_json(folder / "config.json")
     family = family_of(config)
     if inputs is not None and prompts is not None:
         raise BadInputs("both captured inputs and prompts were given; expected one of them")
-    model = load_source(folder)
+    calls: Sequence[Inputs]
     if inputs is not None:
-        calls, described = (
-            load_inputs(inputs),
-            {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))},
-        )
+        calls = load_inputs(inputs)
+        described = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
     else:
-        calls, described = capture_prompts(model, folder, family, prompts, sampling), {"data": "prompts"}
+        calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
+        described = {"data": "prompts"}
     check_inputs(calls, family, config)
-    amax = ptq.measure_input_amax(model, family.quantized(config), calls)
-    return Calibration(amax, {**described, "calls": len(calls), "family": family.name}, tuple(calls))
+    amax = measure_by_block(folder, calls, work, device)
+    return Calibration(amax, {**described, "calls": len(calls), "family": family.name}, calls)

@@ -9,17 +9,14 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import click
 import torch
 from torch import nn
 
 from calibration import nvfp4
-from calibration.dataset import Inputs
 from calibration.errors import BadAmax
 from calibration.modelopt_backend import NVFP4, mtq
 
@@ -39,28 +36,21 @@ def _quantize(model: nn.Module, quantizers: Iterable[str], forward: Any) -> None
         mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, forward)
 
 
-def measure_input_amax(model: nn.Module, paths: Sequence[str], calls: Sequence[Inputs]) -> Amax:
-    """Run the model on captured calls and return the largest magnitude that enters each linear.
+def measure_input_amax(module: nn.Module, paths: Sequence[str], run: Callable[[], None]) -> Amax:
+    """Return the largest magnitude that enters each linear of a module while it runs; NaN for one never reached.
 
     Args:
-        model: the unquantized model, left with disabled quantizers.
-        paths: module paths of the linears.
-        calls: captured inputs, each one call of the model.
-
-    Raises:
-        BadAmax: a linear was never reached, or its maximum is zero, NaN or infinite.
+        module: unquantized, a model or one of its blocks; left with disabled quantizers.
+        paths: of the linears, within the module.
+        run: runs the module on all calls.
     """
 
-    def forward(quantized: Any) -> None:
-        progress = click.progressbar(calls, label="calibrating", file=sys.stderr)
-        with torch.no_grad(), progress as bar:
-            for call in bar:
-                quantized(**call)
+    def forward(_: nn.Module) -> None:
+        with torch.no_grad():
+            run()
 
-    _quantize(model, [f"{path}.input_quantizer" for path in paths], forward)
-    quantizers = {path: model.get_submodule(f"{path}.input_quantizer") for path in paths}
-    amax = {path: _amax(quantizer) for path, quantizer in quantizers.items()}
-    return checked(amax, paths)
+    _quantize(module, [f"{path}.input_quantizer" for path in paths], forward)
+    return {path: _amax(module.get_submodule(f"{path}.input_quantizer")) for path in paths}
 
 
 def _amax(quantizer: Any) -> float:

@@ -28,15 +28,13 @@ from calibration.models import Family, family_of
 from calibration.models.family import require_blocks_of_16
 from calibration.safetensors_file import StoredTensor, hold, sha256_of
 from calibration.source import (
+    empty_source,
     files_of,
     find_source,
     load_json,
     load_source,
     model_class,
-    refuse_other_shapes,
-    refuse_quantized,
     source_hashes,
-    tensors_of,
 )
 from calibration.survey import Survey, survey
 
@@ -84,7 +82,8 @@ class _Source:
             return ""
         stats = {file.name: file.stat() for file in files_of(self.folder)}
         files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-        parts = [self.config, recipe, RECIPES[recipe], dict(self.calibrated.amax), files, _versions()]
+        parts = [self.config, recipe, RECIPES[recipe], dict(self.calibrated.amax), dict(self.calibrated.described)]
+        parts += [files, _versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -92,10 +91,11 @@ def quantize(
     source: str | Path,
     output: str | Path,
     recipe: str = "nvfp4-ptq",
-    calibration: str | Path | None = None,
+    calibration: str | Path | Sequence[str | Path] | None = None,
     modelopt_state: str | Path | None = None,
     trust: bool = False,
     force: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Quantize a BF16 checkpoint and write the quantized one, a few MiB of it in memory at a time.
 
@@ -106,10 +106,12 @@ def quantize(
         source: BF16 checkpoint (see :func:`calibration.source.find_source`).
         output: folder of the result, written as ``OUTPUT.partial`` and renamed.
         recipe: a name of :data:`RECIPES`.
-        calibration: maxima (``.json``) or captured inputs (``.safetensors``); None for the built-in model's words.
+        calibration: maxima (``.json``), or several files of them to be merged, or captured inputs
+            (``.safetensors``); None for the built-in model's words.
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here.
         trust: allow reading that state, which is a pickle and can run code.
         force: replace an existing result.
+        device: where to run the model on captured inputs, ``cpu`` or ``cuda``.
 
     Returns:
         What the command prints as JSON: paths, counts, bytes, the cost of sharing scales.
@@ -120,40 +122,49 @@ def quantize(
     """
     if recipe not in RECIPES:
         raise BadInputs(f"there is no recipe '{recipe}'; choose one of: {', '.join(RECIPES)}")
-    if calibration is not None and modelopt_state is not None:
+    if calibration and modelopt_state is not None:
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
     directory, folder = Path(output), find_source(source)
     write.refuse_foreign(directory, force)
-    given = _source(folder, calibration, modelopt_state, trust)
+    if modelopt_state is not None:
+        given = _restored(folder, modelopt_state, trust)
+    else:
+        given = _calibrated(folder, calibration, directory.with_name(f"{directory.name}.calibration.partial"), device)
     with write.replacing(directory, force, given.identity(recipe)) as partial:
         manifest = _write(partial, given, recipe)
     return _summary(directory, given, manifest)
 
 
-def _source(folder: Path, calibration: str | Path | None, modelopt_state: str | Path | None, trust: bool) -> _Source:
-    """Check a plain checkpoint against its config, and calibrate its inputs or read how they were calibrated."""
-    config = load_json(folder / "config.json")
-    refuse_quantized(folder, config)
-    family = family_of(config)
-    with torch.device("meta"):
-        model: nn.Module = model_class(family).from_config(config)
-    stored = tensors_of(folder)
-    refuse_other_shapes(folder, model, stored)
-    paths = family.quantized(config)
-    for path in paths:
-        require_blocks_of_16(path, stored[f"{path}.weight"].shape[1])
-    if modelopt_state is None:
-        ordered = {name: stored[name] for name in model.state_dict()}
-        return _Source(folder, config, family, ordered, calibration_from(folder, calibration), None)
+def _calibrated(
+    folder: Path, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
+) -> _Source:
+    """Check a plain checkpoint against its config; run it on captured inputs, or read what an earlier run measured."""
+    model, config, family, stored = _checked(folder)
+    ordered = {name: stored[name] for name in model.state_dict()}
+    return _Source(folder, config, family, ordered, calibration_from(folder, calibration or None, work, device), None)
 
+
+def _restored(folder: Path, modelopt_state: str | Path, trust: bool) -> _Source:
+    """Take weights and maxima from a ModelOpt state of a plain checkpoint's model, which is held in memory for that."""
     from calibration.modelopt_state import maxima, restore
 
-    restored = restore(load_source(folder), paths, modelopt_state, trust)
+    model, config, family, _ = _checked(folder)
+    restored = restore(load_source(folder), family.quantized(config), modelopt_state, trust)
     held = {name: hold(name, restored.state_dict()[name]) for name in model.state_dict()}
-    inputs, weights = maxima(restored, paths)
+    inputs, weights = maxima(restored, family.quantized(config))
     described = {"data": "modelopt state", "sha256": sha256_of(Path(modelopt_state))}
     surveyed = Survey(source_hashes(folder), {f"{path}.weight": value for path, value in weights.items()})
     return _Source(folder, config, family, held, Calibration(inputs, described), surveyed)
+
+
+def _checked(folder: Path) -> tuple[nn.Module, dict[str, Any], Family, dict[str, StoredTensor]]:
+    """Return the empty model of a plain checkpoint, its config and family, and where its tensors lie."""
+    model, stored = empty_source(folder)
+    config = load_json(folder / "config.json")
+    family = family_of(config)
+    for path in family.quantized(config):
+        require_blocks_of_16(path, stored[f"{path}.weight"].shape[1])
+    return model, config, family, stored
 
 
 def _write(partial: Path, given: _Source, recipe: str) -> dict[str, Any]:

@@ -49,6 +49,17 @@ DTYPE_BYTES: Final = {
     "I32": 4,
     "I64": 8,
 }
+_TORCH: Final = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _ALIGNMENT: Final = 64
 _MAX_HEADER: Final = 100_000_000
 _CHUNK: Final = 1 << 23
@@ -95,6 +106,10 @@ class StoredTensor:
         """Read the tensor's bytes from ``begin`` to ``end``; nothing stays mapped."""
         count = (self.nbytes if end is None else end) - begin
         return np.fromfile(self.file, np.uint8, count, offset=self.offset + begin)
+
+    def tensor(self) -> torch.Tensor:
+        """Read the tensor as torch has it; nothing stays mapped."""
+        return torch.from_numpy(self.bytes()).view(_TORCH[self.dtype]).reshape(self.shape)
 
     def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield the tensor's bytes in order, a few MiB at a time."""

@@ -17,8 +17,10 @@ from calibration.safetensors_file import StoredTensor, read_header, sha256_of
 
 __all__ = [
     "BUILT_IN",
+    "empty_source",
     "files_of",
     "find_source",
+    "finite_tensor",
     "load_json",
     "load_source",
     "model_class",
@@ -131,14 +133,25 @@ def model_class(family: Family) -> Any:
 def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Load a plain checkpoint as its diffusers class, in eval mode, on the CPU.
 
-    Stricter than ``from_pretrained``, which fills missing weights with random ones and only warns.
-
     Raises:
         BadCheckpoint: names, shapes or values are not what config.json asks for.
         UnknownFamily: the model is of no family of ours.
     """
-    from safetensors.torch import load_file
+    model, stored = empty_source(folder)
+    state = {name: finite_tensor(folder, name, tensor).to(dtype) for name, tensor in stored.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
 
+
+def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
+    """Return the diffusers model of a plain checkpoint on the meta device, and where its tensors lie.
+
+    Stricter than ``from_pretrained``, which fills missing weights with random ones and only warns.
+
+    Raises:
+        BadCheckpoint: names or shapes are not what config.json asks for.
+        UnknownFamily: the model is of no family of ours.
+    """
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
     cls = model_class(family_of(config))
@@ -146,12 +159,19 @@ def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     with torch.device("meta"):
         model = cls.from_config(config)
     refuse_other_shapes(folder, model, stored)
-    state = {name: value for file in files_of(folder) for name, value in load_file(file).items()}
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
-    model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    return model, stored
+
+
+def finite_tensor(folder: Path, name: str, stored: StoredTensor) -> torch.Tensor:
+    """Read a tensor of a plain checkpoint.
+
+    Raises:
+        BadCheckpoint: it holds a value that is no number.
+    """
+    value = stored.tensor()
+    if not value.isfinite().all():
+        raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
+    return value
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:

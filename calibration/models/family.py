@@ -51,7 +51,8 @@ class Family:
         groups: the quantized linears of a config, in graph order, as groups whose members read the same input. A group
             shares its global scales, because only then does TensorRT run it as one FP4 GEMM.
         example_inputs: (config, batch, image tokens, text tokens, seed, dtype) to the model's inputs in graph order.
-        stacks: path of each list of equal blocks to the key of the config that holds their number.
+        stacks: path of each list of equal blocks to the key of the config that holds their number, in the order in
+            which they run.
         input_shapes: (config) to the symbolic shape of every input, in graph order.
         symbols: name of a symbolic dimension to its bounds.
         outputs: names of the outputs.
@@ -71,6 +72,10 @@ class Family:
     def quantized(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the quantized linears, in graph order."""
         return tuple(path for group in self.groups(config) for path in group)
+
+    def blocks(self, config: Config) -> tuple[str, ...]:
+        """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""
+        return tuple(f"{path}.{index}" for path, key in self.stacks.items() for index in range(config[key]))
 
 
 def require_blocks_of_16(path: str, in_features: int) -> None:

@@ -1,0 +1,96 @@
+"""Measure what enters the linears of a plain checkpoint, block by block, going on where a killed run was."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+
+from calibration import ptq
+from calibration.block_checkpoint import BlockCheckpoint, finished_blocks
+from calibration.block_runner import BlockRunner
+from calibration.dataset import Inputs
+from calibration.errors import BadInputs
+from calibration.models import family_of
+from calibration.safetensors_file import bytes_of
+from calibration.source import empty_source, files_of, finite_tensor, load_json
+
+__all__ = ["measure_by_block"]
+
+_VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt")
+
+
+def measure_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device: str = "cpu") -> ptq.Amax:
+    """Return the largest magnitude that enters each linear that the family quantizes, over all calls.
+
+    In memory at a time: one block, what lies outside the blocks, and the activations of one call. The outputs of a
+    block for every call are on disk (28 MB a call for FLUX.1 at 1024 pixels), beside those of the block before it.
+
+    Args:
+        folder: a plain checkpoint.
+        calls: captured inputs.
+        work: folder for what is finished; gone afterwards unless the process was killed, and then taken over.
+        device: where to compute, ``cpu`` or ``cuda``.
+
+    Raises:
+        BadCheckpoint: the folder is not what :func:`calibration.source.load_source` accepts.
+        BadAmax: a linear was never reached, or its maximum is zero, NaN or infinite.
+        BadInputs: there is no such device.
+        OutputExists: ``work`` is somebody else's.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInputs("torch sees no CUDA GPU; expected one for --device cuda: calibrate with --device cpu")
+    config = load_json(folder / "config.json")
+    family = family_of(config)
+    blocks, paths = family.blocks(config), family.quantized(config)
+    model, stored = empty_source(folder)
+    tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
+    runner = BlockRunner(model, blocks, tensor, device)
+    length = len(blocks) * len(calls)
+    progress = click.progressbar(length=length, label="calibrating", file=sys.stderr, show_eta=True)
+    with finished_blocks(work, _identity(folder, config, calls, device)) as finished, progress as bar:
+        bar.update(len(finished.results) * len(calls))
+        for block in blocks[len(finished.results) :]:
+            members = [path for path in paths if path.startswith(f"{block}.")]
+            finished.finish(block, _measure(runner, block, members, calls, finished, bar.update))
+        amax = {path: value for result in finished.results.values() for path, value in result.items()}
+    return ptq.checked(amax, paths)
+
+
+def _measure(
+    runner: BlockRunner,
+    block: str,
+    paths: Sequence[str],
+    calls: Sequence[Inputs],
+    finished: BlockCheckpoint,
+    tell: Callable[[int], object],
+) -> ptq.Amax:
+    """Run one block on every call, keeping its outputs, and return the maxima of its linears by full path."""
+
+    def run() -> None:
+        for index, call in enumerate(calls):
+            finished.add(runner.run(block, call, finished.outputs(index)))
+            tell(1)
+
+    names = [path.removeprefix(f"{block}.") for path in paths]
+    with runner.loaded(block) as module:
+        measured = ptq.measure_input_amax(module, names, run)
+    return ptq.checked({f"{block}.{name}": value for name, value in measured.items()}, paths)
+
+
+def _identity(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], device: str) -> dict[str, Any]:
+    """Return what must be the same for a run to go on; the weights are known by size and time of change."""
+    digest = hashlib.sha256()
+    for call in calls:
+        for name, value in call.items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(bytes_of(value).data)
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(folder)]
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {"weights": weights, "config": config, "calls": digest.hexdigest(), "device": device, "versions": versions}

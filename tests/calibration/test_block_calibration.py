@@ -1,0 +1,256 @@
+"""Calibration block by block: the same maxima as the whole model's, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibration import ptq
+from calibration.block_calibration import measure_by_block
+from calibration.block_checkpoint import STATE, finished_blocks
+from calibration.block_runner import BlockRunner, Outputs
+from calibration.dataset import Inputs, load_inputs, save_inputs
+from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
+from calibration.input_amax import METADATA, calibrate, calibration_from, merged
+from calibration.models import family_of
+from calibration.safetensors_file import read_header
+from calibration.source import empty_source, load_json, load_source
+
+ROOT = Path(__file__).parents[2]
+
+MakeFlux = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def inputs(quantized_digits: Path) -> Path:
+    return quantized_digits / "calibration" / "inputs.safetensors"
+
+
+@pytest.fixture(scope="module")
+def paths(digits: Path) -> tuple[str, ...]:
+    config = load_json(digits / "config.json")
+    return family_of(config).quantized(config)
+
+
+def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_bit(
+    digits: Path, inputs: Path, paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    calls, model = load_inputs(inputs)[::20], load_source(digits)
+    whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None)
+    assert measure_by_block(digits, calls, tmp_path / "work") == whole
+    assert len(set(whole.values())) > 20
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_run_by_block_gives_the_models_own_output_and_holds_one_block(digits: Path, inputs: Path) -> None:
+    config = load_json(digits / "config.json")
+    blocks, call = family_of(config).blocks(config), load_inputs(inputs)[0]
+    model, stored = empty_source(digits)
+    runner = BlockRunner(model, blocks, lambda name: stored[name].tensor())
+    outputs: Outputs = ()
+    with torch.no_grad():
+        for block in blocks:
+            with runner.loaded(block):
+                outputs = runner.run(block, call, outputs)
+                there = {path for path in blocks if not model.get_submodule(path).attn.to_q.weight.is_meta}
+                assert there == {block}
+        found = runner.finish(call, outputs)
+        assert torch.equal(found, load_source(digits)(**call, return_dict=False)[0])
+
+
+def test_each_weight_is_read_once_whatever_the_number_of_calls(
+    digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibration import block_calibration
+
+    read: list[str] = []
+    finite = block_calibration.finite_tensor
+    monkeypatch.setattr(block_calibration, "finite_tensor", lambda *of: read.append(of[1]) or finite(*of))
+    measure_by_block(digits, load_inputs(inputs)[:3], tmp_path / "work")
+    assert sorted(read) == sorted(read_header(digits / "diffusion_pytorch_model.safetensors"))
+
+
+KILLED_AFTER = """
+import os, signal, sys
+from calibration import block_checkpoint
+import fp4trt
+
+finish = block_checkpoint.BlockCheckpoint.finish
+
+
+def finish_and_die(self, block, result):
+    finish(self, block, result)
+    if len(self.results) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+block_checkpoint.BlockCheckpoint.finish = finish_and_die
+sys.exit(fp4trt.run(sys.argv[2:]))
+"""
+
+
+def _calibrate_killed_after(blocks: int, arguments: Sequence[str]) -> None:
+    command = [sys.executable, "-c", KILLED_AFTER, str(blocks), "calibrate", *arguments]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+def test_a_killed_calibration_goes_on_with_the_next_block_and_gives_the_same_bytes(
+    digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = tmp_path / "few.safetensors"
+    save_inputs(few, load_inputs(inputs)[:6])
+    calibrate("digits", tmp_path / "whole.json", inputs=few)
+    output = tmp_path / "amax.json"
+    _calibrate_killed_after(3, ["digits", "-o", str(output), "--inputs", str(few)])
+    assert not output.exists()
+    ran: list[str] = []
+    run = BlockRunner.run
+    monkeypatch.setattr(BlockRunner, "run", lambda self, block, *rest: ran.append(block) or run(self, block, *rest))
+    calibrate("digits", output, inputs=few)
+    assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert list(dict.fromkeys(ran)) == [f"single_transformer_blocks.{index}" for index in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["amax.json", "few.safetensors", "whole.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+def test_a_calibration_killed_at_any_moment_gives_the_same_bytes_when_it_is_run_again(
+    inputs: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few.safetensors"
+    save_inputs(few, load_inputs(inputs)[:40])
+    calibrate("digits", tmp_path / "whole.json", inputs=few)
+    command = [sys.executable, "-m", "fp4trt", "calibrate", "digits", "-o", str(tmp_path / "amax.json")]
+    process = subprocess.Popen([*command, "--inputs", str(few)], cwd=ROOT, stderr=subprocess.PIPE)
+    while not (tmp_path / "amax.json.partial").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.4)
+    process.kill()
+    process.communicate()
+    calibrate("digits", tmp_path / "amax.json", inputs=few, force=True)
+    assert (tmp_path / "amax.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+def test_what_a_killed_run_left_is_not_used_for_other_inputs(inputs: Path, tmp_path: Path) -> None:
+    for name, calls in (("first", slice(0, 3)), ("other", slice(3, 6))):
+        save_inputs(tmp_path / name, load_inputs(inputs)[calls])
+    output = tmp_path / "amax.json"
+    _calibrate_killed_after(3, ["digits", "-o", str(output), "--inputs", str(tmp_path / "first")])
+    calibrate("digits", output, inputs=tmp_path / "other")
+    calibrate("digits", tmp_path / "whole.json", inputs=tmp_path / "other")
+    assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_checkpoint_whose_outputs_are_cut_short_starts_again(tmp_path: Path) -> None:
+    run = {"model": "x"}
+    with finished_blocks(tmp_path / "work", run) as finished:
+        for block in ("a", "b"):
+            finished.add((torch.ones(3, dtype=torch.bfloat16), torch.zeros(2, 2)))
+            finished.finish(block, {"n": 1.0})
+        assert [value.tolist() for value in finished.outputs(0)] == [[1, 1, 1], [[0, 0], [0, 0]]]
+        shutil.copytree(tmp_path / "work", tmp_path / "kept")
+    assert not (tmp_path / "work").exists()
+    outputs = tmp_path / "kept" / "002.outputs"
+    outputs.write_bytes(outputs.read_bytes()[:-1])
+    with finished_blocks(tmp_path / "kept", run) as finished:
+        assert finished.results == {}
+        assert finished.outputs(0) == ()
+
+
+def test_a_folder_of_the_users_is_not_taken_for_a_killed_runs(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "amax.json.partial").mkdir()
+    (tmp_path / "amax.json.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputExists, match=r"amax\.json\.partial is in the way"):
+        calibrate("digits", tmp_path / "amax.json", inputs=inputs)
+    assert (tmp_path / "amax.json.partial" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("module", ["transformer_blocks.0.attn.to_q", "x_embedder"])
+def test_a_weight_that_is_no_number_is_named_and_nothing_is_left(
+    module: str, tiny_flux: MakeFlux, tmp_path: Path
+) -> None:
+    source = tiny_flux(tmp_path / "flux")
+    config = load_json(source / "config.json")
+    calls = [family_of(config).example_inputs(config, 1, 16, 8, 0, torch.bfloat16)]
+    weights = source / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    stored = read_header(weights)[f"{module}.weight"]
+    content[stored.offset : stored.offset + 2] = b"\xc0\x7f"
+    weights.write_bytes(content)
+    save_inputs(tmp_path / "inputs", calls)
+    with pytest.raises(BadCheckpoint, match=rf"{module}\.weight holds NaN"):
+        calibrate(source, tmp_path / "amax.json", inputs=tmp_path / "inputs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flux", "inputs"]
+
+
+def test_cuda_is_refused_where_there_is_none(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInputs, match="--device cuda"):
+        calibrate("digits", tmp_path / "amax.json", inputs=inputs, device="cuda")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_maxima_are_nearly_those_of_the_cpu(digits: Path, inputs: Path, tmp_path: Path) -> None:
+    calls: Sequence[Inputs] = load_inputs(inputs)[:3]
+    on_cpu = measure_by_block(digits, calls, tmp_path / "work")
+    on_gpu = measure_by_block(digits, calls, tmp_path / "work", "cuda")
+    assert on_gpu == pytest.approx(on_cpu, rel=0.05)
+
+
+def _write_amax(path: Path, values: dict[str, object]) -> Path:
+    path.write_text(json.dumps({METADATA: {"data": path.stem}, **values}))
+    return path
+
+
+def test_merged_files_give_each_linear_its_largest_maximum_and_name_their_sources(
+    digits: Path, paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    one = _write_amax(tmp_path / "one.json", {paths[0]: 3.0, **dict.fromkeys(paths[1:9], 1.0)})
+    two = _write_amax(tmp_path / "two.json", {paths[0]: 2.0, **dict.fromkeys(paths[1:], 4.0)})
+    found = calibration_from(digits, [one, two])
+    assert found.amax == {paths[0]: 3.0, **dict.fromkeys(paths[1:], 4.0)}
+    assert list(found.amax) == list(paths)
+    assert [source["described"]["data"] for source in found.described["merged"]] == ["one", "two"]
+    assert found.amax == calibration_from(digits, (two, one)).amax
+
+
+def test_one_file_in_a_list_is_that_file(digits: Path, paths: tuple[str, ...], tmp_path: Path) -> None:
+    file = _write_amax(tmp_path / "one.json", dict.fromkeys(paths, 1.0))
+    assert calibration_from(digits, [file]) == calibration_from(digits, file)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None, "1"])
+def test_a_number_that_is_no_maximum_is_refused_though_another_file_has_a_larger_one(
+    value: object, paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    good = _write_amax(tmp_path / "good.json", dict.fromkeys(paths, 9.0))
+    bad = _write_amax(tmp_path / "bad.json", {paths[3]: value})
+    with pytest.raises(BadAmax, match=paths[3].replace(".", r"\.")):
+        merged([good, bad], paths)
+
+
+def test_merged_files_must_be_maxima_of_this_model_and_cover_it(paths: tuple[str, ...], tmp_path: Path) -> None:
+    part = _write_amax(tmp_path / "part.json", dict.fromkeys(paths[:5], 1.0))
+    with pytest.raises(BadAmax, match=f"no amax for the input of {paths[5]}"):
+        merged([part, part], paths)
+    with pytest.raises(BadAmax, match=r"foo\.bar"):
+        merged([part, _write_amax(tmp_path / "other.json", {"foo.bar": 1.0})], paths)
+    with pytest.raises(BadAmax, match="does not exist"):
+        merged([part, tmp_path / "absent.json"], paths)
+
+
+def test_captured_inputs_are_read_one_call_at_a_time(inputs: Path, tmp_path: Path) -> None:
+    calls = load_inputs(inputs)
+    assert calls[2] is not calls[2]
+    save_inputs(tmp_path / "again.safetensors", calls)
+    assert (tmp_path / "again.safetensors").read_bytes() == inputs.read_bytes()
+    assert STATE not in {path.name for path in inputs.parent.iterdir()}
