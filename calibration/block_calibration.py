@@ -21,7 +21,7 @@ from calibration.models import family_of
 from calibration.safetensors_file import bytes_of
 from calibration.source import empty_source, files_of, finite_tensor, load_json
 
-__all__ = ["measure_by_block"]
+__all__ = ["measure_by_block", "require_device"]
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt")
 
@@ -44,8 +44,7 @@ def measure_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device: 
         BadInputs: there is no such device.
         OutputExists: ``work`` is somebody else's.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInputs("torch sees no CUDA GPU; expected one for --device cuda: calibrate with --device cpu")
+    require_device(device)
     config = load_json(folder / "config.json")
     family = family_of(config)
     blocks, paths = family.blocks(config), family.quantized(config)
@@ -61,6 +60,16 @@ def measure_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device: 
             finished.finish(block, _measure(runner, block, members, calls, finished, bar.update))
         amax = {path: value for result in finished.results.values() for path, value in result.items()}
     return ptq.checked(amax, paths)
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        BadInputs: naming it.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInputs("torch sees no CUDA GPU; expected one for --device cuda: use --device cpu")
 
 
 def _measure(

@@ -11,7 +11,7 @@ __all__ = ["calibrate", "quantize"]
 
 _PATH = click.Path(path_type=Path)
 _DEVICE = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run the model."
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
 )
 
 

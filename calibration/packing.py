@@ -21,12 +21,12 @@ import torch
 
 from calibration import nvfp4
 
-__all__ = ["FINITE", "MAGNITUDE", "Packer"]
+__all__ = ["DevicePacker", "Packer"]
 
-MAGNITUDE: Final = np.uint16(0x7FFF)
+_MAGNITUDE: Final = np.uint16(0x7FFF)
 """The bits of a BF16 number without its sign."""
 
-FINITE: Final = 0x7F80
+_FINITE: Final = 0x7F80
 """The magnitudes below are finite numbers; this one is infinity, those above are NaN."""
 
 _SIGN: Final = np.uint16(0x8000)
@@ -46,7 +46,7 @@ class Packer:
 
     def __init__(self, scale: float | np.float32) -> None:
         g = torch.tensor(float(scale), dtype=torch.float32)
-        largest = _values(np.arange(FINITE, dtype=np.uint16))
+        largest = _values(np.arange(_FINITE, dtype=np.uint16))
         self._scale_codes = nvfp4.block_scales(largest, g).view(torch.uint8).numpy()
         self._thresholds = _thresholds(g)
 
@@ -74,7 +74,7 @@ class Packer:
         half = nvfp4.BLOCK_SIZE // 2
         across = np.empty((nvfp4.BLOCK_SIZE, len(blocks)), np.uint16)  # even places first, then the odd ones
         across[:half], across[half:] = blocks[:, 0::2].T, blocks[:, 1::2].T
-        magnitude = across & MAGNITUDE
+        magnitude = across & _MAGNITUDE
         scales = self._scale_codes.take(magnitude.max(axis=0))
         reached = np.empty(across.shape, bool)
         codes = np.greater_equal(across, _SIGN, out=reached).view(np.uint8) * np.uint8(8)
@@ -82,6 +82,24 @@ class Packer:
             codes += np.greater_equal(magnitude, threshold, out=reached).view(np.uint8)
         # numpy multiplies bytes faster than it shifts them.
         return (codes[half:] * np.uint8(16) | codes[:half]).T, scales
+
+
+class DevicePacker:
+    """Packs as :class:`Packer` does, with torch on a device: what a GPU is better at.
+
+    Args:
+        scale: the FP32 global scale, above 0.
+        device: such as ``cuda``.
+    """
+
+    def __init__(self, scale: float | np.float32, device: str) -> None:
+        self._scale = torch.tensor(float(scale), dtype=torch.float32, device=device)
+
+    def pack(self, bits: npt.NDArray[np.uint16]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Quantize rows of a weight; see :meth:`Packer.pack`."""
+        weight = torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16).to(self._scale.device)
+        codes, scales = nvfp4.quantize(weight, self._scale)
+        return nvfp4.pack_codes(codes).cpu().numpy(), scales.view(torch.uint8).cpu().numpy()
 
 
 def _values(bits: npt.NDArray[np.uint16]) -> torch.Tensor:
@@ -97,7 +115,7 @@ def _thresholds(g: torch.Tensor) -> npt.NDArray[np.uint16]:
     s8 = torch.arange(_SCALES, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     d = (s8 * g).expand(7, _SCALES)
     wanted = torch.arange(1, 8, dtype=torch.uint8)[:, None]
-    low, high = np.zeros((7, _SCALES), np.uint16), np.full((7, _SCALES), FINITE, np.uint16)
+    low, high = np.zeros((7, _SCALES), np.uint16), np.full((7, _SCALES), _FINITE, np.uint16)
     while (low < high).any():
         middle = (low + high) // 2
         reaches = (nvfp4.codes_under(_values(middle), d) >= wanted).numpy()

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from calibration import ptq, shards, sharing, write
+from calibration.block_calibration import require_device
 from calibration.checkpoint import MANIFEST
 from calibration.dataset import save_inputs
 from calibration.errors import BadInputs, TooLittleSpace
@@ -111,7 +112,7 @@ def quantize(
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here.
         trust: allow reading that state, which is a pickle and can run code.
         force: replace an existing result.
-        device: where to run the model on captured inputs, ``cpu`` or ``cuda``.
+        device: where to run the model on captured inputs, and to pack: ``cpu`` or ``cuda``.
 
     Returns:
         What the command prints as JSON: paths, counts, bytes, the cost of sharing scales.
@@ -124,6 +125,7 @@ def quantize(
         raise BadInputs(f"there is no recipe '{recipe}'; choose one of: {', '.join(RECIPES)}")
     if calibration and modelopt_state is not None:
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
+    require_device(device)
     directory, folder = Path(output), find_source(source)
     write.refuse_foreign(directory, force)
     if modelopt_state is not None:
@@ -131,7 +133,7 @@ def quantize(
     else:
         given = _calibrated(folder, calibration, directory.with_name(f"{directory.name}.calibration.partial"), device)
     with write.replacing(directory, force, given.identity(recipe)) as partial:
-        manifest = _write(partial, given, recipe)
+        manifest = _write(partial, given, recipe, device)
     return _summary(directory, given, manifest)
 
 
@@ -167,7 +169,7 @@ def _checked(folder: Path) -> tuple[nn.Module, dict[str, Any], Family, dict[str,
     return model, config, family, stored
 
 
-def _write(partial: Path, given: _Source, recipe: str) -> dict[str, Any]:
+def _write(partial: Path, given: _Source, recipe: str, device: str) -> dict[str, Any]:
     """Write everything into ``DIR.partial``, or what an earlier run has not finished; return the manifest."""
     groups = given.family.groups(given.config)
     planned, done = shards.plan_shards(given.stored, groups), write.progress_of(partial)
@@ -179,7 +181,8 @@ def _write(partial: Path, given: _Source, recipe: str) -> dict[str, Any]:
             surveyed = survey(given.folder, {f"{path}.weight" for path in given.paths}, progress)
         own = ptq.checked_weights({path: surveyed.amax[f"{path}.weight"] for path in given.paths})
         common = sharing.shared(own, groups)
-        quantization = shards.Quantization(given.stored, groups, common, sharing.shared(given.calibrated.amax, groups))
+        inputs = sharing.shared(given.calibrated.amax, groups)
+        quantization = shards.Quantization(given.stored, groups, common, inputs, device)
         files = dict(finished)
         for shard in planned:
             if shard.name in finished:

@@ -17,7 +17,7 @@ from calibration import nvfp4
 from calibration.bfloat16 import bits_of, pieces_of
 from calibration.checkpoint import WEIGHTS
 from calibration.in_order import in_order, workers
-from calibration.packing import Packer
+from calibration.packing import DevicePacker, Packer
 from calibration.safetensors_file import StoredTensor, TensorPlan, write
 
 __all__ = ["INDEX", "SHARD_BYTES", "Groups", "Quantization", "Shard", "index_of", "plan_shards", "write_shard"]
@@ -54,12 +54,18 @@ class Quantization:
         groups: the quantized linears.
         weight_amax: module path to the amax that its weight is quantized with.
         input_amax: likewise for its input.
+        device: where to pack.
     """
 
     stored: Mapping[str, StoredTensor]
     groups: Groups
     weight_amax: Mapping[str, float]
     input_amax: Mapping[str, float]
+    device: str = "cpu"
+
+    def packer(self, amax: float) -> Packer | DevicePacker:
+        """Return what packs a weight of that amax."""
+        return Packer(_scale(amax)) if self.device == "cpu" else DevicePacker(_scale(amax), self.device)
 
     def global_scale(self, name: str) -> np.float32:
         """Return the FP32 scale that is stored under a name such as ``X.input_scale``."""
@@ -179,10 +185,10 @@ _Packed = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 
 def _jobs(groups: Groups, quantization: Quantization) -> Iterator[Callable[[], _Packed]]:
     """Yield jobs that each pack some rows of a weight, in file order."""
-    packers: dict[float, Packer] = {}
+    packers: dict[float, Packer | DevicePacker] = {}
     for group in groups:
         amax = {path: quantization.weight_amax[path] for path in group}
-        packers = {value: packers.get(value) or Packer(_scale(value)) for value in amax.values()}
+        packers = {value: packers.get(value) or quantization.packer(value) for value in amax.values()}
         for path in group:
             stored = quantization.stored[f"{path}.weight"]
             rows, columns = stored.shape
@@ -191,7 +197,7 @@ def _jobs(groups: Groups, quantization: Quantization) -> Iterator[Callable[[], _
                 yield functools.partial(_pack, packers[amax[path]], stored, begin, min(begin + together, rows))
 
 
-def _pack(packer: Packer, stored: StoredTensor, begin: int, end: int) -> _Packed:
+def _pack(packer: Packer | DevicePacker, stored: StoredTensor, begin: int, end: int) -> _Packed:
     columns = stored.shape[1]
     return packer.pack(bits_of(stored, begin * columns, end * columns).reshape(-1, columns))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from calibration import nvfp4
-from calibration.packing import Packer
+from calibration.packing import DevicePacker, Packer
 
 SCALES = [float(np.float32(value)) for value in (1e-45, 1e-38, 2.3e-7, 0.02 / 2688, 1e-3, 1.0, 31.0, 1e30, 3e38)]
 
@@ -64,4 +64,12 @@ def test_more_blocks_than_are_packed_at_a_time_are_packed_alike() -> None:
     _assert_equal(bits, 0.01)
     turned = np.asfortranarray(bits)
     for found, wanted in zip(Packer(0.01).pack(turned), Packer(0.01).pack(bits), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("g", SCALES)
+def test_packing_on_a_device_gives_the_same_bytes(g: float, device: str) -> None:
+    bits = _finite(np.random.default_rng(3).integers(0, 65536, (64, 256), np.uint16))
+    for found, wanted in zip(DevicePacker(g, device).pack(bits), Packer(g).pack(bits), strict=True):
         np.testing.assert_array_equal(found, wanted)

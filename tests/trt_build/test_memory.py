@@ -15,7 +15,7 @@ def test_a_build_that_does_not_fit_is_warned_of_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr(memory, "available_memory", lambda: 8 * memory.GIB)
     lines = memory.memory_lines(12 * memory.GIB, parse_gpus("rtx5090,rtx5060"))
     assert len(lines) == 3
-    assert lines[0] == "memory: the build of 12.0 GiB of weights needs about 26.9 GiB"
+    assert lines[0] == "memory: the build of 12.0 GiB of weights needs about 34.1 GiB"
     assert lines[1] == "warning: only 8.0 GiB of memory are available; the build may be killed"
     assert "8 GiB of rtx5060; use --weight-streaming" in lines[2]
 
