@@ -2,7 +2,7 @@
 
 A room's `cli.py` holds plain `click.Command` objects whose callbacks print human lines and return a JSON-able
 dict. What is the same for all of them happens here, once: `--json`, one-line errors and the exit status
-(0 done, 1 a check failed, 2 bad input).
+(0 done, 1 a check failed, 2 bad input; 141 when nobody reads the output any more, as `| head` does).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -62,6 +63,10 @@ EXTRAS: dict[str, str] = {
     "tensorrt": "tensorrt",
     "matplotlib": "report",
 }
+
+
+_PIPE_CLOSED: Final = 141
+"""What a shell reports of a program that wrote into a closed pipe: 128 and the number of SIGPIPE."""
 
 
 class _Failure(Exception):
@@ -115,7 +120,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> tuple[int, bool]:
-    """Return the exit status, and whether Ctrl-C ended the command."""
+    """Return the exit status, and whether Ctrl-C, or nobody reading on, ended the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Windows console may lack a character: never fail over it
             stream.reconfigure(errors="replace")
@@ -129,6 +134,9 @@ def _run(arguments: Sequence[str] | None) -> tuple[int, bool]:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code, False
+    except BrokenPipeError:
+        _forget_stdout()
+        return _PIPE_CLOSED, True
     except _Failure as failure:
         command = (context.invoked_subcommand if context else None) or ""
         message = " ".join(str(failure).split())
@@ -138,14 +146,22 @@ def _run(arguments: Sequence[str] | None) -> tuple[int, bool]:
 
 def main() -> NoReturn:
     """Entry point of the `fp4trt` script and of `python -m fp4trt`."""
-    status, interrupted = _run(None)
-    if interrupted:
+    status, abruptly = _run(None)
+    if abruptly:
         # Python ends a process by the signal itself, whatever was done about it, when the interrupt went through
         # code that a library had passed to exec(), as torch does. Everything of ours is closed by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _forget_stdout() -> None:
+    """Let what is still to be written to stdout, which nobody reads any more, vanish."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _with_json(command: click.Command, name: str) -> click.Command:
@@ -205,7 +221,7 @@ def _foreseen_errors() -> Iterator[None]:
     """Turn what a user can cause into a one-line failure; let everything else through as the bug it is."""
     try:
         yield
-    except (_Failure, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError):
+    except (_Failure, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError, BrokenPipeError):
         raise
     except (KeyboardInterrupt, EOFError, click.Abort) as error:
         raise _Failure("interrupted", 2) from error
@@ -226,6 +242,11 @@ def _foreseen_errors() -> Iterator[None]:
 
 def _sentence(error: Exception) -> str:
     """Say an error in words; an operating system's own error as `PATH: what is wrong`."""
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename is not None:
+        path = Path(os.fsdecode(error.filename))
+        blocking = next((at for at in (path, *path.parents) if at.exists() and not at.is_dir()), None)
+        if blocking is not None:
+            return f"{blocking} is no folder; expected a folder there: choose another path"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fspath(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__

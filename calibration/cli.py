@@ -10,6 +10,9 @@ import click
 __all__ = ["calibrate", "quantize"]
 
 _PATH = click.Path(path_type=Path)
+_DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run the model."
+)
 
 
 @click.command()
@@ -20,7 +23,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--save-inputs", type=_PATH, help="Keep the captured inputs here, to repeat the calibration exactly.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a prompt.  [default: the pipeline's own]")
 @click.option("--resolution", type=click.IntRange(16), help="Pixels of a side.  [default: the pipeline's own]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run.")
+@_DEVICE
 @click.option("--force", is_flag=True, help="Replace existing results.")
 def calibrate(
     source: str,
@@ -54,18 +57,25 @@ def calibrate(
 @click.argument("source")
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
 @click.option("--recipe", default="nvfp4-ptq", show_default=True, help="How to quantize.")
-@click.option("--calibration", type=_PATH, help="Maxima (.json) or captured inputs (.safetensors).")
+@click.option(
+    "--calibration",
+    type=_PATH,
+    multiple=True,
+    help="Maxima (.json; more than once to merge several) or captured inputs (.safetensors).",
+)
 @click.option("--modelopt-state", type=_PATH, help="A state of modelopt.torch.opt.save, in place of calibrating.")
 @click.option("--trust", is_flag=True, help="Read that state though it is a pickle and can run code.")
 @click.option("--force", is_flag=True, help="Replace an existing result.")
+@_DEVICE
 def quantize(
     source: str,
     output: Path,
     recipe: str,
-    calibration: Path | None,
+    calibration: tuple[Path, ...],
     modelopt_state: Path | None,
     trust: bool,
     force: bool,
+    device: str,
 ) -> dict[str, Any]:
     """Quantize a BF16 checkpoint to NVFP4 with ModelOpt.
 
@@ -76,10 +86,11 @@ def quantize(
     Example:
       fp4trt quantize digits -o digits-fp4
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration amax.json
+      fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration machine-1.json --calibration machine-2.json
     """
     from calibration.quantization import quantize as run
 
-    result = run(source, output, recipe, calibration, modelopt_state, trust, force)
+    result = run(source, output, recipe, calibration, modelopt_state, trust, force, device)
     cost = result["sharing_cost"]
     click.echo(
         f"quantized {result['quantized_linears']} linears ({result['recipe']}): "
@@ -87,7 +98,5 @@ def quantize(
     )
     text = f"one global scale for each of {result['groups']} groups costs: "
     text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"
-    if cost["output_own"] is not None:
-        text += f", output error {cost['output_own']:.2%} -> {cost['output_shared']:.2%}"
     click.echo(text)
     return result

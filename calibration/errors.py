@@ -11,6 +11,7 @@ __all__ = [
     "BadCheckpoint",
     "BadInputs",
     "OutputExists",
+    "TooLittleSpace",
     "UnknownFamily",
     "UnsupportedLinear",
     "Untrusted",
@@ -49,6 +50,12 @@ class UnsupportedLinear(ValueError):
 
 class OutputExists(ValueError):
     """The result would replace something that is already there."""
+
+    exit_code = 2
+
+
+class TooLittleSpace(ValueError):
+    """The result does not fit on its disk."""
 
     exit_code = 2
 

@@ -22,9 +22,16 @@ with warnings.catch_warnings():
         register_quant_backend,
     )
 
-__all__ = ["BACKEND", "mto", "mtq"]
+__all__ = ["NVFP4", "mto", "mtq"]
 
 BACKEND: Final = "fp4trt_nvfp4"
+
+NVFP4: Final = {
+    "num_bits": (2, 1),
+    "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
+    "backend": BACKEND,
+}
+"""Attributes of a quantizer."""
 
 logging.getLogger("modelopt").setLevel(logging.ERROR)
 

@@ -12,7 +12,7 @@ from torch import nn
 from calibration.errors import BadAmax, BadCheckpoint, Untrusted
 from calibration.modelopt_backend import mto
 
-__all__ = ["restore"]
+__all__ = ["maxima", "restore"]
 
 
 def restore(model: nn.Module, paths: Sequence[str], state: str | Path, trust: bool) -> nn.Module:
@@ -40,6 +40,15 @@ def restore(model: nn.Module, paths: Sequence[str], state: str | Path, trust: bo
         raise BadCheckpoint(f"{state} is not a ModelOpt state of this model ({reason})") from None
     _check_selection(model, paths, state)
     return model
+
+
+def maxima(model: nn.Module, paths: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return module path to amax of the inputs, and of the weights, of a restored model."""
+
+    def of(kind: str) -> dict[str, float]:
+        return {path: float(model.get_submodule(f"{path}.{kind}_quantizer").amax) for path in paths}  # type: ignore[arg-type]
+
+    return of("input"), of("weight")
 
 
 def _check_selection(model: nn.Module, paths: Sequence[str], state: str | Path) -> None:

@@ -26,6 +26,8 @@ __all__ = [
     "E2M1_MAX",
     "E2M1_VALUES",
     "E4M3_MAX",
+    "block_scales",
+    "codes_under",
     "dequantize",
     "dequantize_reference",
     "fake_quantize",
@@ -103,10 +105,14 @@ def dequantize_reference(
     return np.asarray(table[codes] * np.repeat(d, BLOCK_SIZE, axis=-1), np.float32)
 
 
+def block_scales(amax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the E4M3 scale of blocks with these largest magnitudes (FP32, any shape) under an FP32 global scale."""
+    return (amax / (E2M1_MAX * scale)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+
+
 def _block_scales(blocks: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """Return the E4M3 scale of every block; ``blocks`` FP32 [..., K / 16, 16], result [..., K / 16, 1]."""
-    wanted = blocks.abs().amax(dim=-1, keepdim=True) / (E2M1_MAX * g)
-    return wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    return block_scales(blocks.abs().amax(dim=-1, keepdim=True), g)
 
 
 def _scaled(blocks: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
@@ -130,12 +136,16 @@ def quantize(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.
     """
     blocks = _blocks(x)
     s8 = _block_scales(blocks, scale)
-    q = _scaled(blocks, s8.float() * scale)
+    return codes_under(blocks, s8.float() * scale).flatten(-2), s8.squeeze(-1)
+
+
+def codes_under(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """Return the codes, uint8 0..15, of FP32 values where one step is worth ``d`` (block scale times global scale)."""
+    q = _scaled(x, d)
     a = q.abs()
     # Three ramps, one per step size: under 2 (codes 0..4), 2..4 (two more), 4..6 (one more). Each difference is exact.
     code = (2 * a.clamp(max=2)).round() + (a - 2).clamp(0, 2).round() + ((a - 4) / 2).clamp(0, 1).round()
-    codes = code.to(torch.uint8) | (torch.signbit(q).to(torch.uint8) << 3)
-    return codes.flatten(-2), s8.squeeze(-1)
+    return code.to(torch.uint8) | (torch.signbit(q).to(torch.uint8) << 3)
 
 
 def dequantize(codes: torch.Tensor, block_scales: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

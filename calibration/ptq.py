@@ -11,22 +11,16 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 
 from calibration import nvfp4
 from calibration.errors import BadAmax
-from calibration.modelopt_backend import BACKEND, mtq
+from calibration.modelopt_backend import NVFP4, mtq
 
 __all__ = ["insert_quantizers", "measure_input_amax", "share_global_scales"]
-
-_NVFP4: Final = {
-    "num_bits": (2, 1),
-    "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
-    "backend": BACKEND,
-}
 
 Amax = dict[str, float]
 """Module path of a linear to the largest magnitude of its input."""
@@ -35,7 +29,7 @@ Amax = dict[str, float]
 def _quantize(model: nn.Module, quantizers: Iterable[str], forward: Any) -> None:
     """Insert ModelOpt's quantizers in place, enabled by name and nowhere else, and calibrate them by maximum."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    entries += [{"quantizer_name": name, "cfg": _NVFP4, "enable": True} for name in quantizers]
+    entries += [{"quantizer_name": name, "cfg": NVFP4, "enable": True} for name in quantizers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
         # No forward loop is how maxima from a file are used; ModelOpt warns that it calibrates weights only.
         warnings.filterwarnings("ignore", message=".*forward_loop.*")
@@ -79,6 +73,18 @@ def checked(amax: Mapping[str, Any], paths: Sequence[str]) -> Amax:
     return {path: float(amax[path]) for path in paths}
 
 
+def checked_weights(amax: Mapping[str, float]) -> Amax:
+    """Return the maxima of these linears' weights.
+
+    Raises:
+        BadAmax: a weight is all zeros, or so small or large that no FP32 global scale fits it, naming the linear.
+    """
+    for path, value in amax.items():
+        if not _gives_scale(value):
+            raise BadAmax(f"amax of the weight of {path} is {value}; expected finite weights that are not all zero")
+    return dict(amax)
+
+
 def _gives_scale(amax: float) -> bool:
     scale = float(nvfp4.global_scale(amax)) if math.isfinite(amax) else math.nan
     return 0 < scale < math.inf
@@ -94,11 +100,7 @@ def insert_quantizers(model: nn.Module, paths: Sequence[str], input_amax: Mappin
     for path in paths:
         linear: Any = model.get_submodule(path)
         linear.input_quantizer.amax = torch.tensor(input_amax[path])
-        weight_amax = _amax(linear.weight_quantizer)
-        if not _gives_scale(weight_amax):
-            raise BadAmax(
-                f"amax of the weight of {path} is {weight_amax}; expected finite weights that are not all zero"
-            )
+        checked_weights({path: _amax(linear.weight_quantizer)})
 
 
 def share_global_scales(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:

@@ -26,9 +26,11 @@ from calibration.errors import BadCheckpoint
 
 __all__ = [
     "DTYPE_BYTES",
+    "HeldTensor",
     "StoredTensor",
     "TensorPlan",
     "bytes_of",
+    "hold",
     "naming",
     "plan_of",
     "read_header",
@@ -60,7 +62,7 @@ _TORCH: Final = {
 }
 _ALIGNMENT: Final = 64
 _MAX_HEADER: Final = 100_000_000
-_CHUNK: Final = 1 << 22
+_CHUNK: Final = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,36 @@ class StoredTensor:
     offset: int
     nbytes: int
 
-    def bytes(self) -> npt.NDArray[np.uint8]:
-        """Read the tensor's bytes; nothing stays mapped."""
-        return np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
+    def bytes(self, begin: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
+        """Read the tensor's bytes from ``begin`` to ``end``; nothing stays mapped."""
+        count = (self.nbytes if end is None else end) - begin
+        return np.fromfile(self.file, np.uint8, count, offset=self.offset + begin)
 
     def tensor(self) -> torch.Tensor:
         """Read the tensor as torch has it; nothing stays mapped."""
         return torch.from_numpy(self.bytes()).view(_TORCH[self.dtype]).reshape(self.shape)
+
+    def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yield the tensor's bytes in order, a few MiB at a time."""
+        for begin in range(0, self.nbytes, _CHUNK):
+            yield self.bytes(begin, min(begin + _CHUNK, self.nbytes))
+
+
+@dataclass(frozen=True)
+class HeldTensor(StoredTensor):
+    """A tensor in memory, read as if it lay in a file."""
+
+    data: npt.NDArray[np.uint8]
+
+    def bytes(self, begin: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return the tensor's bytes from ``begin`` to ``end``."""
+        return self.data[begin:end]
+
+
+def hold(name: str, tensor: torch.Tensor) -> HeldTensor:
+    """Return a floating-point tensor as something that can be read."""
+    plan = plan_of(name, tensor)
+    return HeldTensor(Path(), plan.dtype, plan.shape, 0, plan.nbytes, bytes_of(tensor))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -148,15 +173,15 @@ def _stored(path: Path, data_start: int, entry: Mapping[str, Any]) -> StoredTens
 def write(
     path: Path,
     plan: Sequence[TensorPlan],
-    buffers: Iterable[tuple[str, npt.NDArray[np.uint8]]],
+    pieces: Iterable[tuple[str, npt.NDArray[np.uint8]]],
     metadata: Mapping[str, str],
 ) -> str:
-    """Write a safetensors file in exactly the planned order, synced to disk, one tensor in memory at a time.
+    """Write a safetensors file in exactly the planned order, synced to disk, one piece in memory at a time.
 
     Args:
         path: the file; the caller writes into a folder that is not final yet.
         plan: the tensors in file order; those with larger elements first keep every offset aligned.
-        buffers: (name, its bytes) in the same order.
+        pieces: (name, some of its bytes) in the same order; a tensor may come in several pieces, one after the other.
         metadata: for the header's ``__metadata__``.
 
     Returns:
@@ -166,12 +191,19 @@ def write(
     digest = hashlib.sha256(header)
     with naming(path), path.open("wb") as file:
         file.write(header)
-        for tensor, (name, data) in zip(plan, buffers, strict=True):
-            if name != tensor.name or data.nbytes != tensor.nbytes:
-                raise AssertionError(f"planned {tensor}, got {name} of {data.nbytes} bytes")
-            view = np.ascontiguousarray(data).reshape(-1).data
-            digest.update(view)
-            file.write(view)
+        given = iter(pieces)
+        for tensor in plan:
+            missing = tensor.nbytes
+            while missing:
+                name, data = next(given, ("nothing", np.empty(1, np.uint8)))
+                if name != tensor.name or not 0 < data.nbytes <= missing:
+                    raise AssertionError(f"planned {tensor}, {missing} bytes missing, got {name} of {data.nbytes}")
+                view = np.ascontiguousarray(data).reshape(-1).data
+                digest.update(view)
+                file.write(view)
+                missing -= data.nbytes
+        if (more := next(given, None)) is not None:
+            raise AssertionError(f"got {more[0]}, which is not planned")
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

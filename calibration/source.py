@@ -28,6 +28,7 @@ __all__ = [
     "load_source",
     "model_class",
     "refuse_other_shapes",
+    "refuse_quantized",
     "source_hashes",
     "tensors_of",
 ]
@@ -105,6 +106,8 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     names = load_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise BadCheckpoint(f"{index} has no weight_map of tensor names to file names; copy it again")
+    if outside := next((name for name in names.values() if Path(name).name != name or "\\" in name), None):
+        raise BadCheckpoint(f"{index} speaks of {outside!r}; expected the name of a file beside it: copy it again")
     return tuple(folder / name for name in sorted(set(names.values())))
 
 
@@ -153,8 +156,7 @@ def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
         UnknownFamily: the model is of no family of ours.
     """
     config = load_json(folder / "config.json")
-    if "quantization_config" in config:
-        raise BadCheckpoint(f"{folder} is quantized already; expected the BF16 checkpoint that it was made from")
+    refuse_quantized(folder, config)
     cls = model_class(family_of(config))
     stored = tensors_of(folder)
     with torch.device("meta"):
@@ -187,6 +189,16 @@ def finite_tensor(folder: Path, name: str, stored: StoredTensor) -> torch.Tensor
     if not value.isfinite().all():
         raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
     return value
+
+
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is not plain.
+
+    Raises:
+        BadCheckpoint: it is quantized already.
+    """
+    if "quantization_config" in config:
+        raise BadCheckpoint(f"{folder} is quantized already; expected the BF16 checkpoint that it was made from")
 
 
 def refuse_other_shapes(folder: Path, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:

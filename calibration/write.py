@@ -1,4 +1,4 @@
-"""Write a ModelOpt-quantized model as a checkpoint folder: each byte decided once, here."""
+"""Give a finished folder its name, replace only what fp4trt wrote, and go on where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import nn
+import click
 
-from calibration import nvfp4
-from calibration.checkpoint import MANIFEST, WEIGHTS, load_manifest
+from calibration.checkpoint import MANIFEST, load_manifest
 from calibration.errors import BadCheckpoint, OutputExists
-from calibration.safetensors_file import DTYPE_BYTES, TensorPlan, bytes_of, naming, plan_of, sha256_of, write
+from calibration.safetensors_file import naming, sha256_of
 from calibration.source import load_json
 
-__all__ = ["refuse_existing", "refuse_foreign", "replacing", "write_json", "write_weights"]
-
-GLOBAL_SCALES: Final = {"weight_scale_2": "weight_quantizer", "input_scale": "input_quantizer"}
-"""Name of a stored global scale to the quantizer that it comes from."""
+__all__ = ["note_progress", "progress_of", "refuse_existing", "refuse_foreign", "replacing", "write_json"]
 
 _DERIVED: Final = (
     "model.onnx",
@@ -38,12 +31,21 @@ _DERIVED: Final = (
 """What later stages, and the demo, write into a checkpoint's folder."""
 
 _MARK: Final = ".fp4trt-partial"
-"""Tells a folder that fp4trt left unfinished from one of the user's."""
+"""Tells a folder that fp4trt left unfinished from one of the user's; holds the identity of the result."""
+
+_PROGRESS: Final = ".fp4trt-progress.json"
 
 
 @contextlib.contextmanager
-def replacing(directory: Path, force: bool) -> Iterator[Path]:
-    """Give an empty ``DIR.partial`` to write into, which becomes ``DIR`` when nothing was raised, and goes otherwise.
+def replacing(directory: Path, force: bool, identity: str = "") -> Iterator[Path]:
+    """Give a ``DIR.partial`` to write into, which becomes ``DIR`` when nothing was raised, and goes otherwise.
+
+    Args:
+        directory: the result.
+        force: replace one that is there.
+        identity: what tells this result from any other, in one line. Whatever an earlier run of the same identity
+            left is given again, so that it can go on; and where this one fails, what it has finished (see
+            :func:`note_progress`) stays for the next. Empty: every run begins anew.
 
     Raises:
         OutputExists: as :func:`refuse_foreign`; or ``DIR.partial`` is there and is none of ours.
@@ -51,19 +53,39 @@ def replacing(directory: Path, force: bool) -> Iterator[Path]:
     refuse_foreign(directory, force)
     partial = directory.with_name(f"{directory.name}.partial")
     mark = partial / _MARK
-    if partial.exists() and not mark.exists():
+    if partial.exists() and not mark.is_file():
         raise OutputExists(
             f"{partial} is in the way and was not written by fp4trt; move it, or choose another --output"
         )
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    mark.touch()
+    if not (identity and mark.is_file() and mark.read_text(encoding="utf-8") == identity):
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    mark.write_text(identity, encoding="utf-8")
     try:
         yield partial
+        (partial / _PROGRESS).unlink(missing_ok=True)
         mark.unlink()
         _publish(partial, directory)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if (partial / _PROGRESS).exists():
+            click.echo(f"{partial} keeps what is finished: the same command goes on from there", err=True)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def note_progress(partial: Path, done: Mapping[str, Any]) -> None:
+    """Note what of a :func:`replacing` folder is finished and on disk: from now on it is kept if anything fails."""
+    beside = partial / f"{_PROGRESS}.partial"
+    write_json(beside, done)
+    os.replace(beside, partial / _PROGRESS)
+
+
+def progress_of(partial: Path) -> dict[str, Any]:
+    """Return what an earlier run of the same identity noted last; nothing where there was none."""
+    try:
+        return load_json(partial / _PROGRESS)
+    except BadCheckpoint:
+        return {}
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -74,6 +96,8 @@ def refuse_existing(path: Path, force: bool) -> None:
     """
     if path.is_dir():
         raise OutputExists(f"{path} is a folder; expected a file to write: choose another --output")
+    if path.exists() and not path.is_file():
+        raise OutputExists(f"{path} is not a regular file, which --force does not replace; choose another --output")
     if path.exists() and not force:
         raise OutputExists(f"{path} exists; choose another --output, or replace it with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,69 +159,3 @@ def write_json(path: Path, value: Mapping[str, Any]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return sha256_of(path)
-
-
-def write_weights(directory: Path, model: nn.Module, groups: Sequence[Sequence[str]]) -> dict[str, str]:
-    """Write the safetensors file of a model whose linears in ``groups`` carry calibrated NVFP4 quantizers.
-
-    Order of the bytes: 32-bit tensors, 16-bit tensors, then group by group in graph order the codes of its members and
-    their block scales. So every offset is a multiple of the element size, and a merged group's codes are one span.
-
-    Returns:
-        File name to SHA-256.
-    """
-    plain = _plain_tensors(model, {path for group in groups for path in group})
-    plan = _plan(model, plain, groups)
-    return {WEIGHTS: write(directory / WEIGHTS, plan, _buffers(model, plain, plan), {"format": "pt"})}
-
-
-def _plain_tensors(model: nn.Module, quantized: set[str]) -> dict[str, torch.Tensor]:
-    """Return what is stored as it is: everything but ModelOpt's own state and the quantized weights."""
-    return {
-        name: value
-        for name, value in model.state_dict().items()
-        if not _belongs_to_quantizer(name) and name.removesuffix(".weight") not in quantized
-    }
-
-
-def _plan(model: nn.Module, plain: Mapping[str, torch.Tensor], groups: Sequence[Sequence[str]]) -> list[TensorPlan]:
-    plan = [TensorPlan(f"{path}.{kind}", "F32", ()) for kind in GLOBAL_SCALES for group in groups for path in group]
-    plan += [plan_of(name, value) for name, value in plain.items()]
-    plan.sort(key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
-    for group in groups:
-        shapes = {path: tuple(model.get_parameter(f"{path}.weight").shape) for path in group}
-        plan += [TensorPlan(f"{path}.weight", "U8", (n, k // 2)) for path, (n, k) in shapes.items()]
-        plan += [
-            TensorPlan(f"{path}.weight_scale", "F8_E4M3", (n, k // nvfp4.BLOCK_SIZE)) for path, (n, k) in shapes.items()
-        ]
-    return plan
-
-
-def _belongs_to_quantizer(name: str) -> bool:
-    return any(part.endswith("_quantizer") for part in name.split("."))
-
-
-def _buffers(
-    model: nn.Module, plain: Mapping[str, torch.Tensor], plan: Sequence[TensorPlan]
-) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
-    """Yield every planned tensor's bytes; a group's block scales wait while its codes are written."""
-    scales: dict[str, torch.Tensor] = {}
-    for tensor in plan:
-        path, _, kind = tensor.name.rpartition(".")
-        if tensor.name in plain:
-            value = plain[tensor.name]
-        elif kind in GLOBAL_SCALES:
-            value = _global_scale(model, path, GLOBAL_SCALES[kind])
-        elif kind == "weight":
-            codes, scales[path] = nvfp4.quantize(
-                model.get_parameter(tensor.name), _global_scale(model, path, "weight_quantizer")
-            )
-            value = nvfp4.pack_codes(codes)
-        else:
-            value = scales.pop(path)
-        yield tensor.name, bytes_of(value)
-
-
-def _global_scale(model: nn.Module, path: str, quantizer: str) -> torch.Tensor:
-    amax: Any = model.get_submodule(f"{path}.{quantizer}").amax
-    return nvfp4.global_scale(amax.float())

@@ -25,14 +25,19 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--scale-dtype",
     type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Of the dequantized block scales; float32 equals fake quantization bit for bit.",
+    help="Of the dequantized block scales; float32 equals fake quantization bit for bit.  [default: float32]",
 )
 @click.option("--copy-weights", is_flag=True, help="Copy the weights beside the graph instead of pointing at them.")
+@click.option("--allow-slow", is_flag=True, help="Of a THEIRS.onnx, let pass what only loses FP4 speed.")
 @click.option("--force", is_flag=True, help="Replace an existing graph.")
 def export(
-    source: Path, output: Path | None, precision: str, scale_dtype: str, copy_weights: bool, force: bool
+    source: Path,
+    output: Path | None,
+    precision: str,
+    scale_dtype: str | None,
+    copy_weights: bool,
+    allow_slow: bool,
+    force: bool,
 ) -> dict[str, Any]:
     """Export a checkpoint, or a graph with FP4 placeholders, as an opset-23 ONNX graph for TensorRT.
 
@@ -47,11 +52,13 @@ def export(
       fp4trt export theirs.onnx -o ours
     """
     if source.is_file() or source.suffix == ".onnx":
-        if precision != "nvfp4" or scale_dtype != "float32" or copy_weights:
+        if precision != "nvfp4" or scale_dtype is not None or copy_weights:
             raise click.UsageError("--precision, --scale-dtype and --copy-weights are for checkpoints, not for a graph")
         if output is None:
             raise click.UsageError(f"{source} is a graph; name the one to write with --output")
-        return _export_graph(source, output, force)
+        return _export_graph(source, output, force, allow_slow)
+    if allow_slow:
+        raise click.UsageError("--allow-slow is for a graph of other origin, not for a checkpoint")
     return _export_checkpoint(source, output, scale_dtype, copy_weights, force, precision)
 
 
@@ -67,14 +74,16 @@ def _export_checkpoint(source: Path, output: Path | None, *options: Any) -> dict
     return result
 
 
-def _export_graph(source: Path, output: Path, force: bool) -> dict[str, Any]:
+def _export_graph(source: Path, output: Path, force: bool, allow_slow: bool) -> dict[str, Any]:
     from exporter.placeholders import export_graph
 
-    result = export_graph(source, output, force)
+    result = export_graph(source, output, force, allow_slow)
     if result["declared_opset"] != result["opset"]:
         click.echo(
             f"raised opset {result['declared_opset']} to {result['opset']}: every operator means the same in both"
         )
+    for line in result["allowed"]:
+        click.echo(f"allowed: {line}")
     quantizers = result["activation_quantizers"]
     click.echo(
         f"packed {len(result['quantized_weights'])} weights to NVFP4; "

@@ -16,12 +16,12 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from calibration.bfloat16 import pieces_of
 from calibration.safetensors_file import StoredTensor, naming
 from exporter.errors import BadGraph
-from exporter.plain_checkpoint import bfloat16_chunks
-from onnx_functions.linting import require_clean
 
 __all__ = [
+    "Accept",
     "Chunks",
     "bind",
     "data_file",
@@ -34,6 +34,9 @@ __all__ = [
 
 Chunks = Callable[[], Iterable[npt.NDArray[np.uint8]]]
 """Gives a tensor's bytes, in as many pieces as it likes."""
+
+Accept = Callable[[Path], list[str]]
+"""Judges a graph that is written and has not its name yet: raises, or returns what it let pass."""
 
 _ELEMENT_TYPES: Final = {
     ir.DataType.FLOAT4E2M1: "U8",
@@ -128,25 +131,28 @@ def must_copy(tensors: Mapping[str, StoredTensor], directory: Path) -> str | Non
     return None
 
 
-def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path) -> None:
-    """Write a graph whose weights are the checkpoint's own bytes; it gets its name once onnx and the lint accept it."""
+def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, accept: Accept) -> None:
+    """Write a graph whose weights are the checkpoint's own bytes; it gets its name once it is accepted."""
     bind(model, tensors, path.parent)
     # The partial graph stands in the same folder as the final one, so that its relative locations hold.
     partial = path.with_name(f"{path.name}.partial")
     try:
-        _write_checked(model, partial)
+        _write_checked(model, partial, accept)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, rounded: bool = False) -> None:
+def save_with_copies(
+    model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, accept: Accept, rounded: bool = False
+) -> None:
     """Write a graph and, in ``NAME.onnx.data``, a copy of its weights.
 
     Args:
         model: its weights have no values yet.
         tensors: the checkpoint's.
         path: the graph.
+        accept: as :func:`save_self_contained`.
         rounded: round what is stored in FP32 or FP16 to BF16 where the graph has BF16.
 
     Raises:
@@ -156,23 +162,31 @@ def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path:
     for name, value in _weights(model).items():
         stored = tensors.get(name)
         if rounded and stored and value.dtype == ir.DataType.BFLOAT16:
-            contents[name] = functools.partial(bfloat16_chunks, stored)
+            contents[name] = functools.partial(_rounded, stored)
         else:
             contents[name] = functools.partial(_whole, _required(name, value, tensors))
-    save_self_contained(model, contents, path)
+    save_self_contained(model, contents, path, accept)
+
+
+def _rounded(stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
+    return (piece.view(np.uint8) for piece in pieces_of(stored))
 
 
 def _whole(stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
     return (stored.bytes(),)
 
 
-def save_self_contained(model: ir.Model, contents: Mapping[str, Chunks], path: Path) -> None:
+def save_self_contained(model: ir.Model, contents: Mapping[str, Chunks], path: Path, accept: Accept) -> list[str]:
     """Write a graph and, in ``NAME.onnx.data``, the named initializers, one piece in memory at a time.
 
     Args:
         model: its initializers in ``contents`` become external; the others stay in the graph.
         contents: initializer to its bytes, asked for once each, in this order.
-        path: the graph; both files appear under their names when they are whole and onnx has checked them.
+        path: the graph; both files appear under their names when they are whole and accepted.
+        accept: asked about the graph once onnx has checked it.
+
+    Returns:
+        What ``accept`` let pass.
     """
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.partial-", dir=path.parent) as folder:
         partial = Path(folder)
@@ -181,9 +195,10 @@ def save_self_contained(model: ir.Model, contents: Mapping[str, Chunks], path: P
             value = model.graph.initializers[name]
             assert length == _nbytes(value), f"{name} needs {_nbytes(value)} bytes, {length} were written"
             _point(value, data, offset, partial)
-        _write_checked(model, partial / path.name)
+        passed = _write_checked(model, partial / path.name, accept)
         os.replace(data, data_file(path))
         os.replace(partial / path.name, path)
+    return passed
 
 
 def data_file(path: Path) -> Path:
@@ -206,10 +221,10 @@ def _write_data(data: Path, contents: Mapping[str, Chunks]) -> dict[str, tuple[i
     return spans
 
 
-def _write_checked(model: ir.Model, path: Path) -> None:
+def _write_checked(model: ir.Model, path: Path, accept: Accept) -> list[str]:
     with naming(path), path.open("wb") as file:
         file.write(ir.to_proto(model).SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())
     onnx.checker.check_model(path, full_check=True)
-    require_clean(path)  # a finding is a mistake of the exporter's, or of the checkpoint's data
+    return accept(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from calibration.source import BUILT_IN, find_source
 from calibration.write import refuse_existing
 from exporter import external_weights, plain_checkpoint
 from exporter.errors import BadGraph, WrongPrecision
+from exporter.lint_gate import passed_lint
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
@@ -35,7 +37,7 @@ IR_VERSION = 11
 def export(
     directory: str | Path,
     output: str | Path | None = None,
-    scale_dtype: ScaleDtype = "float32",
+    scale_dtype: ScaleDtype | None = None,
     copy_weights: bool = False,
     force: bool = False,
     precision: Precision = "nvfp4",
@@ -46,8 +48,8 @@ def export(
         directory: the checkpoint; with ``bf16`` whatever :func:`calibration.source.find_source` takes.
         output: the graph, or a folder for ``model.onnx``; default ``DIRECTORY/model.onnx``, whose initializers point
             into the checkpoint's safetensors.
-        scale_dtype: ``float32`` computes what fake quantization computes, bit for bit; ``bfloat16`` needs no Casts and
-            rounds each block's scale to BF16.
+        scale_dtype: ``float32``, the default, computes what fake quantization computes, bit for bit; ``bfloat16`` needs
+            no Casts and rounds each block's scale to BF16. Not for ``bf16``, which has no block scales.
         copy_weights: copy the weights into ``NAME.onnx.data``; implied where the graph cannot point at them.
         force: replace an existing graph.
         precision: ``nvfp4`` takes a quantized checkpoint, ``bf16`` a plain one.
@@ -57,7 +59,7 @@ def export(
 
     Raises:
         BadCheckpoint: the folder is no such checkpoint.
-        WrongPrecision: it is a checkpoint of the other kind.
+        WrongPrecision: it is a checkpoint of the other kind, or the scale dtype is of no use.
         BadGraph, OutputExists: naming what is wrong.
         LintError: the graph would not be built right; nothing is written.
     """
@@ -65,8 +67,10 @@ def export(
         ("scale dtype", scale_dtype, get_args(ScaleDtype)),
         ("precision", precision, get_args(Precision)),
     ):
-        if given not in known:
+        if given is not None and given not in known:
             raise BadGraph(f"there is no {what} '{given}'; choose one of: {', '.join(known)}")
+    if precision == "bf16" and scale_dtype is not None:
+        raise WrongPrecision(f"--scale-dtype {scale_dtype} is of block scales, which a bf16 graph has none of; drop it")
     checkpoint = _open(directory, precision)
     if output is None and not Path(directory).is_dir():
         raise BadGraph(f"{directory} is no folder that a graph could be written into; name one with --output")
@@ -78,14 +82,14 @@ def export(
     with external_weights.folder_for(path):
         for result in (path, external_weights.data_file(path))[: 2 if copies else 1]:
             refuse_existing(result, force)
-        nodes = _write(checkpoint, path, scale_dtype, copies)
+        nodes = _write(checkpoint, path, scale_dtype or "float32", copies)
     return {
         "onnx": str(path.resolve()),
         "opset": OPSET,
         "precision": precision,
         "nodes": nodes,
         "quantized_linears": len(checkpoint.quantized),
-        "scale_dtype": scale_dtype,
+        "scale_dtype": None if precision == "bf16" else scale_dtype or "float32",
         "onnx_bytes": path.stat().st_size,
         "copied_weights": copies,
         "copied_because": "--copy-weights" if copy_weights else reason,
@@ -97,10 +101,12 @@ def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: 
     # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
     with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
         model = graph_of(checkpoint, group_leaders(checkpoint), scale_dtype, bar.update)
+        # A finding, even a slow one, is a mistake of this room's, or of the checkpoint's data.
+        accept = functools.partial(passed_lint, source=checkpoint.directory)
         if copies:
-            external_weights.save_with_copies(model, checkpoint.tensors, path, rounded=not checkpoint.quantized)
+            external_weights.save_with_copies(model, checkpoint.tensors, path, accept, rounded=not checkpoint.quantized)
         else:
-            external_weights.save_pointing(model, checkpoint.tensors, path)
+            external_weights.save_pointing(model, checkpoint.tensors, path, accept)
         bar.update(10)
     return len(model.graph)
 

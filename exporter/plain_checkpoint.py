@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from calibration.bfloat16 import largest_magnitude, pieces_of, refuse_other_types
 from calibration.checkpoint import Checkpoint
 from calibration.errors import BadCheckpoint
-from calibration.safetensors_file import DTYPE_BYTES, StoredTensor
+from calibration.safetensors_file import StoredTensor
 from calibration.source import find_source, load_json, model_class, refuse_other_shapes, tensors_of
 from exporter.errors import WrongPrecision
 
-__all__ = ["bfloat16_chunks", "is_plain", "must_round", "read"]
-
-_CHUNK: Final = 1 << 22
-"""Elements that are converted or checked at a time: 16 MiB in FP32."""
-
-_TORCH: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+__all__ = ["is_plain", "must_round", "read"]
 
 
 def is_plain(folder: Path) -> bool:
@@ -60,30 +52,12 @@ def read(source: str | Path) -> Checkpoint:
 
 
 def _refuse_unusable(name: str, stored: StoredTensor) -> None:
-    if stored.dtype not in _TORCH:
-        raise BadCheckpoint(f"{name} is stored as {stored.dtype}; expected one of: {', '.join(_TORCH)}")
-    for chunk in _chunks(stored):
-        if not chunk.isfinite().all():
-            raise BadCheckpoint(f"{stored.file}: {name} holds NaN or infinite values; expected finite weights")
+    refuse_other_types(name, stored)
+    if any(largest_magnitude(piece) is None for piece in pieces_of(stored)):
+        raise BadCheckpoint(f"{stored.file}: {name} holds NaN or infinite values; expected finite weights")
 
 
 def must_round(checkpoint: Checkpoint) -> str | None:
     """Return why a BF16 graph cannot point at a checkpoint's weights, or None."""
     others = sorted({tensor.dtype for tensor in checkpoint.tensors.values()} - {"BF16"})
     return f"weights stored as {', '.join(others)} are rounded to BF16" if others else None
-
-
-def bfloat16_chunks(stored: StoredTensor) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yield a stored tensor's bytes in BF16, rounded to nearest even, a few MiB at a time."""
-    for chunk in _chunks(stored):
-        yield chunk.to(torch.bfloat16).view(torch.uint8).numpy()
-
-
-def _chunks(stored: StoredTensor) -> Iterator[torch.Tensor]:
-    """Yield a tensor's elements in pieces, flat; nothing stays mapped."""
-    size = DTYPE_BYTES[stored.dtype]
-    step = _CHUNK * size
-    for begin in range(0, stored.nbytes, step):
-        count = min(step, stored.nbytes - begin)
-        piece = np.fromfile(stored.file, np.uint8, count, offset=stored.offset + begin)
-        yield torch.from_numpy(piece).view(_TORCH[stored.dtype])

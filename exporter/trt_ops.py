@@ -20,13 +20,15 @@ from onnxscript import opset23 as op
 from onnxscript import values
 from torch import nn
 
-__all__ = ["ACTIVATION_PLACEHOLDER", "DOMAIN", "WEIGHT_PLACEHOLDER", "TracedLinear", "translations"]
+__all__ = ["ACTIVATION_PLACEHOLDER", "DOMAIN", "QUANTIZER", "WEIGHT_PLACEHOLDER", "TracedLinear", "translations"]
 
 DOMAIN: Final = "trt"
 WEIGHT_PLACEHOLDER: Final = "TRT_FP4QDQ"
 """NVIDIA's name for a weight that is to be stored in FP4."""
 ACTIVATION_PLACEHOLDER: Final = "TRT_FP4DynamicQDQ"
 """Ours, for an activation: names the linear whose scale it takes. No graph that we write holds it."""
+QUANTIZER: Final = "TRT_FP4DynamicQuantize"
+"""TensorRT's quantizer of an activation: codes and block scales out."""
 
 
 @torch.library.custom_op("fp4trt::fp4_dynamic_qdq", mutates_args=())

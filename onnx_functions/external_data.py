@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto, external_data_helper
 
 from onnx_functions.errors import BadGraph
+from onnx_functions.file_input import what_it_lacks
 
 __all__ = ["BITS", "BadSpan", "Span", "array_of", "load_graph", "nbytes_of", "span_of", "type_name"]
 
@@ -75,7 +76,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
         BadGraph: the file is missing or no ONNX model.
     """
     if not path.is_file():
-        raise BadGraph(f"{path} does not exist; expected an ONNX file: run fp4trt export first")
+        raise BadGraph(f"{path} {what_it_lacks(path)}; expected an ONNX file: run fp4trt export first")
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises types of its own, by version

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
+from onnx_functions.file_input import what_it_lacks
 from onnx_functions.json_file import object_of, read_object, strings
 from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4
@@ -37,9 +38,11 @@ def describe(artifact: str | Path) -> dict[str, Any]:
     if path.is_dir():
         return _checkpoint(path)
     if not path.is_file():
-        raise UnknownArtifact(f"{path} does not exist; expected a checkpoint folder, an ONNX file or an engine")
-    if path.suffix == ".onnx":
+        raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected a checkpoint folder, an ONNX file or an engine")
+    if path.suffix.lower() == ".onnx":
         return _onnx(path)
+    if path.suffix == ".engine" and not path.with_suffix(".json").is_file():
+        raise UnknownArtifact(f"{path} has no {path.stem}.json beside it, which says what is in it; copy that too")
     if path.suffix in (".json", ".engine"):
         return _engine(path.with_suffix(".json"))
     raise UnknownArtifact(f"{path} is nothing fp4trt knows; expected a checkpoint folder, an ONNX file or an engine")
@@ -54,7 +57,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     config = read_object(folder / "config.json")
     manifest = read_checkpoint_manifest(folder)
     tensors = tensors_in_folder(folder)
-    linears = list(_stored_linears(tensors))
+    missing = _missing_scales(tensors)
+    linears = list(_stored_linears(tensors, missing))
     found = {linear.path: linear.format for linear in linears}
     quantized = any(is_fp4(kind) for kind in found.values())
     return {
@@ -64,28 +68,45 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": manifest.recipe if manifest else None,
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "tensors": len(tensors),
-        "promise": compare({"nvfp4": manifest.nvfp4}, found) if manifest else None,
+        "promise": compare({"nvfp4": manifest.nvfp4}, found, missing) if manifest else None,
         **coverage(linears, manifest.groups if manifest else ()),
         "versions": manifest.versions if manifest else {},
         "onnx": str((folder / "model.onnx").resolve()) if (folder / "model.onnx").is_file() else None,
     }
 
 
-def _stored_linears(tensors: Mapping[str, HeldTensor]) -> Iterator[StoredLinear]:
-    """Yield the matrices among a checkpoint's tensors."""
+def _stored_linears(tensors: Mapping[str, HeldTensor], missing: Mapping[str, str]) -> Iterator[StoredLinear]:
+    """Yield the matrices among a checkpoint's tensors; codes without their scales are but bytes."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or len(tensor.shape) != 2:
             continue
-        packed = tensor.dtype == "U8" and f"{path}.weight_scale" in tensors
+        packed = tensor.dtype == "U8" and path not in missing
         scales = [tensors[f"{path}.{s}"] for s in ("weight_scale", "weight_scale_2") if f"{path}.{s}" in tensors]
         rows, columns = tensor.shape
         yield StoredLinear(
             path,
-            FORMAT_OF.get(tensor.dtype, tensor.dtype.lower()),
+            tensor.dtype.lower() if path in missing else FORMAT_OF.get(tensor.dtype, tensor.dtype.lower()),
             (rows, columns * 2 if packed else columns),
             tensor.nbytes + sum(scale.nbytes for scale in scales),
         )
+
+
+def _missing_scales(tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
+    """Return the linears that are stored as bytes without the scales that make them NVFP4, and what is wrong."""
+    missing: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype != "U8" or len(tensor.shape) != 2 or not name.endswith(".weight"):
+            continue
+        rows, half = tensor.shape
+        wanted = {f"{name}_scale": ("F8_E4M3", (rows, half // 8)), f"{name}_scale_2": ("F32", ())}
+        for scale, (dtype, shape) in wanted.items():
+            held = tensors.get(scale)
+            if held is None or (held.dtype, held.shape) != (dtype, shape):
+                found = f"{held.dtype} {list(held.shape)}" if held else "missing"
+                reason = f"{scale} is {found}, expected {dtype} {list(shape)}"
+                missing.setdefault(name.removesuffix(".weight"), reason)
+    return missing
 
 
 def _onnx(path: Path) -> dict[str, Any]:
@@ -102,9 +123,9 @@ def _engine(path: Path) -> dict[str, Any]:
         linears, covered, _ = (int(manifest.get(key) or 0) for key in _COUNTS)
         kernels = _engine_linears(manifest)
         promise = _engine_promise(manifest, {linear.path: linear.format for linear in kernels})
-    except (TypeError, ValueError) as error:
+        engine = path.with_name(str(manifest.get("engine", path.with_suffix(".engine").name)))
+    except (TypeError, ValueError, OverflowError) as error:
         raise UnknownArtifact(f"{path} is a damaged manifest of an engine ({error}); build again") from None
-    engine = path.with_name(str(manifest.get("engine", path.with_suffix(".engine").name)))
     return {
         **manifest,
         "kind": "engine",

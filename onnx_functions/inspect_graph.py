@@ -1,4 +1,7 @@
-"""What an ONNX graph is, by its own pattern: every product with a constant matrix is a linear, promised or not."""
+"""What an ONNX graph is, by its own pattern: every product with a constant matrix is a linear, promised or not.
+
+Those in the bodies of If, Loop and Scan count too.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, type_na
 from onnx_functions.linears import declared_groups, promised_linears
 from onnx_functions.linting.subject import Subject, WeightChain, integer
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage
+from onnx_functions.subgraphs import lay_open
 
 __all__ = ["describe_graph"]
 
@@ -39,18 +43,21 @@ def describe_graph(path: Path) -> dict[str, Any]:
     Raises:
         BadGraph: it cannot be read, its external data make no sense, or its promise is no JSON of lists.
     """
-    subject = Subject(path, load_graph(path))
+    loaded = load_graph(path)
+    lay_open(loaded.graph)
+    subject = Subject(path, loaded)
     model, metadata = subject.model, subject.metadata
     present, missing = _files(subject)
     sizes = {name: nbytes_of(tensor) for name, tensor in subject.constants.items()}
     found = list(_linears(subject, sizes))
     groups = _groups(found)
+    covered = coverage([item.linear for item in found], groups)
     return {
         "kind": "onnx",
         "path": str(path.resolve()),
         "family": metadata.get("fp4trt.family"),
         "recipe": metadata.get("fp4trt.recipe"),
-        "scale_dtype": metadata.get("fp4trt.scale_dtype"),
+        "scale_dtype": metadata.get("fp4trt.scale_dtype") if covered["fp4_linears"] else None,
         "producer": model.producer_name or None,
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "nodes": len(model.graph.node),
@@ -62,7 +69,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         "activation_quantizers": len(subject.activations),
         "placeholders": _placeholders(subject),
         "promise": _promise(subject, found, groups),
-        **coverage([item.linear for item in found], groups),
+        **covered,
     }
 
 

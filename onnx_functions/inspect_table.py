@@ -72,7 +72,7 @@ def _group_lines(groups: Iterable[Iterable[str]]) -> Iterator[str]:
 
 def _verdict_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the reader has to know: placeholders that are left, and where a promise is not kept."""
-    left = found.get("placeholders")
+    left = found.get("placeholders") if found["kind"] == "onnx" else None
     if left:
         marked = f"{left['weights']} weights and {left['activations']} activations are placeholders, not FP4 yet"
         yield f"  {marked}; next: {left['next'] or 'mark weights with TRT_FP4QDQ too, then fp4trt export'}"

@@ -16,7 +16,7 @@ from typing import Any, Final
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.json_file import object_of, read_object, strings_by_name
 
-__all__ = ["HeldTensor", "tensors_in_folder"]
+__all__ = ["HeldTensor", "tensors_in_file", "tensors_in_folder"]
 
 _STEM: Final = "diffusion_pytorch_model"
 _LONGEST_HEADER: Final = 100_000_000
@@ -30,11 +30,12 @@ _BITS: Final = {
 
 @dataclass(frozen=True)
 class HeldTensor:
-    """A tensor of a safetensors file; `dtype` by its safetensors name, such as F8_E4M3."""
+    """A tensor of a safetensors file: `dtype` by its name there, such as F8_E4M3; `offset` from the file's begin."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
@@ -44,17 +45,34 @@ def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
         UnknownArtifact: a file is missing, damaged, shorter than its header says, or no safetensors file.
     """
     index = folder / f"{_STEM}.safetensors.index.json"
-    files = [folder / f"{_STEM}.safetensors"]
     if index.is_file():
         try:
             shards = strings_by_name(read_object(index).get("weight_map"), "weight_map")
         except TypeError as error:
             raise UnknownArtifact(f"{index} is no index of safetensors files ({error}); copy it again") from None
-        files = [folder / name for name in sorted(set(shards.values()))]
-    return {name: tensor for file in files for name, tensor in _header(file).items()}
+        files = [_shard(index, name) for name in sorted(set(shards.values()))]
+        tensors = {name: tensor for file in files for name, tensor in tensors_in_file(file).items()}
+        absent = next((name for name in shards if name not in tensors), None)
+        if absent is not None:
+            raise UnknownArtifact(f"{index} speaks of {absent}, which no shard holds; copy the shards again")
+        if not shards:
+            raise UnknownArtifact(f"{index} speaks of no tensor; copy it again")
+        return tensors
+    return tensors_in_file(folder / f"{_STEM}.safetensors")
 
 
-def _header(path: Path) -> dict[str, HeldTensor]:
+def _shard(index: Path, name: str) -> Path:
+    if Path(name).name != name or "\\" in name:
+        raise UnknownArtifact(f"{index} speaks of {name!r}; expected the name of a file beside it: copy it again")
+    return index.with_name(name)
+
+
+def tensors_in_file(path: Path) -> dict[str, HeldTensor]:
+    """Return the tensors of one safetensors file.
+
+    Raises:
+        UnknownArtifact: the file is missing, damaged, shorter than its header says, or no safetensors file.
+    """
     if not path.is_file():
         raise UnknownArtifact(f"{path} does not exist; expected the weights of a diffusers checkpoint there")
     size = path.stat().st_size
@@ -65,20 +83,24 @@ def _header(path: Path) -> dict[str, HeldTensor]:
             raise UnknownArtifact(f"{path} is no safetensors file ({size} bytes); copy it again")
         try:
             entries = object_of(json.loads(file.read(length)), "it")
-            return {name: _held(entry, size - 8 - length) for name, entry in entries.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return {name: _held(entry, 8 + length, size) for name, entry in entries.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UnknownArtifact(f"{path} has a damaged safetensors header ({error}); copy it again") from None
         except EOFError as error:
             raise UnknownArtifact(f"{path} is cut short: {error}; copy it again") from None
 
 
-def _held(entry: Any, available: int) -> HeldTensor:
-    """Return what a header says of one tensor, `available` bytes of data being in the file."""
+def _held(entry: Any, start: int, size: int) -> HeldTensor:
+    """Return what a header says of one tensor; the file's data begin at byte `start` and end at `size`."""
     begin, end = (int(n) for n in entry["data_offsets"])
     dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
     bits = _BITS.get(dtype)
-    if not 0 <= begin <= end or (bits is not None and math.prod(shape) * bits != 8 * (end - begin)):
+    if (
+        not 0 <= begin <= end
+        or min(shape, default=0) < 0
+        or (bits is not None and math.prod(shape) * bits != 8 * (end - begin))
+    ):
         raise ValueError(f"bytes {begin} to {end} for {dtype} {list(shape)}")
-    if end > available:
-        raise EOFError(f"it holds {available} bytes of data, its header speaks of {end}")
-    return HeldTensor(dtype, shape, end - begin)
+    if start + end > size:
+        raise EOFError(f"it holds {size - start} bytes of data, its header speaks of {end}")
+    return HeldTensor(dtype, shape, end - begin, start + begin)

@@ -14,6 +14,7 @@ import onnx
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.external_data import Span, load_graph, span_of
+from onnx_functions.file_input import what_it_lacks
 from onnx_functions.linears import QUANTIZER, declared_symbols, metadata_of, promised_linears
 from trt_build.errors import BadModelError
 from trt_build.profiles import InputShape
@@ -169,7 +170,7 @@ def read_graph(path: Path) -> Graph:
         if not path.is_file():
             raise BadModelError(f"{path.parent} holds no model.onnx; write one with fp4trt export {path.parent}")
     if not path.is_file():
-        raise BadModelError(f"{path} does not exist; give an ONNX file or a directory that holds model.onnx")
+        raise BadModelError(f"{path} {what_it_lacks(path)}; give an ONNX file or a directory that holds model.onnx")
     try:
         return Graph(path, load_graph(path))
     except BadGraph as error:

@@ -104,6 +104,8 @@ def check_output(engine: Path, graph: Graph, *, force: bool) -> None:
     """
     if engine.suffix == ".json" or engine.is_dir():
         raise OutputExistsError(f"{engine} cannot be an engine; name a file such as rtx5090.engine")
+    if engine.exists() and not engine.is_file():
+        raise OutputExistsError(f"{engine} is not a regular file, which --force does not replace; name another file")
     if engine.exists() and any(
         path.samefile(engine) for path in (graph.path, *{piece.file for piece in graph.external_ranges})
     ):

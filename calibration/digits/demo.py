@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -24,6 +25,10 @@ __all__ = ["demo", "table"]
 
 GRID: Final = "digits.png"
 SUMMARY: Final = "demo.json"
+
+_PATIENCE_SECONDS: Final = 3.0
+_INTERRUPTED: Final = 2
+"""The status of a command that Ctrl-C ended."""
 
 EVALUATION_SEED: Final = 1000
 """Of the starting noise; calibration takes seeds 0 to 3."""
@@ -88,11 +93,33 @@ def _run(*arguments: str, may_fail: bool = False) -> dict[str, Any]:
     click.echo(f"$ fp4trt {' '.join(arguments)}")
     sys.stdout.flush()
     command = [sys.executable, "-m", "fp4trt", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, encoding="utf-8")
-    if done.returncode and not (may_fail and done.returncode == 1 and done.stdout.strip()):
-        raise StageFailed(f"its stage {arguments[0]} ended with status {done.returncode}", done.returncode)
-    result: dict[str, Any] = json.loads(done.stdout)
+    status, printed = _completed(command)
+    if status and not (may_fail and status == 1 and printed.strip()):
+        raise StageFailed(f"its stage {arguments[0]} ended with status {status}", status)
+    result: dict[str, Any] = json.loads(printed)
     return result
+
+
+def _completed(command: list[str]) -> tuple[int, str]:
+    """Run a stage to its end; return its status and what it printed.
+
+    Raises:
+        click.exceptions.Exit: Ctrl-C ended the stage, which has said so itself.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as stage:
+        try:
+            printed, _ = stage.communicate()
+        except KeyboardInterrupt:
+            # A terminal interrupts the stage too. Only where it was not, it has to hear of it from here.
+            try:
+                stage.wait(_PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                stage.terminate() if sys.platform == "win32" else stage.send_signal(signal.SIGINT)
+                stage.wait()
+            if stage.returncode == _INTERRUPTED:
+                raise click.exceptions.Exit(_INTERRUPTED) from None
+            raise
+        return stage.returncode, printed
 
 
 def _measure(directory: Path, images: int) -> dict[str, Any]:

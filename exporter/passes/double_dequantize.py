@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -10,7 +9,8 @@ from typing import Final, Literal
 import onnx_ir as ir
 
 from exporter.errors import BadGraph
-from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, WEIGHT_PLACEHOLDER
+from exporter.naming import FreeNames, name_of
+from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
 
 __all__ = ["BLOCK_SIZE", "QuantizedWeight", "ScaleDtype", "double_dequantize"]
 
@@ -86,12 +86,10 @@ class _Rewrite:
     chains: dict[tuple[str, int], ir.Value] = field(default_factory=dict)
     weights: dict[ir.Value, tuple[QuantizedWeight, ir.Value]] = field(default_factory=dict)
     made: dict[str, ir.Value] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)
+    names: FreeNames = field(init=False)
 
     def __post_init__(self) -> None:
-        outputs = (value for node in self.graph for value in node.outputs)
-        values = (*self.graph.inputs, *self.graph.initializers.values(), *outputs)
-        self.taken |= {str(value.name) for value in values}
+        self.names = FreeNames(self.graph)
 
     def weight(self, node: ir.Node) -> None:
         """Replace a weight's placeholder, by a chain that exists already where another one reads the same weight."""
@@ -107,7 +105,7 @@ class _Rewrite:
         name = weight.name
         if all(user.op_type == WEIGHT_PLACEHOLDER for user, _ in weight.uses()) and not weight.is_graph_output():
             del self.graph.initializers[name]
-            self.taken.discard(name)
+            self.names.give_back(name)
         else:
             name = f"{name}_fp4"
         path = name.removesuffix(".weight")
@@ -138,7 +136,7 @@ class _Rewrite:
         *outer, columns = x.shape
         assert isinstance(columns, int)
         quantize = ir.node(
-            "TRT_FP4DynamicQuantize",
+            QUANTIZER,
             [x, overall],
             {"axis": -1, "block_size": BLOCK_SIZE, "scale_type": int(ir.DataType.FLOAT8E4M3FN)},
             domain=DOMAIN,
@@ -183,17 +181,10 @@ class _Rewrite:
         A tensor of somebody else's that has the name already keeps it: ours then gets another.
         """
         if name not in self.made:
-            value = ir.Value(name=self._free(name), type=ir.TensorType(dtype), shape=ir.Shape(shape))
+            value = ir.Value(name=self.names.take(name), type=ir.TensorType(dtype), shape=ir.Shape(shape))
             self.graph.initializers[str(value.name)] = value
             self.made[name] = value
         return self.made[name]
-
-    def _free(self, name: str) -> str:
-        """Return the name, or the first of ``NAME_1``, ``NAME_2``... that nothing in the graph has."""
-        numbered = (f"{name}_{count}" for count in itertools.count(1))
-        free = name if name not in self.taken else next(other for other in numbered if other not in self.taken)
-        self.taken.add(free)
-        return free
 
     def drop_replaced(self) -> None:
         """Take weights that are FP4 now from the graph's inputs, where some exporters list initializers too."""
@@ -202,7 +193,7 @@ class _Rewrite:
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
         if node.outputs[0].is_graph_output():
-            raise BadGraph(f"{node.name} is an output of the graph; expected a linear to read it")
+            raise BadGraph(f"{name_of(node)} is an output of the graph; expected a linear to read it")
         node.outputs[0].replace_all_uses_with(value)
         self.graph.remove(node, safe=True)
 
@@ -213,21 +204,42 @@ def _stored_weight(node: ir.Node) -> ir.Value:
     Raises:
         BadGraph: it is computed, or cannot be stored in blocks of 16 along its last axis.
     """
-    weight = node.inputs[0] if node.inputs else None
+    name, weight = name_of(node), node.inputs[0] if node.inputs else None
     if weight is None or weight.name is None or not weight.is_initializer() or weight.shape is None:
-        raise BadGraph(f"{node.name} quantizes {weight and weight.name}, which is no initializer; expected a weight")
-    size = node.attributes["block_size"].value if "block_size" in node.attributes else BLOCK_SIZE
-    if size != BLOCK_SIZE or not isinstance(size, int):
-        raise BadGraph(f"{node.name} asks for blocks of {size}; TensorRT has FP4 in blocks of {BLOCK_SIZE} only")
+        raise BadGraph(
+            f"{name} quantizes {weight and weight.name}, which is no initializer{_computed(weight)}; "
+            "expected a stored weight, through Identity, Transpose or Cast at most"
+        )
     shape = [size if isinstance(size, int) else 0 for size in weight.shape]
+    _refuse_attributes(node, len(shape))
     if len(shape) < 2 or min(shape) < 1 or shape[-1] % BLOCK_SIZE:
         raise BadGraph(
-            f"{node.name} quantizes {weight.name} of shape {shape}; expected [..., N, K] with K a multiple of "
+            f"{name} quantizes {weight.name} of shape {shape}; expected [..., N, K] with K a multiple of "
             f"{BLOCK_SIZE}: leave it in 16 bit"
         )
     if weight.dtype not in _STORED:
-        raise BadGraph(f"{node.name} quantizes {weight.name}, which is {weight.dtype}; expected BF16, FP16 or FP32")
+        raise BadGraph(f"{name} quantizes {weight.name}, which is {weight.dtype}; expected BF16, FP16 or FP32")
     return weight
+
+
+def _computed(value: ir.Value | None) -> str:
+    producer = value.producer() if value is not None else None
+    return f" but the result of {name_of(producer)} ({producer.op_type})" if producer is not None else ""
+
+
+def _refuse_attributes(node: ir.Node, rank: int) -> None:
+    """Refuse blocks of another size, or along another axis, than TensorRT has them."""
+    size, axis = (
+        node.attributes[key].value if key in node.attributes else default
+        for key, default in (("block_size", BLOCK_SIZE), ("axis", -1))
+    )
+    if type(size) is not int or size != BLOCK_SIZE:
+        raise BadGraph(f"{name_of(node)} asks for blocks of {size!r}; TensorRT has FP4 in blocks of {BLOCK_SIZE} only")
+    if type(axis) is not int or axis not in (-1, rank - 1):
+        raise BadGraph(
+            f"{name_of(node)} asks for blocks along axis {axis!r}; TensorRT has them along the last one only, "
+            f"-1 or {rank - 1}: mark the weight as [N, K]"
+        )
 
 
 def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:

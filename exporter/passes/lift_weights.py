@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from exporter.errors import BadGraph
+from exporter.naming import FreeNames, name_of
 from exporter.trt_ops import WEIGHT_PLACEHOLDER
 
 __all__ = ["lift_weights"]
@@ -27,14 +29,18 @@ def lift_weights(model: ir.Model) -> None:
        values, computed when they are asked for; so ``Cast(FP16 weight)`` is packed as what the Cast gives.
 
     Placeholders that read the same thing in the same way read one initializer afterwards.
+
+    Raises:
+        BadGraph: a Transpose on the way has other axes than what it reads.
     """
     for node in list(model.graph):
         if node.op_type == "Constant" and node.domain == "":
             _lift_constant(model.graph, node)
     made: dict[tuple[str, tuple[Move, ...]], ir.Value] = {}
+    names = FreeNames(model.graph)
     for node in list(model.graph):
         if node.op_type == WEIGHT_PLACEHOLDER:
-            _lift_moved(model.graph, node, made)
+            _lift_moved(model.graph, node, made, names)
 
 
 def _lift_constant(graph: ir.Graph, node: ir.Node) -> None:
@@ -56,7 +62,9 @@ def _lift_constant(graph: ir.Graph, node: ir.Node) -> None:
     graph.register_initializer(value)
 
 
-def _lift_moved(graph: ir.Graph, node: ir.Node, made: dict[tuple[str, tuple[Move, ...]], ir.Value]) -> None:
+def _lift_moved(
+    graph: ir.Graph, node: ir.Node, made: dict[tuple[str, tuple[Move, ...]], ir.Value], names: FreeNames
+) -> None:
     """Apply rule 2 to one placeholder; one that reads an initializer, or something computed, stays as it is."""
     read = node.inputs[0] if node.inputs else None
     source, moves = _origin(read)
@@ -66,26 +74,34 @@ def _lift_moved(graph: ir.Graph, node: ir.Node, made: dict[tuple[str, tuple[Move
     if not moves:
         made[key] = source
     if key not in made:
-        made[key] = _moved(graph, source.const_value, moves, f"{read.name}_moved")
+        made[key] = _moved(graph, source.const_value, moves, names.take(f"{read.name}_moved"))
     node.replace_input_with(0, made[key])
     _remove_orphans(graph, read)
 
 
 def _origin(value: ir.Value | None) -> tuple[ir.Value | None, tuple[Move, ...]]:
     """Return the initializer that a value is a moved form of, or None, and the moves in the order they are made."""
-    moves: list[Move] = []
+    movers: list[ir.Node] = []
     while value is not None and not value.is_initializer():
         node = value.producer()
         if node is None or node.domain != "" or node.op_type not in ("Identity", "Transpose", "Cast"):
             return None, ()
+        movers.insert(0, node)
         value = node.inputs[0]
-        if node.op_type == "Transpose":
-            rank = len(node.outputs[0].shape) if node.outputs[0].shape is not None else 2
-            perm = node.attributes.get("perm")
-            moves.insert(0, ("Transpose", tuple(perm.as_ints() if perm else reversed(range(rank)))))
-        elif node.op_type == "Cast":
-            moves.insert(0, ("Cast", ir.DataType(node.attributes["to"].as_int())))
-    return value, tuple(moves)
+    if value is None or value.const_value is None:
+        return None, ()
+    rank = len(value.const_value.shape.numpy())
+    return value, tuple(_move(node, rank) for node in movers if node.op_type != "Identity")
+
+
+def _move(node: ir.Node, rank: int) -> Move:
+    if node.op_type == "Cast":
+        return ("Cast", ir.DataType(node.attributes["to"].as_int()))
+    perm = node.attributes.get("perm")
+    axes = tuple(perm.as_ints() if perm else reversed(range(rank)))
+    if sorted(axes) != list(range(rank)):
+        raise BadGraph(f"{name_of(node)} has perm {list(axes)}, for a weight of {rank} axes; export the graph again")
+    return ("Transpose", axes)
 
 
 def _moved(graph: ir.Graph, stored: ir.TensorProtocol, moves: Sequence[Move], name: str) -> ir.Value:
@@ -99,8 +115,9 @@ def _moved(graph: ir.Graph, stored: ir.TensorProtocol, moves: Sequence[Move], na
 
     def values() -> ir.TensorProtocol:
         array: npt.NDArray[Any] = stored.numpy()
-        for move in moves:
-            array = np.transpose(array, move[1]) if move[0] == "Transpose" else array.astype(move[1].numpy())
+        with np.errstate(over="ignore"):  # what becomes infinite is refused by name when it is packed
+            for move in moves:
+                array = np.transpose(array, move[1]) if move[0] == "Transpose" else array.astype(move[1].numpy())
         return ir.Tensor(array, dtype=dtype, name=name)
 
     tensor = ir.LazyTensor(values, dtype, ir.Shape(shape), name=name)

@@ -6,12 +6,12 @@ from typing import Final
 
 import onnx_ir as ir
 
+from exporter.naming import FreeNames
 from exporter.passes.double_dequantize import BLOCK_SIZE
-from exporter.trt_ops import DOMAIN
+from exporter.trt_ops import DOMAIN, QUANTIZER
 
 __all__ = ["settle_activations"]
 
-_QUANTIZER: Final = "TRT_FP4DynamicQuantize"
 _MOVES: Final = ("Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Expand")
 
 
@@ -26,12 +26,13 @@ def settle_activations(model: ir.Model) -> None:
     """
     graph = model.graph
     for node in list(graph):
-        if node.domain == DOMAIN and node.op_type == _QUANTIZER:
+        if node.domain == DOMAIN and node.op_type == QUANTIZER:
             _settle_quantizer(graph, node)
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    names = FreeNames(graph)
     for node in list(graph):
         if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
-            _match_types(graph, node, casts)
+            _match_types(graph, node, casts, names)
 
 
 def _settle_quantizer(graph: ir.Graph, node: ir.Node) -> None:
@@ -61,7 +62,9 @@ def _lift_scalar(graph: ir.Graph, value: ir.Value | None) -> None:
     graph.register_initializer(lifted)
 
 
-def _match_types(graph: ir.Graph, node: ir.Node, casts: dict[tuple[ir.Value, ir.DataType], ir.Value]) -> None:
+def _match_types(
+    graph: ir.Graph, node: ir.Node, casts: dict[tuple[ir.Value, ir.DataType], ir.Value], names: FreeNames
+) -> None:
     activation, weight = node.inputs[0], node.inputs[1]
     if activation is None or weight is None or not _is_dequantized(activation):
         return
@@ -72,7 +75,7 @@ def _match_types(graph: ir.Graph, node: ir.Node, casts: dict[tuple[ir.Value, ir.
     if key not in casts:
         cast = ir.node("Cast", [activation], {"to": int(wanted)}, name=f"{activation.name}/Cast")
         out = cast.outputs[0]
-        out.name, out.type, out.shape = f"{activation.name}_cast", ir.TensorType(wanted), activation.shape
+        out.name, out.type, out.shape = names.take(f"{activation.name}_cast"), ir.TensorType(wanted), activation.shape
         graph.insert_before(node, cast)
         casts[key] = out
     node.replace_input_with(0, casts[key])

@@ -15,7 +15,7 @@ from exporter.passes.name_nodes import SCOPES
 __all__ = ["TRACED_BLOCKS", "stamp_blocks"]
 
 TRACED_BLOCKS: Final = 4
-"""The first, two middle ones that have to be equal, and the last: the ends differ by what is shared and what is dead."""
+"""The first, two middle ones that have to be equal, and the last: ends differ by what is shared or unused."""
 
 
 def stamp_blocks(model: ir.Model, stacks: Mapping[str, int]) -> None:

@@ -10,7 +10,18 @@ from typing import Final
 
 from onnx_functions.errors import LintError
 from onnx_functions.external_data import load_graph
-from onnx_functions.linting import activations, data, files, promise, structure, weights
+from onnx_functions.linting import (
+    activations,
+    data,
+    files,
+    metadata,
+    operators,
+    promise,
+    promised_tensors,
+    stored_names,
+    structure,
+    weights,
+)
 from onnx_functions.linting.opset import normalise
 from onnx_functions.linting.rule import Finding, LintReport, Rule
 from onnx_functions.linting.subject import Subject
@@ -22,8 +33,12 @@ RULES: Final[tuple[Rule, ...]] = (
     *activations.RULES,
     *data.RULES,
     *structure.RULES,
+    *operators.RULES,
+    *metadata.RULES,
     *promise.RULES,
+    *promised_tensors.RULES,
     *files.RULES,
+    *stored_names.RULES,
 )
 
 _GRAVITY: Final = ("wrong", "slow", "warning")
@@ -45,8 +60,10 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
     file = Path(path)
     file = file / "model.onnx" if file.is_dir() else file
     subject = Subject(file, load_graph(file))
-    # Wires that lead nowhere, or in a circle, cannot be followed.
-    broken = tuple(structure.tensor_order.findings(subject))
+    # Wires that lead nowhere, or in a circle, or end in a node without inputs, cannot be followed.
+    broken = tuple(
+        finding for rule in (structure.tensor_order, operators.operator_form) for finding in rule.findings(subject)
+    )
     if broken:
         return LintReport(file, broken, allow_slow)
     findings = [finding for rule in RULES for finding in rule.findings(subject)]

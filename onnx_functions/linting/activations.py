@@ -209,7 +209,8 @@ def _attribute(subject: Subject, name: str, allowed: tuple[int, ...]) -> Iterato
 
 def _is_last(subject: Subject, tensor: str, axis: int) -> bool:
     """Whether an axis is a tensor's last; with an unknown rank, whether it can be: the parser refuses the others."""
-    rank = subject.ranks.get(tensor)
+    shape = subject.shapes.declared.get(tensor)
+    rank = None if shape is None else len(shape)
     return axis == -1 or (axis > 0 and rank is None) or (rank is not None and axis == rank - 1 > 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
 from onnx import NodeProto, TensorProto
 
@@ -47,6 +48,23 @@ def weight_global_scale_value(subject: Subject) -> Iterator[Hit]:
             yield from _bad_scale(subject, chain.scales, chain.global_scale)
 
 
+@rule("scale-magnitude", "wrong", "calibrate or quantize again; the scale is amax / (6 * 448), in FP32")
+def scale_magnitude(subject: Subject) -> Iterator[Hit]:
+    """A global scale whose amax, 6 * 448 times as large, is below 2^-24 or above 2^24 is no real layer's.
+
+    Below 2^-24, the least positive number of FP16, a whole tensor would be zero in 16 bit; 2^24 is over a hundred times
+    what activations of transformers in 16 bit reach (FP16 ends at 65504), and leaves room for a headroom of 64. What
+    makes such scales is a factor of 6 * 448 that was taken twice, or bytes of another tensor. Source: the formats.
+    """
+    readers = [(chain.scales, chain.global_scale) for chain in subject.weights if chain.scales is not None]
+    readers += [(chain.quantizer, chain.scale) for chain in subject.activations]
+    for node, tensor in readers:
+        scale = subject.scalar(tensor)
+        if scale is not None and 0 < scale < math.inf and not _LEAST_AMAX <= scale * _SCALE_TO_AMAX <= _LARGEST_AMAX:
+            found = f"the global scale is {scale:.3g}, of amax {scale * _SCALE_TO_AMAX:.3g}; expected 2^-24 to 2^24"
+            yield Hit(found, name_of(node), subject.constant(tensor))
+
+
 @rule("plain-weight-values", "wrong", "the source checkpoint or the file is damaged: check it, and export again")
 def plain_weight_values(subject: Subject) -> Iterator[Hit]:
     """A NaN in a weight or bias, or an infinity in a matrix or bias, ends in every output.
@@ -79,7 +97,18 @@ def zero_weight(subject: Subject) -> Iterator[Hit]:
             yield Hit("all elements are zero", tensor=name)
 
 
-RULES = (block_scale_values, activation_scale_value, weight_global_scale_value, plain_weight_values, zero_weight)
+RULES = (
+    block_scale_values,
+    activation_scale_value,
+    weight_global_scale_value,
+    scale_magnitude,
+    plain_weight_values,
+    zero_weight,
+)
+
+_SCALE_TO_AMAX: Final = 6.0 * 448.0
+_LEAST_AMAX: Final = 2.0**-24
+_LARGEST_AMAX: Final = 2.0**24
 
 
 def _bad_scale(subject: Subject, node: NodeProto, tensor: str) -> Iterator[Hit]:

@@ -10,7 +10,7 @@ from onnx import defs
 from onnx_functions.element_types import opset_of
 from onnx_functions.errors import BadGraph
 
-__all__ = ["differing_operators", "normalise", "opset_of"]
+__all__ = ["OLDEST", "OPSET", "differing_nodes", "normalise", "opset_of"]
 
 OPSET: Final = 23
 OLDEST: Final = 19
@@ -21,18 +21,16 @@ there, such as Cast, Reshape, ReduceMax or DequantizeLinear, took more types or 
 Source: the ONNX operators' changelog."""
 
 
-def differing_operators(model: onnx.ModelProto) -> list[str]:
-    """Return the standard operators of a graph at opset 19 to 22 whose meaning at opset 23 is not the same."""
+def differing_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the standard nodes of a graph at opset 19 to 22 whose meaning at opset 23 is not the same."""
     version = opset_of(model)
-    return sorted(
-        {
-            node.op_type
-            for node in model.graph.node
-            if node.domain in ("", "ai.onnx")
-            and node.op_type in _CHANGED
-            and _since(node.op_type, version) != _since(node.op_type, OPSET)
-        }
-    )
+    return [
+        node
+        for node in model.graph.node
+        if node.domain in ("", "ai.onnx")
+        and node.op_type in _CHANGED
+        and _since(node.op_type, version) != _since(node.op_type, OPSET)
+    ]
 
 
 def normalise(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -45,7 +43,7 @@ def normalise(model: onnx.ModelProto) -> onnx.ModelProto:
         BadGraph: the declared opset is below 19, or an operator means something else at 23.
     """
     version = opset_of(model)
-    if version < OLDEST or (version < OPSET and differing_operators(model)):
+    if version < OLDEST or (version < OPSET and differing_nodes(model)):
         raise BadGraph(f"the graph is at opset {version}, which cannot be read as {OPSET}; export it again at {OPSET}")
     result = onnx.ModelProto()
     result.CopyFrom(model)

@@ -6,16 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from onnx import NodeProto, TensorProto, ValueInfoProto
+from onnx import TensorProto, ValueInfoProto
 
 from onnx_functions.external_data import type_name
+from onnx_functions.linting.promised_tensors import product_of
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, name_of
 
-__all__ = ["CONTRACTS", "KEYS", "RULES", "Tensor"]
-
-KEYS: Final = ("family", "recipe", "scale_dtype", "linears", "groups", "symbols")
-"""The entries, after `fp4trt.`, of the metadata of a graph that promises something."""
+__all__ = ["CONTRACTS", "RULES", "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -46,37 +44,6 @@ CONTRACTS: Final[Mapping[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]] = 
 """Family to its inputs and outputs, in order. Source: what the runtimes of NVIDIA and Black Forest Labs agree on."""
 
 
-@rule("promise-metadata", "wrong", "export again")
-def promise_metadata(subject: Subject) -> Iterator[Hit]:
-    """A promise that is incomplete or unreadable: nothing could then be held against it.
-
-    Source: fp4trt export writes all of it.
-    """
-    if not subject.promises:
-        return
-    for key in (f"fp4trt.{key}" for key in KEYS):
-        if key not in subject.metadata:
-            yield Hit("the key is missing in the metadata", tensor=key)
-        elif key in _KINDS and not isinstance(subject.declared(key), _KINDS[key]):
-            yield Hit(f"the value is no JSON {_KINDS[key].__name__}", tensor=key)
-    groups = subject.declared("fp4trt.groups")
-    if isinstance(groups, list) and not all(isinstance(group, list) for group in groups):
-        yield Hit("a group is no list of linears", tensor="fp4trt.groups")
-    if not subject.promised.get("nvfp4") and subject.weights:
-        yield Hit("no linear is promised in nvfp4, but the graph holds FP4 weights", tensor="fp4trt.linears")
-
-
-@rule("promise-family", "warning", "check inputs and outputs yourself, or export again")
-def promise_family(subject: Subject) -> Iterator[Hit]:
-    """A family whose inputs and outputs are not known here cannot be held against them.
-
-    Source: the table of families.
-    """
-    family = subject.metadata.get("fp4trt.family")
-    if family is not None and family not in CONTRACTS:
-        yield Hit(f"the family {family!r} is unknown; known are {', '.join(CONTRACTS)}", tensor="fp4trt.family")
-
-
 @rule("promised-linear", "wrong", "export again")
 def promised_linear(subject: Subject) -> Iterator[Hit]:
     """A promised linear that the graph does not have under its name.
@@ -85,7 +52,7 @@ def promised_linear(subject: Subject) -> Iterator[Hit]:
     """
     for paths in subject.promised.values():
         for path in paths:
-            if _product(subject, path) is None:
+            if product_of(subject, path) is None:
                 yield Hit(f"the graph has no product of the promised linear {path}", f"{path}/MatMul")
 
 
@@ -97,7 +64,7 @@ def promised_fp4(subject: Subject) -> Iterator[Hit]:
     """
     quantized = {name_of(product.node) for product in subject.products}
     for path in subject.promised.get("nvfp4", ()):
-        node = _product(subject, path)
+        node = product_of(subject, path)
         if node is not None and name_of(node) not in quantized:
             source = subject.graph.source(node.input[1]) if len(node.input) > 1 else ""
             stored = subject.constants.get(source)
@@ -115,23 +82,21 @@ def promised_sixteen_bit(subject: Subject) -> Iterator[Hit]:
     quantized = {name_of(product.node): product.chain.codes for product in subject.products}
     for kind, paths in subject.promised.items():
         for path in paths if kind != "nvfp4" else ():
-            node = _product(subject, path)
+            node = product_of(subject, path)
             if node is not None and name_of(node) in quantized:
                 yield Hit(f"its weight is FP4; promised as {kind}", name_of(node), quantized[name_of(node)])
 
 
-@rule("promised-weight", "wrong", "let each linear read its own weight: export again")
-def promised_weight(subject: Subject) -> Iterator[Hit]:
-    """A promised linear X that reads other codes than the initializer X.weight, which is there.
+@rule("unpromised-fp4", "wrong", "export again: the promise is in the metadata")
+def unpromised_fp4(subject: Subject) -> Iterator[Hit]:
+    """A product of an FP4 weight in a graph whose promise does not list it: nothing is held against that linear.
 
-    Source: measured: weights of one shape are exchanged without a word.
+    Source: fp4trt export lists every linear; what is left out escapes the rules of the promise.
     """
-    codes = {name_of(product.node): product.chain.codes for product in subject.products}
-    for path in subject.promised.get("nvfp4", ()):
-        node = _product(subject, path)
-        read = codes.get(name_of(node)) if node is not None else None
-        if read is not None and f"{path}.weight" in (subject.constants.keys() - {read}):
-            yield Hit(f"reads {read}; expected {path}.weight", f"{path}/MatMul", read)
+    listed = {f"{path}/{kind}" for paths in subject.promised.values() for path in paths for kind in ("MatMul", "Gemm")}
+    for product in subject.products if listed else ():
+        if product.node.op_type in ("MatMul", "Gemm") and product.node.name not in listed:
+            yield Hit("multiplies by an FP4 weight, and is not promised", name_of(product.node), product.chain.codes)
 
 
 @rule("contract-names", "wrong", "rename or reorder, or export again")
@@ -182,30 +147,17 @@ def contract_dims(subject: Subject) -> Iterator[Hit]:
         if wrong:
             expected = ["fixed" if size is None else size for size in tensor.shape]
             yield Hit(f"its shape is {dims}; expected {expected}", tensor=value.name)
-    if subject.metadata.get("fp4trt.family") not in CONTRACTS and isinstance(subject.declared("fp4trt.symbols"), dict):
-        found = {dim.dim_param for value in subject.model.graph.input for dim in value.type.tensor_type.shape.dim}
-        for symbol in subject.declared("fp4trt.symbols").keys() - found:
-            yield Hit(f"no input has the promised symbolic dimension {symbol}", tensor="fp4trt.symbols")
 
 
 RULES = (
-    promise_metadata,
-    promise_family,
     promised_linear,
     promised_fp4,
     promised_sixteen_bit,
-    promised_weight,
+    unpromised_fp4,
     contract_names,
     contract_types,
     contract_dims,
 )
-
-_KINDS: Final[Mapping[str, type]] = {"fp4trt.linears": dict, "fp4trt.groups": list, "fp4trt.symbols": dict}
-
-
-def _product(subject: Subject, path: str) -> NodeProto | None:
-    node = subject.graph.nodes.get(f"{path}/MatMul") or subject.graph.nodes.get(f"{path}/Gemm")
-    return node if node is not None and node.op_type in ("MatMul", "Gemm") else None
 
 
 def _sides(subject: Subject) -> Iterator[tuple[tuple[Tensor, ...], list[ValueInfoProto], str]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
 
 import onnx
-from onnx import AttributeProto, NodeProto
+from onnx import NodeProto
 
 from onnx_functions.element_types import attributes_of
 from onnx_functions.library import TRT_DOMAIN
-from onnx_functions.linting.opset import differing_operators, opset_of
+from onnx_functions.linting.operators import graphs_of, nodes_with_inner
+from onnx_functions.linting.opset import OLDEST, OPSET, differing_nodes, opset_of
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, integer, name_of
 
@@ -20,27 +23,43 @@ _PLACEHOLDERS = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ")
 
 @rule("opset", "wrong", "export again at opset 23")
 def opset(subject: Subject) -> Iterator[Hit]:
-    """A graph at an opset below 23 that holds operators whose meaning has changed since, or below 19 at all.
+    """An FP4 graph at an opset below 23 with operators whose meaning has changed since, or below 19 at all.
 
-    TensorRT-RTX reads the declaration and judges by its own table: accepted. Source: the ONNX changelog.
+    TensorRT-RTX reads the declaration and judges by its own table: accepted. A graph without FP4 and without blocks may
+    have any opset. Source: the ONNX changelog.
     """
     version = opset_of(subject.model)
-    if version < 19:
-        yield Hit(f"the declared opset is {version}; expected 23 (19 to 22 where that means the same)")
-    elif version < 23 and (changed := differing_operators(subject.model)):
-        yield Hit(f"the declared opset is {version}, and {', '.join(changed)} means something else at 23")
+    if version < OLDEST and _needs_opset(subject):
+        found = f"the declared opset is {version}; expected {OPSET} ({OLDEST} to 22 where that means the same)"
+        yield Hit(found, tensor=_IMPORT)
+    elif version < OPSET and _needs_opset(subject):
+        for node in differing_nodes(subject.model):
+            found = f"the declared opset is {version}, and a {node.op_type} means something else at {OPSET}"
+            yield Hit(found, name_of(node))
 
 
 @rule("opset-declared", "warning", "nothing to do for TensorRT-RTX; onnx_functions.linting.normalise writes 23")
 def opset_declared(subject: Subject) -> Iterator[Hit]:
-    """A graph at opset 19 to 22 whose every operator means the same at 23 is read as one of 23.
+    """An FP4 graph at opset 19 to 22 whose every operator means the same at 23 is read as one of 23.
 
     FP4 entered the standard at 23, so strict readers refuse the graph; TensorRT-RTX builds the same engine from it.
     Source: measured; the ONNX changelog.
     """
     version = opset_of(subject.model)
-    if 19 <= version < 23 and not differing_operators(subject.model):
-        yield Hit(f"the declared opset is {version}; read as 23, which means the same for this graph")
+    if OLDEST <= version < OPSET and _needs_opset(subject) and not differing_nodes(subject.model):
+        found = f"the declared opset is {version}; read as {OPSET}, which means the same for this graph"
+        yield Hit(found, tensor=_IMPORT)
+
+
+@rule("no-fp4", "warning", "quantize it with fp4trt, or mark its weights for FP4, if it was to run in FP4")
+def no_fp4(subject: Subject) -> Iterator[Hit]:
+    """A graph without any FP4 tensor or quantizer: what the lint is for is not in it.
+
+    One that promises to be in 16 bit is not told. Source: legal; TensorRT-RTX builds it in its own types.
+    """
+    if not subject.has_fp4 and not subject.promises:
+        graph = subject.model.graph
+        yield Hit(f"no FP4 in this graph of {len(graph.node)} nodes", tensor=graph.name or "(the graph)")
 
 
 @rule("trt-domain", "wrong", 'put the operator into the domain "trt", and import that')
@@ -81,9 +100,22 @@ def duplicate_node_name(subject: Subject) -> Iterator[Hit]:
         seen.add(node.name)
 
 
+@rule("duplicate-tensor-name", "wrong", "give each tensor a name of its own")
+def duplicate_tensor_name(subject: Subject) -> Iterator[Hit]:
+    """Two initializers of one name, or two inputs: which of them is read depends on the reader.
+
+    Source: the ONNX specification; refused by onnx's checker.
+    """
+    graph = subject.model.graph
+    for values, what in ((graph.initializer, "initializers"), (graph.input, "inputs")):
+        for name, count in Counter(value.name for value in values).items():
+            if count > 1:
+                yield Hit(f"{count} {what} have this name", tensor=name)
+
+
 @rule("tensor-order", "wrong", "export again; nothing else of the graph was judged")
 def tensor_order(subject: Subject) -> Iterator[Hit]:
-    """A node that reads what no earlier node, input or initializer gives, gives what exists already, or lacks inputs.
+    """A node that reads what no earlier node, input or initializer gives, or gives what exists already.
 
     No other rule can follow the wires of such a graph, so none is asked. Source: the ONNX specification; refused by
     the parser.
@@ -91,9 +123,6 @@ def tensor_order(subject: Subject) -> Iterator[Hit]:
     known = {value.name for value in subject.model.graph.input} | set(subject.graph.initializers)
     known |= {tensor.values.name for tensor in subject.model.graph.sparse_initializer}
     for node in subject.model.graph.node:
-        least = _LEAST_INPUTS.get(node.op_type, 0)
-        if len(node.input) < least or (least and not node.output):
-            yield Hit(f"has {len(node.input)} inputs and {len(node.output)} outputs", name_of(node))
         for name in node.input:
             if name and name not in known:
                 yield Hit(f"reads {name}, which nothing before it gives", name_of(node), name)
@@ -101,9 +130,9 @@ def tensor_order(subject: Subject) -> Iterator[Hit]:
             if name and name in known:
                 yield Hit(f"gives {name}, which exists already", name_of(node), name)
             known.add(name)
-    for value in subject.model.graph.output:
+    for index, value in enumerate(subject.model.graph.output):
         if value.name not in known:
-            yield Hit("nothing gives this output", tensor=value.name)
+            yield Hit("nothing gives this output", tensor=value.name or f"(output {index} without a name)")
 
 
 @rule(
@@ -125,7 +154,10 @@ def dead_initializer(subject: Subject) -> Iterator[Hit]:
 
     Source: TensorRT-RTX drops it.
     """
-    read = set(_read(subject.model.graph.node)) | {value.name for value in subject.model.graph.output}
+    read = {value.name for value in subject.model.graph.output}
+    for node in nodes_with_inner(subject.model.graph.node):
+        read.update(node.input)
+        read.update(value.name for inner in graphs_of(node) for value in inner.output)
     for name in subject.graph.initializers:
         if name not in read:
             yield Hit("nothing reads this initializer", tensor=name)
@@ -193,9 +225,11 @@ def mxfp8_storage(subject: Subject) -> Iterator[Hit]:
 RULES = (
     opset,
     opset_declared,
+    no_fp4,
     trt_domain,
     placeholder,
     duplicate_node_name,
+    duplicate_tensor_name,
     tensor_order,
     initializer_input,
     dead_initializer,
@@ -205,26 +239,19 @@ RULES = (
     mxfp8_storage,
 )
 
+_IMPORT: Final = "opset_import"
+"""What findings about the declared opset name."""
 
-_LEAST_INPUTS = {
-    **dict.fromkeys(("Cast", "Identity", "Transpose", "Reshape"), 1),
-    **dict.fromkeys(("DequantizeLinear", "MatMul", "Gemm", "TRT_FP4DynamicQuantize", "TRT_MXFP8DequantizeLinear"), 2),
-}
-"""What the rules follow, and how many inputs it has at least."""
+
+def _needs_opset(subject: Subject) -> bool:
+    """Whether a graph holds what an older opset has not: FP4, or Q/DQ in blocks."""
+    return subject.has_fp4 or any(
+        node.op_type in ("DequantizeLinear", "QuantizeLinear") and integer(attributes_of(node), "block_size", 0)
+        for node in subject.model.graph.node
+    )
 
 
 def _mxfp8(subject: Subject) -> Iterator[NodeProto]:
     for node in subject.model.graph.node:
         if node.op_type == "TRT_MXFP8DequantizeLinear":
             yield node
-
-
-def _read(nodes: Iterable[NodeProto]) -> Iterator[str]:
-    """Yield the tensors that nodes read, in their subgraphs too."""
-    for node in nodes:
-        yield from node.input
-        for attribute in node.attribute:
-            inner = [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
-            for graph in inner:
-                yield from _read(graph.node)
-                yield from (value.name for value in graph.output)

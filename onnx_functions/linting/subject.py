@@ -13,11 +13,14 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from onnx_functions.element_types import attributes_of
+from onnx_functions.errors import UnknownArtifact
 from onnx_functions.external_data import BadSpan, Span, nbytes_of, span_of
 from onnx_functions.linears import QUANTIZER, Graph, metadata_of
+from onnx_functions.linting.shapes import Shapes
 from onnx_functions.linting.values import Values, read_values
+from onnx_functions.safetensors_header import HeldTensor, tensors_in_file
 
-__all__ = ["ActivationChain", "Product", "Subject", "WeightChain", "name_of"]
+__all__ = ["ActivationChain", "Product", "Subject", "WeightChain", "exchanges_axes", "integer", "name_of"]
 
 PASS_THROUGH = ("Cast", "Identity", "Transpose")
 
@@ -92,6 +95,32 @@ class Subject:
         return {name: _span(tensor, self.path.parent) for name, tensor in self.constants.items()}
 
     @cached_property
+    def headers(self) -> dict[Path, dict[str, HeldTensor] | None]:
+        """What each safetensors file that a constant points into holds by its header; None where that is damaged."""
+        files = {span.file for span in self.spans.values() if isinstance(span, Span)}
+        return {file: _header(file) for file in sorted(files) if file.suffix.lower() == ".safetensors"}
+
+    @cached_property
+    def held(self) -> dict[Span, str]:
+        """The tensors of those files by the bytes that they take."""
+        return {
+            Span(file, tensor.offset, tensor.nbytes): name
+            for file, tensors in self.headers.items()
+            for name, tensor in (tensors or {}).items()
+            if tensor.nbytes
+        }
+
+    @cached_property
+    def known(self) -> set[str]:
+        """The names of all constants, and of all tensors that lie in the same safetensors files."""
+        return {*self.constants, *(name for tensors in self.headers.values() for name in tensors or ())}
+
+    def owner(self, constant: str) -> str:
+        """Return the name that a safetensors file gives to a constant's bytes, the constant's own where none does."""
+        span = self.spans.get(constant)
+        return self.held.get(span, constant) if isinstance(span, Span) else constant
+
+    @cached_property
     def values(self) -> dict[str, Values]:
         """What the constants that can be read hold. Every byte of a file is read at most once for it."""
         return read_values(self.constants, self.spans)
@@ -102,10 +131,15 @@ class Subject:
         return metadata_of(self.model)
 
     @cached_property
-    def ranks(self) -> dict[str, int]:
-        """How many axes the tensors have whose shape the graph gives."""
-        values = (value for value in self.model.graph.value_info if value.type.tensor_type.HasField("shape"))
-        return {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+    def shapes(self) -> Shapes:
+        """The tensors' shapes, as far as the graph gives them."""
+        return Shapes(self.model, self.graph, {name: tuple(tensor.dims) for name, tensor in self.constants.items()})
+
+    @cached_property
+    def has_fp4(self) -> bool:
+        """Whether the graph holds an FP4 tensor or quantizer."""
+        stored = (tensor.data_type for tensor in self.constants.values())
+        return bool(self.weights or self.activations) or TensorProto.FLOAT4E2M1 in stored
 
     @property
     def promises(self) -> bool:
@@ -197,11 +231,22 @@ class Subject:
         return tuple(node for node in self.graph.consumers.get(tensor, ()) if node.op_type == "DequantizeLinear")
 
     def _readers(self, tensor: str, transposed: int) -> Iterator[tuple[NodeProto, int, int]]:
-        for node in self.graph.consumers.get(tensor, ()):
-            if node.op_type in PASS_THROUGH:
-                yield from self._readers(node.output[0], transposed + (node.op_type == "Transpose"))
-            else:
-                yield node, list(node.input).index(tensor), transposed
+        waiting = [(tensor, transposed)]
+        while waiting:
+            tensor, transposed = waiting.pop(0)
+            for node in self.graph.consumers.get(tensor, ()):
+                if node.op_type in PASS_THROUGH:
+                    waiting.append((node.output[0], transposed + exchanges_axes(node)))
+                else:
+                    yield node, list(node.input).index(tensor), transposed
+
+
+def exchanges_axes(node: NodeProto) -> bool:
+    """Return whether a node exchanges the last two axes of what it reads: a Transpose whose permutation does that."""
+    if node.op_type != "Transpose":
+        return False
+    permutation = attributes_of(node).get("perm")
+    return not isinstance(permutation, list) or list(permutation[-2:]) == [len(permutation) - 1, len(permutation) - 2]
 
 
 def name_of(node: NodeProto) -> str:
@@ -213,6 +258,13 @@ def integer(attributes: Mapping[str, object], name: str, default: int) -> int:
     """Return an integer attribute."""
     value = attributes.get(name, default)
     return value if isinstance(value, int) else default
+
+
+def _header(file: Path) -> dict[str, HeldTensor] | None:
+    try:
+        return tensors_in_file(file)
+    except UnknownArtifact:
+        return None
 
 
 def _span(tensor: TensorProto, directory: Path) -> Span | BadSpan | None:

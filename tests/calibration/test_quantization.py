@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import checkpoint, nvfp4, ptq, write
+from calibration import checkpoint, nvfp4, ptq, shards
 from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists, UnknownFamily, Untrusted
 from calibration.input_amax import METADATA, calibrate
 from calibration.modelopt_backend import mto
@@ -244,7 +244,7 @@ def test_a_failure_while_writing_leaves_neither_a_result_nor_the_old_one_lost(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write, "write_weights", full)
+    monkeypatch.setattr(shards, "write_shard", full)
     with pytest.raises(OSError, match="No space"):
         quantize("digits", copy_of_digits, force=True)
     assert sha256_of(copy_of_digits / checkpoint.WEIGHTS) == before

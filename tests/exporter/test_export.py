@@ -19,6 +19,7 @@ from calibration.safetensors_file import sha256_of
 from exporter import export, external_weights
 from exporter.errors import BadGraph, OutputExists
 from exporter.onnx_export import group_leaders
+from onnx_functions.linting import lint
 
 BF16, FP32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
 
@@ -198,7 +199,7 @@ def test_nothing_is_left_behind_when_writing_fails(
 
     monkeypatch.setattr("exporter.external_weights.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save(finished, checkpoint.read(copy_of_digits).tensors, copy_of_digits / "model.onnx")
+        save(finished, checkpoint.read(copy_of_digits).tensors, copy_of_digits / "model.onnx", lambda _: [])
     assert {path.name: sha256_of(path) for path in copy_of_digits.glob("*.*")} == before
 
 
@@ -235,6 +236,7 @@ def test_schnell_has_no_guidance_input(tiny_flux: Callable[..., Path], tmp_path:
     save_inputs(tmp_path / "inputs.safetensors", [family_of(config).example_inputs(config, 1, 4, 4, 0, torch.bfloat16)])
     quantize(source, tmp_path / "fp4", calibration=tmp_path / "inputs.safetensors")
     export(tmp_path / "fp4")
+    assert lint(tmp_path / "fp4").findings == ()
     model = onnx.load(tmp_path / "fp4" / "model.onnx", load_external_data=False)
     assert [value.name for value in model.graph.input][-1] == "txt_ids"
     assert "Gemm" not in {node.op_type for node in model.graph.node}

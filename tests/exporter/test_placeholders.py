@@ -18,6 +18,7 @@ import fp4trt
 from calibration import nvfp4
 from exporter import export_graph
 from exporter.errors import OutputExists
+from onnx_functions.linting import lint
 from onnx_functions.reference_ops import reference_evaluator
 from trt_build import build
 
@@ -50,6 +51,15 @@ def test_modelopts_export_becomes_an_engine_with_fp4_gemms(
     export_graph(theirs, tmp_path)
     result = build(tmp_path, gpu="rtx5090", shapes=("B=1:1:4", "L=32:64:128"))
     assert result["fp4_gemms"] == result["fp4_linears"] == result["quantized_linears"] == 2
+
+
+@pytest.mark.parametrize("model", ["two linears", "odd and shared"])
+def test_the_lint_finds_nothing_in_what_is_made_of_modelopts_export(
+    model: str, modelopt_export: Maker, tmp_path: Path
+) -> None:
+    theirs, _ = modelopt_export(model, 20)
+    export_graph(theirs, tmp_path)
+    assert lint(tmp_path).findings == ()
 
 
 def test_codes_and_scales_are_those_of_modelopts_own_exporter(modelopt_export: Maker, tmp_path: Path) -> None:

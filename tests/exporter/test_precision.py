@@ -150,3 +150,13 @@ def test_a_config_of_another_model_is_refused(copy_of_plain: Path) -> None:
     (copy_of_plain / "config.json").write_text(json.dumps({**config, "joint_attention_dim": 32}))
     with pytest.raises(BadCheckpoint, match=r"context_embedder\.weight is \[128, 64\] in .*\[128, 32\] by its config"):
         export(copy_of_plain, precision="bf16")
+
+
+@pytest.mark.parametrize("given", ["float32", "bfloat16"])
+def test_a_scale_dtype_is_refused_where_there_are_no_scales(
+    given: str, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", str(digits), "-o", str(tmp_path / "x"), "--precision", "bf16", "--scale-dtype", given]
+    assert fp4trt.run(arguments) == 2
+    assert f"error: --scale-dtype {given} is of block scales, which a bf16 graph has none of" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

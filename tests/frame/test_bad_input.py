@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 import fp4trt
 
@@ -163,11 +166,68 @@ def test_an_output_that_cannot_be_written_is_refused(
     file = tmp_path / "file"
     file.write_text("mine")
     # Below a file nothing can be made, not even by root.
-    _refused(capfd, *_commands(quantized_digits)[command], "-o", file / "below")
+    line = _refused(capfd, *_commands(quantized_digits)[command], "-o", file / "below")
+    assert f"{file} is no folder; expected a folder there" in line
+    _refused(capfd, *_commands(quantized_digits)[command], "-o", file / "below" / "this.onnx")
     if command in ("quantize", "validate"):
         _refused(capfd, *_commands(quantized_digits)[command], "-o", file)
     assert file.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes a named pipe")
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "export", "build", "validate", "inspect", "lint"])
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(
+    command: str, quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if command not in ("calibrate", "quantize"):
+        said = "is no folder" if command == "export" else "is not a regular file"
+        assert f"pipe {said}" in _refused(capfd, command, pipe)
+    if command not in ("inspect", "lint"):
+        said = {"quantize": "is a file", "export": "is no folder", "validate": "is no folder"}
+        line = _refused(capfd, *_commands(quantized_digits)[command], "-o", pipe, "--force")
+        assert f"{pipe} {said.get(command, 'is not a regular file')}" in line
+    assert pipe.is_fifo()
+
+
+FOREIGN: dict[str, tuple[dict[str, object], str]] = {
+    "blocks along the first axis": ({"axis": 0}, "node of m asks for blocks along axis 0"),
+    "blocks of 32": ({"block_size": 32}, "node of m asks for blocks of 32"),
+    "no domain": ({"domain": ""}, "node of m is a TRT_FP4QDQ in the domain ''; expected 'trt'"),
+    "another operator": ({"op_type": "TRT_FP4DynamicQDQ"}, "is a TRT_FP4DynamicQDQ, which no graph may hold"),
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+def test_a_foreign_graph_that_marks_its_weights_oddly_is_refused(
+    how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    marking, words = FOREIGN[how]
+    mark = {"op_type": "TRT_FP4QDQ", "domain": "trt", "inputs": ["w"], "outputs": ["m"], "name": "node of m", **marking}
+    turn = helper.make_node("Transpose", ["m"], ["t"], perm=[1, 0])
+    nodes = [helper.make_node(**mark), turn, helper.make_node("MatMul", ["x", "t"], ["y"])]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 32]) for name in ("x", "y"))
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [32, 32], [1.0] * 1024)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("trt", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], [weight]), opset_imports=opsets)
+    onnx.save(model, tmp_path / "theirs.onnx")
+    before = _contents(tmp_path)
+    assert words in _refused(capfd, "export", tmp_path / "theirs.onnx", "-o", tmp_path / "ours")
+    assert _contents(tmp_path) == before
+
+
+def test_an_option_of_checkpoints_or_of_graphs_is_refused_where_it_does_nothing(
+    quantized_digits: Path, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = ["-o", tmp_path / "out"]
+    assert "--allow-slow is for a graph" in _refused(capfd, "export", quantized_digits, *out, "--allow-slow")
+    bf16 = [*out, "--precision", "bf16", "--scale-dtype"]
+    assert "--scale-dtype bfloat16 is of block scales" in _refused(capfd, "export", digits, *bf16, "bfloat16")
+    graph = quantized_digits / "model.onnx"
+    assert "are for checkpoints" in _refused(capfd, "export", graph, *out, "--scale-dtype", "float32")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that even root cannot write into: /proc")
@@ -235,21 +295,40 @@ def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def _interrupted(arguments: list[str], shown: str) -> tuple[int, str]:
-    """Run a command, press Ctrl-C soon after it has shown some words; return its status and what it printed."""
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal as a POSIX terminal does")
+@pytest.mark.parametrize("to_all", [True, False])
+def test_ctrl_c_ends_the_demo_in_one_line_whoever_hears_of_it(to_all: bool, tmp_path: Path) -> None:
+    status, text = _interrupted(["demo", "-o", str(tmp_path / "result")], "calibrating", to_all)
+    assert status == 2, text
+    said = [line for line in text.splitlines() if "error:" in line]
+    assert len(said) == 1, text
+    assert said[0].endswith("error: interrupted")
+    assert "Traceback" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def _interrupted(arguments: list[str], shown: str, to_all: bool = False) -> tuple[int, str]:
+    """Run a command, press Ctrl-C soon after it has shown some words; return its status and what it printed.
+
+    `to_all` sends the signal to the processes that it has started too, as a terminal does.
+    """
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "fp4trt", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         cwd=ROOT,
+        start_new_session=to_all,
     )
     assert process.stdout is not None
     seen = ""
     while shown not in seen and process.poll() is None:
         seen += process.stdout.read(1)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    if to_all:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     return process.returncode, seen + rest
 

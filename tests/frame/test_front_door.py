@@ -163,3 +163,22 @@ def test_python_m_runs_the_command(tmp_path):
         "",
         "fp4trt: error: No such command 'nothing'.\n",
     )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "digits"], ["inspect", "digits", "--json"]])
+def test_a_reader_that_leaves_ends_the_command_without_a_word(arguments, unbuffered, digits):
+    arguments = [str(digits) if word == "digits" else word for word in arguments]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fp4trt", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(fp4trt.__file__).parent,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    process.stdout.close()  # before anything can have been written
+    said = process.stderr.read()
+    assert b"error" not in said
+    assert said == b"" or "--json" in arguments  # with it, the human lines are there
+    process.stderr.close()
+    assert process.wait() == 141

@@ -86,6 +86,17 @@ class Damaged:
         found = next(entry for entry in self.tensor(tensor).external_data if entry.key == key)
         found.value = str(value)
 
+    def exchange_bytes(self, one: str, other: str) -> None:
+        """Let two initializers of one length point at each other's bytes."""
+        offsets = self.offset(one), self.offset(other)
+        self.entry(one, "offset", offsets[1])
+        self.entry(other, "offset", offsets[0])
+
+    def exchange_inputs(self, one: str, other: str, index: int) -> None:
+        """Let two nodes read each other's input."""
+        left, right = self.node(one), self.node(other)
+        left.input[index], right.input[index] = right.input[index], left.input[index]
+
     def offset(self, tensor: str) -> int:
         return int(next(entry.value for entry in self.tensor(tensor).external_data if entry.key == "offset"))
 
@@ -105,8 +116,8 @@ class Damaged:
         self.model.graph.node.extend(kept)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a graph input or output another name."""
-        for value in (*self.model.graph.input, *self.model.graph.output):
+        """Give a graph input, output or initializer another name."""
+        for value in (*self.model.graph.input, *self.model.graph.output, *self.model.graph.initializer):
             value.name = new if value.name == old else value.name
         for node in self.model.graph.node:
             node.input[:] = [new if name == old else name for name in node.input]

@@ -3,7 +3,7 @@
 Each names the rule of the lint that refuses it, the node or tensor that the finding has to name, and what
 TensorRT-RTX 1.7.1 does with the graph when nothing stops it: `accepted` (an engine with all FP4 GEMMs), `slow` (an
 engine with fewer linears in FP4, or more GEMMs), `refused` (an error of parser or builder), or `crashes`.
-`benchmarks/lint_tensorrt.py` measures that; docs/lint.md shows all of it.
+`benchmarks/lint_verdicts.py` measures that; docs/lint.md shows all of it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from lint_damage import WEIGHTS, Damaged
 from lint_mutations import MODULATION, MUTATIONS, OUT, TRT, WIDE, K, Q, activation_quantizer_missing, mutation
 from onnx import TensorProto, helper
 
-__all__ = ["MUTATIONS"]
+__all__ = ["MUTATIONS", "linears_of", "unpromise"]
 
 # The structure
 
@@ -45,17 +45,17 @@ def a_node_that_reads_what_nothing_gives(graph: Damaged) -> None:
     graph.node(f"{OUT}/MatMul").input[0] = "nothing"
 
 
-@mutation("opset-declared", "", "accepted")
+@mutation("opset-declared", "opset_import", "accepted")
 def opset_22(graph: Damaged) -> None:
     graph.model.opset_import[0].version = 22
 
 
-@mutation("opset", "", "accepted")
+@mutation("opset", "opset_import", "accepted")
 def opset_17(graph: Damaged) -> None:
     graph.model.opset_import[0].version = 17
 
 
-@mutation("opset", "", "slow")
+@mutation("opset", f"{OUT}/MatMul/inserted_0", "slow")
 def opset_19_with_an_operator_that_has_changed(graph: Damaged) -> None:
     opset_22(graph)
     graph.model.opset_import[0].version = 19
@@ -118,7 +118,7 @@ def _mxfp8(graph: Damaged, block: int, output: int, scale_type: int = TensorProt
 
 @mutation("mxfp8-storage", f"{OUT}/mxfp8", "slow")
 def a_weight_in_mxfp8(graph: Damaged) -> None:
-    _unpromise(graph)
+    unpromise(graph)
     activation_quantizer_missing(graph)
     _mxfp8(graph, 32, TensorProto.BFLOAT16)
 
@@ -131,7 +131,7 @@ def a_weight_in_mxfp8_with_blocks_of_64(graph: Damaged) -> None:
 
 @mutation("mxfp8-block-size", f"{OUT}/mxfp8", "slow")
 def a_weight_in_mxfp8_with_scales_of_64(graph: Damaged) -> None:
-    _unpromise(graph)
+    unpromise(graph)
     activation_quantizer_missing(graph)
     _mxfp8(graph, 64, TensorProto.BFLOAT16)
 
@@ -161,7 +161,7 @@ def scales_stored_as_float8e8m0(graph: Damaged) -> None:
 # The promise
 
 
-def _linears(graph: Damaged) -> dict[str, list[str]]:
+def linears_of(graph: Damaged) -> dict[str, list[str]]:
     found = {entry.key: entry.value for entry in graph.model.metadata_props}
     linears: dict[str, list[str]] = json.loads(found["fp4trt.linears"])
     return linears
@@ -180,7 +180,7 @@ def a_linear_that_fell_back_to_16_bit(graph: Damaged) -> None:
 
 @mutation("promised-sixteen-bit", f"{OUT}/MatMul", "accepted")
 def a_linear_in_fp4_that_is_promised_in_16_bit(graph: Damaged) -> None:
-    linears = _linears(graph)
+    linears = linears_of(graph)
     linears["nvfp4"].remove(OUT)
     linears["bf16"].append(OUT)
     graph.metadata("fp4trt.linears", json.dumps(linears))
@@ -200,8 +200,8 @@ def the_weights_of_two_linears_exchanged(graph: Damaged) -> None:
 
 @mutation("merge-scales", f"{Q}/MatMul", "slow")
 def unequal_global_scales_in_a_group(graph: Damaged) -> None:
-    graph.scalar(f"{K}.own_scale", 0.001)
-    graph.node(f"{K}/weight_scale/DequantizeLinear").input[1] = f"{K}.own_scale"
+    graph.scalar(f"{K}.weight_scale_2", 0.001)
+    graph.node(f"{K}/weight_scale/DequantizeLinear").input[1] = f"{K}.weight_scale_2"
 
 
 @mutation("promise-metadata", "fp4trt.symbols", "accepted")
@@ -216,7 +216,7 @@ def a_promise_that_is_no_json(graph: Damaged) -> None:
 
 @mutation("promise-metadata", "fp4trt.linears", "accepted")
 def a_promise_without_fp4(graph: Damaged) -> None:
-    graph.metadata("fp4trt.linears", json.dumps({"bf16": _linears(graph)["bf16"]}))
+    graph.metadata("fp4trt.linears", json.dumps({"bf16": linears_of(graph)["bf16"]}))
 
 
 @mutation("promise-family", "fp4trt.family", "accepted")
@@ -264,7 +264,7 @@ def a_fixed_text_length(graph: Damaged) -> None:
 
 @mutation("weight-only", f"{MODULATION}.weight", "slow")
 def no_activation_quantized_and_nothing_promised(graph: Damaged) -> None:
-    _unpromise(graph)
+    unpromise(graph)
     for node in [node for node in graph.model.graph.node if node.op_type == TRT]:
         path = node.name.removesuffix(f"/{TRT}")
         output = graph.node(f"{path}/input/Cast").output[0]
@@ -280,17 +280,17 @@ def no_activation_quantized_and_nothing_promised(graph: Damaged) -> None:
 
 @mutation("activation-missing", f"{OUT}/MatMul", "slow")
 def one_activation_not_quantized_and_nothing_promised(graph: Damaged) -> None:
-    _unpromise(graph)
+    unpromise(graph)
     activation_quantizer_missing(graph)
 
 
 @mutation("merge-scales", f"{Q}/MatMul", "slow")
 def unequal_global_scales_and_nothing_promised(graph: Damaged) -> None:
-    _unpromise(graph)
+    unpromise(graph)
     unequal_global_scales_in_a_group(graph)
 
 
-def _unpromise(graph: Damaged) -> None:
+def unpromise(graph: Damaged) -> None:
     for key in [entry.key for entry in graph.model.metadata_props]:
         graph.metadata(key, None)
 

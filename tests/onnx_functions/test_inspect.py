@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -85,6 +87,12 @@ def _damaged(path: Path, name: str, value: object) -> Path:
 DAMAGE: dict[str, tuple[str, object]] = {
     "an index without names": ("diffusion_pytorch_model.safetensors.index.json", {"weight_map": [1]}),
     "an index of numbers": ("diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"a": 1}}),
+    "an index of nothing": ("diffusion_pytorch_model.safetensors.index.json", {"weight_map": {}}),
+    "an index of another folder": ("diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"a": "../b"}}),
+    "an index that lies": (
+        "diffusion_pytorch_model.safetensors.index.json",
+        {"weight_map": {"ghost": "diffusion_pytorch_model.safetensors"}},
+    ),
     "an index that is a list": ("diffusion_pytorch_model.safetensors.index.json", []),
     "a manifest without a recipe": ("fp4trt.json", {"recipe": []}),
     "a manifest with other groups": ("fp4trt.json", {"groups": [1]}),
@@ -94,15 +102,74 @@ DAMAGE: dict[str, tuple[str, object]] = {
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_json_is_refused_in_one_line(how: str, copy_of_digits: Path) -> None:
     name, value = DAMAGE[how]
-    with pytest.raises(UnknownArtifact, match=rf"{name} .*(copy it again|quantize again|expected an object)"):
+    with pytest.raises(
+        UnknownArtifact, match=rf"{name} .*(copy (it|the shards) again|quantize again|expected an object)"
+    ):
         describe(_damaged(copy_of_digits, name, value))
 
 
-@pytest.mark.parametrize("value", [{"request": []}, {"fp4_linears": "many"}, {"quantized_linears": [1]}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"request": []},
+        {"fp4_linears": "many"},
+        {"quantized_linears": [1]},
+        {"fp4_linears": float("inf")},
+        {"engine": "../e"},
+    ],
+)
 def test_a_damaged_manifest_of_an_engine_is_refused_in_one_line(tmp_path: Path, value: dict[str, object]) -> None:
     _damaged(tmp_path, "a.json", {"kind": "fp4trt engine", **value})
     with pytest.raises(UnknownArtifact, match="is a damaged manifest of an engine"):
         describe(tmp_path / "a.json")
+
+
+def _edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the header of a folder's safetensors."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return folder
+
+
+QUERY = "transformer_blocks.0.attn.to_q"
+LOST_SCALES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no block scales": (lambda h: h.pop(f"{QUERY}.weight_scale"), "weight_scale is missing, expected F8_E4M3 [128, 8]"),
+    "no global scale": (lambda h: h.pop(f"{QUERY}.weight_scale_2"), "weight_scale_2 is missing, expected F32 []"),
+    "other shape": (
+        lambda h: h[f"{QUERY}.weight_scale"].update(shape=[8, 128]),
+        "weight_scale is F8_E4M3 [8, 128], expected F8_E4M3 [128, 8]",
+    ),
+    "other type": (
+        lambda h: h[f"{QUERY}.weight_scale"].update(dtype="U8"),
+        "weight_scale is U8 [128, 8], expected F8_E4M3 [128, 8]",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", LOST_SCALES)
+def test_codes_without_their_scales_are_not_what_was_promised(how: str, copy_of_digits: Path) -> None:
+    edit, reason = LOST_SCALES[how]
+    found = describe(_edited(copy_of_digits, edit))
+    assert found["fp4_linears"] == 51
+    assert found["promise"]["differing"] == [
+        {"path": QUERY, "promised": "nvfp4", "found": "u8", "reason": f"{QUERY}.{reason}"}
+    ]
+
+
+def test_a_shape_of_negative_sizes_is_refused(copy_of_digits: Path) -> None:
+    with pytest.raises(UnknownArtifact, match=r"for U8 \[-128, -64\]"):
+        describe(_edited(copy_of_digits, lambda header: header[f"{QUERY}.weight"].update(shape=[-128, -64])))
+
+
+def test_an_engine_without_its_manifest_is_refused_with_the_file_that_lacks(tmp_path: Path) -> None:
+    (tmp_path / "a.engine").write_bytes(b"engine")
+    with pytest.raises(UnknownArtifact, match=r"a\.engine has no a\.json beside it"):
+        describe(tmp_path / "a.engine")
 
 
 def test_a_safetensors_file_that_is_cut_short_is_refused(copy_of_digits: Path) -> None:

@@ -75,6 +75,48 @@ def test_a_foreign_graph_is_described_with_the_shapes_of_its_weights(tmp_path: P
     assert found["producer"] == "theirs"
 
 
+def _branch(name: str, weight: str, stored: bool) -> onnx.GraphProto:
+    """Return x W^T; both branches call their tensors and nodes the same."""
+    nodes = [
+        helper.make_node("Transpose", [weight], ["turned"], "turn", perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "turned"], ["inside"], "/inner/up/MatMul"),
+    ]
+    value = helper.make_tensor_value_info("inside", TensorProto.FLOAT, ["B", 48])
+    weights = [numpy_helper.from_array(np.ones((48, 32), np.float16), weight)] if stored else []
+    return helper.make_graph(nodes, name, [], [value], weights)
+
+
+def test_linears_in_subgraphs_count_and_are_named(tmp_path: Path) -> None:
+    path = _foreign(tmp_path / "theirs.onnx", placeholders=True)
+    model = onnx.load(path)
+    branches = {"then_branch": _branch("a", "up.weight", False), "else_branch": _branch("b", "local.weight", True)}
+    either = helper.make_node("If", ["c"], ["z"], "choice", **branches)
+    body = helper.make_graph([either], "body", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])
+    model.graph.node.append(helper.make_node("If", ["c"], ["out"], "outer", then_branch=body, else_branch=body))
+    model.graph.node[-1].attribute.pop()
+    mark = helper.make_node("TRT_FP4QDQ", ["down.weight"], ["hidden"], "hidden", domain="trt")
+    model.graph.node[-1].attribute[0].g.node.append(mark)
+    onnx.save(model, path)
+    found = describe(path)
+    assert _shapes(found) == {
+        "block.up": ("fp32 marked", [48, 32]),
+        "down": ("fp32", [16, 48]),
+        "inner.up": ("fp16", [48, 32]),
+        "choice/then_branch/inner/up": ("fp32", [48, 32]),
+    }
+    assert found["placeholders"]["weights"] == 2
+    assert found["bytes"] == 48 * 32 * 4 + 48 * 16 * 4 + 48 * 32 * 2
+
+
+def test_a_scale_dtype_is_shown_only_where_there_is_fp4(small_graph: Any) -> None:
+    assert describe(small_graph.path)["scale_dtype"] == small_graph.scale_dtype
+    model = onnx.load(small_graph.path, load_external_data=False)
+    del model.graph.node[:]
+    model.graph.node.append(helper.make_node("Identity", ["x"], [model.graph.output[0].name]))
+    onnx.save(model, small_graph.path)
+    assert describe(small_graph.path)["scale_dtype"] is None
+
+
 def test_a_graph_with_placeholders_names_the_next_command(tmp_path: Path) -> None:
     found = describe(_foreign(tmp_path / "theirs.onnx", placeholders=True))
     assert _shapes(found)["block.up"] == ("fp32 marked", [48, 32])

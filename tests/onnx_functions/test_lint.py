@@ -14,8 +14,8 @@ import lint_table
 import onnx
 import pytest
 from lint_damage import Damaged
-from lint_mutations import MODULATION, OUT, Mutation
-from lint_mutations_outside import MUTATIONS
+from lint_mutations import DEEP, MODULATION, OUT, TRT, K, Mutation, Q
+from lint_mutations_names import MUTATIONS
 from onnx import helper
 
 import fp4trt
@@ -50,6 +50,7 @@ def test_a_mutation_is_found_by_its_rule_which_names_the_place(mutation: Mutatio
     report = lint(damaged.save())
     found = [finding for finding in report.findings if finding.rule == mutation.rule]
     assert mutation.where in {place for finding in found for place in (finding.node, finding.tensor)}
+    assert all(finding.node or finding.tensor for finding in report.findings)
     assert report.passed == (SEVERITY[mutation.rule] == "warning")
     assert replace(report, allow_slow=True).passed == (SEVERITY[mutation.rule] != "wrong")
 
@@ -71,6 +72,8 @@ def test_an_untouched_export_has_no_finding(quantized_digits: Path, bfloat16_dig
     assert lint(bfloat16_digits).findings == ()
     export(quantized_digits, tmp_path / "copied.onnx", copy_weights=True)
     assert lint(tmp_path / "copied.onnx").findings == ()
+    export("digits", tmp_path / "plain.onnx", precision="bf16")
+    assert lint(tmp_path / "plain.onnx").findings == ()
 
 
 def test_an_untouched_export_without_its_promise_is_warned_of_what_could_be_merged(damaged: Damaged) -> None:
@@ -207,7 +210,13 @@ def test_a_promise_of_nothing_over_fp4_weights_is_refused(text: str, damaged: Da
     assert "promise-metadata" in {finding.rule for finding in lint(damaged.save()).refused}
 
 
-@pytest.mark.parametrize("text", ["[null]", "[" * 5000, '[["a"], 5]'])
+@pytest.mark.parametrize("text", ["{}", "null", '{"B": null}', '{"B": {}}', '{"B": {"kind": "batch"}}', "[" * 5000])
+def test_symbols_that_say_too_little_are_refused(text: str, damaged: Damaged) -> None:
+    _metadata(damaged.model, "fp4trt.symbols").value = text
+    assert "promise-metadata" in {finding.rule for finding in lint(damaged.save()).refused}
+
+
+@pytest.mark.parametrize("text", ["[null]", "[" * 5000, '[["a"], 5]', f'[["{OUT}"], ["{OUT}"]]'])
 def test_groups_that_are_none_are_refused(text: str, damaged: Damaged) -> None:
     _metadata(damaged.model, "fp4trt.groups").value = text
     assert "promise-metadata" in {finding.rule for finding in lint(damaged.save()).refused}
@@ -217,11 +226,105 @@ def _metadata(model: onnx.ModelProto, key: str) -> onnx.StringStringEntryProto:
     return next(entry for entry in model.metadata_props if entry.key == key)
 
 
-def _graph(nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], path: Path) -> Path:
+def test_a_concatenation_a_part_and_a_new_name_of_stored_tensors_are_legal(damaged: Damaged) -> None:
+    """What a graph of other origin does with a checkpoint that it points into."""
+    del damaged.model.metadata_props[:]
+    clean = lint(damaged.save()).findings
+    first, second = f"{Q}.weight_scale", f"{K}.weight_scale"
+    assert damaged.offset(second) == damaged.offset(first) + 128 * 8
+    stored = damaged.tensor(first)
+    for name, rows, begin in (("both", 256, 0), ("upper half", 64, 0), ("lower half", 64, 64 * 8), ("renamed", 128, 0)):
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(stored)
+        tensor.name, tensor.dims[:] = name, [rows, 8]
+        damaged.model.graph.initializer.append(tensor)
+        damaged.entry(name, "offset", damaged.offset(first) + begin)
+        damaged.entry(name, "length", rows * 8)
+    rules = {finding.rule for finding in lint(damaged.save()).findings if finding not in clean}
+    assert rules == {"dead-initializer", "external-alias", "external-overlap"}
+
+
+def test_a_graph_without_fp4_is_told_so_at_any_opset_and_passes(tmp_path: Path) -> None:
+    weight = helper.make_tensor("w", onnx.TensorProto.FLOAT, [4, 2], [1.0] * 8)
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    for opset in (11, 17, 21, 23):
+        report = lint(_graph([product], [weight], tmp_path / "plain.onnx", opset))
+        assert [(finding.rule, finding.severity) for finding in report.findings] == [("no-fp4", "warning")]
+        assert report.passed
+
+
+def test_blocks_in_8_bit_need_an_opset_that_has_them(tmp_path: Path) -> None:
+    codes = helper.make_tensor("codes", onnx.TensorProto.INT8, [32, 2], [1] * 64)
+    scales = helper.make_tensor("scales", onnx.TensorProto.FLOAT, [2, 2], [1.0] * 4)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], name="blocked", axis=0, block_size=16),
+        helper.make_node("Identity", ["w"], ["y"], name="out"),
+    ]
+    found = lint(_graph(nodes, [codes, scales], tmp_path / "blocked.onnx", 17)).refused
+    assert [(finding.rule, finding.tensor) for finding in found] == [("opset", "opset_import")]
+
+
+def test_an_operator_lacks_nothing_by_the_schema_of_its_own_opset(tmp_path: Path) -> None:
+    """ReduceSum has had its axes as an attribute, then as an input; a Dropout of opset 7 has lost its own since."""
+    reduced = helper.make_node("ReduceSum", ["x"], ["r"], name="reduce", axes=[0])
+    dropped = helper.make_node("Dropout", ["r"], ["y"], name="drop", ratio=0.5)
+    assert lint(_graph([reduced, dropped], [], tmp_path / "old.onnx", 11)).passed
+    chosen = helper.make_node("Where", ["x", "", "x"], ["y"], name="choose")
+    (finding,) = lint(_graph([chosen], [], tmp_path / "hole.onnx")).findings
+    assert (finding.rule, finding.node, finding.message) == ("operator-form", "choose", "the Where lacks its input X")
+
+
+def test_an_attribute_without_a_type_is_named_whosever_operator_has_it(damaged: Damaged) -> None:
+    damaged.node(f"{OUT}/{TRT}").attribute.append(onnx.AttributeProto(name="odd"))
+    (finding,) = lint(damaged.save()).findings
+    assert (finding.rule, finding.node) == ("operator-form", f"{OUT}/{TRT}")
+
+
+def test_an_operator_inside_a_subgraph_is_held_to_its_schema_too(tmp_path: Path) -> None:
+    inner = helper.make_node("Cast", ["x"], ["inner"], name="inner cast")
+    value = helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, None)
+    branch = helper.make_graph([inner], "branch", [], [value])
+    condition = helper.make_tensor("condition", onnx.TensorProto.BOOL, [], [True])
+    node = helper.make_node("If", ["condition"], ["y"], name="if", then_branch=branch, else_branch=branch)
+    found = lint(_graph([node], [condition], tmp_path / "if.onnx")).refused
+    assert {(finding.node, finding.message) for finding in found} == {("inner cast", "the Cast lacks its attribute to")}
+
+
+def test_a_product_whose_shapes_are_not_declared_is_held_to_the_inferred_ones(damaged: Damaged) -> None:
+    del damaged.model.graph.value_info[:]
+    assert lint(damaged.save()).findings == ()
+    BY_NAME["an activation of another length"].apply(damaged)
+    assert f"{DEEP}/MatMul" in {f.node for f in lint(damaged.save()).findings if f.rule == "product-shapes"}
+
+
+@pytest.mark.parametrize("amax", [6.0e-8, 6.0, 65504.0, 1.67e7])
+def test_a_global_scale_of_any_amax_that_a_layer_could_have_is_fine(amax: float, damaged: Damaged) -> None:
+    damaged.scalar(f"{OUT}.input_scale", amax / (6 * 448))
+    assert lint(damaged.save()).findings == ()
+
+
+@pytest.mark.parametrize("amax", [5.9e-8, 1.68e7])
+def test_a_global_scale_beyond_that_is_not(amax: float, damaged: Damaged) -> None:
+    damaged.scalar(f"{OUT}.input_scale", amax / (6 * 448))
+    assert [finding.rule for finding in lint(damaged.save()).findings] == ["scale-magnitude"]
+
+
+def test_readers_at_the_end_of_a_long_chain_are_found(damaged: Damaged) -> None:
+    last = damaged.node(f"{OUT}/MatMul").input[1]
+    position = next(i for i, node in enumerate(damaged.model.graph.node) if node.name == f"{OUT}/MatMul")
+    for i in range(1500):
+        node = helper.make_node("Identity", [last], [f"link_{i}"], f"link_{i}")
+        damaged.model.graph.node.insert(position + i, node)
+        last = f"link_{i}"
+    damaged.node(f"{OUT}/MatMul").input[1] = last
+    assert lint(damaged.save()).findings == ()
+
+
+def _graph(nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], path: Path, opset: int = 23) -> Path:
     x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 4])
     y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
     graph = helper.make_graph(nodes, "g", [x], [y], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]), path)
     return path
 
 

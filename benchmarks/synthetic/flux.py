@@ -1,0 +1,121 @@
+"""Write a FLUX.1 checkpoint of any depth and width with seeded weights, and maxima to quantize it with.
+
+`python benchmarks/synthetic/flux.py FOLDER --double 19 --single 38` writes FLUX.1-dev's 23.8 GB in three shards, as on
+the hub, and `FOLDER/../amax.json`. Every weight is normal with a standard deviation of its own, and one value in ten
+thousand is an outlier of up to thirty times that, so that no two layers have one amax and no table is hit twice alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from calibration.in_order import in_order  # noqa: E402
+from calibration.models import family_of  # noqa: E402
+from calibration.safetensors_file import TensorPlan, write  # noqa: E402
+from calibration.source import model_class  # noqa: E402
+
+SHARD_BYTES = 9_990_000_000
+PIECE = 1 << 22
+OUTLIERS = 1e-4
+
+
+def config_of(double: int, single: int, heads: int = 24) -> dict[str, Any]:
+    """Return FLUX.1-dev's config with another depth, and another width by the number of heads of 128."""
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "attention_head_dim": 128,
+        "axes_dims_rope": [16, 56, 56],
+        "guidance_embeds": True,
+        "in_channels": 64,
+        "joint_attention_dim": 4096,
+        "num_attention_heads": heads,
+        "num_layers": double,
+        "num_single_layers": single,
+        "patch_size": 1,
+        "pooled_projection_dim": 768,
+    }
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
+    """Write config, shards and index; return the number of parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = model_class(family_of(config)).from_config(config)
+    plan = [TensorPlan(name, "BF16", tuple(value.shape)) for name, value in model.state_dict().items()]
+    shards: list[list[TensorPlan]] = [[]]
+    for tensor in plan:
+        if sum(other.nbytes for other in shards[-1]) + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    names = [f"diffusion_pytorch_model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["diffusion_pytorch_model.safetensors"]
+    total = sum(tensor.nbytes for tensor in plan)
+    with click.progressbar(length=total, label="writing weights", file=sys.stderr) as bar:
+        for name, shard in zip(names, shards, strict=True):
+            write(folder / name, shard, _pieces(shard, bar), {"format": "pt"})
+    if len(shards) > 1:
+        index = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return total // 2
+
+
+def write_amax(path: Path, config: dict[str, Any]) -> None:
+    """Write a maximum for every quantized linear's input, no two alike."""
+    values = {name: 4 + 40 * (zlib.crc32(name.encode()) / 2**32) ** 2 for name in family_of(config).quantized(config)}
+    path.write_text(json.dumps({"__metadata__": {"data": "synthetic"}, **values}, indent=1))
+
+
+def _pieces(shard: Sequence[TensorPlan], bar: Any) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+    jobs = [
+        (tensor, begin, min(begin + PIECE, tensor.nbytes // 2))
+        for tensor in shard
+        for begin in range(0, tensor.nbytes // 2, PIECE)
+    ]
+    made = in_order(functools.partial(_random, tensor, begin, end) for tensor, begin, end in jobs)
+    for (tensor, _, _), data in zip(jobs, made, strict=True):
+        yield tensor.name, data
+        bar.update(data.nbytes)
+
+
+def _random(tensor: TensorPlan, begin: int, end: int) -> npt.NDArray[np.uint8]:
+    """Return some of a tensor's elements as the bytes of BF16 numbers; which ones decides the seed."""
+    name = zlib.crc32(tensor.name.encode())
+    random = np.random.default_rng([name, begin])
+    values = random.standard_normal(end - begin, np.float32)
+    if len(tensor.shape) == 1:
+        values = 1 + 0.1 * values if "norm" in tensor.name else 0.05 * values
+    else:
+        values *= 0.6 * (1 + name % 97 / 97) / tensor.shape[-1] ** 0.5
+        where = random.integers(0, len(values), max(1, int(len(values) * OUTLIERS)))
+        values[where] *= random.uniform(3, 30, len(where)).astype(np.float32)
+    return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint8).numpy()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--double", type=int, default=19)
+    parser.add_argument("--single", type=int, default=38)
+    parser.add_argument("--heads", type=int, default=24)
+    arguments = parser.parse_args()
+    chosen = config_of(arguments.double, arguments.single, arguments.heads)
+    parameters = write_checkpoint(arguments.folder, chosen)
+    write_amax(arguments.folder.parent / "amax.json", chosen)
+    print(f"{parameters / 1e9:.2f} B parameters -> {arguments.folder}")

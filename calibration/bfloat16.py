@@ -1,0 +1,54 @@
+"""Stored weights as BF16 numbers, a few MiB at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from calibration.errors import BadCheckpoint
+from calibration.safetensors_file import DTYPE_BYTES, StoredTensor
+
+__all__ = ["as_bits", "bits_of", "largest_magnitude", "pieces_of", "refuse_other_types"]
+
+_TORCH: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+_MAGNITUDE: Final = np.uint16(0x7FFF)
+_INFINITY: Final = 0x7F80
+
+
+def refuse_other_types(name: str, stored: StoredTensor) -> None:
+    """Refuse a tensor that is no floating-point number of 16 or 32 bit.
+
+    Raises:
+        BadCheckpoint: naming it.
+    """
+    if stored.dtype not in _TORCH:
+        raise BadCheckpoint(f"{name} is stored as {stored.dtype}; expected one of: {', '.join(_TORCH)}")
+
+
+def bits_of(stored: StoredTensor, begin: int = 0, end: int | None = None) -> npt.NDArray[np.uint16]:
+    """Return elements ``begin`` to ``end`` of a tensor, flat, as the bits of BF16 numbers, rounded to nearest even."""
+    size = DTYPE_BYTES[stored.dtype]
+    return as_bits(stored.bytes(begin * size, stored.nbytes if end is None else end * size), stored.dtype)
+
+
+def as_bits(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.uint16]:
+    """Return the bytes of numbers of a safetensors dtype as the bits of BF16 numbers."""
+    if dtype == "BF16":
+        return data.view(np.uint16)
+    return torch.from_numpy(data).view(_TORCH[dtype]).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def pieces_of(stored: StoredTensor) -> Iterator[npt.NDArray[np.uint16]]:
+    """Yield all of a tensor as :func:`bits_of` gives it, in order; nothing stays mapped."""
+    return (as_bits(data, stored.dtype) for data in stored.pieces())
+
+
+def largest_magnitude(bits: npt.NDArray[np.uint16]) -> float | None:
+    """Return the largest magnitude of BF16 numbers, or None where one is NaN or infinite."""
+    largest = int((bits & _MAGNITUDE).max(initial=0))
+    return None if largest >= _INFINITY else float(np.array(largest << 16, np.uint32).view(np.float32))

@@ -1,0 +1,136 @@
+"""Read a graph of other origin, and refuse what cannot become FP4 before anything of it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import onnx_ir as ir
+
+from exporter.errors import BadGraph, NoPlaceholders
+from exporter.naming import name_of
+from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
+from onnx_functions.file_input import what_it_lacks
+
+__all__ = ["checked_files", "load_foreign", "refuse_blocks_across_products", "refuse_what_stays"]
+
+_ARITY: Final = {WEIGHT_PLACEHOLDER: (1, 1), QUANTIZER: (2, 2)}
+"""Inputs and outputs of TensorRT's operators that are rewritten."""
+
+
+def load_foreign(path: Path) -> ir.Model:
+    """Return a graph whose nodes come in order.
+
+    Raises:
+        BadGraph: it is none.
+    """
+    if not path.is_file():
+        raise BadGraph(f"{path} {what_it_lacks(path)}; expected an ONNX file")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise many types, by version
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadGraph(f"{path} is not an ONNX model ({reason}); export it again") from None
+    if not len(model.graph):
+        raise BadGraph(f"{path} is not an ONNX model: it has no node; export it again")
+    made: set[ir.Node] = set()
+    for node in model.graph:
+        for value in node.inputs:
+            producer = value.producer() if value is not None else None
+            if value is not None and producer is not None and producer not in made:
+                raise BadGraph(f"{name_of(node)} reads {value.name} before it is computed; export the graph again")
+        made.add(node)
+    return model
+
+
+def checked_files(model: ir.Model) -> set[Path]:
+    """Return the files of a model's external data, having checked that they hold it.
+
+    Raises:
+        BadGraph: naming the tensor whose bytes are missing.
+    """
+    files = set()
+    for tensor in _tensors(model):
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file, begin, length = Path(tensor.path), tensor.offset or 0, tensor.length or tensor.nbytes
+        if not file.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
+            raise BadGraph(f"{tensor.name} lies at {tensor.location}; expected a path inside the graph's folder")
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or begin + length > size or length != tensor.nbytes:
+            found = "does not exist" if size is None else f"has {size} bytes"
+            raise BadGraph(
+                f"{tensor.name} needs {tensor.nbytes} bytes from byte {begin} of {file}, which {found}; "
+                "copy the graph again with its data"
+            )
+        files.add(file.resolve())
+    return files
+
+
+def refuse_what_stays(model: ir.Model) -> None:
+    """Refuse a graph without placeholders, or with some that cannot be replaced.
+
+    Raises:
+        NoPlaceholders: nothing is marked.
+        BadGraph: naming the node.
+    """
+    outer = [node for node in model.graph.all_nodes() if node.op_type.startswith("TRT_FP4")]
+    inner = [n for f in model.functions.values() for n in f.all_nodes() if n.op_type.startswith("TRT_FP4")]
+    for node in (*outer, *inner):
+        _refuse_operator(node)
+        if node.graph is not model.graph:
+            what = "marks a weight" if node.op_type == WEIGHT_PLACEHOLDER else "quantizes"
+            raise BadGraph(f"{name_of(node)} {what} inside a subgraph or function; inline it and export again")
+    if not any(node.op_type == WEIGHT_PLACEHOLDER for node in outer):
+        raise NoPlaceholders(
+            f"the graph has no {WEIGHT_PLACEHOLDER} node, so no weight is marked for FP4; "
+            "quantize the model with ModelOpt before its ONNX export"
+        )
+    if model.functions:
+        raise BadGraph("the graph has local functions, which TensorRT cannot call twice; inline them and export again")
+
+
+def _refuse_operator(node: ir.Node) -> None:
+    """Refuse an FP4 operator that TensorRT would not know."""
+    if node.op_type == ACTIVATION_PLACEHOLDER:
+        raise BadGraph(f"{name_of(node)} is a {node.op_type}, which no graph may hold; expected {QUANTIZER}")
+    if node.op_type not in _ARITY:
+        return
+    if node.domain != DOMAIN:
+        raise BadGraph(f"{name_of(node)} is a {node.op_type} in the domain {node.domain!r}; expected {DOMAIN!r}")
+    given, wanted = (len(node.inputs), len(node.outputs)), _ARITY[node.op_type]
+    if given != wanted or None in node.inputs:
+        raise BadGraph(
+            f"{name_of(node)}, a {node.op_type}, has {given[0]} inputs and {given[1]} outputs; "
+            f"expected {wanted[0]} and {wanted[1]}, all of them given: export the graph again"
+        )
+
+
+def refuse_blocks_across_products(graph: ir.Graph) -> None:
+    """Refuse a weight [K, N] that a product reads as it is: its blocks would run along N.
+
+    TensorRT builds that without a word, in 16 bit.
+    """
+    for node in graph:
+        if node.op_type != WEIGHT_PLACEHOLDER:
+            continue
+        for user, index in node.outputs[0].uses():
+            turned = user.op_type == "Gemm" and "transB" in user.attributes and user.attributes["transB"].as_int()
+            if user.op_type in ("MatMul", "Gemm") and index == 1 and not turned:
+                raise BadGraph(
+                    f"{name_of(user)} reads the weight of {name_of(node)} as [K, N], so its blocks lie across the sum "
+                    "and TensorRT would drop FP4; mark the weight as [N, K] and transpose it afterwards, or pass "
+                    "--allow-slow"
+                )
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Yield every tensor that a model stores, those of its subgraphs and functions too."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
+    nodes = [*model.graph.all_nodes(), *(node for inner in model.functions.values() for node in inner.all_nodes())]
+    for node in nodes:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.as_tensor()

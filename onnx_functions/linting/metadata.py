@@ -1,0 +1,138 @@
+"""Rules for the metadata themselves: is there a promise that anything can be held against?"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from onnx_functions.json_file import lists_of_strings, object_of, strings
+from onnx_functions.linting.promise import CONTRACTS
+from onnx_functions.linting.rule import Hit, rule
+from onnx_functions.linting.subject import Subject
+from onnx_functions.stored_linears import FORMAT_OF
+
+__all__ = ["KEYS", "RULES"]
+
+KEYS: Final = ("family", "recipe", "scale_dtype", "linears", "groups", "symbols")
+"""The entries, after `fp4trt.`, of the metadata of a graph that promises something."""
+_SCALE_DTYPES: Final = ("float32", "bfloat16")
+
+
+@rule("duplicate-metadata", "wrong", "keep one entry of each key")
+def duplicate_metadata(subject: Subject) -> Iterator[Hit]:
+    """Two entries of one key in the metadata: readers take the first or the last.
+
+    Source: the ONNX specification: keys are distinct; onnx's checker refuses it, TensorRT-RTX does not look.
+    """
+    for key, count in Counter(entry.key for entry in subject.model.metadata_props).items():
+        if count > 1:
+            yield Hit(f"the key stands {count} times in the metadata", tensor=key)
+
+
+@rule("promise-metadata", "wrong", "export again")
+def promise_metadata(subject: Subject) -> Iterator[Hit]:
+    """A promise that is incomplete or unreadable, or has unknown values: nothing could then be held against it.
+
+    Source: fp4trt export writes all of it.
+    """
+    if not subject.promises:
+        return
+    for key in (f"fp4trt.{key}" for key in KEYS):
+        if key not in subject.metadata:
+            yield Hit("the key is missing in the metadata", tensor=key)
+    for key, check in _CHECKS.items():
+        if (text := subject.metadata.get(f"fp4trt.{key}")) is not None:
+            for fault in check(subject, text):
+                yield Hit(fault, tensor=f"fp4trt.{key}")
+
+
+@rule("promise-family", "warning", "check inputs and outputs yourself, or export again")
+def promise_family(subject: Subject) -> Iterator[Hit]:
+    """A family whose inputs and outputs are not known here cannot be held against them.
+
+    Source: the table of families.
+    """
+    family = subject.metadata.get("fp4trt.family")
+    if family is not None and family not in CONTRACTS:
+        yield Hit(f"the family {family!r} is unknown; known are {', '.join(CONTRACTS)}", tensor="fp4trt.family")
+
+
+RULES = (duplicate_metadata, promise_metadata, promise_family)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise TypeError("the value is no JSON") from None
+
+
+def _recipe(_: Subject, text: str) -> Iterator[str]:
+    if not text.strip():
+        yield "the recipe has no name; expected one, or none"
+
+
+def _scale_dtype(_: Subject, text: str) -> Iterator[str]:
+    if text not in _SCALE_DTYPES:
+        yield f"the value is {text!r}; expected one of: {', '.join(_SCALE_DTYPES)}"
+
+
+def _linears(subject: Subject, text: str) -> Iterator[str]:
+    try:
+        formats = object_of(_json(text), "the value")
+        paths = [path for kind, listed in formats.items() for path in strings(listed, repr(kind))]
+    except TypeError as error:
+        yield str(error)
+        formats, paths = {}, []
+    for kind in formats:
+        if kind not in FORMAT_OF.values():
+            yield f"the format {kind!r} is unknown; known are {', '.join(sorted(set(FORMAT_OF.values())))}"
+    for path, count in Counter(paths).items():
+        if count > 1:
+            yield f"{path} is promised {count} times"
+    if not subject.promised.get("nvfp4") and subject.weights:
+        yield "no linear is promised in nvfp4, but the graph holds FP4 weights"
+
+
+def _groups(subject: Subject, text: str) -> Iterator[str]:
+    try:
+        members = [path for group in lists_of_strings(_json(text), "the value") for path in group]
+    except TypeError as error:
+        yield str(error)
+        return
+    quantized = set(subject.promised.get("nvfp4", ()))
+    for path, count in Counter(members).items():
+        if path not in quantized:
+            yield f"{path} is in a group, but not promised in nvfp4"
+        elif count > 1:
+            yield f"{path} is in {count} groups"
+
+
+def _symbols(subject: Subject, text: str) -> Iterator[str]:
+    try:
+        symbols = object_of(_json(text), "the value")
+        for name, symbol in symbols.items():
+            if not isinstance(object_of(symbol, repr(name)).get("kind"), str):
+                yield f"the symbol {name!r} has no kind"
+    except TypeError as error:
+        yield str(error)
+        return
+    dims = (dim for value in subject.model.graph.input for dim in value.type.tensor_type.shape.dim)
+    found = dict.fromkeys(dim.dim_param for dim in dims if dim.dim_param)
+    for name in found:
+        if name not in symbols:
+            yield f"nothing is said of the inputs' symbolic dimension {name}"
+    for name in symbols:
+        if name not in found:
+            yield f"no input has the promised symbolic dimension {name}"
+
+
+_CHECKS: Final[Mapping[str, Any]] = {
+    "recipe": _recipe,
+    "scale_dtype": _scale_dtype,
+    "linears": _linears,
+    "groups": _groups,
+    "symbols": _symbols,
+}

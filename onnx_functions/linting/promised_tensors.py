@@ -1,0 +1,144 @@
+"""Rules for which tensors the promised linears read: each its own, by the names of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from onnx import NodeProto
+
+from onnx_functions.linting.rule import Hit, rule
+from onnx_functions.linting.subject import Product, Subject
+
+__all__ = ["RULES", "product_of"]
+
+_SHARED: Final = ("weight_scale_2", "input_scale")
+"""The scales that a group shares: those of its first member."""
+
+
+@rule("promised-weight", "wrong", "let each linear read its own weight: export again")
+def promised_weight(subject: Subject) -> Iterator[Hit]:
+    """A promised linear X that reads other codes, block scales or 16-bit weights than X.weight and X.weight_scale.
+
+    Source: measured: weights of one shape are exchanged without a word.
+    """
+    yield from _strangers(subject, ("weight", "weight_scale"))
+
+
+@rule("promised-scale", "wrong", "let each linear read the global scales of its group's first member: export again")
+def promised_scale(subject: Subject) -> Iterator[Hit]:
+    """A promised linear whose global scales are not its own, and not those of its group's first member.
+
+    X.weight_scale_2 for the weight, X.input_scale for the activation. Source: measured: accepted, and every product is
+    off by a factor.
+    """
+    yield from _strangers(subject, _SHARED)
+
+
+@rule("promised-bias", "wrong", "let each linear add its own bias: export again")
+def promised_bias(subject: Subject) -> Iterator[Hit]:
+    """A promised linear X that adds another bias than X.bias, or none where there is one.
+
+    Source: measured: accepted.
+    """
+    yield from _strangers(subject, ("bias",))
+
+
+@rule("module-tensor", "wrong", "let each module read its own tensors: export again")
+def module_tensor(subject: Subject) -> Iterator[Hit]:
+    """With a promise nodes are named after their modules: one of module X reads X.weight, not Y.weight, where both are.
+
+    Source: the names that fp4trt export gives; norms of one width are exchanged without a word.
+    """
+    if not subject.promises:
+        return
+    for node in subject.model.graph.node:
+        module, slash, _ = node.name.partition("/")
+        for tensor in node.input if slash else ():
+            owner, dot, part = subject.owner(tensor).rpartition(".")
+            if not dot or owner == module or part in _SHARED or tensor not in subject.graph.initializers:
+                continue
+            if f"{module}.{part}" in subject.known:
+                yield Hit(f"reads {owner}.{part}; expected {module}.{part}", node.name, tensor)
+
+
+RULES = (promised_weight, promised_scale, promised_bias, module_tensor)
+
+
+def product_of(subject: Subject, path: str) -> NodeProto | None:
+    """Return the product of a promised linear, None where the graph has none under its name."""
+    node = subject.graph.nodes.get(f"{path}/MatMul") or subject.graph.nodes.get(f"{path}/Gemm")
+    return node if node is not None and node.op_type in ("MatMul", "Gemm") else None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a linear reads as one of its parts: `tensor` is a constant, or "" where there is none."""
+
+    part: str
+    tensor: str
+
+
+def _strangers(subject: Subject, parts: tuple[str, ...]) -> Iterator[Hit]:
+    """Yield each promised linear that reads something else as one of these parts, though its own is there."""
+    products = {id(product.node): product for product in subject.products}
+    first = _first_members(subject)
+    promised = dict.fromkeys(path for paths in subject.promised.values() for path in paths)
+    fp4 = set(subject.promised.get("nvfp4", ()))
+    for path in promised:
+        node = product_of(subject, path)
+        if node is None:
+            continue
+        product = products.get(id(node))
+        fallen = product is None and path in fp4  # a rule of its own
+        for read in _reads(subject, node, product):
+            if read.part not in parts:
+                continue
+            owners = {path, first.get(path, path)} if read.part in _SHARED else {path}
+            wanted = [f"{owner}.{read.part}" for owner in sorted(owners, key=lambda owner: owner == path)]
+            owner = subject.owner(read.tensor)
+            if owner in wanted:
+                continue
+            module = owner.rpartition(".")[0]
+            theirs = read.part not in _SHARED and module != path and module in promised
+            if theirs or (not fallen and any(name in subject.known for name in wanted)):
+                found = f"reads {read.tensor}" if read.tensor else f"reads no {read.part}"
+                yield Hit(f"{found}; expected {wanted[0]}", f"{path}/{node.op_type}", read.tensor or wanted[0])
+
+
+def _first_members(subject: Subject) -> dict[str, str]:
+    groups = subject.declared("fp4trt.groups")
+    lists = [group for group in groups if isinstance(group, list) and group] if isinstance(groups, list) else []
+    return {str(path): str(group[0]) for group in lists for path in group}
+
+
+def _reads(subject: Subject, node: NodeProto, product: Product | None) -> Iterator[_Read]:
+    """Yield what a product reads, as far as it can be followed to constants."""
+    if product is None:
+        source = subject.constant(subject.graph.source(node.input[1]))
+        if source:
+            yield _Read("weight", source)
+    else:
+        chain = product.chain
+        parts = {"weight": chain.codes}
+        if chain.scales is not None:
+            parts |= {"weight_scale": chain.block_scales, "weight_scale_2": chain.global_scale}
+        yield from (_Read(part, constant) for part, name in parts.items() if (constant := subject.constant(name)))
+    quantizer = subject.quantizer_of(node.input[0])
+    scale = subject.constant(quantizer.input[1]) if quantizer is not None else ""
+    if scale:
+        yield _Read("input_scale", scale)
+    yield _Read("bias", _bias(subject, node))
+
+
+def _bias(subject: Subject, node: NodeProto) -> str:
+    """Return the constant that is added to a product, "" where none is."""
+    if node.op_type == "Gemm" and len(node.input) > 2:
+        return subject.constant(node.input[2])
+    for reader in subject.graph.consumers.get(node.output[0], ()):
+        if reader.op_type == "Add":
+            other = [name for name in reader.input if name != node.output[0]]
+            if other and (constant := subject.constant(other[0])):
+                return constant
+    return ""

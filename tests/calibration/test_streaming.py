@@ -1,0 +1,235 @@
+"""Quantizing in shards, from shards, from other types, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calibration import checkpoint, shards
+from calibration.errors import BadCheckpoint, TooLittleSpace
+from calibration.input_amax import METADATA
+from calibration.models import family_of
+from calibration.quantization import quantize
+from calibration.source import load_json
+
+MakeFlux = Callable[..., Path]
+
+SMALL = 24_000
+"""Bytes of a shard that make several of a tiny model."""
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def flux(tiny_flux: MakeFlux, tmp_path: Path) -> Path:
+    """A tiny FLUX of 2 + 2 blocks."""
+    return tiny_flux(tmp_path / "flux", num_layers=2, num_single_layers=2)
+
+
+@pytest.fixture
+def amax(flux: Path, tmp_path: Path) -> Path:
+    config = load_json(flux / "config.json")
+    values = {path: 1 + index / 7 for index, path in enumerate(family_of(config).quantized(config))}
+    (tmp_path / "amax.json").write_text(json.dumps({METADATA: {}, **values}))
+    return tmp_path / "amax.json"
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    stored = checkpoint.read(folder).tensors
+    return {name: (tensor.dtype, tensor.shape, tensor.bytes().tobytes()) for name, tensor in stored.items()}
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = shards.plan_shards
+    monkeypatch.setattr(shards, "plan_shards", lambda stored, groups: plan(stored, groups, SMALL))
+
+
+def _reshard(flux: Path, folder: Path) -> Path:
+    """Write a checkpoint's tensors into three files with an index, as the hub has them."""
+    folder.mkdir()
+    shutil.copy(flux / "config.json", folder)
+    tensors = load_file(flux / checkpoint.WEIGHTS)
+    stem, index = checkpoint.WEIGHTS.removesuffix(".safetensors"), {}
+    for number in range(3):
+        part = {name: value for position, (name, value) in enumerate(tensors.items()) if position % 3 == number}
+        file = f"{stem}-{number + 1:05d}-of-00003.safetensors"
+        save_file(part, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / shards.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def test_shards_hold_the_tensors_of_one_file_whole_groups_at_a_time(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(flux, tmp_path / "one", calibration=amax)
+    _small_shards(monkeypatch)
+    quantize(_reshard(flux, tmp_path / "resharded"), tmp_path / "many", calibration=amax)
+    assert _tensors(tmp_path / "one") == _tensors(tmp_path / "many")
+    manifest, index = (load_json(tmp_path / "many" / name) for name in ("fp4trt.json", shards.INDEX))
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3
+    assert files == sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert set(manifest["files"]) == {*files, shards.INDEX, "config.json"}
+    stored = checkpoint.read(tmp_path / "many")
+    assert index["weight_map"] == {name: tensor.file.name for name, tensor in stored.tensors.items()}
+    for group in stored.groups:
+        assert (
+            len({stored.tensors[f"{path}.{kind}"].file for path in group for kind in ("weight", "weight_scale")}) == 1
+        )
+    source = load_json(tmp_path / "many" / "fp4trt.json")["source"]
+    assert set(source) == {"config.json", *(f"diffusion_pytorch_model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))}
+
+
+def test_a_sharded_checkpoint_is_exported_and_validated(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter import export
+    from onnx_functions import validate
+
+    _small_shards(monkeypatch)
+    quantize(flux, tmp_path / "many", calibration=amax)
+    export(tmp_path / "many")
+    report = validate(tmp_path / "many")
+    assert report.passed, [gate.line for gate in report.gates]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_types_are_rounded_to_bfloat16_first(dtype: torch.dtype, flux: Path, amax: Path, tmp_path: Path) -> None:
+    state = {name: value.float() * 1.001 for name, value in load_file(flux / checkpoint.WEIGHTS).items()}
+    wide = {name: value.to(dtype) for name, value in state.items()}
+    for folder, tensors in (("wide", wide), ("narrow", {name: value.bfloat16() for name, value in wide.items()})):
+        shutil.copytree(flux, tmp_path / folder)
+        save_file(tensors, tmp_path / folder / checkpoint.WEIGHTS)
+        quantize(tmp_path / folder, tmp_path / f"{folder}-fp4", calibration=amax)
+    assert _tensors(tmp_path / "wide-fp4") == _tensors(tmp_path / "narrow-fp4")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["x_embedder.bias", "single_transformer_blocks.1.proj_out.weight"])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(
+    value: float, name: str, flux: Path, amax: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(flux / checkpoint.WEIGHTS)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, flux / checkpoint.WEIGHTS)
+    with pytest.raises(BadCheckpoint, match=rf"{name} holds NaN or infinite"):
+        quantize(flux, tmp_path / "out", calibration=amax)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["amax.json", "flux"]
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_read(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(TooLittleSpace, match=r"0\.00 GB free, the result needs"):
+        quantize(flux, tmp_path / "out", calibration=amax)
+    assert not (tmp_path / "out.partial").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from calibration import shards
+from calibration.quantization import quantize
+plan, write, written = shards.plan_shards, shards.write_shard, []
+def write_or_die(folder, shard, *rest):
+    if len(written) == 2:  # in the middle of the third
+        (folder / f"{shard.name}.partial").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(shard)
+    return write(folder, shard, *rest)
+shards.plan_shards = lambda stored, groups: plan(stored, groups, int(sys.argv[4]))
+shards.write_shard = write_or_die
+quantize(sys.argv[1], sys.argv[2], calibration=sys.argv[3])
+"""
+
+
+def _kill(flux: Path, output: Path, amax: Path) -> None:
+    arguments = [sys.executable, "-c", KILLED, str(flux), str(output), str(amax), str(SMALL)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(arguments, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
+def test_a_killed_run_goes_on_after_its_last_whole_file_and_ends_with_the_same_bytes(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kill(flux, tmp_path / "killed", amax)
+    partial = tmp_path / "killed.partial"
+    kept = {path.name: path.stat().st_ino for path in partial.glob("*.safetensors")}
+    assert len(kept) == 2
+    assert not (tmp_path / "killed").exists()
+    _small_shards(monkeypatch)
+    write, written = shards.write_shard, []
+
+    def count(folder: Path, shard: shards.Shard, *rest: Any) -> str:
+        written.append(shard.name)
+        return write(folder, shard, *rest)
+
+    monkeypatch.setattr(shards, "write_shard", count)
+    quantize(flux, tmp_path / "killed", calibration=amax)
+    assert not set(written) & set(kept)
+    assert {name: (tmp_path / "killed" / name).stat().st_ino for name in kept} == kept
+    monkeypatch.setattr(shards, "write_shard", write)
+    quantize(flux, tmp_path / "whole", calibration=amax)
+    assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
+    assert not partial.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
+def test_what_a_killed_run_left_is_not_used_for_another_result(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kill(flux, tmp_path / "out", amax)
+    values = load_json(amax)
+    amax.write_text(json.dumps({name: 2 * value if name != METADATA else value for name, value in values.items()}))
+    _small_shards(monkeypatch)
+    quantize(flux, tmp_path / "out", calibration=amax)
+    quantize(flux, tmp_path / "anew", calibration=amax)
+    assert _files(tmp_path / "out") == _files(tmp_path / "anew")
+
+
+@pytest.mark.parametrize(("failing", "left"), [(0, 0), (2, 2)])
+def test_after_a_failure_whole_files_stay_for_the_next_run_and_nothing_else(
+    failing: int,
+    left: int,
+    flux: Path,
+    amax: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write, written = shards.write_shard, []
+
+    def full(folder: Path, shard: shards.Shard, *rest: Any) -> str:
+        if len(written) == failing:
+            raise OSError(28, "No space left on device", str(folder / shard.name))
+        written.append(shard.name)
+        return write(folder, shard, *rest)
+
+    _small_shards(monkeypatch)
+    monkeypatch.setattr(shards, "write_shard", full)
+    with pytest.raises(OSError, match="No space"):
+        quantize(flux, tmp_path / "out", calibration=amax)
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / "out.partial"
+    assert len(list(partial.glob("*.safetensors"))) == left
+    assert partial.exists() == bool(left)
+    assert ("the same command goes on" in capfd.readouterr().err) == bool(left)
