@@ -97,6 +97,8 @@ def entering(index: Graph, leaving: Mapping[int, str], checked: str, before: str
     Raises:
         BadGraph: the two are not the same block, and its nodes are named otherwise.
     """
+    if before == checked:
+        return dict(leaving)
     names = {place: f"{before}{name.removeprefix(checked)}" for place, name in leaving.items()}
     for place, name in names.items():
         if name not in index.producer:
