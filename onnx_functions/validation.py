@@ -138,7 +138,7 @@ def validate(
                 say(gate.line)
     rows = tuple(Figures(name, block_of(name), **values) for name, values in figures.items())
     kind = "quantized" if held.quantized else "plain"
-    report = Report(path, held.directory, kind, level, tuple(gates), rows)
+    report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows)
     if report_dir is not None:
         write_report(report, Path(report_dir), force)
     return report

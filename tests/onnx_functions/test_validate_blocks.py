@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -20,7 +19,6 @@ from onnx_functions.torch_reference import Outputs, Walk, open_reference
 from onnx_functions.validation import validate
 from onnx_functions.verdict import Gate, Report
 
-ROOT = Path(__file__).parents[2]
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 FLUX = [f"{DOUBLE}.{index}" for index in range(19)] + [f"{SINGLE}.{index}" for index in range(38)]
 
@@ -172,33 +170,11 @@ def test_the_reference_holds_one_block_at_a_time(quantized_digits: Path) -> None
             assert loaded == [block]
 
 
-KILLED_AFTER = """
-import os, signal, sys
-from calibration import block_checkpoint
-import fp4trt
-
-finish = block_checkpoint.BlockCheckpoint.finish
-
-
-def finish_and_die(self, block, result):
-    finish(self, block, result)
-    if len(self.results) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-block_checkpoint.BlockCheckpoint.finish = finish_and_die
-sys.exit(fp4trt.run(sys.argv[2:]))
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
 def test_a_killed_validation_goes_on_with_the_next_block_and_writes_the_same_report(
-    quantized_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantized_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: Callable[..., None]
 ) -> None:
     validate(quantized_digits, level="blocks", report_dir=tmp_path / "whole")
-    arguments = ["validate", str(quantized_digits), "--level", "blocks", "-o", str(tmp_path / "out")]
-    command = [sys.executable, "-c", KILLED_AFTER, "4", *arguments]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -9
+    kill_after(4, "validate", quantized_digits, "--level", "blocks", "-o", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "whole"]
     ran: list[str] = []
     block = Walk.block
@@ -209,6 +185,18 @@ def test_a_killed_validation_goes_on_with_the_next_block_and_writes_the_same_rep
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["passed"] is True
+
+
+def test_a_validation_that_fails_leaves_no_folder_that_it_made(
+    quantized_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Walk, "finish", full)
+    with pytest.raises(OSError, match="No space"):
+        validate(quantized_digits, level="blocks", blocks="1", report_dir=tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_the_users_in_the_way_of_the_finished_blocks_stays(quantized_digits: Path, tmp_path: Path) -> None:
