@@ -33,7 +33,7 @@ def finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockCheck
     """Give the checkpoint in a folder, which is gone afterwards unless the process was killed.
 
     Args:
-        folder: is made; one that a killed run left is taken over.
+        folder: is made, with its parents; one that a killed run left is taken over.
         run: what is run on what, as JSON; another run's checkpoint is not used.
 
     Raises:
@@ -42,14 +42,20 @@ def finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockCheck
     if folder.exists() and not _is_ours(folder):
         raise OutputExists(f"{folder} is in the way and was not written by fp4trt; move it, or choose another --output")
     checkpoint = BlockCheckpoint(folder, json.loads(json.dumps(run)))
+    missing = [path for path in folder.parents if not path.exists()]
     try:
         if not checkpoint.resume():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             checkpoint.save()
         yield checkpoint
-    finally:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        for path in missing:
+            with contextlib.suppress(OSError):  # of another's, or with something in it by now
+                path.rmdir()
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -7,7 +7,7 @@ rest as diffusers has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,18 @@ from calibration.nvfp4_linear import NVFP4Linear
 from calibration.safetensors_file import StoredTensor
 from calibration.source import load_json, model_class, tensors_of
 
-__all__ = ["MANIFEST", "SCALES", "WEIGHTS", "Checkpoint", "load", "load_manifest", "plain_config", "read"]
+__all__ = [
+    "MANIFEST",
+    "SCALES",
+    "WEIGHTS",
+    "Checkpoint",
+    "empty_model",
+    "load",
+    "load_manifest",
+    "plain_config",
+    "read",
+    "reader",
+]
 
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 MANIFEST: Final = "fp4trt.json"
@@ -171,6 +182,14 @@ def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_ac
         BadCheckpoint: the folder is not what :func:`read` accepts, or its tensors do not fit its config.
     """
     checkpoint = read(directory)
+    model = empty_model(checkpoint, quantize_activations)
+    value = reader(checkpoint, model, dtype)
+    model.load_state_dict({name: value(name) for name in model.state_dict()}, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(checkpoint: Checkpoint, quantize_activations: bool = True) -> nn.Module:
+    """Return the model that :func:`load` returns, on the meta device."""
     with torch.device("meta"):
         model = model_class(checkpoint.family).from_config(plain_config(checkpoint.config))
         for path in checkpoint.quantized:
@@ -178,14 +197,18 @@ def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_ac
             replacement = NVFP4Linear(linear.in_features, linear.out_features, linear.bias is not None)
             replacement.quantize_activations = quantize_activations
             model.set_submodule(path, replacement)
-    model.load_state_dict(_state(checkpoint, model, dtype), strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    return model
 
 
-def _state(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+    """Return what reads a tensor of the model's state, a quantized weight dequantized, rounded to ``dtype``.
+
+    It raises BadCheckpoint for a tensor that is missing or of another shape than the model's.
+    """
     quantized = set(checkpoint.quantized)
-    state = {}
-    for name, wanted in model.state_dict().items():
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+
+    def value_of(name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")
         if path in quantized and leaf == "weight":
             value = checkpoint.weight(path, dtype)
@@ -193,12 +216,13 @@ def _state(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> dict
             value = checkpoint.tensor(name)
         else:
             value = checkpoint.tensor(name).to(dtype)
-        if value.shape != wanted.shape:
+        if value.shape != shapes[name]:
             raise BadCheckpoint(
-                f"{name} is {list(value.shape)} in {checkpoint.directory}, {list(wanted.shape)} by its config.json"
+                f"{name} is {list(value.shape)} in {checkpoint.directory}, {list(shapes[name])} by its config.json"
             )
-        state[name] = value
-    return state
+        return value
+
+    return value_of
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

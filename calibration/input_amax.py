@@ -17,7 +17,7 @@ from calibration.errors import BadAmax, BadInputs, OutputExists
 from calibration.models import family_of
 from calibration.prompts import Sampling, capture_prompts
 from calibration.safetensors_file import sha256_of
-from calibration.source import find_source, load_json, load_source
+from calibration.source import check_source, find_source, load_json, load_source
 from calibration.write import refuse_existing, write_json
 
 __all__ = ["Calibration", "calibrate", "calibration_from", "merged"]
@@ -180,6 +180,7 @@ def _measure(
         raise BadInputs("both captured inputs and prompts were given; expected one of them")
     calls: Sequence[Inputs]
     if inputs is not None:
+        check_source(folder)
         calls = load_inputs(inputs)
         described = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
     else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import click
 import torch
 from torch import nn
 
@@ -17,6 +19,7 @@ from calibration.safetensors_file import StoredTensor, read_header, sha256_of
 
 __all__ = [
     "BUILT_IN",
+    "check_source",
     "empty_source",
     "files_of",
     "find_source",
@@ -160,6 +163,20 @@ def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
         model = cls.from_config(config)
     refuse_other_shapes(folder, model, stored)
     return model, stored
+
+
+def check_source(folder: Path) -> None:
+    """Read every tensor of a plain checkpoint once, one in memory at a time, before hours are spent on it.
+
+    Raises:
+        BadCheckpoint, UnknownFamily: as :func:`load_source`.
+    """
+    _, stored = empty_source(folder)
+    size = sum(tensor.nbytes for tensor in stored.values())
+    with click.progressbar(length=size, label="checking weights", file=sys.stderr, show_eta=True) as bar:
+        for name, tensor in stored.items():
+            finite_tensor(folder, name, tensor)
+            bar.update(tensor.nbytes)
 
 
 def finite_tensor(folder: Path, name: str, stored: StoredTensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ __all__ = ["inspect", "lint", "validate"]
     type=click.Choice(["full", "blocks"]),
     default="full",
     show_default=True,
-    help="full runs the whole graph too; blocks one block at a time only.",
+    help="full runs the whole graph too, where it fits into memory; blocks one block at a time only.",
 )
 @click.option(
     "-o",
@@ -31,8 +31,18 @@ __all__ = ["inspect", "lint", "validate"]
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for report.json and report.html. Default: validation/ beside the graph.",
 )
+@click.option("--blocks", metavar="N|PATHS", help="Check N blocks of each stack, or those with these paths.")
+@click.option("--tokens", metavar="IMAGE,TEXT", help="Run once at this size in place of twice at small ones.")
 @click.option("--force", is_flag=True, help="Replace files of these names that are no reports of fp4trt.")
-def validate(model: Path, reference: Path | None, level: str, output: Path | None, force: bool) -> dict[str, Any]:
+def validate(
+    model: Path,
+    reference: Path | None,
+    level: str,
+    output: Path | None,
+    blocks: str | None,
+    tokens: str | None,
+    force: bool,
+) -> dict[str, Any]:
     """Check the numerics of a graph against its checkpoint.
 
     MODEL is an exported ONNX file, or the folder that holds model.onnx. Exits with 1 when a gate fails; the
@@ -41,13 +51,14 @@ def validate(model: Path, reference: Path | None, level: str, output: Path | Non
 
     \b
     Example:
-      fp4trt validate flux-fp4/ --reference flux-fp4/
+      fp4trt validate digits-fp4/
+      fp4trt validate flux-fp4/ --level blocks --tokens 512,128
     """
     from onnx_functions.report import NO_PLOTS, report_files
     from onnx_functions.validation import validate as check
 
     folder = output or (model if model.is_dir() else model.parent) / "validation"
-    report = check(model, reference, level, folder, force, say=click.echo)
+    report = check(model, reference, level, folder, force, click.echo, blocks, tokens)
     data, page = report_files(folder)
     failed = ", ".join(gate.name for gate in report.failures)
     if page is None:

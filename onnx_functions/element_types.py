@@ -88,12 +88,14 @@ def _schema_types(node: NodeProto, types: Mapping[str, int], attributes: Mapping
         formal = schema.inputs[min(index, len(schema.inputs) - 1)]
         if name:
             given.setdefault(formal.type_str, types[name])
+    allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
     asked = _integer(attributes.get("to", attributes.get("dtype", 0)))
     result: list[int] = []
     for index in range(len(node.output)):
         text = schema.outputs[min(index, len(schema.outputs) - 1)].type_str
-        if text.startswith("tensor("):
-            result.append(_TYPE_OF_TEXT[text])
+        only = allowed.get(text, [text])  # Shape's T1 may be int64 and nothing else
+        if len(only) == 1:
+            result.append(_TYPE_OF_TEXT[only[0]])
         else:
             result.append(given.get(text, asked or TensorProto.FLOAT))
     return result

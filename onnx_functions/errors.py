@@ -6,7 +6,7 @@ it and exits with ``exit_code``.
 
 from __future__ import annotations
 
-__all__ = ["BadGraph", "BadReference", "LintError", "OutputExists", "UnknownArtifact"]
+__all__ = ["BadGraph", "BadReference", "BadSelection", "LintError", "OutputExists", "UnknownArtifact"]
 
 
 class BadGraph(ValueError):
@@ -17,6 +17,12 @@ class BadGraph(ValueError):
 
 class BadReference(ValueError):
     """The reference of a validation is missing or does not belong to the graph."""
+
+    exit_code = 2
+
+
+class BadSelection(ValueError):
+    """The blocks or the sizes that a validation is asked for do not exist."""
 
     exit_code = 2
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 __all__ = [
+    "FoundTaps",
     "Run",
     "Tap",
     "end_to_end_gate",
@@ -75,14 +76,16 @@ class Run:
     values: Mapping[tuple[str, str], FloatArray]
 
 
-def taps_of(model: onnx.ModelProto, linears: Sequence[Linear]) -> list[Tap]:
-    """Return every linear's input and output and the graph's output, in topological order."""
+FoundTaps = Callable[[Mapping[str, FloatArray], Run], Sequence[Tap]]
+
+
+def taps_of(model: onnx.ModelProto, linears: Sequence[Linear], outputs: Sequence[str] = ()) -> list[Tap]:
+    """Return every linear's input and output, and outputs of the graph that the reference has too, in order."""
     taps = []
     for linear in linears:
         taps.append(Tap(linear.input, f"input of {linear.path}", (linear.path, "input")))
         taps.append(Tap(linear.output, f"output of {linear.path}", (linear.path, "output")))
-    taps += [Tap(value.name, f"graph output {value.name}", ("", "output")) for value in model.graph.output]
-
+    taps += [Tap(name, f"graph output {name}", ("", "output")) for name in outputs]
     return _in_order(model, taps)
 
 
@@ -141,34 +144,54 @@ def structure_gate(
     linears: Sequence[Linear],
     runs: Sequence[Run],
     limit: float = STRUCTURE_LIMIT,
+    outputs: Sequence[str] | None = None,
+    found_taps: FoundTaps | None = None,
 ) -> tuple[Gate, Mapping[str, float]]:
     """Compare graph and reference, both in FP32 with activations unquantized, at every shape.
+
+    Args:
+        model: the deployable graph, or a piece of it.
+        directory: where its external data lie.
+        linears: of the graph.
+        runs: the reference's values.
+        limit: relative L2 of each tensor.
+        outputs: those of the graph that are the reference's output; None for all.
+        found_taps: (values by tensor, run) to more taps, which only values can tell.
 
     Returns:
         The gate, which names the first tensor that diverges in topological order, and each linear's worst
         error.
     """
-    gate, errors = _first_divergence(model, directory, taps_of(model, linears), runs, limit)
+    outputs = [value.name for value in model.graph.output] if outputs is None else outputs
+    own = taps_of(model, linears, outputs)
+    gate, errors = _first_divergence(model, directory, own, runs, limit, found_taps)
     if gate.passed:
         return gate, errors
     known = {(linear.path, which) for linear in linears for which in ("input", "output")}
     keys = {key for key in runs[0].values if key not in known and key[0]}
-    taps = _in_order(model, [*taps_of(model, linears), *module_taps(model, keys)])
-    return _first_divergence(model, directory, taps, runs, limit)[0], errors
+    taps = _in_order(model, [*own, *module_taps(model, keys)])
+    return _first_divergence(model, directory, taps, runs, limit, found_taps)[0], errors
 
 
 def _first_divergence(
-    model: onnx.ModelProto, directory: Path, taps: Sequence[Tap], runs: Sequence[Run], limit: float
+    model: onnx.ModelProto,
+    directory: Path,
+    taps: Sequence[Tap],
+    runs: Sequence[Run],
+    limit: float,
+    found_taps: FoundTaps | None,
 ) -> tuple[Gate, Mapping[str, float]]:
     session = cache(lambda: float32_session(model, directory, taps))
     errors: dict[str, float] = {}
     diverging: Gate | None = None
     broken: Gate | None = None
     worst = 0.0
+    more: Sequence[Tap] = ()
     for run in runs:
         found, reached, reason = _computed(model, directory, taps, run, session)
         agreeing: list[str] = []
-        for tap in reached:
+        more = found_taps(found, run) if found_taps is not None else ()
+        for tap in (*reached, *more):
             error = _tap_error(tap, found, run)
             worst = max(worst, error)
             if tap.key[1] == "output" and tap.key[0]:
@@ -180,7 +203,7 @@ def _first_divergence(
         if len(reached) < len(taps) and broken is None:
             broken = _unreached(model, taps[len(reached)], run.shape, agreeing, reason)
     shapes = " and ".join(run.shape for run in runs)
-    told = f"{len(taps)} tensors, largest relative L2 error {worst:.2g}, at {shapes}"
+    told = f"{len(taps) + len(more)} tensors, largest relative L2 error {worst:.2g}, at {shapes}"
     return diverging or broken or Gate("structure", True, worst, limit, told), errors
 
 

@@ -1,40 +1,36 @@
-"""The verdict on a deployable graph: every gate, against the checkpoint it was made of.
-
-The one file of this room that needs torch: the reference is the checkpoint as `calibration` runs it.
-"""
+"""The verdict on a deployable graph: every gate, against the checkpoint it was made of."""
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import importlib.metadata
+import math
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-import click
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
-from torch import nn
 
 from calibration import nvfp4
-from calibration.checkpoint import Checkpoint, load, read
-from calibration.errors import BadCheckpoint
-from calibration.source import BUILT_IN, find_source, load_json, load_source, tensors_of
+from calibration.safetensors_file import sha256_of
 from onnx_functions import structure_gates, teacher_gates, weight_gates
-from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
-from onnx_functions.errors import BadGraph, BadReference
-from onnx_functions.external_data import array_of, load_graph
+from onnx_functions.block_gates import ByBlock, Task, check_by_block, structure_by_block
+from onnx_functions.block_selection import chosen_blocks, token_counts
+from onnx_functions.errors import BadGraph
+from onnx_functions.external_data import load_graph, span_of
+from onnx_functions.file_output import partial_path
+from onnx_functions.free_memory import available_memory
 from onnx_functions.linears import Graph, Linear, metadata_of, promised_linears
 from onnx_functions.promise_gate import promise_gate
 from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.simulation import runtime_session, simulate
-from onnx_functions.structure_gates import Run
-from onnx_functions.teacher_gates import Teacher, TeacherForced, block_of
-from onnx_functions.verdict import Figures, FloatArray, Gate, Report, failed_to_run, guarded, skipped
+from onnx_functions.teacher_gates import block_of
+from onnx_functions.torch_reference import Reference, Shape, Walk, open_reference
+from onnx_functions.verdict import Figures, Gate, Report, failed_to_run, guarded, skipped
 
 __all__ = ["LEVELS", "validate"]
 
@@ -48,77 +44,43 @@ TINY: Final = (1, 4, 3)
 
 MODEL: Final = "model.onnx"
 
+WHOLE_BYTES: Final = 6
+"""Of memory for each weight that a run of the whole graph needs, activations included."""
+
 
 @dataclass(frozen=True)
-class _Reference:
-    """A checkpoint, quantized or not, as the gates want it: a `weight_gates.Reference`.
+class _Subject:
+    """What is validated: a graph, its linears, the reference; and the figures that the gates fill in.
 
     Attributes:
-        checkpoint: its tensors.
-        quantized: whether its linears are stored in NVFP4.
-        rounds_scales: whether the graph rounds the product of the scales to BF16 (`--scale-dtype bfloat16`).
-        names: of the tensors that the graph must hold byte by byte.
-        fp4: linears that the graph must compute in NVFP4.
+        path: the ONNX file.
+        graph: without its external data.
+        held: the reference.
+        blocks: to be checked.
+        linears: to be checked.
+        shapes: of the two runs, or of the only one.
+        why_by_block: why the whole graph is not run; None where it is.
+        figures: of each linear.
     """
 
-    checkpoint: Checkpoint
-    quantized: bool
-    rounds_scales: bool
-    names: tuple[str, ...]
-    fp4: tuple[str, ...]
+    path: Path
+    graph: onnx.ModelProto
+    held: Reference
+    blocks: tuple[str, ...]
+    linears: tuple[Linear, ...]
+    shapes: tuple[Shape, ...]
+    why_by_block: str | None
+    figures: dict[str, dict[str, Any]]
 
     @property
-    def directory(self) -> Path:
-        return self.checkpoint.directory
+    def folder(self) -> Path:
+        return self.path.parent
 
-    @cached_property
-    def stored_fp4(self) -> frozenset[str]:
-        """Linears that the checkpoint stores in NVFP4."""
-        return frozenset(self.checkpoint.quantized)
-
-    @cached_property
-    def linears(self) -> tuple[str, ...]:
-        """All its linears: they alone have matrices."""
-        matrices = (name.rpartition(".") for name, tensor in self.checkpoint.tensors.items() if len(tensor.shape) == 2)
-        return tuple(path for path, _, leaf in matrices if leaf == "weight")
-
-    def raw(self, name: str) -> npt.NDArray[Any]:
-        return self.checkpoint.raw(name)
-
-    def weight(self, path: str) -> FloatArray:
-        """Return a linear's weight [N, K], FP32 rounded to BF16."""
-        if path not in self.stored_fp4:
-            return _round(self.raw(f"{path}.weight"))
-        codes = nvfp4.unpack_codes(self.checkpoint.tensor(f"{path}.weight")).numpy()
-        scales = self.raw(f"{path}.weight_scale").view(np.uint8)
-        return self.dequantize(codes, scales, self.raw(f"{path}.weight_scale_2"))
-
-    def dequantize(self, codes: npt.NDArray[Any], scales: npt.NDArray[Any], scale: npt.ArrayLike) -> FloatArray:
-        """Return what the graph's chain makes of codes 0..15, E4M3 bytes and a global scale."""
-        d = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.asarray(scale, np.float32)
-        d = _round(d) if self.rounds_scales else d
-        return _round(weight_gates.E2M1[codes] * np.repeat(d, nvfp4.BLOCK_SIZE, -1))
-
-    def requantized(self, _path: str, weight: FloatArray, scale: np.float32) -> FloatArray:
-        """Return a weight, or an activation, after plain rounding to NVFP4 under a global scale."""
-        return self.dequantize(*_quantize(weight, scale), scale)
-
-    def model(self, dtype: torch.dtype, quantize_activations: bool) -> nn.Module:
-        """Load the reference into torch."""
-        if self.quantized:
-            return load(self.directory, dtype, quantize_activations)
-        return load_source(self.directory, dtype)
-
-
-def _round(array: npt.NDArray[Any]) -> FloatArray:
-    """Round to BF16 values, held as FP32."""
-    return np.asarray(array).astype(ml_dtypes.bfloat16).astype(np.float32)
-
-
-def _quantize(x: FloatArray, scale: np.float32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Quantize with torch; returns codes 0..15 and the bytes of E4M3 block scales."""
-    codes, scales = nvfp4.quantize(torch.from_numpy(np.ascontiguousarray(x)), torch.tensor(float(scale)))
-    return codes.numpy(), scales.view(torch.uint8).numpy()
+    @property
+    def fp4(self) -> list[str]:
+        """The linears to be checked that are promised in FP4."""
+        promised = set(promised_linears(self.graph).get("nvfp4", []))
+        return [linear.path for linear in self.linears if linear.path in promised]
 
 
 def validate(
@@ -128,6 +90,8 @@ def validate(
     report_dir: str | Path | None = None,
     force: bool = False,
     say: Callable[[str], None] | None = None,
+    blocks: str | None = None,
+    tokens: str | None = None,
 ) -> Report:
     """Check the numerics of a deployable graph.
 
@@ -135,10 +99,14 @@ def validate(
         model: the ONNX file, or the folder that holds `model.onnx`.
         reference: the quantized checkpoint; None takes the one beside the graph. A 16-bit checkpoint in its place
             (`digits` for the built-in one) makes the gates measure the quantization error itself.
-        level: `full`, or `blocks` for what needs no run of the whole graph.
+        level: `full`, or `blocks` for one block at a time in bounded memory; `full` falls back to that where the whole
+            graph does not fit.
         report_dir: folder for report.json and, where matplotlib is installed, report.html; None writes none.
+            `REPORT_DIR.partial` keeps the finished blocks until then; a killed validation goes on with the next.
         force: replace files of these names there that are no reports of fp4trt.
         say: called with one line per finished gate.
+        blocks: how many blocks of each stack, or module paths with commas between; implies level `blocks`.
+        tokens: `IMAGE,TEXT`, the tokens of the only run, of batch 1, in place of two runs on a few.
 
     Returns:
         The report; `report.passed` is the verdict.
@@ -146,111 +114,80 @@ def validate(
     Raises:
         BadGraph: the file is no deployable graph.
         BadReference: the reference is no checkpoint of this graph.
+        BadSelection: there are no such blocks or sizes.
         UnknownArtifact: a manifest is damaged.
         OutputExists, OSError: the report cannot be written; known before any gate runs.
     """
     path = Path(model)
     path = path / MODEL if path.is_dir() else path
     graph = load_graph(path)
-    held = _reference_of(graph, path, reference)
+    held = open_reference(graph, path, reference)
+    counts = token_counts(tokens)
+    shapes: tuple[Shape, ...] = SHAPES if counts is None else ((1, *counts),)
+    chosen = chosen_blocks(held.blocks, blocks)
     if report_dir is not None:
         check_report_folder(Path(report_dir), force)
     figures: dict[str, dict[str, Any]] = {name: {} for paths in promised_linears(graph).values() for name in paths}
+    why = _why_by_block(level, blocks, held)
+    subject = _Subject(path, graph, held, chosen, (), shapes, why, figures)
     gates = []
-    for gate in _all_gates(path, graph, held, level, figures):
-        gates.append(gate)
-        if say is not None:
-            say(gate.line)
+    with _work_folder(report_dir) as work:
+        for gate in _all_gates(subject, Path(work) / "blocks" if report_dir is None else Path(work)):
+            gates.append(gate)
+            if say is not None:
+                say(gate.line)
     rows = tuple(Figures(name, block_of(name), **values) for name, values in figures.items())
     kind = "quantized" if held.quantized else "plain"
-    report = Report(path, held.directory, kind, level, tuple(gates), rows)
+    report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows)
     if report_dir is not None:
         write_report(report, Path(report_dir), force)
     return report
 
 
-def _folder_of(reference: str | Path | None, model: Path) -> Path:
-    if reference is None:
-        if not (model.parent / "config.json").is_file():
-            raise BadReference(
-                f"no checkpoint lies beside {model}, as beside a graph that was exported elsewhere with "
-                "--copy-weights; expected config.json there, or the checkpoint in --reference CHECKPOINT"
-            )
-        return model.parent
-    folder = Path(reference)
-    return find_source(BUILT_IN) if str(reference) == BUILT_IN and not folder.exists() else folder
+def _work_folder(report_dir: str | Path | None) -> contextlib.AbstractContextManager[str]:
+    if report_dir is None:
+        return tempfile.TemporaryDirectory()
+    return contextlib.nullcontext(str(partial_path(Path(report_dir))))
 
 
-def _reference_of(graph: onnx.ModelProto, model: Path, reference: str | Path | None) -> _Reference:
-    promised = promised_linears(graph)
-    folder = _folder_of(reference, model)
-    beside, manifest = (read_checkpoint_manifest(path) for path in (model.parent, folder))
-    try:
-        config = load_json(folder / "config.json")
-        quantized = "quantization_config" in config
-        checkpoint = read(folder) if quantized else Checkpoint(folder, config, {}, tensors_of(folder))
-    except BadCheckpoint as error:
-        raise BadReference(f"the reference cannot be used: {error}; give --reference CHECKPOINT") from None
-    for path in (path for paths in promised.values() for path in paths):
-        if f"{path}.weight" not in checkpoint.tensors:
-            raise BadReference(f"{folder} has no {path}.weight, which the graph needs; give the graph's own checkpoint")
-    made = frozenset[str]() if quantized else frozenset(f"{path}.weight" for path in promised.get("nvfp4", []))
-    names = tuple(name for name in checkpoint.tensors if name not in made)
-    # A 16-bit reference says what the linears are; which of them are FP4 is then the graph's word and that of the
-    # manifest beside it.
-    stored = checkpoint.quantized if quantized else (*promised.get("nvfp4", ()), *(beside.nvfp4 if beside else ()))
-    fp4 = tuple(dict.fromkeys((*stored, *(manifest.nvfp4 if manifest else ()))))
-    rounds = metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16"
-    return _Reference(checkpoint, quantized, rounds, names, fp4)
+def _why_by_block(level: str, blocks: str | None, held: Reference) -> str | None:
+    """Return why the whole graph is not to be run, None where it is."""
+    if level == "blocks":
+        return "it runs the whole graph; --level full does"
+    if blocks is not None:
+        return "it runs the whole graph; without --blocks it does"
+    packed = [tensor for name, tensor in held.checkpoint.tensors.items() if tensor.dtype == "U8"]
+    weights = sum(math.prod(tensor.shape) for tensor in (*held.checkpoint.tensors.values(), *packed))
+    need, free = WHOLE_BYTES * weights, available_memory()
+    if free is None or need <= free:
+        return None
+    return f"it runs the whole graph, which needs about {need / 2**30:.1f} GiB of memory, more than is free here"
 
 
-def _all_gates(
-    path: Path, graph: onnx.ModelProto, held: _Reference, level: str, figures: dict[str, dict[str, Any]]
-) -> Iterator[Gate]:
+def _all_gates(subject: _Subject, work: Path) -> Iterator[Gate]:
     """Yield every gate as it is decided, filling in the figures of each linear."""
-    folder = path.parent
+    graph, held, folder = subject.graph, subject.held, subject.folder
     yield from guarded("functions", lambda: [weight_gates.functions_gate(nvfp4.quantize_reference)])
     yield from guarded("files", lambda: [weight_gates.files_gate(graph, folder, (held.directory, folder))])
     yield from guarded("promise", lambda: [promise_gate(graph, held.fp4, held.linears)])
     yield from guarded("stored tensors", lambda: [weight_gates.stored_tensors_gate(graph, folder, held)])
     try:
-        subject = _Subject(path, graph, held, tuple(Graph(graph).linears()), figures)
+        linears = tuple(linear for linear in Graph(graph).linears() if block_of(linear.path) in ("", *subject.blocks))
     except BadGraph as error:
         yield failed_to_run("linears", error)
         return
+    subject = replace(subject, linears=linears)
     yield from _weight_gates(subject)
-    captured = _capture(subject, with_whole_graph=level == "full")
-    yield from _teacher_gates(subject, captured)
-    if level == "full":
+    found = check_by_block(_task(subject), work, _identity(subject))
+    yield from _teacher_gates(subject, found)
+    if subject.why_by_block is None:
         yield from _structure_gates(subject)
-        yield from _end_to_end_gates(subject, captured)
+        yield from _end_to_end_gates(subject)
         return
-    why = "it runs the whole graph; --level full does"
-    yield from (skipped(name, why) for name in ("structure", "inputs", "end to end", "second witness"))
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is validated: a graph, its linears, the reference; and the figures that the gates fill in."""
-
-    path: Path
-    graph: onnx.ModelProto
-    held: _Reference
-    linears: tuple[Linear, ...]
-    figures: dict[str, dict[str, Any]]
-
-    @property
-    def folder(self) -> Path:
-        return self.path.parent
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """The BF16 reference, run: every linear's input and output, and two runs of the whole where they are wanted."""
-
-    teacher: Run
-    whole: Run | None
-    tiny: Run | None
+    for name, worst in found.structure_errors.items():
+        subject.figures[name].update(structure_error=worst)
+    yield structure_by_block(_task(subject), found.structure)
+    yield from (skipped(name, subject.why_by_block) for name in ("inputs", "end to end", "second witness"))
 
 
 def _weight_gates(subject: _Subject) -> Iterator[Gate]:
@@ -275,98 +212,59 @@ def _weight_gates(subject: _Subject) -> Iterator[Gate]:
         )
 
 
-def _capture(subject: _Subject, with_whole_graph: bool) -> _Captured:
-    model = subject.held.model(torch.bfloat16, quantize_activations=True)
-    teacher = _run(model, subject.held, SHAPES[-1], torch.bfloat16, keep_modules=True)
-    if not with_whole_graph:
-        return _Captured(teacher, None, None)
-    whole, tiny = (_run(model, subject.held, shape, torch.bfloat16, keep_modules=False) for shape in (SHAPES[0], TINY))
-    return _Captured(teacher, whole, tiny)
+def _task(subject: _Subject) -> Task:
+    return Task(
+        subject.graph,
+        subject.folder,
+        subject.held,
+        subject.linears,
+        subject.blocks,
+        subject.shapes[-1],
+        subject.shapes if subject.why_by_block is not None else (),
+        _structure_limit(subject.held),
+    )
 
 
-def _run(
-    model: nn.Module, held: _Reference, shape: tuple[int, int, int], dtype: torch.dtype, keep_modules: bool
-) -> Run:
-    """Run the reference once on seeded inputs, keeping the inputs and outputs of its innermost modules."""
-    given = held.checkpoint.family.example_inputs(held.checkpoint.config, *shape, 0, dtype)
-    kept: dict[tuple[str, str], FloatArray] = {}
-
-    def keep(path: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        kept[path, "input"], kept[path, "output"] = x.float().numpy(), y.float().numpy()
-
-    def hook(path: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if len(args) == 1 and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-            keep(path, args[0], output)
-
-    # Norms and activations too: they help to find where a graph first goes astray.
-    modules = [(path, module) for path, module in model.named_modules() if not any(module.children())]
-    hooks = [module.register_forward_hook(partial(hook, path)) for path, module in modules if keep_modules]
-    with torch.inference_mode():
-        kept["", "output"] = model(**given, return_dict=False)[0].float().numpy()
-    for handle in hooks:
-        handle.remove()
-    names = f"B={shape[0]} L={shape[1]} T={shape[2]}"
-    return Run(names, {name: value.float().numpy() for name, value in given.items()}, kept)
+def _structure_limit(held: Reference) -> float:
+    return structure_gates.STRUCTURE_LIMIT if held.quantized else structure_gates.QUANTIZED_STRUCTURE_LIMIT
 
 
-def _teacher_gates(subject: _Subject, captured: _Captured) -> Iterator[Gate]:
-    teacher = _teacher(subject, captured.teacher)
-    blocks: dict[str, list[Linear]] = {}
-    for linear in subject.linears:
-        blocks.setdefault(block_of(linear.path), []).append(linear)
-    results: list[TeacherForced] = []
+def _identity(subject: _Subject) -> dict[str, Any]:
+    """Return what must be the same for a killed validation to go on; weights are known by size and time of change."""
+    files = {tensor.file for tensor in subject.held.checkpoint.tensors.values()}
+    for tensor in subject.graph.graph.initializer:
+        with contextlib.suppress(BadGraph):  # which the gate on files says
+            span = span_of(tensor, subject.folder)
+            files |= {span.file} if span is not None else set()
+    return {
+        "graph": sha256_of(subject.path),
+        "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)],
+        "blocks": subject.blocks,
+        "shapes": subject.shapes,
+        "structure": subject.why_by_block is not None,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnxruntime")},
+    }
 
-    def gates() -> Iterator[Gate]:
-        with click.progressbar(blocks.values(), label="teacher-forced blocks", file=sys.stderr, show_eta=True) as bar:
-            for members in bar:
-                results.extend(teacher_gates.compare_block(subject.graph, subject.folder, members, teacher))
-        yield teacher_gates.quantizer_gate(results, promised_linears(subject.graph).get("nvfp4", []))
-        exact = subject.held.quantized
-        loose = teacher_gates.QUANTIZED_LINEAR_LIMIT
-        yield teacher_gates.linear_gate(results, teacher_gates.LINEAR_LIMIT if exact else loose)
-        yield teacher_gates.module_gate(results, teacher_gates.MODULE_LIMIT if exact else loose)
 
-    yield from guarded("teacher-forced", gates)
-    for result in results:
+def _teacher_gates(subject: _Subject, found: ByBlock) -> Iterator[Gate]:
+    """Yield the gates on single linears, each fed with the reference's own input."""
+    if found.failure is not None:
+        yield found.failure
+    else:
+        exact, loose = subject.held.quantized, teacher_gates.QUANTIZED_LINEAR_LIMIT
+        yield teacher_gates.quantizer_gate(found.results, subject.fp4)
+        yield teacher_gates.linear_gate(found.results, teacher_gates.LINEAR_LIMIT if exact else loose)
+        yield teacher_gates.module_gate(found.results, teacher_gates.MODULE_LIMIT if exact else loose)
+    for result in found.results:
         subject.figures[result.linear.path].update(differing_codes=result.differing, output_error=result.error)
 
 
-def _teacher(subject: _Subject, run: Run) -> Teacher:
-    held, index = subject.held, Graph(subject.graph)
-    scales: dict[str, np.float32] = {}
-    for linear in subject.linears:
-        if linear.quantizer is None:
-            continue
-        stored = held.checkpoint.tensors.get(f"{linear.path}.input_scale")
-        # A 16-bit reference knows no activation scales: then the graph's own are taken.
-        own = index.initializers.get(linear.quantizer.scale)
-        if stored is None and own is None:
-            raise BadGraph(f"node {linear.quantizer.node} reads a scale that is no initializer; export the graph again")
-        value = held.raw(f"{linear.path}.input_scale") if stored else array_of(own, subject.folder) if own else None
-        scales[linear.path] = np.float32(np.asarray(value).reshape(()))
-
-    def quantize(path: str, x: FloatArray) -> tuple[FloatArray, FloatArray]:
-        codes, scale_bytes = _quantize(x, scales[path])
-        return weight_gates.E2M1[codes], scale_bytes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-
-    def product(path: str, x: FloatArray) -> FloatArray:
-        if held.quantized and path in scales:
-            x = held.requantized(path, x, scales[path])
-        bias = f"{path}.bias"
-        added = torch.from_numpy(_round(held.raw(bias))) if bias in held.checkpoint.tensors else None
-        weight = torch.from_numpy(held.weight(path))
-        return nn.functional.linear(torch.from_numpy(np.ascontiguousarray(x)), weight, added).numpy()
-
-    inputs = {path: value for (path, which), value in run.values.items() if which == "input"}
-    outputs = {path: value for (path, which), value in run.values.items() if which == "output"}
-    return Teacher(inputs, quantize, product, outputs)
-
-
 def _structure_gates(subject: _Subject) -> Iterator[Gate]:
-    graph, folder, held = subject.graph, subject.folder, subject.held
-    model = held.model(torch.float32, quantize_activations=False)
-    runs = [_run(model, held, shape, torch.float32, keep_modules=True) for shape in SHAPES]
-    limit = structure_gates.STRUCTURE_LIMIT if held.quantized else structure_gates.QUANTIZED_STRUCTURE_LIMIT
+    """Yield the gates on the whole graph in FP32."""
+    graph, folder = subject.graph, subject.folder
+    walk = Walk(subject.held, torch.float32, quantize_activations=False)
+    runs = [walk.whole(shape, keep_modules=True) for shape in subject.shapes]
+    limit = _structure_limit(subject.held)
 
     def structure() -> Iterator[Gate]:
         gate, errors = structure_gates.structure_gate(graph, folder, subject.linears, runs, limit)
@@ -378,11 +276,11 @@ def _structure_gates(subject: _Subject) -> Iterator[Gate]:
     yield from guarded("inputs", lambda: [structure_gates.inputs_gate(graph, folder, runs[0].inputs)])
 
 
-def _end_to_end_gates(subject: _Subject, captured: _Captured) -> Iterator[Gate]:
+def _end_to_end_gates(subject: _Subject) -> Iterator[Gate]:
+    """Yield the gates on the whole graph in BF16 with quantized activations."""
     graph = subject.graph
-    whole, tiny = captured.whole, captured.tiny
-    if whole is None or tiny is None:
-        return
+    walk = Walk(subject.held, torch.bfloat16, quantize_activations=True)
+    whole, tiny = (walk.whole(shape, keep_modules=False) for shape in (subject.shapes[0], TINY))
     limit = structure_gates.END_TO_END_LIMIT if subject.held.quantized else structure_gates.QUANTIZED_STRUCTURE_LIMIT
     session = cache(lambda: runtime_session(simulate(graph), subject.folder))
     yield from guarded("end to end", lambda: [structure_gates.end_to_end_gate(graph, session(), whole, limit)])

@@ -92,7 +92,7 @@ class Report:
         reference: folder of the reference checkpoint.
         reference_kind: `quantized`, or `plain` for a 16-bit checkpoint, where errors are those of
             quantization.
-        level: `full` or `blocks`.
+        level: `full` or `blocks`, as it was run.
         gates: in the order they ran.
         linears: figures of every linear.
     """

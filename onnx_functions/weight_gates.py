@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import click
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -165,17 +167,19 @@ def graph_weights(
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     chunk: list[Linear] = []
     held = 0
-    for index, linear in enumerate(linears):
-        chunk.append(linear)
-        held += 4 * int(np.prod(dims[linear.weight_source]))
-        if held < CHUNK_BYTES and index + 1 < len(linears):
-            continue
-        names = list(dict.fromkeys(member.weight for member in chunk))
-        session = runtime_session(simulate(cut(model, {}, names)), directory)
-        arrays = dict(zip(names, session.run(names, {}), strict=True))
-        for member in chunk:
-            yield member, arrays[member.weight].T
-        chunk, held = [], 0
+    with click.progressbar(length=len(linears), label="weights", file=sys.stderr, show_eta=True) as bar:
+        for index, linear in enumerate(linears):
+            chunk.append(linear)
+            held += 4 * int(np.prod(dims[linear.weight_source]))
+            if held < CHUNK_BYTES and index + 1 < len(linears):
+                continue
+            names = list(dict.fromkeys(member.weight for member in chunk))
+            session = runtime_session(simulate(cut(model, {}, names)), directory)
+            arrays = dict(zip(names, session.run(names, {}), strict=True))
+            for member in chunk:
+                yield member, arrays[member.weight].T
+            bar.update(len(chunk))
+            chunk, held = [], 0
 
 
 def weights_gate(model: onnx.ModelProto, directory: Path, reference: Reference, linears: Sequence[Linear]) -> Gate:

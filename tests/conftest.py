@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+
+
+_KILLED_AFTER = """
+import os, signal, sys
+from calibration import block_checkpoint
+import fp4trt
+
+finish = block_checkpoint.BlockCheckpoint.finish
+
+
+def finish_and_die(self, block, result):
+    finish(self, block, result)
+    if len(self.results) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+block_checkpoint.BlockCheckpoint.finish = finish_and_die
+sys.exit(fp4trt.run(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def kill_after() -> Callable[..., None]:
+    """Return what runs a command and kills it once some blocks are finished."""
+
+    def run(blocks: int, *arguments: object) -> None:
+        if sys.platform == "win32":
+            pytest.skip("kills as POSIX does")
+        command = [sys.executable, "-c", _KILLED_AFTER, str(blocks), *map(str, arguments)]
+        root = Path(__file__).parents[1]
+        assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == -9
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -78,39 +78,14 @@ def test_each_weight_is_read_once_whatever_the_number_of_calls(
     assert sorted(read) == sorted(read_header(digits / "diffusion_pytorch_model.safetensors"))
 
 
-KILLED_AFTER = """
-import os, signal, sys
-from calibration import block_checkpoint
-import fp4trt
-
-finish = block_checkpoint.BlockCheckpoint.finish
-
-
-def finish_and_die(self, block, result):
-    finish(self, block, result)
-    if len(self.results) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-block_checkpoint.BlockCheckpoint.finish = finish_and_die
-sys.exit(fp4trt.run(sys.argv[2:]))
-"""
-
-
-def _calibrate_killed_after(blocks: int, arguments: Sequence[str]) -> None:
-    command = [sys.executable, "-c", KILLED_AFTER, str(blocks), "calibrate", *arguments]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -9
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
 def test_a_killed_calibration_goes_on_with_the_next_block_and_gives_the_same_bytes(
-    digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: Callable[..., None]
 ) -> None:
     few = tmp_path / "few.safetensors"
     save_inputs(few, load_inputs(inputs)[:6])
     calibrate("digits", tmp_path / "whole.json", inputs=few)
     output = tmp_path / "amax.json"
-    _calibrate_killed_after(3, ["digits", "-o", str(output), "--inputs", str(few)])
+    kill_after(3, "calibrate", "digits", "-o", output, "--inputs", few)
     assert not output.exists()
     ran: list[str] = []
     run = BlockRunner.run
@@ -139,12 +114,13 @@ def test_a_calibration_killed_at_any_moment_gives_the_same_bytes_when_it_is_run_
     assert (tmp_path / "amax.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
-def test_what_a_killed_run_left_is_not_used_for_other_inputs(inputs: Path, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_not_used_for_other_inputs(
+    inputs: Path, tmp_path: Path, kill_after: Callable[..., None]
+) -> None:
     for name, calls in (("first", slice(0, 3)), ("other", slice(3, 6))):
         save_inputs(tmp_path / name, load_inputs(inputs)[calls])
     output = tmp_path / "amax.json"
-    _calibrate_killed_after(3, ["digits", "-o", str(output), "--inputs", str(tmp_path / "first")])
+    kill_after(3, "calibrate", "digits", "-o", output, "--inputs", tmp_path / "first")
     calibrate("digits", output, inputs=tmp_path / "other")
     calibrate("digits", tmp_path / "whole.json", inputs=tmp_path / "other")
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()

@@ -225,6 +225,12 @@ class Mutant:
         model.graph.node.insert(index + 1, helper.make_node("Neg", ["before_negation"], [tensor], "negation"))
         onnx.save(model, self.path)
 
+    def rewire(self, name: str, place: int, tensor: str) -> None:
+        """Let a node read another tensor."""
+        model = self._load()
+        next(node for node in model.graph.node if node.name == name).input[place] = tensor
+        onnx.save(model, self.path)
+
     def bake(self, tensor: str, feeds: dict[str, np.ndarray], as_node: bool) -> None:
         """Replace what computes a tensor by its value for some inputs."""
         model = self._load()
