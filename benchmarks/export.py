@@ -81,11 +81,10 @@ def rows_against_modelopt(size: str, folder: Path) -> list[dict[str, Any]]:
 
 def notes_on(depths: list[dict[str, Any]], against: list[list[dict[str, Any]]]) -> list[str]:
     notes = []
-    if len(depths) > 1:
-        time, memory = (depths[-1][key] / depths[0][key] for key in ("core-s", "peak RSS MB"))
+    for less in depths[:-1]:
+        time, memory = (depths[-1][key] / less[key] for key in ("seconds", "peak RSS MB"))
         notes.append(
-            f"{depths[0]['size']} to {depths[-1]['size']}: fp4trt export takes {time:.2f} times the core-seconds and "
-            f"{memory:.2f} times the memory."
+            f"{less['size']} to {depths[-1]['size']}: {time:.2f} times the seconds, {memory:.2f} the peak RSS."
         )
     for quantize, export, theirs in against:
         memory = theirs["peak RSS MB"] / max(quantize["peak RSS MB"], export["peak RSS MB"])

@@ -79,6 +79,7 @@ def measure(name: str, source: Path, amax: Path, folder: Path, state: str) -> di
         "cache": state,
         "source GB": tensor_bytes(source) / 1e9,
         "result GB": written / 1e9,
+        "bytes / weight": 2 * written / tensor_bytes(source),
         "quantize s": ours.seconds,
         "core-s": ours.core_seconds,
         "read and write s": theirs.seconds,
