@@ -1,0 +1,141 @@
+"""`fp4trt quantize` against a program that only reads the source and writes as many bytes as the result.
+
+That program reads 8 MiB at a time from beginning to end, writes as much of it as the result has bytes, and ends with
+fsync: no quantizer can be faster than the disk lets it be. Both start Python, and fp4trt loads torch, which is most of
+its time at the smallest size. Each runs twice: cold, with the source's pages dropped from the cache just before (where
+the system has posix_fadvise), and warm, right after the source was read. A source that is larger than half of the
+memory is measured cold only.
+
+`python benchmarks/quantize.py --size 19+38 --folder DISK` writes FLUX.1-dev's 23.8 GB and measures it;
+`--source CHECKPOINT --amax FILE` takes a checkpoint that is there, and leaves it as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from measure.checkpoints import Size, plain, tensor_bytes, tensor_files
+from measure.child import fp4trt, itself
+from measure.result import machine, publish
+
+SIZES = ["1+1", "2+4", "4+8"]
+PIECE = 8 << 20
+DROPS_PAGES = hasattr(os, "posix_fadvise")
+
+
+def read_and_write(source: Path, target: Path, count: int) -> None:
+    """Be the program to compare with: write `count` bytes of the source, spread over reading all of it."""
+    total, read, written = tensor_bytes(source), 0, 0
+    with target.open("wb") as out:
+        for piece in pieces(source):
+            read += len(piece)
+            due = count * read // total - written
+            written += out.write(piece[:due])
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def pieces(checkpoint: Path) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(PIECE))
+    for path in tensor_files(checkpoint):
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                yield buffer[:size]
+
+
+def prepare_cache(source: Path, state: str) -> None:
+    """Drop the source's pages, or read them all."""
+    if state == "warm":
+        for _ in pieces(source):
+            pass
+        return
+    for path in tensor_files(source):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # a page that is still to be written is not dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(name: str, source: Path, amax: Path, folder: Path, state: str) -> dict[str, Any]:
+    """Quantize, then read and write as much, both from the same state of the cache."""
+    result, copy = folder / "result", folder / "copy"
+    prepare_cache(source, state)
+    ours = fp4trt("quantize", source, "-o", result, "--calibration", amax)
+    written = tensor_bytes(result)
+    shutil.rmtree(result)
+    prepare_cache(source, state)
+    theirs = itself("--read-and-write", source, copy, written)
+    copy.unlink()
+    print(f"{name}, {state}: {ours.seconds:.1f} s and {theirs.seconds:.1f} s", file=sys.stderr)
+    return {
+        "size": name,
+        "cache": state,
+        "source GB": tensor_bytes(source) / 1e9,
+        "result GB": written / 1e9,
+        "bytes / weight": 2 * written / tensor_bytes(source),
+        "quantize s": ours.seconds,
+        "core-s": ours.core_seconds,
+        "read and write s": theirs.seconds,
+        "ratio": ours.seconds / theirs.seconds,
+        "peak RSS MB": ours.peak_rss / 1e6,
+        "of read and write": theirs.peak_rss / 1e6,
+    }
+
+
+def states_of(source: Path) -> list[str]:
+    fits = tensor_bytes(source) < psutil.virtual_memory().total / 2
+    return ["cold"] * DROPS_PAGES + ["warm"] * (fits or not DROPS_PAGES)
+
+
+def notes_on(rows: list[dict[str, Any]]) -> list[str]:
+    """Say what grows from the smallest size to the largest, in each state of the cache."""
+    notes = []
+    for state in dict.fromkeys(row["cache"] for row in rows):
+        alike = [row for row in rows if row["cache"] == state]
+        first, last = alike[0], alike[-1]
+        if last["source GB"] > first["source GB"]:
+            longer = [last[key] - first[key] for key in ("quantize s", "read and write s")]
+            notes.append(
+                f"{state}, {first['size']} to {last['size']}: the ratio of what the further bytes take is "
+                f"{longer[0] / longer[1]:.2f}; peak RSS grows by "
+                f"{100 * (last['peak RSS MB'] / first['peak RSS MB'] - 1):.0f} %."
+            )
+    return notes
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--size", action="append", help="DOUBLE+SINGLE blocks, more than once for several")
+    options.add_argument("--source", type=Path, help="a BF16 checkpoint to measure after the synthetic ones")
+    options.add_argument("--amax", type=Path, help="the maxima to quantize it with")
+    options.add_argument("--folder", type=Path, help="where everything is written, to be removed again")
+    options.add_argument("--read-and-write", nargs=3, help=argparse.SUPPRESS)
+    chosen = options.parse_args()
+    if chosen.read_and_write:
+        source, target, count = chosen.read_and_write
+        read_and_write(Path(source), Path(target), int(count))
+        return
+    if bool(chosen.source) != bool(chosen.amax):
+        options.error("--source and --amax belong together")
+    before, rows = machine(), []
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        folder = Path(name)
+        for size in map(Size.parse, chosen.size or ([] if chosen.source else SIZES)):
+            source, amax = plain(folder, size)
+            rows += [measure(str(size), source, amax, folder, state) for state in states_of(source)]
+            shutil.rmtree(source)
+        if chosen.source:
+            states = states_of(chosen.source)
+            rows += [measure(chosen.source.name, chosen.source, chosen.amax, folder, state) for state in states]
+    publish("quantize", rows, notes_on(rows), before)
+
+
+if __name__ == "__main__":
+    main()
