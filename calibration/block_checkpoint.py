@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from calibration.alone import alone
 from calibration.block_runner import Outputs
 from calibration.errors import BadCheckpoint, OutputExists
 from calibration.safetensors_file import StoredTensor, TensorPlan, bytes_of, naming, plan_of
@@ -37,8 +38,13 @@ def finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockCheck
         run: what is run on what, as JSON; another run's checkpoint is not used.
 
     Raises:
-        OutputExists: the folder is there and is none of ours.
+        OutputExists: the folder is there and is none of ours, or another command works in it.
     """
+    with alone(folder):
+        yield from _finished_blocks(folder, run)
+
+
+def _finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockCheckpoint]:
     if folder.exists() and not _is_ours(folder):
         raise OutputExists(f"{folder} is in the way and was not written by fp4trt; move it, or choose another --output")
     checkpoint = BlockCheckpoint(folder, json.loads(json.dumps(run)))

@@ -69,7 +69,7 @@ def checked(amax: Mapping[str, Any], paths: Sequence[str]) -> Amax:
         if value is None:
             raise BadAmax(f"no amax for the input of {path}; calibrate with data that reach every quantized linear")
         if isinstance(value, bool) or not isinstance(value, int | float) or not _gives_scale(value):
-            raise BadAmax(f"amax of the input of {path} is {value}; expected a finite number above 0: calibrate again")
+            raise BadAmax(f"amax of the input of {path} is {value!r}; expected a number above 0: calibrate again")
     return {path: float(amax[path]) for path in paths}
 
 

@@ -227,18 +227,24 @@ def _foresee(folder: Path, given: _Source, missing: Sequence[shards.Shard]) -> N
     needed, free = sum(shard.nbytes for shard in missing), shutil.disk_usage(folder).free
     if free < needed:
         raise TooLittleSpace(
-            f"{folder.parent} has {free / 1e9:.2f} GB free, the result needs {needed / 1e9:.2f} GB; make room, or "
-            "choose another --output"
+            f"{folder.parent} has {_size(free)} free, the result needs {_size(needed)}; make room, or choose another "
+            "--output"
         )
     reads = sum(tensor.nbytes for tensor in given.stored.values())
     if reads >= _WORTH_SAYING:
         packed = sum(shards.source_bytes(shard) for shard in missing)
         click.echo(
-            f"reading {reads / 1e9:.1f} GB twice, writing {needed / 1e9:.1f} GB ({free / 1e9:.1f} GB are free) into "
-            f"{len(missing)} files, with {shards.MEMORY / 1e6:.0f} MB of memory beside the libraries'; packing alone "
-            f"takes about {shards.estimated_seconds(packed):.0f} s",
+            f"reading {_size(reads)} twice, writing {_size(needed)} ({_size(free)} are free) into {len(missing)} "
+            f"files, with {_size(shards.MEMORY)} of memory beside the libraries'; packing alone takes about "
+            f"{shards.estimated_seconds(packed):.0f} s",
             err=True,
         )
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes for people."""
+    unit, name = next((unit for unit in ((1e9, "GB"), (1e6, "MB")) if count >= unit[0]), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"
 
 
 @contextlib.contextmanager

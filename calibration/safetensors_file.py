@@ -147,7 +147,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else _MAX_HEADER
         if length >= _MAX_HEADER or 8 + length > size:
-            raise BadCheckpoint(f"{path} is not a safetensors file ({size} bytes, header of {length}); copy it again")
+            speaks = f", header of {length}" if len(first) == 8 else ""
+            raise BadCheckpoint(f"{path} is not a safetensors file ({size} bytes{speaks}); copy it again")
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}

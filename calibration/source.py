@@ -100,22 +100,29 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     Raises:
         BadCheckpoint: there are none, or the index names one that is missing.
     """
+    names = _index(folder)
+    files = sorted(set(names.values())) if names is not None else [f"{_STEM}.safetensors"]
+    return tuple(folder / name for name in files)
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """Return tensor name to file name, or None where the checkpoint is one file."""
     index = folder / f"{_STEM}.safetensors.index.json"
     if not index.exists():
-        return (folder / f"{_STEM}.safetensors",)
+        return None
     names = load_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise BadCheckpoint(f"{index} has no weight_map of tensor names to file names; copy it again")
     if outside := next((name for name in names.values() if Path(name).name != name or "\\" in name), None):
         raise BadCheckpoint(f"{index} speaks of {outside!r}; expected the name of a file beside it: copy it again")
-    return tuple(folder / name for name in sorted(set(names.values())))
+    return names
 
 
 def tensors_of(folder: Path) -> dict[str, StoredTensor]:
     """Return where every tensor of a checkpoint lies.
 
     Raises:
-        BadCheckpoint: a file is missing or damaged, or two files define one tensor.
+        BadCheckpoint: a file is missing or damaged, two files define one tensor, or the index says otherwise.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files_of(folder):
@@ -123,6 +130,10 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
             if name in tensors:
                 raise BadCheckpoint(f"{name} is both in {tensors[name].file.name} and in {file.name}; keep one of them")
             tensors[name] = tensor
+    for name, file_name in (_index(folder) or {}).items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            where = f"it is in {tensors[name].file.name}" if name in tensors else "no file has it"
+            raise BadCheckpoint(f"the index of {folder} has {name} in {file_name}, but {where}; copy the files again")
     return tensors
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import click
 
+from calibration.alone import alone
 from calibration.checkpoint import MANIFEST, load_manifest
 from calibration.errors import BadCheckpoint, OutputExists
 from calibration.safetensors_file import naming, sha256_of
@@ -48,10 +49,15 @@ def replacing(directory: Path, force: bool, identity: str = "") -> Iterator[Path
             :func:`note_progress`) stays for the next. Empty: every run begins anew.
 
     Raises:
-        OutputExists: as :func:`refuse_foreign`; or ``DIR.partial`` is there and is none of ours.
+        OutputExists: as :func:`refuse_foreign`; or ``DIR.partial`` is there and is none of ours, or is in use.
     """
     refuse_foreign(directory, force)
     partial = directory.with_name(f"{directory.name}.partial")
+    with alone(partial):
+        yield from _replacing(partial, directory, identity)
+
+
+def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
     mark = partial / _MARK
     if partial.exists() and not mark.is_file():
         raise OutputExists(

@@ -56,6 +56,7 @@ _CARDS = {
     "SM100": "b200:180 gb200:186",
     "SM103": "b300:288 gb300:288",
     "SM120": "rtx5050:8 rtx5060:8 rtx5060ti:16 rtx5070:12 rtx5070ti:16 rtx5080:16 rtx5090:32 rtx5070laptop:8 "
+    "rtx5050laptop:8 rtx5060laptop:8 "
     "rtx5070tilaptop:12 rtx5080laptop:16 rtx5090laptop:24 rtxpro2000:16 rtxpro4000:24 rtxpro4500:32 "
     "rtxpro5000:48 rtxpro6000:96",
     "SM121": "gb10:128",

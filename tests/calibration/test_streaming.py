@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration import checkpoint, shards
-from calibration.errors import BadCheckpoint, TooLittleSpace
+from calibration.block_checkpoint import finished_blocks
+from calibration.errors import BadCheckpoint, OutputExists, TooLittleSpace
 from calibration.input_amax import METADATA
 from calibration.models import family_of
 from calibration.quantization import quantize
 from calibration.source import load_json
+from calibration.write import replacing
 
 MakeFlux = Callable[..., Path]
 
@@ -138,7 +140,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(TooLittleSpace, match=r"0\.00 GB free, the result needs"):
+    with pytest.raises(TooLittleSpace, match=r"1\.0 kB free, the result needs \d\d\.\d kB"):
         quantize(flux, tmp_path / "out", calibration=amax)
     assert not (tmp_path / "out.partial").exists()
 
@@ -233,3 +235,52 @@ def test_after_a_failure_whole_files_stay_for_the_next_run_and_nothing_else(
     assert len(list(partial.glob("*.safetensors"))) == left
     assert partial.exists() == bool(left)
     assert ("the same command goes on" in capfd.readouterr().err) == bool(left)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index.update({"x_embedder.bias": "elsewhere.safetensors"}), r"elsewhere\.safetensors does not"),
+        (
+            lambda index: index.update({"x_embedder.bias": index["proj_out.bias"]}),
+            r"has x_embedder\.bias in .* is in",
+        ),
+        (lambda index: index.update({"nobody": index["proj_out.bias"]}), r"has nobody in .*, but no file has it"),
+        (lambda index: index.update({"proj_out.bias": "../x.safetensors"}), r"expected the name of a file beside it"),
+    ],
+    ids=["a missing shard", "another shard", "no tensor", "outside"],
+)
+def test_an_index_that_does_not_fit_its_shards_is_refused(
+    change: Callable[[dict[str, str]], None], words: str, flux: Path, amax: Path, tmp_path: Path
+) -> None:
+    folder = _reshard(flux, tmp_path / "many")
+    index = load_json(folder / shards.INDEX)
+    change(index["weight_map"])
+    (folder / shards.INDEX).write_text(json.dumps(index))
+    with pytest.raises(BadCheckpoint, match=words):
+        quantize(folder, tmp_path / "out", calibration=amax)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["amax.json", "flux", "many"]
+
+
+def test_a_shard_that_the_index_does_not_have_is_missed(flux: Path, amax: Path, tmp_path: Path) -> None:
+    folder = _reshard(flux, tmp_path / "many")
+    index = load_json(folder / shards.INDEX)
+    kept = {name: file for name, file in index["weight_map"].items() if "00002-of" not in file}
+    (folder / shards.INDEX).write_text(json.dumps({"weight_map": kept}))
+    with pytest.raises(BadCheckpoint, match=r"is absent in .*many"):
+        quantize(folder, tmp_path / "out", calibration=amax)
+
+
+def test_a_second_command_does_not_write_what_a_first_is_writing(flux: Path, amax: Path, tmp_path: Path) -> None:
+    with replacing(tmp_path / "out", force=False) as partial:
+        (partial / "half").write_text("half")
+        with pytest.raises(OutputExists, match=r"another command is writing .*out\.partial"):
+            quantize(flux, tmp_path / "out", calibration=amax)
+        assert (partial / "half").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["half"]
+    with (
+        finished_blocks(tmp_path / "amax.json.partial", {"run": 1}),
+        pytest.raises(OutputExists, match="another command is writing"),
+        finished_blocks(tmp_path / "amax.json.partial", {"run": 1}),
+    ):
+        pytest.fail("nothing may be written")
