@@ -63,9 +63,12 @@ def test_a_command_s_help_has_an_example_and_takes_json(name, capfd):
     assert help_text.startswith(f"Usage: fp4trt {name} ")
 
 
+WITH_TORCH = ("validation", "block_gates", "torch_reference")  # run the torch reference
+
+
 def torch_free_modules() -> list[str]:
     paths = (path for room in ("onnx_functions", "trt_build") for path in sorted((ROOT / room).rglob("*.py")))
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.stem != "validation"]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.stem not in WITH_TORCH]
 
 
 def test_onnx_functions_and_trt_build_import_without_torch():
