@@ -45,27 +45,42 @@ def load_foreign(path: Path) -> ir.Model:
 
 
 def checked_files(model: ir.Model) -> set[Path]:
-    """Return the files of a model's external data, having checked that they hold it.
+    """Return the files of a model's external data, having checked that every tensor has its bytes, there or inline.
 
     Raises:
         BadGraph: naming the tensor whose bytes are missing.
     """
     files = set()
     for tensor in _tensors(model):
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        file, begin, length = Path(tensor.path), tensor.offset or 0, tensor.length or tensor.nbytes
-        if not file.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
-            raise BadGraph(f"{tensor.name} lies at {tensor.location}; expected a path inside the graph's folder")
-        size = file.stat().st_size if file.is_file() else None
-        if size is None or begin + length > size or length != tensor.nbytes:
-            found = "does not exist" if size is None else f"has {size} bytes"
-            raise BadGraph(
-                f"{tensor.name} needs {tensor.nbytes} bytes from byte {begin} of {file}, which {found}; "
-                "copy the graph again with its data"
-            )
-        files.add(file.resolve())
+        if tensor.dtype == ir.DataType.UNDEFINED:
+            raise BadGraph(f"{tensor.name} has no element type; export the graph again")
+        if isinstance(tensor, ir.ExternalTensor):
+            files.add(_checked_file(tensor))
+        elif tensor.dtype != ir.DataType.STRING:
+            _check_length(tensor, len(tensor.tobytes()), "data")
     return files
+
+
+def _checked_file(tensor: ir.ExternalTensor) -> Path:
+    """Return the file of external data, which holds as many bytes as the tensor's shape needs."""
+    file, begin, length = Path(tensor.path), tensor.offset or 0, tensor.nbytes
+    if not file.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
+        raise BadGraph(f"{tensor.name} lies at {tensor.location}; expected a path inside the graph's folder")
+    _check_length(tensor, length if tensor.length is None else tensor.length, "external data")
+    size = file.stat().st_size if file.is_file() else None
+    if size is None or begin + length > size:
+        found = "does not exist" if size is None else f"has {size} bytes"
+        raise BadGraph(
+            f"{tensor.name} needs {length} bytes from byte {begin} of {file}, which {found}; "
+            "copy the graph again with its data"
+        )
+    return file.resolve()
+
+
+def _check_length(tensor: ir.TensorProtocol, found: int, what: str) -> None:
+    if found != tensor.nbytes:
+        needs = f"its shape {list(tensor.shape.numpy())} needs {tensor.nbytes}"
+        raise BadGraph(f"{tensor.name} has {found} bytes of {what}, {needs}; export the graph again")
 
 
 def refuse_what_stays(model: ir.Model) -> None:
