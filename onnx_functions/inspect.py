@@ -28,11 +28,12 @@ def describe(artifact: str | Path) -> dict[str, Any]:
         `kind` (`quantized checkpoint`, `checkpoint`, `onnx`, `engine`), `path`, and what there is to say of
         that kind: `formats` (by format: linears, parameters, bytes), `fp4_coverage` (share of the linears'
         parameters that are stored in FP4; of an engine, of the promised linears that run in it), `groups` of
-        linears that share scales, `linears`, and `promise`: promised against found, None without a promise.
+        linears that share scales, `linears`, and `promise`: promised against found, None without a promise. Of a
+        checkpoint, `graph` is all that of the model.onnx in it, None without one.
 
     Raises:
         UnknownArtifact: it is none of these.
-        BadGraph: an ONNX file that cannot be read.
+        BadGraph: an ONNX file, the checkpoint's own too, that cannot be read.
     """
     path = Path(artifact)
     if path.is_dir():
@@ -54,6 +55,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
             return _onnx(folder / "model.onnx")
         if (folder / "transformer" / "config.json").is_file():  # a whole pipeline
             folder = folder / "transformer"
+    graph = folder / "model.onnx"
     config = read_object(folder / "config.json")
     manifest = read_checkpoint_manifest(folder)
     tensors = tensors_in_folder(folder)
@@ -71,7 +73,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "promise": compare({"nvfp4": manifest.nvfp4}, found, missing) if manifest else None,
         **coverage(linears, manifest.groups if manifest else ()),
         "versions": manifest.versions if manifest else {},
-        "onnx": str((folder / "model.onnx").resolve()) if (folder / "model.onnx").is_file() else None,
+        "onnx": str(graph.resolve()) if graph.is_file() else None,
+        "graph": _onnx(graph) if graph.is_file() else None,
     }
 
 

@@ -396,6 +396,13 @@ def _interrupted(arguments: list[str], shown: str, to_all: bool = False) -> tupl
     return process.returncode, seen + rest
 
 
+def test_a_checkpoint_whose_graph_cannot_be_read_is_refused(
+    copy_of_digits: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (copy_of_digits / "model.onnx").write_bytes(bytes(range(256)) * 12)
+    assert f"{copy_of_digits / 'model.onnx'} is not an ONNX model" in _refused(capfd, "inspect", copy_of_digits)
+
+
 def test_lint_finds_missing_data(quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copy(quantized_digits / "model.onnx", tmp_path)
     assert fp4trt.run(["lint", str(tmp_path / "model.onnx")]) == 1
