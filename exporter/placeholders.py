@@ -18,7 +18,13 @@ from onnx_ir.passes import common
 from exporter.errors import BadGraph, OutputExists
 from exporter.existing_results import MARK, refuse_existing_results
 from exporter.external_weights import Chunks, data_file, folder_for, save_self_contained
-from exporter.foreign_graph import checked_files, load_foreign, refuse_blocks_across_products, refuse_what_stays
+from exporter.foreign_graph import (
+    checked_files,
+    load_foreign,
+    refuse_blocks_across_products,
+    refuse_untyped,
+    refuse_what_stays,
+)
 from exporter.lint_gate import passed_lint
 from exporter.onnx_export import IR_VERSION, graph_path
 from exporter.pack_weights import PackedWeight
@@ -66,6 +72,7 @@ def export_graph(
         if result.resolve() in {theirs.resolve(), *files}:
             raise OutputExists(f"{result} is what the graph is read from; choose another --output")
     refuse_what_stays(model)
+    refuse_untyped(model.graph)
     nodes, declared = len(model.graph), model.graph.opset_imports.get("")
     raise_opset(model, OPSET)
     lift_weights(model)

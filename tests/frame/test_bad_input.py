@@ -215,9 +215,12 @@ def _refused_export(model: onnx.ModelProto, folder: Path, capfd: pytest.CaptureF
     """Export a graph that must be refused before anything is begun, and return the one line."""
     onnx.save(model, folder / "theirs.onnx")
     before = _contents(folder)
-    line = _refused(capfd, "export", folder / "theirs.onnx", "-o", folder / "ours")
+    assert fp4trt.run(["export", str(folder / "theirs.onnx"), "-o", str(folder / "ours")]) == 2
+    out, err = capfd.readouterr()
     assert _contents(folder) == before
-    return line
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    return err
 
 
 @pytest.mark.parametrize("how", FOREIGN)
@@ -260,11 +263,29 @@ def _beside(length: str) -> Callable[[onnx.ModelProto], None]:
     return damage
 
 
+def _untyped(of: str, field: str) -> Callable[[onnx.ModelProto], None]:
+    """Return what makes a graph not say the type, or the shape, of its input or output."""
+
+    def damage(model: onnx.ModelProto) -> None:
+        value = getattr(model.graph, of)[0]
+        (value if field == "type" else value.type.tensor_type).ClearField(field)
+
+    return damage
+
+
+def _no_output(model: onnx.ModelProto) -> None:
+    del model.graph.node[0].output[:]
+
+
 FOREIGN_DAMAGE: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "raw data cut short": (_cut_raw, "w has 100 bytes of data, its shape [32, 32] needs 4096"),
     "typed data cut short": (_cut_typed, "w has 28 bytes of data, its shape [32, 32] needs 4096"),
     "a Constant cut short": (_cut_constant, "w has 100 bytes of data, its shape [32, 32] needs 4096"),
     "a weight without a type": (_no_type, "w has no element type"),
+    "an output without a shape": (_untyped("output", "shape"), "the output y has no shape"),
+    "an output without a type": (_untyped("output", "type"), "the output y has no type"),
+    "an input without a shape": (_untyped("input", "shape"), "the input x has no shape"),
+    "a placeholder without an output": (_no_output, "has 1 inputs and 0 outputs; expected 1 and 1"),
     "external data of another length": (_beside("10"), "w has 10 bytes of external data, its shape [32, 32]"),
     "external data of no length": (_beside("0"), "w has 0 bytes of external data, its shape [32, 32]"),
 }
