@@ -316,6 +316,22 @@ def test_force_replaces_what_an_export_wrote(
     assert _stored(model)["w"] == _expected(normal(32, 64))[0]
 
 
+def test_a_weight_that_is_too_small_for_fp4_is_refused_and_zeros_are_not(
+    foreign_graph: Maker, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def theirs(value: float) -> Path:
+        graph = foreign_graph(FP32)
+        graph.product(graph.marked(graph.weight("w", np.full((32, 64), value, np.float32))))
+        path: Path = graph.save(tmp_path / "theirs.onnx")
+        return path
+
+    line = _command(theirs(1e-42), tmp_path / "ours.onnx", capfd)
+    assert "weight w is at most 1e-42, too small for FP4" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs.onnx"]
+    export_graph(theirs(0.0), tmp_path / "ours.onnx")
+    assert not any(_stored(tmp_path / "ours.onnx")["w"])
+
+
 def test_the_command_says_what_it_packed_and_refuses_options_of_checkpoints(
     modelopt_export: Maker, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
