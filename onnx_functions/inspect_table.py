@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from onnx_functions.module_tree import tree
@@ -28,7 +28,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     """Return a description as lines for a terminal."""
     lines = [f"{found['kind']}  {found['path']}"]
     lines += _engine_lines(found) if found["kind"] == "engine" else _stored_lines(found)
-    return [*lines, *_group_lines(found.get("groups", ())), *_verdict_lines(found), *_graph_lines(found)]
+    return [*lines, *_group_lines(found), *_verdict_lines(found), *_graph_lines(found)]
 
 
 def tree_table(found: Mapping[str, Any]) -> list[str]:
@@ -63,10 +63,11 @@ def _stored_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"  FP4 covers {share} ({found['fp4_linears']} linears)"
 
 
-def _group_lines(groups: Iterable[Iterable[str]]) -> Iterator[str]:
-    lines = [" ".join(group) for group in groups]
+def _group_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    lines = [" ".join(group) for group in found.get("groups", ())]
     if lines:
-        yield f"  {len(lines)} groups share scales, so that TensorRT can merge them:"
+        count = f"{found['group_count']} groups, {len(lines)} of more than one linear"
+        yield f"  {count}, which share scales so that TensorRT can merge them:"
         yield from _first(lines)
 
 

@@ -181,6 +181,14 @@ def test_an_engine_names_the_linear_that_runs_in_16_bit_and_why(tmp_path: Path) 
     assert any(f"a.1: promised nvfp4, found bf16 ({reason})" in line for line in table(found))
 
 
+def test_groups_are_counted_as_the_manifest_of_the_checkpoint_counts_them(quantized_digits: Path) -> None:
+    manifest = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))
+    for path in (quantized_digits, quantized_digits / "model.onnx"):
+        found = describe(path)
+        assert found["group_count"] == len(manifest["groups"]) == 32
+        assert sum("32 groups, 8 of more than one linear" in line for line in table(found)) == 1
+
+
 def test_a_checkpoint_is_described_with_the_graph_that_lies_in_it(quantized_digits: Path, digits: Path) -> None:
     found = describe(quantized_digits)
     assert found["graph"] == describe(quantized_digits / "model.onnx")
