@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -13,7 +15,13 @@ from exporter.naming import name_of
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
 from onnx_functions.file_input import what_it_lacks
 
-__all__ = ["checked_files", "load_foreign", "refuse_blocks_across_products", "refuse_what_stays"]
+__all__ = [
+    "checked_files",
+    "load_foreign",
+    "refuse_blocks_across_products",
+    "refuse_untyped",
+    "refuse_what_stays",
+]
 
 _ARITY: Final = {WEIGHT_PLACEHOLDER: (1, 1), QUANTIZER: (2, 2)}
 """Inputs and outputs of TensorRT's operators that are rewritten."""
@@ -28,7 +36,8 @@ def load_foreign(path: Path) -> ir.Model:
     if not path.is_file():
         raise BadGraph(f"{path} {what_it_lacks(path)}; expected an ONNX file")
     try:
-        model = ir.load(path)
+        with _no_warnings():
+            model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many types, by version
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadGraph(f"{path} is not an ONNX model ({reason}); export it again") from None
@@ -44,28 +53,70 @@ def load_foreign(path: Path) -> ir.Model:
     return model
 
 
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Keep onnx_ir from printing what it finds odd: the one line that the user gets says what is wrong."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def refuse_untyped(graph: ir.Graph) -> None:
+    """Refuse a graph that does not say of each input and output which type and shape it has.
+
+    Raises:
+        BadGraph: naming the first.
+    """
+    inputs = [value for value in graph.inputs if not value.is_initializer()]
+    for what, values in (("input", inputs), ("output", graph.outputs)):
+        for value in values:
+            untyped = value.type is None or value.dtype in (None, ir.DataType.UNDEFINED)
+            if untyped or (isinstance(value.type, ir.TensorType) and value.shape is None):
+                lacks = "type" if untyped else "shape"
+                raise BadGraph(f"the {what} {value.name} has no {lacks}; export the graph again with its {lacks}")
+
+
 def checked_files(model: ir.Model) -> set[Path]:
-    """Return the files of a model's external data, having checked that they hold it.
+    """Return the files of a model's external data, having checked that every tensor has its bytes, there or inline.
 
     Raises:
         BadGraph: naming the tensor whose bytes are missing.
     """
     files = set()
     for tensor in _tensors(model):
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        file, begin, length = Path(tensor.path), tensor.offset or 0, tensor.length or tensor.nbytes
-        if not file.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
-            raise BadGraph(f"{tensor.name} lies at {tensor.location}; expected a path inside the graph's folder")
-        size = file.stat().st_size if file.is_file() else None
-        if size is None or begin + length > size or length != tensor.nbytes:
-            found = "does not exist" if size is None else f"has {size} bytes"
-            raise BadGraph(
-                f"{tensor.name} needs {tensor.nbytes} bytes from byte {begin} of {file}, which {found}; "
-                "copy the graph again with its data"
-            )
-        files.add(file.resolve())
+        if tensor.dtype == ir.DataType.UNDEFINED:
+            raise BadGraph(f"{tensor.name} has no element type; export the graph again")
+        if isinstance(tensor, ir.ExternalTensor):
+            files.add(_checked_file(tensor))
+        elif tensor.dtype != ir.DataType.STRING:
+            _check_length(tensor, len(tensor.tobytes()), "data")
     return files
+
+
+def _checked_file(tensor: ir.ExternalTensor) -> Path:
+    """Return the file of external data, which holds as many bytes as the tensor's shape needs."""
+    file, begin, length = Path(tensor.path), tensor.offset or 0, tensor.nbytes
+    if not file.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
+        raise BadGraph(f"{tensor.name} lies at {tensor.location}; expected a path inside the graph's folder")
+    _check_length(tensor, length if tensor.length is None else tensor.length, "external data")
+    size = file.stat().st_size if file.is_file() else None
+    if size is None or begin + length > size:
+        found = "does not exist" if size is None else f"has {size} bytes"
+        raise BadGraph(
+            f"{tensor.name} needs {length} bytes from byte {begin} of {file}, which {found}; "
+            "copy the graph again with its data"
+        )
+    return file.resolve()
+
+
+def _check_length(tensor: ir.TensorProtocol, found: int, what: str) -> None:
+    if found != tensor.nbytes:
+        needs = f"its shape {list(tensor.shape.numpy())} needs {tensor.nbytes}"
+        raise BadGraph(f"{tensor.name} has {found} bytes of {what}, {needs}; export the graph again")
 
 
 def refuse_what_stays(model: ir.Model) -> None:

@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from calibration.checkpoint import Checkpoint, read
 from calibration.source import BUILT_IN, find_source
-from calibration.write import refuse_existing
 from exporter import external_weights, plain_checkpoint
 from exporter.errors import BadGraph, WrongPrecision
+from exporter.existing_results import refuse_existing_results
 from exporter.lint_gate import passed_lint
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.drop_placeholders import drop_placeholders
@@ -80,8 +80,7 @@ def export(
         reason = reason or plain_checkpoint.must_round(checkpoint)
     copies = copy_weights or reason is not None
     with external_weights.folder_for(path):
-        for result in (path, external_weights.data_file(path))[: 2 if copies else 1]:
-            refuse_existing(result, force)
+        refuse_existing_results(path, copies, force)
         nodes = _write(checkpoint, path, scale_dtype or "float32", copies)
     return {
         "onnx": str(path.resolve()),

@@ -37,7 +37,7 @@ class PackedWeight:
         """The FP32 global scale, 0-d.
 
         Raises:
-            BadGraph: the weight holds NaN or infinite values.
+            BadGraph: the weight holds NaN or infinite values, or is not 0 and too small for a global scale in FP32.
         """
         amax = 0.0
         for rows in self._rows():
@@ -46,6 +46,10 @@ class PackedWeight:
                 raise BadGraph(f"weight {self.name} holds NaN or infinite values; expected finite weights")
             amax = max(amax, largest)
         scale = nvfp4.global_scale(amax)
+        if amax > 0 and not scale > 0:
+            raise BadGraph(
+                f"weight {self.name} is at most {amax:.3g}, too small for FP4: all of it would be 0; check it"
+            )
         return scale if scale > 0 else torch.ones(())
 
     def codes(self) -> Iterator[npt.NDArray[np.uint8]]:

@@ -15,10 +15,16 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from calibration.write import refuse_existing
 from exporter.errors import BadGraph, OutputExists
+from exporter.existing_results import MARK, refuse_existing_results
 from exporter.external_weights import Chunks, data_file, folder_for, save_self_contained
-from exporter.foreign_graph import checked_files, load_foreign, refuse_blocks_across_products, refuse_what_stays
+from exporter.foreign_graph import (
+    checked_files,
+    load_foreign,
+    refuse_blocks_across_products,
+    refuse_untyped,
+    refuse_what_stays,
+)
 from exporter.lint_gate import passed_lint
 from exporter.onnx_export import IR_VERSION, graph_path
 from exporter.pack_weights import PackedWeight
@@ -66,6 +72,7 @@ def export_graph(
         if result.resolve() in {theirs.resolve(), *files}:
             raise OutputExists(f"{result} is what the graph is read from; choose another --output")
     refuse_what_stays(model)
+    refuse_untyped(model.graph)
     nodes, declared = len(model.graph), model.graph.opset_imports.get("")
     raise_opset(model, OPSET)
     lift_weights(model)
@@ -75,11 +82,11 @@ def export_graph(
     settle_activations(model)
     common.RemoveInitializersFromInputsPass()(model)
     model.ir_version = max(model.ir_version, IR_VERSION)
+    model.metadata_props[MARK] = "packed"
     contents = dict(_contents(model, weights))
     try:
         with folder_for(path):
-            for result in (path, data_file(path)):
-                refuse_existing(result, force)
+            refuse_existing_results(path, True, force)
             with click.progressbar(length=len(contents), label="exporting", file=sys.stderr) as bar:
                 counted = {name: functools.partial(_counted, chunks, bar) for name, chunks in contents.items()}
                 accept = functools.partial(passed_lint, source=theirs, allow_slow=allow_slow)

@@ -15,6 +15,19 @@ from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, cove
 
 __all__ = ["describe"]
 
+_FLUX: Final = "FluxTransformer2DModel"
+
+_LEAST: Final = {
+    "num_layers": 0,
+    "num_single_layers": 0,
+    "num_attention_heads": 1,
+    "attention_head_dim": 1,
+    "in_channels": 1,
+    "joint_attention_dim": 1,
+    "pooled_projection_dim": 1,
+}
+"""Sizes of a FLUX transformer's config, and the least that each can be."""
+
 _COUNTS: Final = ("quantized_linears", "fp4_linears", "engine_bytes")
 
 
@@ -28,11 +41,12 @@ def describe(artifact: str | Path) -> dict[str, Any]:
         `kind` (`quantized checkpoint`, `checkpoint`, `onnx`, `engine`), `path`, and what there is to say of
         that kind: `formats` (by format: linears, parameters, bytes), `fp4_coverage` (share of the linears'
         parameters that are stored in FP4; of an engine, of the promised linears that run in it), `groups` of
-        linears that share scales, `linears`, and `promise`: promised against found, None without a promise.
+        linears that share scales, `linears`, and `promise`: promised against found, None without a promise. Of a
+        checkpoint, `graph` is all that of the model.onnx in it, None without one.
 
     Raises:
         UnknownArtifact: it is none of these.
-        BadGraph: an ONNX file that cannot be read.
+        BadGraph: an ONNX file, the checkpoint's own too, that cannot be read.
     """
     path = Path(artifact)
     if path.is_dir():
@@ -54,7 +68,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
             return _onnx(folder / "model.onnx")
         if (folder / "transformer" / "config.json").is_file():  # a whole pipeline
             folder = folder / "transformer"
-    config = read_object(folder / "config.json")
+    graph = folder / "model.onnx"
+    config = _config(folder / "config.json")
     manifest = read_checkpoint_manifest(folder)
     tensors = tensors_in_folder(folder)
     missing = _missing_scales(tensors)
@@ -71,8 +86,22 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "promise": compare({"nvfp4": manifest.nvfp4}, found, missing) if manifest else None,
         **coverage(linears, manifest.groups if manifest else ()),
         "versions": manifest.versions if manifest else {},
-        "onnx": str((folder / "model.onnx").resolve()) if (folder / "model.onnx").is_file() else None,
+        "onnx": str(graph.resolve()) if graph.is_file() else None,
+        "graph": _onnx(graph) if graph.is_file() else None,
     }
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's config, whose sizes are sizes where the model is a FLUX transformer."""
+    config = read_object(path)
+    name = config.get("_class_name")
+    if not isinstance(name, str) or not name:
+        raise UnknownArtifact(f"{path} has no _class_name, the class of a diffusers model; copy it again")
+    for key, least in _LEAST.items() if name == _FLUX else ():
+        size = config.get(key, least)
+        if type(size) is not int or size < least:
+            raise UnknownArtifact(f"{path} has {key} {size!r}, expected an integer from {least} on; copy it again")
+    return config
 
 
 def _stored_linears(tensors: Mapping[str, HeldTensor], missing: Mapping[str, str]) -> Iterator[StoredLinear]:

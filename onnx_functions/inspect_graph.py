@@ -148,12 +148,12 @@ def _format(subject: Subject, source: str, chain: WeightChain | None, quantized:
 
 
 def _groups(found: Iterable[_Found]) -> list[list[str]]:
-    """Return the linears that read one quantizer's codes and one global scale, so that TensorRT can merge them."""
+    """Return the linears by the quantizer's codes and the global scale that they read; TensorRT can merge a group."""
     groups: dict[tuple[str, str], list[str]] = {}
     for item in found:
         if item.quantizer and item.global_scale:
             groups.setdefault((item.quantizer, item.global_scale), []).append(item.linear.path)
-    return [group for group in groups.values() if len(group) > 1]
+    return list(groups.values())
 
 
 def _placeholders(subject: Subject) -> dict[str, Any] | None:

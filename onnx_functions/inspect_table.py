@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from onnx_functions.module_tree import tree
@@ -28,7 +28,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     """Return a description as lines for a terminal."""
     lines = [f"{found['kind']}  {found['path']}"]
     lines += _engine_lines(found) if found["kind"] == "engine" else _stored_lines(found)
-    return lines + list(_group_lines(found.get("groups", ()))) + list(_verdict_lines(found))
+    return [*lines, *_group_lines(found), *_verdict_lines(found), *_graph_lines(found)]
 
 
 def tree_table(found: Mapping[str, Any]) -> list[str]:
@@ -36,7 +36,7 @@ def tree_table(found: Mapping[str, Any]) -> list[str]:
     differing = {item["path"]: item for item in (found["promise"] or {}).get("differing", ())}
     texts = [_leaf(linear, differing.get(linear["path"])) for linear in found["linears"]]
     lines = [f"  {line}" for line in tree(found["linears"], texts)]
-    return [f"{found['kind']}  {found['path']}", *lines, *_verdict_lines(found)]
+    return [f"{found['kind']}  {found['path']}", *lines, *_verdict_lines(found), *_graph_lines(found)]
 
 
 def _leaf(linear: Mapping[str, Any], differs: Mapping[str, Any] | None) -> str:
@@ -63,10 +63,11 @@ def _stored_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"  FP4 covers {share} ({found['fp4_linears']} linears)"
 
 
-def _group_lines(groups: Iterable[Iterable[str]]) -> Iterator[str]:
-    lines = [" ".join(group) for group in groups]
+def _group_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    lines = [" ".join(group) for group in found.get("groups", ())]
     if lines:
-        yield f"  {len(lines)} groups share scales, so that TensorRT can merge them:"
+        count = f"{found['group_count']} groups, {len(lines)} of more than one linear"
+        yield f"  {count}, which share scales so that TensorRT can merge them:"
         yield from _first(lines)
 
 
@@ -88,6 +89,13 @@ def _verdict_lines(found: Mapping[str, Any]) -> Iterator[str]:
     if lost:
         yield f"  {len(lost)} promised groups share no scales:"
         yield from _first([" ".join(group) for group in lost])
+
+
+def _graph_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the reader has to know of the graph that lies in a checkpoint's folder."""
+    if found.get("graph"):
+        yield "  of its model.onnx:"
+        yield from (f"  {line}" for line in _verdict_lines(found["graph"]))
 
 
 def _difference(item: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -42,23 +43,38 @@ def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
     """Return the tensors of a diffusers folder, sharded or not.
 
     Raises:
-        UnknownArtifact: a file is missing, damaged, shorter than its header says, or no safetensors file.
+        UnknownArtifact: a file is missing, damaged, shorter than its header says, or no safetensors file; or the index
+            of a sharded folder is not that of the files beside it.
     """
+    whole = folder / f"{_STEM}.safetensors"
     index = folder / f"{_STEM}.safetensors.index.json"
     if index.is_file():
         try:
             shards = strings_by_name(read_object(index).get("weight_map"), "weight_map")
         except TypeError as error:
             raise UnknownArtifact(f"{index} is no index of safetensors files ({error}); copy it again") from None
-        files = [_shard(index, name) for name in sorted(set(shards.values()))]
-        tensors = {name: tensor for file in files for name, tensor in tensors_in_file(file).items()}
-        absent = next((name for name in shards if name not in tensors), None)
-        if absent is not None:
-            raise UnknownArtifact(f"{index} speaks of {absent}, which no shard holds; copy the shards again")
         if not shards:
             raise UnknownArtifact(f"{index} speaks of no tensor; copy it again")
+        tensors = _tensors_in_shards(index, shards)
+        if whole.is_file() and whole.name not in shards.values():
+            raise UnknownArtifact(f"{index} does not speak of {whole.name}, which lies beside it; remove one of them")
         return tensors
-    return tensors_in_file(folder / f"{_STEM}.safetensors")
+    return tensors_in_file(whole)
+
+
+def _tensors_in_shards(index: Path, shards: Mapping[str, str]) -> dict[str, HeldTensor]:
+    """Return the tensors of the files that an index names, each in the file where the index has it."""
+    tensors = {}
+    for file in (_shard(index, name) for name in sorted(set(shards.values()))):
+        for name, tensor in tensors_in_file(file).items():
+            if shards.get(name) != file.name:
+                place = f"in {shards[name]}" if name in shards else "nowhere"
+                raise UnknownArtifact(f"{index} has {name} {place}, but {file.name} holds it; copy the shards again")
+            tensors[name] = tensor
+    absent = next((name for name in shards if name not in tensors), None)
+    if absent is not None:
+        raise UnknownArtifact(f"{index} speaks of {absent}, which no shard holds; copy the shards again")
+    return tensors
 
 
 def _shard(index: Path, name: str) -> Path:

@@ -41,7 +41,11 @@ def is_fp4(kind: str) -> bool:
 
 
 def coverage(linears: Sequence[StoredLinear], groups: Iterable[Sequence[str]]) -> dict[str, Any]:
-    """Return formats, FP4 coverage, groups of more than one, and the linears themselves, as JSON holds them."""
+    """Return formats, FP4 coverage, groups of more than one, and the linears themselves, as JSON holds them.
+
+    `group_count` counts the groups of one linear too, as the manifest of a checkpoint has them.
+    """
+    groups = [list(group) for group in groups]
     formats: dict[str, dict[str, int]] = {}
     for linear in linears:
         entry = formats.setdefault(linear.format, {"linears": 0, "parameters": 0, "bytes": 0})
@@ -54,7 +58,8 @@ def coverage(linears: Sequence[StoredLinear], groups: Iterable[Sequence[str]]) -
         "formats": formats,
         "fp4_linears": sum(entry["linears"] for entry in fp4),
         "fp4_coverage": sum(entry["parameters"] for entry in fp4) / total if total else 0.0,
-        "groups": [list(group) for group in groups if len(group) > 1],
+        "group_count": len(groups),
+        "groups": [group for group in groups if len(group) > 1],
         "linears": [{**asdict(linear), "shape": linear.shape and list(linear.shape)} for linear in linears],
     }
 

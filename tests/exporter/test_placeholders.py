@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from onnx import TensorProto, helper
 
 import fp4trt
 from calibration import nvfp4
-from exporter import export_graph
+from exporter import export, export_graph
 from exporter.errors import OutputExists
 from onnx_functions.linting import lint
 from onnx_functions.reference_ops import reference_evaluator
@@ -277,6 +278,58 @@ def test_nothing_that_exists_or_is_read_is_replaced(foreign_graph: Maker, normal
     assert (tmp_path / "ours.onnx").read_text() == "mine"
     with pytest.raises(OutputExists, match="is what the graph is read from"):
         export_graph(theirs, theirs, force=True)
+
+
+@pytest.mark.parametrize("beside", ["nothing", "their graph", "our graph, whose data lie elsewhere", "no graph"])
+def test_data_that_are_not_of_a_graph_of_ours_are_not_replaced(
+    beside: str, foreign_graph: Maker, normal: Maker, quantized_digits: Path, tmp_path: Path
+) -> None:
+    graph = foreign_graph(BF16)
+    graph.product(graph.marked(graph.weight("w", normal(32, 64))))
+    theirs = graph.save(tmp_path / "theirs.onnx")
+    model, data = tmp_path / "out" / "model.onnx", tmp_path / "out" / "model.onnx.data"
+    model.parent.mkdir()
+    data.write_text("mine")
+    if beside == "their graph":
+        onnx.save(onnx.load(theirs), model, save_as_external_data=True, location=data.name, size_threshold=0)
+    elif beside == "our graph, whose data lie elsewhere":
+        shutil.copy(quantized_digits / "model.onnx", model)
+    elif beside == "no graph":
+        model.write_text("mine too")
+    before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
+    for run in (lambda: export_graph(theirs, model, force=True), lambda: export(quantized_digits, model, force=True)):
+        with pytest.raises(OutputExists, match=r"model\.onnx\.data is not the data of a graph that fp4trt wrote"):
+            run()
+    assert {path.name: path.read_bytes() for path in model.parent.iterdir()} == before
+
+
+def test_force_replaces_what_an_export_wrote(
+    foreign_graph: Maker, normal: Maker, quantized_digits: Path, tmp_path: Path
+) -> None:
+    graph, model = foreign_graph(BF16), tmp_path / "out" / "model.onnx"
+    graph.product(graph.marked(graph.weight("w", normal(32, 64))))
+    theirs = graph.save(tmp_path / "theirs.onnx")
+    export_graph(theirs, model)
+    export_graph(theirs, model, force=True)
+    export(quantized_digits, model, force=True)
+    export_graph(theirs, model, force=True)
+    assert _stored(model)["w"] == _expected(normal(32, 64))[0]
+
+
+def test_a_weight_that_is_too_small_for_fp4_is_refused_and_zeros_are_not(
+    foreign_graph: Maker, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def theirs(value: float) -> Path:
+        graph = foreign_graph(FP32)
+        graph.product(graph.marked(graph.weight("w", np.full((32, 64), value, np.float32))))
+        path: Path = graph.save(tmp_path / "theirs.onnx")
+        return path
+
+    line = _command(theirs(1e-42), tmp_path / "ours.onnx", capfd)
+    assert "weight w is at most 1e-42, too small for FP4" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs.onnx"]
+    export_graph(theirs(0.0), tmp_path / "ours.onnx")
+    assert not any(_stored(tmp_path / "ours.onnx")["w"])
 
 
 def test_the_command_says_what_it_packed_and_refuses_options_of_checkpoints(

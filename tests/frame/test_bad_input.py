@@ -200,22 +200,106 @@ FOREIGN: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
+def _marked(**marking: object) -> onnx.ModelProto:
+    """Return ``x [B, 32] @ w^T`` of an inline weight that one placeholder marks."""
+    mark = {"op_type": "TRT_FP4QDQ", "domain": "trt", "inputs": ["w"], "outputs": ["m"], "name": "node of m", **marking}
+    turn = helper.make_node("Transpose", ["m"], ["t"], perm=[1, 0])
+    nodes = [helper.make_node(**mark), turn, helper.make_node("MatMul", ["x", "t"], ["y"])]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 32]) for name in ("x", "y"))
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [32, 32], bytes(4096), raw=True)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("trt", 1)]
+    return helper.make_model(helper.make_graph(nodes, "g", [x], [y], [weight]), opset_imports=opsets)
+
+
+def _refused_export(model: onnx.ModelProto, folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """Export a graph that must be refused before anything is begun, and return the one line."""
+    onnx.save(model, folder / "theirs.onnx")
+    before = _contents(folder)
+    assert fp4trt.run(["export", str(folder / "theirs.onnx"), "-o", str(folder / "ours")]) == 2
+    out, err = capfd.readouterr()
+    assert _contents(folder) == before
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
 @pytest.mark.parametrize("how", FOREIGN)
 def test_a_foreign_graph_that_marks_its_weights_oddly_is_refused(
     how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     marking, words = FOREIGN[how]
-    mark = {"op_type": "TRT_FP4QDQ", "domain": "trt", "inputs": ["w"], "outputs": ["m"], "name": "node of m", **marking}
-    turn = helper.make_node("Transpose", ["m"], ["t"], perm=[1, 0])
-    nodes = [helper.make_node(**mark), turn, helper.make_node("MatMul", ["x", "t"], ["y"])]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 32]) for name in ("x", "y"))
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [32, 32], [1.0] * 1024)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("trt", 1)]
-    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], [weight]), opset_imports=opsets)
-    onnx.save(model, tmp_path / "theirs.onnx")
-    before = _contents(tmp_path)
-    assert words in _refused(capfd, "export", tmp_path / "theirs.onnx", "-o", tmp_path / "ours")
-    assert _contents(tmp_path) == before
+    assert words in _refused_export(_marked(**marking), tmp_path, capfd)
+
+
+def _cut_raw(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].raw_data = bytes(100)
+
+
+def _cut_typed(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].ClearField("raw_data")
+    model.graph.initializer[0].float_data.extend([1.0] * 7)
+
+
+def _cut_constant(model: onnx.ModelProto) -> None:
+    _cut_raw(model)
+    weight = model.graph.initializer.pop()
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
+
+
+def _no_type(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].data_type = TensorProto.UNDEFINED
+
+
+def _beside(length: str) -> Callable[[onnx.ModelProto], None]:
+    """Return what moves the weight into w.bin, as if it had another length there."""
+
+    def damage(model: onnx.ModelProto) -> None:
+        weight = model.graph.initializer[0]
+        weight.ClearField("raw_data")
+        weight.data_location = TensorProto.EXTERNAL
+        weight.external_data.add(key="location", value="w.bin")
+        weight.external_data.add(key="length", value=length)
+
+    return damage
+
+
+def _untyped(of: str, field: str) -> Callable[[onnx.ModelProto], None]:
+    """Return what makes a graph not say the type, or the shape, of its input or output."""
+
+    def damage(model: onnx.ModelProto) -> None:
+        value = getattr(model.graph, of)[0]
+        (value if field == "type" else value.type.tensor_type).ClearField(field)
+
+    return damage
+
+
+def _no_output(model: onnx.ModelProto) -> None:
+    del model.graph.node[0].output[:]
+
+
+FOREIGN_DAMAGE: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
+    "raw data cut short": (_cut_raw, "w has 100 bytes of data, its shape [32, 32] needs 4096"),
+    "typed data cut short": (_cut_typed, "w has 28 bytes of data, its shape [32, 32] needs 4096"),
+    "a Constant cut short": (_cut_constant, "w has 100 bytes of data, its shape [32, 32] needs 4096"),
+    "a weight without a type": (_no_type, "w has no element type"),
+    "an output without a shape": (_untyped("output", "shape"), "the output y has no shape"),
+    "an output without a type": (_untyped("output", "type"), "the output y has no type"),
+    "an input without a shape": (_untyped("input", "shape"), "the input x has no shape"),
+    "a placeholder without an output": (_no_output, "has 1 inputs and 0 outputs; expected 1 and 1"),
+    "external data of another length": (_beside("10"), "w has 10 bytes of external data, its shape [32, 32]"),
+    "external data of no length": (_beside("0"), "w has 0 bytes of external data, its shape [32, 32]"),
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN_DAMAGE)
+def test_a_damaged_foreign_graph_is_refused_before_its_export_begins(
+    how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage, words = FOREIGN_DAMAGE[how]
+    (tmp_path / "w.bin").write_bytes(bytes(4096))
+    model = _marked()
+    damage(model)
+    assert words in _refused_export(model, tmp_path, capfd)
 
 
 def test_an_option_of_checkpoints_or_of_graphs_is_refused_where_it_does_nothing(
@@ -331,6 +415,13 @@ def _interrupted(arguments: list[str], shown: str, to_all: bool = False) -> tupl
         process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     return process.returncode, seen + rest
+
+
+def test_a_checkpoint_whose_graph_cannot_be_read_is_refused(
+    copy_of_digits: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (copy_of_digits / "model.onnx").write_bytes(bytes(range(256)) * 12)
+    assert f"{copy_of_digits / 'model.onnx'} is not an ONNX model" in _refused(capfd, "inspect", copy_of_digits)
 
 
 def test_lint_finds_missing_data(quantized_digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -166,6 +167,65 @@ def test_a_shape_of_negative_sizes_is_refused(copy_of_digits: Path) -> None:
         describe(_edited(copy_of_digits, lambda header: header[f"{QUERY}.weight"].update(shape=[-128, -64])))
 
 
+def _sharded(folder: Path, shards: dict[str, list[str]], weight_map: dict[str, str]) -> Path:
+    """Write files of one-element tensors and an index of them."""
+    for file, names in shards.items():
+        header = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}
+        text = json.dumps(header).encode()
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text + bytes(len(names)))
+    (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}', encoding="utf-8")
+    return _damaged(folder, "diffusion_pytorch_model.safetensors.index.json", {"weight_map": weight_map})
+
+
+WHOLE = "diffusion_pytorch_model.safetensors"
+OTHER_INDEX: dict[str, tuple[dict[str, list[str]], dict[str, str], str]] = {
+    "a tensor that it does not know": (
+        {"1": ["a", "b"], "2": ["c"]},
+        {"a": "1", "c": "2"},
+        "has b nowhere, but 1 holds",
+    ),
+    "a tensor in another shard": ({"1": ["a", "b"], "2": ["c"]}, {"a": "1", "b": "2", "c": "2"}, "has b in 2, but 1 h"),
+    "a tensor in two shards": ({"1": ["a"], "2": ["a", "c"]}, {"a": "1", "c": "2"}, "has a in 1, but 2 holds it"),
+    "a tensor that is gone": ({"1": ["a"]}, {"a": "1", "b": "1"}, "speaks of b, which no shard holds"),
+    "a file beside the shards": ({"1": ["a"], WHOLE: ["a"]}, {"a": "1"}, f"does not speak of {WHOLE}"),
+}
+
+
+@pytest.mark.parametrize("how", OTHER_INDEX)
+def test_an_index_that_is_not_that_of_its_shards_is_refused(how: str, tmp_path: Path) -> None:
+    shards, weight_map, words = OTHER_INDEX[how]
+    with pytest.raises(UnknownArtifact, match=words):
+        describe(_sharded(tmp_path, shards, weight_map))
+
+
+def test_shards_that_are_those_of_their_index_are_described(tmp_path: Path) -> None:
+    found = describe(_sharded(tmp_path, {"1": ["a", "b"], "2": ["c"]}, {"a": "1", "b": "1", "c": "2"}))
+    assert found["tensors"] == found["bytes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("_class_name", None, "has no _class_name"),
+        ("_class_name", 7, "has no _class_name"),
+        ("num_layers", "x", "has num_layers 'x', expected an integer from 0 on"),
+        ("num_layers", -1, "has num_layers -1, expected"),
+        ("num_single_layers", True, "has num_single_layers True, expected"),
+        ("num_attention_heads", 0, "has num_attention_heads 0, expected an integer from 1 on"),
+        ("joint_attention_dim", None, "has joint_attention_dim None, expected"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused(
+    key: str, value: object, words: str, digits: Path, tmp_path: Path
+) -> None:
+    shutil.copy(digits / WHOLE, tmp_path)
+    config = json.loads((digits / "config.json").read_text(encoding="utf-8"))
+    _damaged(tmp_path, "config.json", config)
+    assert describe(tmp_path)["family"] == "FluxTransformer2DModel"
+    with pytest.raises(UnknownArtifact, match=rf"config\.json {words}.*copy it again"):
+        describe(_damaged(tmp_path, "config.json", {**config, key: value}))
+
+
 def test_an_engine_without_its_manifest_is_refused_with_the_file_that_lacks(tmp_path: Path) -> None:
     (tmp_path / "a.engine").write_bytes(b"engine")
     with pytest.raises(UnknownArtifact, match=r"a\.engine has no a\.json beside it"):
@@ -180,7 +240,7 @@ def test_a_safetensors_file_that_is_cut_short_is_refused(copy_of_digits: Path) -
 
 
 def test_a_safetensors_header_whose_sizes_contradict_each_other_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     header = json.dumps({"a.weight": {"dtype": "BF16", "shape": [4, 4], "data_offsets": [0, 8]}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(8)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,36 @@ def test_an_engine_names_the_linear_that_runs_in_16_bit_and_why(tmp_path: Path) 
     assert found["promise"]["differing"] == [{"path": "a.1", "promised": "nvfp4", "found": "bf16", "reason": reason}]
     assert found["fp4_coverage"] == 0.5
     assert any(f"a.1: promised nvfp4, found bf16 ({reason})" in line for line in table(found))
+
+
+def test_groups_are_counted_as_the_manifest_of_the_checkpoint_counts_them(quantized_digits: Path) -> None:
+    manifest = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))
+    for path in (quantized_digits, quantized_digits / "model.onnx"):
+        found = describe(path)
+        assert found["group_count"] == len(manifest["groups"]) == 32
+        assert sum("32 groups, 8 of more than one linear" in line for line in table(found)) == 1
+
+
+def test_a_checkpoint_is_described_with_the_graph_that_lies_in_it(quantized_digits: Path, digits: Path) -> None:
+    found = describe(quantized_digits)
+    assert found["graph"] == describe(quantized_digits / "model.onnx")
+    for lines in (table(found), tree_table(found)):
+        graph = lines[lines.index("  of its model.onnx:") + 1 :]
+        assert graph == ["    promised: 52 nvfp4, 10 bf16; found: 10 bf16, 52 nvfp4", "    every linear is as promised"]
+    assert describe(digits)["graph"] is None
+    assert not any("model.onnx" in line for line in table(describe(digits)))
+
+
+def test_a_graph_in_a_checkpoint_that_lost_its_quantizers_is_said_though_the_checkpoint_is_whole(
+    mutant: Any, quantized_digits: Path
+) -> None:
+    mutant.bypass_quantizers()
+    for name in ("config.json", "fp4trt.json"):
+        shutil.copy(quantized_digits / name, mutant.path.parent)
+    found = describe(mutant.path.parent)
+    assert found["promise"]["differing"] == []
+    assert len(found["graph"]["promise"]["differing"]) == 52
+    assert "    52 differ from the promise:" in table(found)
 
 
 def test_the_tree_has_each_linear_with_format_shape_and_bytes_and_equal_blocks_once(
