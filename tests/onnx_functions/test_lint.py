@@ -15,7 +15,7 @@ import onnx
 import pytest
 from lint_damage import Damaged
 from lint_mutations import DEEP, MODULATION, OUT, TRT, K, Mutation, Q
-from lint_mutations_names import MUTATIONS
+from lint_mutations_meant import MUTATIONS
 from onnx import helper
 
 import fp4trt
