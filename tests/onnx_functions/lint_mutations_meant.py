@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from lint_damage import Damaged
-from lint_mutations import OUT, mutation
+from lint_mutations import OUT, TRT, mutation
 from lint_mutations_names import MUTATIONS
 from onnx import TensorProto, helper
 
@@ -40,3 +40,55 @@ def a_weight_in_a_constant_node_under_a_stored_name(graph: Damaged) -> None:
 @mutation("safetensors-name", f"{OUT}.input_scale", "accepted")
 def an_activation_scale_inside_the_graph(graph: Damaged) -> None:
     _inline(graph, f"{OUT}.input_scale", (), np.float32(3).tobytes())
+
+
+# What is dequantized and does not arrive
+
+
+def _through(graph: Damaged, node: str, index: int, kind: int, back: int) -> None:
+    """Cast one input of a node to a type and back."""
+    graph.between(node, index, "Cast", to=back).name = "back"
+    graph.between("back", 0, "Cast", to=kind).name = "away"
+
+
+@mutation("chain-cast", "away", "slow")
+def a_weight_cast_to_integers_and_back(graph: Damaged) -> None:
+    _through(graph, f"{OUT}/MatMul", 1, int(TensorProto.INT64), int(TensorProto.BFLOAT16))
+
+
+@mutation("chain-cast", "away", "refused")
+def a_weight_cast_to_8_bits_and_back(graph: Damaged) -> None:
+    _through(graph, f"{OUT}/MatMul", 1, int(TensorProto.FLOAT8E4M3FN), int(TensorProto.BFLOAT16))
+
+
+@mutation("chain-cast", "away", "slow")
+def an_activation_cast_to_integers_and_back(graph: Damaged) -> None:
+    _through(graph, f"{OUT}/MatMul", 0, int(TensorProto.INT64), int(TensorProto.BFLOAT16))
+
+
+@mutation("chain-cast", "away", "slow")
+def block_scales_cast_to_integers_and_back(graph: Damaged) -> None:
+    _through(graph, f"{OUT}/weight/DequantizeLinear", 1, int(TensorProto.INT64), int(TensorProto.FLOAT))
+
+
+@mutation("chain-cast", "away", "slow")
+def block_scales_of_an_activation_cast_to_truth_values_and_back(graph: Damaged) -> None:
+    _through(graph, f"{OUT}/input/DequantizeLinear", 1, int(TensorProto.BOOL), int(TensorProto.FLOAT))
+
+
+@mutation("dead-linear", f"{OUT}/MatMul", "slow")
+def another_product_in_place_of_a_linear(graph: Damaged) -> None:
+    graph.put("shadow", np.full((128, 128), 0x3C10, np.uint16), (128, 128), TensorProto.BFLOAT16)
+    own = graph.node(f"{OUT}/Add").output[0]
+    for node in graph.model.graph.node:
+        node.input[:] = ["shadow_output" if name == own else name for name in node.input]
+    position = next(i for i, node in enumerate(graph.model.graph.node) if node.name == f"{OUT}/Add")
+    inputs = [graph.node(f"{OUT}/{TRT}").input[0], "shadow"]
+    graph.model.graph.node.insert(position + 1, helper.make_node("MatMul", inputs, ["shadow_output"], "shadow"))
+
+
+@mutation("dead-linear", f"{OUT}/MatMul", "slow")
+def an_output_that_is_an_input(graph: Damaged) -> None:
+    last = next(node for node in graph.model.graph.node if "latent" in node.output)
+    last.output[0] = "computed"
+    graph.model.graph.node.append(helper.make_node("Identity", ["hidden_states"], ["latent"], "shortcut"))
