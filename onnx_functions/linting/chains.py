@@ -48,17 +48,48 @@ def dead_linear(subject: Subject) -> Iterator[Hit]:
             yield Hit("no output of the graph depends on it", name_of(node))
 
 
-RULES = (chain_cast, dead_linear)
+@rule("promised-product", "wrong", "write alpha=1, beta=1 and transA=0, or a MatMul and an Add")
+def promised_product(subject: Subject) -> Iterator[Hit]:
+    """A promised linear is the product of activation and weight, plus the bias: no factor is in it.
+
+    Source: measured: a Gemm with another alpha is accepted.
+    """
+    for path in dict.fromkeys(path for paths in subject.promised.values() for path in paths):
+        node = product_of(subject, path)
+        if node is None or node.op_type != "Gemm":
+            continue
+        attributes = attributes_of(node)
+        for name, wanted in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)):
+            if (value := attributes.get(name, wanted)) != wanted:
+                yield Hit(f"{name} is {value}; expected {wanted:g}", name_of(node))
+
+
+@rule("zero-point", "wrong", "drop the zero point: NVFP4 is symmetric")
+def zero_point(subject: Subject) -> Iterator[Hit]:
+    """Codes and block scales of FP4 have no zero point; only one of FP8 zeros, under block scales, changes nothing.
+
+    Source: the NVFP4 format; measured: one over block scales is accepted, one over a weight's codes refused.
+    """
+    nodes = {id(node): (node, index) for pair in _pairs(subject) for index, node in enumerate(pair)}
+    for node, index in nodes.values():
+        tensor = node.input[2] if len(node.input) > 2 else ""
+        values = subject.values.get(subject.constant(tensor)) if tensor and index else None
+        if tensor and not (values is not None and values.all_zero):
+            yield Hit(f"dequantizes with the zero point {tensor}", name_of(node), tensor)
+
+
+RULES = (chain_cast, dead_linear, promised_product, zero_point)
 
 _WIDE: Final = (TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
 def _pairs(subject: Subject) -> Iterator[tuple[NodeProto, ...]]:
-    """Yield the DequantizeLinear nodes of each chain: those of codes and those of block scales."""
+    """Yield the DequantizeLinear nodes of each chain: that of the codes, and those of its block scales."""
     for chain in subject.weights:
         yield (chain.values,) if chain.scales is None else (chain.values, chain.scales)
     for activation in subject.activations:
-        yield (*activation.values, *activation.scales)
+        for values in activation.values:
+            yield (values, *activation.scales)
 
 
 def _alive(subject: Subject) -> set[int]:

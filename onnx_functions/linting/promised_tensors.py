@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -38,11 +39,15 @@ def promised_scale(subject: Subject) -> Iterator[Hit]:
 
 @rule("promised-bias", "wrong", "let each linear add its own bias: export again")
 def promised_bias(subject: Subject) -> Iterator[Hit]:
-    """A promised linear X that adds another bias than X.bias, or none where there is one.
+    """A promised linear X that adds another bias than X.bias, or none where there is one, or X.bias twice.
 
     Source: measured: accepted.
     """
     yield from _strangers(subject, ("bias",))
+    readers = Counter(subject.constant(name) for node in subject.model.graph.node for name in _read_by(node))
+    for path in dict.fromkeys(path for paths in subject.promised.values() for path in paths):
+        if (count := readers[f"{path}.bias"]) > 1:
+            yield Hit(f"{count} nodes read {path}.bias; expected one", f"{path}/Add", f"{path}.bias")
 
 
 @rule("module-tensor", "wrong", "let each module read its own tensors: export again")
@@ -130,6 +135,10 @@ def _reads(subject: Subject, node: NodeProto, product: Product | None) -> Iterat
     if scale:
         yield _Read("input_scale", scale)
     yield _Read("bias", _bias(subject, node))
+
+
+def _read_by(node: NodeProto) -> list[str]:
+    return list(node.input) if node.op_type != "Identity" else []
 
 
 def _bias(subject: Subject, node: NodeProto) -> str:

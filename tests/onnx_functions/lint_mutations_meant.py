@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from lint_damage import Damaged
-from lint_mutations import OUT, TRT, mutation
+from lint_mutations import MODULATION, OUT, TRT, mutation
 from lint_mutations_names import MUTATIONS
 from onnx import TensorProto, helper
 
@@ -92,3 +92,50 @@ def an_output_that_is_an_input(graph: Damaged) -> None:
     last = next(node for node in graph.model.graph.node if "latent" in node.output)
     last.output[0] = "computed"
     graph.model.graph.node.append(helper.make_node("Identity", ["hidden_states"], ["latent"], "shortcut"))
+
+
+# Sums and products with more in them
+
+
+@mutation("promised-bias", f"{OUT}.bias", "accepted")
+def a_bias_that_is_added_twice(graph: Damaged) -> None:
+    graph.between(f"{OUT}/Add", 0, "Add", f"{OUT}.bias")
+
+
+@mutation("promised-product", f"{MODULATION}/MatMul", "accepted")
+def a_linear_with_a_factor(graph: Damaged) -> None:
+    graph.node(f"{MODULATION}/MatMul").op_type = "Gemm"
+    graph.set(f"{MODULATION}/MatMul", alpha=0.5)
+
+
+def _zero_point(graph: Damaged, node: str, value: int, dims: tuple[int, ...], kind: int) -> None:
+    graph.put("zero", np.full(max(1, int(np.prod(dims)) // 2), value, np.uint8), dims, kind)
+    graph.node(f"{OUT}/{node}/DequantizeLinear").input.append("zero")
+
+
+@mutation("zero-point", f"{OUT}/weight_scale/DequantizeLinear", "accepted")
+def block_scales_with_a_zero_point(graph: Damaged) -> None:
+    _zero_point(graph, "weight_scale", 0x40, (), TensorProto.FLOAT8E4M3FN)
+
+
+@mutation("zero-point", f"{OUT}/input_scale/DequantizeLinear", "accepted")
+def block_scales_of_an_activation_with_a_zero_point(graph: Damaged) -> None:
+    _zero_point(graph, "input_scale", 0x40, (), TensorProto.FLOAT8E4M3FN)
+
+
+@mutation("zero-point", f"{OUT}/weight/DequantizeLinear", "refused")
+def codes_with_a_zero_point(graph: Damaged) -> None:
+    _zero_point(graph, "weight", 0x22, (128, 8), TensorProto.FLOAT4E2M1)
+
+
+# Data in no place, or in two
+
+
+@mutation("external-length", f"{OUT}.bias", "refused")
+def an_initializer_without_data(graph: Damaged) -> None:
+    graph.tensor(f"{OUT}.bias").data_location = TensorProto.DEFAULT
+
+
+@mutation("external-length", f"{OUT}.bias", "accepted")
+def other_data_inside_the_graph_beside_a_stored_tensor(graph: Damaged) -> None:
+    graph.tensor(f"{OUT}.bias").raw_data = b"\x33\x40" * 128
