@@ -111,11 +111,11 @@ def _groups(subject: Subject, text: str) -> Iterator[str]:
 
 
 def _symbols(subject: Subject, text: str) -> Iterator[str]:
+    family = _KINDS if subject.metadata.get("fp4trt.family") in CONTRACTS else {}
     try:
         symbols = object_of(_json(text), "the value")
         for name, symbol in symbols.items():
-            if not isinstance(object_of(symbol, repr(name)).get("kind"), str):
-                yield f"the symbol {name!r} has no kind"
+            yield from _symbol(name, object_of(symbol, repr(name)), family.get(name))
     except TypeError as error:
         yield str(error)
         return
@@ -128,6 +128,32 @@ def _symbols(subject: Subject, text: str) -> Iterator[str]:
         if name not in found:
             yield f"no input has the promised symbolic dimension {name}"
 
+
+def _symbol(name: str, symbol: Mapping[str, Any], expected: str | None) -> Iterator[str]:
+    kind = symbol.get("kind")
+    if not isinstance(kind, str):
+        yield f"the symbol {name!r} has no kind"
+        return
+    if kind not in _BOUNDS:
+        yield f"the symbol {name!r} is of the kind {kind!r}; known are {', '.join(_BOUNDS)}"
+    if expected not in (None, kind):
+        yield f"the symbol {name!r} is of the kind {kind!r}; expected {expected!r}"
+    keys = _BOUNDS.get(kind, ())
+    values = [symbol.get(key) for key in keys]
+    numbers = [value for value in values if type(value) is int and value > 0]
+    if len(numbers) < len(values) or numbers[:3] != sorted(numbers[:3]):
+        shown = ", ".join(f"{key} {value!r}" for key, value in zip(keys, values, strict=True))
+        yield f"the symbol {name!r} has {shown}; expected positive numbers, the first three in order"
+
+
+_KINDS: Final = {"B": "batch", "L": "image_tokens", "T": "text_tokens"}
+"""What the symbolic dimensions of the contracts count."""
+_BOUNDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "batch": ("min", "default", "max"),
+    "text_tokens": ("min", "default", "max"),
+    "image_tokens": ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token"),
+}
+"""What bounds a symbol of each kind: the range in order, then what it is counted in."""
 
 _CHECKS: Final[Mapping[str, Any]] = {
     "recipe": _recipe,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 from lint_damage import Damaged
 from lint_mutations import MODULATION, OUT, TRT, mutation
@@ -139,3 +142,63 @@ def an_initializer_without_data(graph: Damaged) -> None:
 @mutation("external-length", f"{OUT}.bias", "accepted")
 def other_data_inside_the_graph_beside_a_stored_tensor(graph: Damaged) -> None:
     graph.tensor(f"{OUT}.bias").raw_data = b"\x33\x40" * 128
+
+
+# What is declared twice, or not at all
+
+
+@mutation("operator-form", f"{OUT}/weight/DequantizeLinear", "accepted")
+def a_block_size_that_stands_twice(graph: Damaged) -> None:
+    node = graph.node(f"{OUT}/weight/DequantizeLinear")
+    attributes = [helper.make_attribute("block_size", 32), *node.attribute]
+    del node.attribute[:]
+    node.attribute.extend(attributes)
+
+
+@mutation("opset-import", "opset_import", "accepted")
+def two_opsets(graph: Damaged) -> None:
+    graph.model.opset_import.append(helper.make_opsetid("", 19))
+
+
+@mutation("opset-import", "opset_import", "refused")
+def no_opset(graph: Damaged) -> None:
+    kept = [entry for entry in graph.model.opset_import if entry.domain]
+    del graph.model.opset_import[:]
+    graph.model.opset_import.extend(kept)
+
+
+@mutation("opset-import", "opset_import", "accepted")
+def opset_99(graph: Damaged) -> None:
+    graph.model.opset_import[0].version = 99
+
+
+# Promises that no graph keeps
+
+
+def _symbols(graph: Damaged, **changed: dict[str, Any]) -> None:
+    """Change entries of the promised symbols."""
+    found = {entry.key: entry.value for entry in graph.model.metadata_props}
+    symbols = json.loads(found["fp4trt.symbols"])
+    for name, entries in changed.items():
+        symbols[name] |= entries
+    graph.metadata("fp4trt.symbols", json.dumps(symbols))
+
+
+@mutation("promise-metadata", "fp4trt.symbols", "accepted")
+def a_batch_whose_least_is_above_its_largest(graph: Damaged) -> None:
+    _symbols(graph, B={"min": 4, "default": 9, "max": 1})
+
+
+@mutation("promise-metadata", "fp4trt.symbols", "accepted")
+def a_token_of_no_pixels(graph: Damaged) -> None:
+    _symbols(graph, L={"pixels_per_token": 0})
+
+
+@mutation("promise-metadata", "fp4trt.symbols", "accepted")
+def a_text_length_that_is_no_number(graph: Damaged) -> None:
+    _symbols(graph, T={"min": "1"})
+
+
+@mutation("promise-metadata", "fp4trt.symbols", "accepted")
+def a_batch_that_is_a_length_of_text(graph: Damaged) -> None:
+    _symbols(graph, B={"kind": "text_tokens"}, T={"kind": "batch"})
