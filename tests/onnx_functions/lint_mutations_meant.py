@@ -202,3 +202,23 @@ def a_text_length_that_is_no_number(graph: Damaged) -> None:
 @mutation("promise-metadata", "fp4trt.symbols", "accepted")
 def a_batch_that_is_a_length_of_text(graph: Damaged) -> None:
     _symbols(graph, B={"kind": "text_tokens"}, T={"kind": "batch"})
+
+
+@mutation("promise-metadata", "fp4trt.scale_dtype", "accepted")
+def a_promise_of_scales_in_another_type(graph: Damaged) -> None:
+    graph.metadata("fp4trt.scale_dtype", "bfloat16")
+
+
+@mutation("promise-metadata", "fp4trt.recipe", "accepted")
+def a_promise_of_no_recipe_over_fp4(graph: Damaged) -> None:
+    graph.metadata("fp4trt.recipe", "none")
+
+
+@mutation("promise-metadata", "fp4trt.recipe", "accepted")
+def a_promise_of_an_unknown_recipe(graph: Damaged) -> None:
+    graph.metadata("fp4trt.recipe", "fp8")
+
+
+@mutation("contract-dims", "latent", "accepted")
+def an_output_of_another_width(graph: Damaged) -> None:
+    graph.model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 99

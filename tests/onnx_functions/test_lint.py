@@ -19,10 +19,11 @@ from lint_mutations_meant import MUTATIONS
 from onnx import helper
 
 import fp4trt
+from calibration import quantization
 from calibration.models.digits import DIGITS
 from calibration.models.flux import FLUX
 from onnx_functions.errors import BadGraph, LintError
-from onnx_functions.linting import RULES, lint, normalise, promise, require_clean, values
+from onnx_functions.linting import RULES, lint, metadata, normalise, promise, require_clean, values
 from trt_build.graph import read_graph
 
 SEVERITY = {rule.name: rule.severity for rule in RULES}
@@ -295,6 +296,42 @@ def test_a_product_whose_shapes_are_not_declared_is_held_to_the_inferred_ones(da
     assert lint(damaged.save()).findings == ()
     BY_NAME["an activation of another length"].apply(damaged)
     assert f"{DEEP}/MatMul" in {f.node for f in lint(damaged.save()).findings if f.rule == "product-shapes"}
+
+
+def test_a_weight_with_an_axis_of_1_in_front_is_judged_by_its_own_shape(damaged: Damaged) -> None:
+    """TensorRT-RTX builds it in FP4; what the graph declares of the tensors behind it is of the matrix."""
+    for name in (f"{OUT}.weight", f"{OUT}.weight_scale"):
+        damaged.tensor(name).dims.insert(0, 1)
+    damaged.set(f"{OUT}/Transpose", perm=[0, 2, 1])
+    assert lint(damaged.save()).findings == ()
+
+
+def test_the_known_recipes_are_those_that_quantize_has() -> None:
+    assert (*quantization.RECIPES, "unknown", "none") == metadata.RECIPES
+
+
+def test_a_recipe_over_a_graph_without_fp4_is_refused(tmp_path: Path) -> None:
+    added = helper.make_node("Add", ["x", "x"], ["y"], name="added")
+    model = onnx.load(_graph([added], [], tmp_path / "plain.onnx"))
+    helper.set_model_props(model, {"fp4trt.recipe": "nvfp4-ptq"})
+    onnx.save(model, tmp_path / "claimed.onnx")
+    found = {
+        finding.message for finding in lint(tmp_path / "claimed.onnx").refused if finding.tensor == "fp4trt.recipe"
+    }
+    assert found == {"the recipe is 'nvfp4-ptq', and the graph holds no FP4"}
+
+
+def test_a_copy_of_a_stored_tensor_inside_the_graph_is_legal(damaged: Damaged) -> None:
+    tensor, raw = damaged.tensor(f"{OUT}.bias"), damaged.values(f"{OUT}.bias").tobytes()
+    tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=raw))
+    assert lint(damaged.save()).findings == ()
+
+
+def test_a_zero_point_of_zeros_under_block_scales_is_legal(damaged: Damaged) -> None:
+    damaged.put("zero", b"", (), onnx.TensorProto.FLOAT8E4M3FN)
+    damaged.tensor("zero").raw_data = bytes(1)
+    damaged.node(f"{OUT}/weight_scale/DequantizeLinear").input.append("zero")
+    assert lint(damaged.save()).findings == ()
 
 
 @pytest.mark.parametrize("amax", [6.0e-8, 6.0, 65504.0, 1.67e7])
