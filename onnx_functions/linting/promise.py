@@ -141,7 +141,7 @@ def contract_dims(subject: Subject) -> Iterator[Hit]:
     for tensor, value in _pairs(subject):
         dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         wrong = len(dims) != len(tensor.shape) or any(
-            (wanted is not None and found != wanted) or (wanted is None and isinstance(found, str))
+            (wanted is not None and found != wanted) or (wanted is None and (isinstance(found, str) or found <= 0))
             for found, wanted in zip(dims, tensor.shape, strict=True)
         )
         if wrong:

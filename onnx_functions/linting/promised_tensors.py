@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -44,10 +43,9 @@ def promised_bias(subject: Subject) -> Iterator[Hit]:
     Source: measured: accepted.
     """
     yield from _strangers(subject, ("bias",))
-    readers = Counter(subject.constant(name) for node in subject.model.graph.node for name in _read_by(node))
     for path in dict.fromkeys(path for paths in subject.promised.values() for path in paths):
-        if (count := readers[f"{path}.bias"]) > 1:
-            yield Hit(f"{count} nodes read {path}.bias; expected one", f"{path}/Add", f"{path}.bias")
+        if (count := _count_readers(subject, f"{path}.bias")) > 1:
+            yield Hit(f"{path}.bias is read {count} times; expected once", f"{path}/Add", f"{path}.bias")
 
 
 @rule("module-tensor", "wrong", "let each module read its own tensors: export again")
@@ -137,8 +135,16 @@ def _reads(subject: Subject, node: NodeProto, product: Product | None) -> Iterat
     yield _Read("bias", _bias(subject, node))
 
 
-def _read_by(node: NodeProto) -> list[str]:
-    return list(node.input) if node.op_type != "Identity" else []
+def _count_readers(subject: Subject, tensor: str) -> int:
+    """Return how many inputs of nodes are a tensor, through Identity nodes."""
+    waiting, count = [tensor], 0
+    while waiting:
+        for node in subject.graph.consumers.get(waiting.pop(), ()):
+            if node.op_type == "Identity":
+                waiting.append(node.output[0])
+            else:
+                count += 1
+    return count
 
 
 def _bias(subject: Subject, node: NodeProto) -> str:

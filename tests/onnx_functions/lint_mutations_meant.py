@@ -222,3 +222,14 @@ def a_promise_of_an_unknown_recipe(graph: Damaged) -> None:
 @mutation("contract-dims", "latent", "accepted")
 def an_output_of_another_width(graph: Damaged) -> None:
     graph.model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 99
+
+
+@mutation("contract-dims", "encoder_hidden_states", "refused")
+def an_input_of_no_width(graph: Damaged) -> None:
+    graph.model.graph.input[1].type.tensor_type.shape.dim[2].dim_value = 0
+
+
+@mutation("promise-metadata", "fp4trt.symbols", "accepted")
+def a_symbol_of_an_unknown_kind(graph: Damaged) -> None:
+    graph.metadata("fp4trt.family", "another")
+    _symbols(graph, B={"kind": "pages"})

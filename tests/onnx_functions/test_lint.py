@@ -327,6 +327,31 @@ def test_a_copy_of_a_stored_tensor_inside_the_graph_is_legal(damaged: Damaged) -
     assert lint(damaged.save()).findings == ()
 
 
+@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE])
+def test_a_cast_to_another_wide_type_and_back_is_legal(kind: int, damaged: Damaged) -> None:
+    damaged.between(f"{OUT}/MatMul", 1, "Cast", to=int(onnx.TensorProto.BFLOAT16)).name = "back"
+    damaged.between("back", 0, "Cast", to=kind)
+    assert lint(damaged.save()).findings == ()
+
+
+def test_a_linear_that_only_a_subgraph_reads_is_alive(damaged: Damaged) -> None:
+    name = damaged.node(f"{OUT}/Add").output[0]
+    inner = helper.make_node("Identity", [name], ["inner"], "inner")
+    branch = helper.make_graph([inner], "branch", [], [helper.make_tensor_value_info("inner", 16, None)])
+    damaged.put("condition", b"\x01", (), onnx.TensorProto.BOOL)
+    node = helper.make_node("If", ["condition"], ["chosen"], "if", then_branch=branch, else_branch=branch)
+    for reader in damaged.model.graph.node:
+        reader.input[:] = ["chosen" if read == name else read for read in reader.input]
+    position = next(i for i, node in enumerate(damaged.model.graph.node) if node.name == f"{OUT}/Add")
+    damaged.model.graph.node.insert(position + 1, node)
+    assert lint(damaged.save()).findings == ()
+
+
+def test_one_domain_that_is_imported_twice_at_one_opset_is_legal(damaged: Damaged) -> None:
+    damaged.model.opset_import.append(helper.make_opsetid("ai.onnx", 23))
+    assert lint(damaged.save()).findings == ()
+
+
 def test_a_zero_point_of_zeros_under_block_scales_is_legal(damaged: Damaged) -> None:
     damaged.put("zero", b"", (), onnx.TensorProto.FLOAT8E4M3FN)
     damaged.tensor("zero").raw_data = bytes(1)
