@@ -14,16 +14,15 @@ import lint_table
 import onnx
 import pytest
 from lint_damage import Damaged
-from lint_mutations import DEEP, MODULATION, OUT, TRT, K, Mutation, Q
+from lint_mutations import DEEP, MODULATION, OUT, TRT, Mutation
 from lint_mutations_meant import MUTATIONS
 from onnx import helper
 
 import fp4trt
-from calibration import quantization
 from calibration.models.digits import DIGITS
 from calibration.models.flux import FLUX
 from onnx_functions.errors import BadGraph, LintError
-from onnx_functions.linting import RULES, lint, metadata, normalise, promise, require_clean, values
+from onnx_functions.linting import RULES, lint, normalise, promise, require_clean, values
 from trt_build.graph import read_graph
 
 SEVERITY = {rule.name: rule.severity for rule in RULES}
@@ -38,11 +37,6 @@ BUILT = (
     "block scales transposed",
 )
 """Mutations that the tests build, of each verdict; benchmarks/lint_verdicts.py builds all."""
-
-
-@pytest.fixture
-def damaged(quantized_digits: Path, tmp_path: Path) -> Damaged:
-    return Damaged.copy(quantized_digits, tmp_path / "model")
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -88,24 +82,6 @@ def test_a_weight_only_graph_is_reported_and_not_refused(damaged: Damaged) -> No
     BY_NAME["no activation quantized and nothing promised"].apply(damaged)
     (finding,) = lint(damaged.save()).findings
     assert finding.message == "52 FP4 weights and no activation quantizer: a weight-only graph"
-
-
-def test_a_gemm_does_as_well_as_a_matmul(damaged: Damaged) -> None:
-    product, bias = damaged.node(f"{MODULATION}/MatMul"), damaged.node(f"{MODULATION}/Add")
-    weight = damaged.node(f"{MODULATION}/Transpose").input[0]
-    inputs = [product.input[0], weight, f"{MODULATION}.bias"]
-    product.CopyFrom(helper.make_node("Gemm", inputs, bias.output, f"{MODULATION}/Gemm", transB=1))
-    damaged.remove(f"{MODULATION}/Transpose", f"{MODULATION}/Add")
-    assert lint(damaged.save()).findings == ()
-
-
-def test_scales_in_constant_nodes_count_as_initializers(damaged: Damaged) -> None:
-    """Exporters that go by TorchScript write them so."""
-    name = f"{OUT}.input_scale"
-    value = helper.make_tensor("value", onnx.TensorProto.FLOAT, [], damaged.values(name))
-    damaged.model.graph.initializer.remove(damaged.tensor(name))
-    damaged.model.graph.node.insert(0, helper.make_node("Constant", [], [name], "scale", value=value))
-    assert lint(damaged.save()).findings == ()
 
 
 def test_the_contracts_are_those_of_the_model_families() -> None:
@@ -227,24 +203,6 @@ def _metadata(model: onnx.ModelProto, key: str) -> onnx.StringStringEntryProto:
     return next(entry for entry in model.metadata_props if entry.key == key)
 
 
-def test_a_concatenation_a_part_and_a_new_name_of_stored_tensors_are_legal(damaged: Damaged) -> None:
-    """What a graph of other origin does with a checkpoint that it points into."""
-    del damaged.model.metadata_props[:]
-    clean = lint(damaged.save()).findings
-    first, second = f"{Q}.weight_scale", f"{K}.weight_scale"
-    assert damaged.offset(second) == damaged.offset(first) + 128 * 8
-    stored = damaged.tensor(first)
-    for name, rows, begin in (("both", 256, 0), ("upper half", 64, 0), ("lower half", 64, 64 * 8), ("renamed", 128, 0)):
-        tensor = onnx.TensorProto()
-        tensor.CopyFrom(stored)
-        tensor.name, tensor.dims[:] = name, [rows, 8]
-        damaged.model.graph.initializer.append(tensor)
-        damaged.entry(name, "offset", damaged.offset(first) + begin)
-        damaged.entry(name, "length", rows * 8)
-    rules = {finding.rule for finding in lint(damaged.save()).findings if finding not in clean}
-    assert rules == {"dead-initializer", "external-alias", "external-overlap"}
-
-
 def test_a_graph_without_fp4_is_told_so_at_any_opset_and_passes(tmp_path: Path) -> None:
     weight = helper.make_tensor("w", onnx.TensorProto.FLOAT, [4, 2], [1.0] * 8)
     product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
@@ -298,18 +256,6 @@ def test_a_product_whose_shapes_are_not_declared_is_held_to_the_inferred_ones(da
     assert f"{DEEP}/MatMul" in {f.node for f in lint(damaged.save()).findings if f.rule == "product-shapes"}
 
 
-def test_a_weight_with_an_axis_of_1_in_front_is_judged_by_its_own_shape(damaged: Damaged) -> None:
-    """TensorRT-RTX builds it in FP4; what the graph declares of the tensors behind it is of the matrix."""
-    for name in (f"{OUT}.weight", f"{OUT}.weight_scale"):
-        damaged.tensor(name).dims.insert(0, 1)
-    damaged.set(f"{OUT}/Transpose", perm=[0, 2, 1])
-    assert lint(damaged.save()).findings == ()
-
-
-def test_the_known_recipes_are_those_that_quantize_has() -> None:
-    assert (*quantization.RECIPES, "unknown", "none") == metadata.RECIPES
-
-
 def test_a_recipe_over_a_graph_without_fp4_is_refused(tmp_path: Path) -> None:
     added = helper.make_node("Add", ["x", "x"], ["y"], name="added")
     model = onnx.load(_graph([added], [], tmp_path / "plain.onnx"))
@@ -319,44 +265,6 @@ def test_a_recipe_over_a_graph_without_fp4_is_refused(tmp_path: Path) -> None:
         finding.message for finding in lint(tmp_path / "claimed.onnx").refused if finding.tensor == "fp4trt.recipe"
     }
     assert found == {"the recipe is 'nvfp4-ptq', and the graph holds no FP4"}
-
-
-def test_a_copy_of_a_stored_tensor_inside_the_graph_is_legal(damaged: Damaged) -> None:
-    tensor, raw = damaged.tensor(f"{OUT}.bias"), damaged.values(f"{OUT}.bias").tobytes()
-    tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=raw))
-    assert lint(damaged.save()).findings == ()
-
-
-@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE])
-def test_a_cast_to_another_wide_type_and_back_is_legal(kind: int, damaged: Damaged) -> None:
-    damaged.between(f"{OUT}/MatMul", 1, "Cast", to=int(onnx.TensorProto.BFLOAT16)).name = "back"
-    damaged.between("back", 0, "Cast", to=kind)
-    assert lint(damaged.save()).findings == ()
-
-
-def test_a_linear_that_only_a_subgraph_reads_is_alive(damaged: Damaged) -> None:
-    name = damaged.node(f"{OUT}/Add").output[0]
-    inner = helper.make_node("Identity", [name], ["inner"], "inner")
-    branch = helper.make_graph([inner], "branch", [], [helper.make_tensor_value_info("inner", 16, None)])
-    damaged.put("condition", b"\x01", (), onnx.TensorProto.BOOL)
-    node = helper.make_node("If", ["condition"], ["chosen"], "if", then_branch=branch, else_branch=branch)
-    for reader in damaged.model.graph.node:
-        reader.input[:] = ["chosen" if read == name else read for read in reader.input]
-    position = next(i for i, node in enumerate(damaged.model.graph.node) if node.name == f"{OUT}/Add")
-    damaged.model.graph.node.insert(position + 1, node)
-    assert lint(damaged.save()).findings == ()
-
-
-def test_one_domain_that_is_imported_twice_at_one_opset_is_legal(damaged: Damaged) -> None:
-    damaged.model.opset_import.append(helper.make_opsetid("ai.onnx", 23))
-    assert lint(damaged.save()).findings == ()
-
-
-def test_a_zero_point_of_zeros_under_block_scales_is_legal(damaged: Damaged) -> None:
-    damaged.put("zero", b"", (), onnx.TensorProto.FLOAT8E4M3FN)
-    damaged.tensor("zero").raw_data = bytes(1)
-    damaged.node(f"{OUT}/weight_scale/DequantizeLinear").input.append("zero")
-    assert lint(damaged.save()).findings == ()
 
 
 @pytest.mark.parametrize("amax", [6.0e-8, 6.0, 65504.0, 1.67e7])
