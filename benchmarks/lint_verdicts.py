@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "onnx_functions")]
 
 from lint_damage import Damaged  # noqa: E402
-from lint_mutations_names import MUTATIONS  # noqa: E402
+from lint_mutations_meant import MUTATIONS  # noqa: E402
 from lint_table import verdict  # noqa: E402
 
 from calibration import quantize  # noqa: E402

@@ -12,6 +12,7 @@ from onnx_functions.errors import LintError
 from onnx_functions.external_data import load_graph
 from onnx_functions.linting import (
     activations,
+    chains,
     data,
     files,
     metadata,
@@ -31,6 +32,7 @@ __all__ = ["RULES", "Finding", "LintReport", "Rule", "lint", "normalise", "requi
 RULES: Final[tuple[Rule, ...]] = (
     *weights.RULES,
     *activations.RULES,
+    *chains.RULES,
     *data.RULES,
     *structure.RULES,
     *operators.RULES,

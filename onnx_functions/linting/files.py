@@ -22,9 +22,10 @@ def external_file(subject: Subject) -> Iterator[Hit]:
 
 @rule("external-length", "wrong", "copy the file again, or export again")
 def external_length(subject: Subject) -> Iterator[Hit]:
-    """External data that ends before the tensor does, or is not as long as its shape needs.
+    """Data that ends before the tensor does, is not as long as its shape needs, or lies both in and outside the graph.
 
-    Source: the ONNX specification: `length` is that of the tensor's bytes.
+    Source: the ONNX specification: `length` is that of the tensor's bytes; data inside beside data outside are
+    accepted, and none at all are refused.
     """
     yield from _faults(subject, "length")
 

@@ -7,17 +7,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from onnx import TensorProto
+
+from onnx_functions.external_data import type_name
 from onnx_functions.json_file import lists_of_strings, object_of, strings
 from onnx_functions.linting.promise import CONTRACTS
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject
+from onnx_functions.linting.subject import Subject, name_of
+from onnx_functions.linting.weights import output_type
 from onnx_functions.stored_linears import FORMAT_OF
 
-__all__ = ["KEYS", "RULES"]
+__all__ = ["KEYS", "RECIPES", "RULES"]
 
 KEYS: Final = ("family", "recipe", "scale_dtype", "linears", "groups", "symbols")
 """The entries, after `fp4trt.`, of the metadata of a graph that promises something."""
-_SCALE_DTYPES: Final = ("float32", "bfloat16")
+RECIPES: Final = ("nvfp4-ptq", "unknown", "none")
+"""What `fp4trt.recipe` may say: a recipe of fp4trt, that of another program, and none where nothing is in FP4."""
+_SCALE_DTYPES: Final[Mapping[str, int]] = {"float32": TensorProto.FLOAT, "bfloat16": TensorProto.BFLOAT16}
 
 
 @rule("duplicate-metadata", "wrong", "keep one entry of each key")
@@ -33,7 +39,7 @@ def duplicate_metadata(subject: Subject) -> Iterator[Hit]:
 
 @rule("promise-metadata", "wrong", "export again")
 def promise_metadata(subject: Subject) -> Iterator[Hit]:
-    """A promise that is incomplete or unreadable, or has unknown values: nothing could then be held against it.
+    """A promise that is incomplete or unreadable, or has values that are unknown, impossible, or not the graph's.
 
     Source: fp4trt export writes all of it.
     """
@@ -69,14 +75,24 @@ def _json(text: str) -> Any:
         raise TypeError("the value is no JSON") from None
 
 
-def _recipe(_: Subject, text: str) -> Iterator[str]:
+def _recipe(subject: Subject, text: str) -> Iterator[str]:
     if not text.strip():
         yield "the recipe has no name; expected one, or none"
+    elif (text == "none") == subject.has_fp4:
+        yield f"the recipe is {text!r}, and the graph holds {'FP4' if subject.has_fp4 else 'no FP4'}"
+    elif text not in RECIPES:
+        yield f"the recipe {text!r} is unknown; known are {', '.join(RECIPES)}"
 
 
-def _scale_dtype(_: Subject, text: str) -> Iterator[str]:
+def _scale_dtype(subject: Subject, text: str) -> Iterator[str]:
     if text not in _SCALE_DTYPES:
         yield f"the value is {text!r}; expected one of: {', '.join(_SCALE_DTYPES)}"
+        return
+    for chain in subject.weights:
+        kind = output_type(subject, chain.scales) if chain.scales is not None else _SCALE_DTYPES[text]
+        if kind != _SCALE_DTYPES[text]:
+            yield f"the value is {text!r}; {name_of(chain.values)} has scales in {type_name(kind)}"
+            return
 
 
 def _linears(subject: Subject, text: str) -> Iterator[str]:
@@ -111,11 +127,11 @@ def _groups(subject: Subject, text: str) -> Iterator[str]:
 
 
 def _symbols(subject: Subject, text: str) -> Iterator[str]:
+    family = _KINDS if subject.metadata.get("fp4trt.family") in CONTRACTS else {}
     try:
         symbols = object_of(_json(text), "the value")
         for name, symbol in symbols.items():
-            if not isinstance(object_of(symbol, repr(name)).get("kind"), str):
-                yield f"the symbol {name!r} has no kind"
+            yield from _symbol(name, object_of(symbol, repr(name)), family.get(name))
     except TypeError as error:
         yield str(error)
         return
@@ -128,6 +144,32 @@ def _symbols(subject: Subject, text: str) -> Iterator[str]:
         if name not in found:
             yield f"no input has the promised symbolic dimension {name}"
 
+
+def _symbol(name: str, symbol: Mapping[str, Any], expected: str | None) -> Iterator[str]:
+    kind = symbol.get("kind")
+    if not isinstance(kind, str):
+        yield f"the symbol {name!r} has no kind"
+        return
+    if kind not in _BOUNDS:
+        yield f"the symbol {name!r} is of the kind {kind!r}; known are {', '.join(_BOUNDS)}"
+    if expected not in (None, kind):
+        yield f"the symbol {name!r} is of the kind {kind!r}; expected {expected!r}"
+    keys = _BOUNDS.get(kind, ())
+    values = [symbol.get(key) for key in keys]
+    numbers = [value for value in values if type(value) is int and value > 0]
+    if len(numbers) < len(values) or numbers[:3] != sorted(numbers[:3]):
+        shown = ", ".join(f"{key} {value!r}" for key, value in zip(keys, values, strict=True))
+        yield f"the symbol {name!r} has {shown}; expected positive numbers, the first three in order"
+
+
+_KINDS: Final = {"B": "batch", "L": "image_tokens", "T": "text_tokens"}
+"""What the symbolic dimensions of the contracts count."""
+_BOUNDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "batch": ("min", "default", "max"),
+    "text_tokens": ("min", "default", "max"),
+    "image_tokens": ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token"),
+}
+"""What bounds a symbol of each kind: the range in order, then what it is counted in."""
 
 _CHECKS: Final[Mapping[str, Any]] = {
     "recipe": _recipe,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Final
@@ -18,7 +19,7 @@ __all__ = ["RULES", "graphs_of", "nodes_with_inner", "operator_form"]
 
 @rule("operator-form", "wrong", "export again; nothing else of the graph was judged")
 def operator_form(subject: Subject) -> Iterator[Hit]:
-    """A node that lacks an input, output or attribute that its operator needs, or has one of another type.
+    """A node that lacks an input, output or attribute that its operator needs, or has one of another type, or twice.
 
     By the standard's schema of the declared opset; an operator that this has not is looked up in opset 23. What
     TensorRT adds needs what the rules follow. Source: the ONNX specification.
@@ -28,6 +29,10 @@ def operator_form(subject: Subject) -> Iterator[Hit]:
         for attribute in node.attribute:
             if attribute.type == AttributeProto.UNDEFINED and not attribute.ref_attr_name:
                 yield Hit(f"the attribute {attribute.name} has no type", name_of(node))
+        if len(node.attribute) > 1:
+            for name, count in Counter(attribute.name for attribute in node.attribute).items():
+                if count > 1:
+                    yield Hit(f"the attribute {name} stands {count} times", name_of(node))
         form = _form(node.op_type, version) if node.domain in ("", "ai.onnx") else None
         if form is not None:
             yield from (Hit(fault, name_of(node)) for fault in _faults(node, form))

@@ -134,19 +134,21 @@ def contract_types(subject: Subject) -> Iterator[Hit]:
 
 @rule("contract-dims", "wrong", "export again with symbolic batch, image and text lengths")
 def contract_dims(subject: Subject) -> Iterator[Hit]:
-    """Batch, image and text lengths are symbolic, under the names that the profile uses.
+    """Batch, image and text lengths are symbolic, under the names that the profile uses; a fixed width is the true one.
 
     Source: an engine of a fixed batch builds and then serves nothing else.
     """
     for tensor, value in _pairs(subject):
         dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         wrong = len(dims) != len(tensor.shape) or any(
-            (wanted is not None and found != wanted) or (wanted is None and isinstance(found, str))
+            (wanted is not None and found != wanted) or (wanted is None and (isinstance(found, str) or found <= 0))
             for found, wanted in zip(dims, tensor.shape, strict=True)
         )
         if wrong:
             expected = ["fixed" if size is None else size for size in tensor.shape]
             yield Hit(f"its shape is {dims}; expected {expected}", tensor=value.name)
+        elif dims and (width := _width(subject, value.name)) not in (None, dims[-1]):
+            yield Hit(f"its last axis is {dims[-1]}; the product that gives it has {width} columns", tensor=value.name)
 
 
 RULES = (
@@ -158,6 +160,18 @@ RULES = (
     contract_types,
     contract_dims,
 )
+
+
+def _width(subject: Subject, output: str) -> int | None:
+    """Return the last axis of an output by the product that gives it, None where no product does, through its bias."""
+    node = subject.graph.producer.get(output)
+    while node is not None and node.op_type in ("Cast", "Identity", "Add"):
+        inner = [name for name in node.input if not subject.constant(name)]
+        node = subject.graph.producer.get(inner[0]) if len(inner) == 1 else None
+    if node is None or node.op_type != "MatMul":
+        return None
+    weight = subject.shapes.of(node.input[1])
+    return weight[-1] if weight is not None and len(weight) > 1 else None
 
 
 def _sides(subject: Subject) -> Iterator[tuple[tuple[Tensor, ...], list[ValueInfoProto], str]]:

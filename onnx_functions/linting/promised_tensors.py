@@ -38,11 +38,14 @@ def promised_scale(subject: Subject) -> Iterator[Hit]:
 
 @rule("promised-bias", "wrong", "let each linear add its own bias: export again")
 def promised_bias(subject: Subject) -> Iterator[Hit]:
-    """A promised linear X that adds another bias than X.bias, or none where there is one.
+    """A promised linear X that adds another bias than X.bias, or none where there is one, or X.bias twice.
 
     Source: measured: accepted.
     """
     yield from _strangers(subject, ("bias",))
+    for path in dict.fromkeys(path for paths in subject.promised.values() for path in paths):
+        if (count := _count_readers(subject, f"{path}.bias")) > 1:
+            yield Hit(f"{path}.bias is read {count} times; expected once", f"{path}/Add", f"{path}.bias")
 
 
 @rule("module-tensor", "wrong", "let each module read its own tensors: export again")
@@ -130,6 +133,18 @@ def _reads(subject: Subject, node: NodeProto, product: Product | None) -> Iterat
     if scale:
         yield _Read("input_scale", scale)
     yield _Read("bias", _bias(subject, node))
+
+
+def _count_readers(subject: Subject, tensor: str) -> int:
+    """Return how many inputs of nodes are a tensor, through Identity nodes."""
+    waiting, count = [tensor], 0
+    while waiting:
+        for node in subject.graph.consumers.get(waiting.pop(), ()):
+            if node.op_type == "Identity":
+                waiting.append(node.output[0])
+            else:
+                count += 1
+    return count
 
 
 def _bias(subject: Subject, node: NodeProto) -> str:

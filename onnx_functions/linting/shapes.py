@@ -1,4 +1,7 @@
-"""The tensors' shapes, as far as a graph gives them: declared, stored, or those of what a tensor was made from."""
+"""The tensors' shapes, as far as a graph gives them: stored, those of what a tensor was made from, or declared.
+
+What a graph declares of its inner tensors may be of another hand than its data, so that comes last.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +44,18 @@ class Shapes:
         above: list[tuple[str, NodeProto]] = []
         while tensor not in self._found:
             node = self._graph.producer.get(tensor)
-            if tensor in self._stored or tensor in self.declared:
-                self._found[tensor] = self._stored.get(tensor, self.declared.get(tensor))
+            if tensor in self._stored:
+                self._found[tensor] = self._stored[tensor]
             elif node is None or not _keeps_shape(node, tensor):
-                self._found[tensor] = self._inferred.get(tensor)
+                declared = self.declared.get(tensor)
+                self._found[tensor] = self._inferred.get(tensor) if declared is None else declared
             else:
                 above.append((tensor, node))
                 tensor = node.input[0]
         shape = self._found[tensor]
         for below, node in reversed(above):
-            shape = self._found[below] = _moved(shape, node)
+            moved = _moved(shape, node)
+            shape = self._found[below] = self.declared.get(below) if moved is None else moved
         return shape
 
     @cached_property

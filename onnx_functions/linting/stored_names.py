@@ -8,9 +8,10 @@ from typing import Final
 
 from onnx import TensorProto
 
-from onnx_functions.external_data import BITS, Span, type_name
+from onnx_functions.external_data import BITS, BadSpan, Span, type_name
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject
+from onnx_functions.linting.values import inner_bytes
 from onnx_functions.safetensors_header import HeldTensor
 
 __all__ = ["RULES"]
@@ -32,8 +33,9 @@ def safetensors_name(subject: Subject) -> Iterator[Hit]:
     """An initializer of a safetensors tensor's name holds that tensor's bytes, all of them and no others.
 
     One under a name that the files do not have may hold any tensor, a part of one, or whole neighbours, as a graph that
-    renames, splits or concatenates needs it; but no parts of several. Source: every exporter that points into a
-    checkpoint keeps its names; TensorRT-RTX does not read them.
+    renames, splits or concatenates needs it; but no parts of several. With a promise no constant that lies elsewhere
+    stands in for a stored tensor, unless it has the same bytes inside the graph. Source: every exporter that points
+    into a checkpoint keeps its names; TensorRT-RTX does not read them.
     """
     places: dict[str, list[Span]] = {}
     for place, name in _all_held(subject):
@@ -41,6 +43,9 @@ def safetensors_name(subject: Subject) -> Iterator[Hit]:
     layouts = {file: _Layout(tensors or {}) for file, tensors in subject.headers.items()}
     for name, span in subject.spans.items():
         if not isinstance(span, Span) or span.file not in subject.headers:
+            if subject.promises and name in places and not _is_copy(subject, name, places[name]):
+                found = f"lies {'in the graph' if span is None else 'in another file'} with data of its own"
+                yield Hit(f"{found}; the file {places[name][0].file.name} has {name} too", tensor=name)
             continue
         if name in places and span not in places[name]:
             owner = subject.held.get(span)
@@ -116,6 +121,26 @@ def _all_held(subject: Subject) -> Iterator[tuple[Span, str]]:
     for file, tensors in subject.headers.items():
         for name, tensor in (tensors or {}).items():
             yield Span(file, tensor.offset, tensor.nbytes), name
+
+
+def _is_copy(subject: Subject, name: str, places: list[Span]) -> bool:
+    """Whether a constant inside the graph has the bytes of the stored tensor of its name."""
+    span = subject.spans[name]
+    if isinstance(span, BadSpan):
+        return True  # a rule of its own
+    if span is not None:
+        return False
+    try:
+        inside = inner_bytes(subject.constants[name])
+    except (ValueError, TypeError):
+        return False
+    return any(place.length == inside.size and _bytes_at(place) == inside.tobytes() for place in places)
+
+
+def _bytes_at(span: Span) -> bytes:
+    with span.file.open("rb") as file:
+        file.seek(span.offset)
+        return file.read(span.length)
 
 
 def _shown(span: Span) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import onnx
-from onnx import NodeProto
+from onnx import NodeProto, defs
 
 from onnx_functions.element_types import attributes_of
 from onnx_functions.library import TRT_DOMAIN
@@ -36,6 +36,25 @@ def opset(subject: Subject) -> Iterator[Hit]:
         for node in differing_nodes(subject.model):
             found = f"the declared opset is {version}, and a {node.op_type} means something else at {OPSET}"
             yield Hit(found, name_of(node))
+
+
+@rule("opset-import", "wrong", "import the standard's operators once, at opset 23: export again")
+def opset_import(subject: Subject) -> Iterator[Hit]:
+    """A domain of operators is imported at one opset, the standard's always, and at one that exists.
+
+    Exists by the onnx that is installed here. Source: the ONNX specification; measured: two imports are accepted.
+    """
+    found: dict[str, list[int]] = {}
+    for entry in subject.model.opset_import:
+        found.setdefault(entry.domain or _STANDARD, []).append(entry.version)
+    newest = defs.onnx_opset_version()
+    for domain, versions in found.items():
+        if len(set(versions)) > 1:
+            yield Hit(f"the domain {domain} is imported at the opsets {versions}", tensor=_IMPORT)
+    if _STANDARD not in found and any(node.domain in ("", _STANDARD) for node in subject.model.graph.node):
+        yield Hit("the standard's operators are not imported", tensor=_IMPORT)
+    elif (version := opset_of(subject.model)) > newest:
+        yield Hit(f"the declared opset is {version}; the newest that is known here is {newest}", tensor=_IMPORT)
 
 
 @rule("opset-declared", "warning", "nothing to do for TensorRT-RTX; onnx_functions.linting.normalise writes 23")
@@ -224,6 +243,7 @@ def mxfp8_storage(subject: Subject) -> Iterator[Hit]:
 
 RULES = (
     opset,
+    opset_import,
     opset_declared,
     no_fp4,
     trt_domain,
@@ -239,6 +259,7 @@ RULES = (
     mxfp8_storage,
 )
 
+_STANDARD: Final = "ai.onnx"
 _IMPORT: Final = "opset_import"
 """What findings about the declared opset name."""
 

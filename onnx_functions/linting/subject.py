@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnx
 from onnx import NodeProto, TensorProto
@@ -273,7 +274,15 @@ def _span(tensor: TensorProto, directory: Path) -> Span | BadSpan | None:
         wanted = nbytes_of(tensor) if span is None and tensor.raw_data else 0
     except BadSpan as fault:
         return fault
-    if span is None and tensor.raw_data and len(tensor.raw_data) != wanted:
-        held = len(tensor.raw_data)
+    held, elements = len(tensor.raw_data), sum(len(getattr(tensor, field)) for field in _FIELDS)
+    if span is not None and (held or elements):
+        return BadSpan("length", f"initializer {tensor.name} has data in the graph besides that in {span.file.name}")
+    if span is None and held and held != wanted:
         return BadSpan("length", f"initializer {tensor.name} holds {held} bytes, its shape needs {wanted}")
+    if span is None and not held and not elements and math.prod(tensor.dims):
+        return BadSpan("length", f"initializer {tensor.name} of the shape {list(tensor.dims)} holds no data")
     return span
+
+
+_FIELDS: Final = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+"""Where a tensor of the graph may hold its elements, other than as bytes."""

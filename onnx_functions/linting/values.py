@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnx_functions.external_data import BadSpan, Span
 
-__all__ = ["Values", "read_values"]
+__all__ = ["Values", "inner_bytes", "read_values"]
 
 _CHUNK: Final = 8 << 20
 _Bytes = npt.NDArray[np.uint8]
@@ -65,7 +65,7 @@ def read_values(tensors: Mapping[str, TensorProto], spans: Mapping[str, Span | B
             outside.append((span, name))
         elif span is None:
             with contextlib.suppress(ValueError):  # fewer elements than the shape needs
-                found[name] = _look_at(_inner_bytes(tensor), tensor)
+                found[name] = _look_at(inner_bytes(tensor), tensor)
     found.update(_read_files(sorted(outside, key=lambda entry: (entry[0].file, entry[0].offset)), tensors))
     return found
 
@@ -107,7 +107,12 @@ def _read(file: BinaryIO, span: Span, tensor: TensorProto, buffer: _Bytes) -> Va
     return total
 
 
-def _inner_bytes(tensor: TensorProto) -> _Bytes:
+def inner_bytes(tensor: TensorProto) -> _Bytes:
+    """Return the bytes of a tensor that lies in the model itself.
+
+    Raises:
+        ValueError: it holds fewer elements than its shape needs.
+    """
     if tensor.raw_data:
         return np.frombuffer(tensor.raw_data, np.uint8)
     if tensor.data_type in _CODES or tensor.data_type == TensorProto.FLOAT8E4M3FN:

@@ -6,14 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from onnx_functions.element_types import attributes_of
 from onnx_functions.external_data import type_name
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Product, Subject, WeightChain, integer, name_of
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "output_type"]
 
 _BLOCK = 16
 
@@ -151,8 +151,8 @@ def weight_output_type(subject: Subject) -> Iterator[Hit]:
             continue
         second = integer(attributes_of(values), "output_dtype", 0)
         # Without the attribute the type is that of the scale.
-        if second and second != _scale_type(subject, scales):
-            first = type_name(_scale_type(subject, scales))
+        if second and second != output_type(subject, scales):
+            first = type_name(output_type(subject, scales))
             yield Hit(f"output_dtype is {type_name(second)}, its scales are {first}", name_of(values))
 
 
@@ -215,10 +215,10 @@ def _axis_is_first(subject: Subject, chain: WeightChain) -> bool:
     return integer(attributes_of(chain.values), "axis", 1) not in (-1, rank - 1)
 
 
-def _scale_type(subject: Subject, scales: object) -> int:
+def output_type(subject: Subject, scales: NodeProto) -> int:
     """Return the type that the first DequantizeLinear of a chain gives."""
-    attributes = attributes_of(scales)  # type: ignore[arg-type]
-    name = subject.constant(scales.input[1])  # type: ignore[attr-defined]
+    attributes = attributes_of(scales)
+    name = subject.constant(scales.input[1])
     stored = subject.constants[name].data_type if name else int(TensorProto.FLOAT)
     return integer(attributes, "output_dtype", 0) or stored
 

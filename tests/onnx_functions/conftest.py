@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from lint_damage import Damaged
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration import nvfp4
@@ -287,3 +288,8 @@ def _flipped(data: np.ndarray, byte: int) -> np.ndarray:
 @pytest.fixture
 def mutant(copied_model: Path) -> Mutant:
     return Mutant(copied_model)
+
+
+@pytest.fixture
+def damaged(quantized_digits: Path, tmp_path: Path) -> Damaged:
+    return Damaged.copy(quantized_digits, tmp_path / "model")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from onnx_functions.safetensors_header import tensors_in_file
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _NUMPY = {
     TensorProto.FLOAT: np.dtype(np.float32),
@@ -19,6 +23,7 @@ _NUMPY = {
     TensorProto.FLOAT8E4M3FN: np.dtype(np.uint8),
     TensorProto.FLOAT4E2M1: np.dtype(np.uint8),
 }
+_SAFETENSORS = {TensorProto.FLOAT: "F32", TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT8E4M3FN: "F8_E4M3"}
 
 
 @dataclass
@@ -63,11 +68,15 @@ class Damaged:
         """Read an initializer's bytes: FP8 and FP4 as uint8."""
         tensor = self.tensor(name)
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        raw = np.fromfile(self.weights, np.uint8, int(entries["length"]), offset=int(entries["offset"]))
+        file = self.path.parent / entries["location"]
+        raw = np.fromfile(file, np.uint8, int(entries["length"]), offset=int(entries["offset"]))
         return raw.view(_NUMPY[tensor.data_type]).copy()
 
     def put(self, name: str, values: Any, dims: tuple[int, ...] | None = None, data_type: int | None = None) -> None:
-        """Give an initializer other values, which then lie in the model itself; make it where there is none."""
+        """Give an initializer other values; make it, inside the model, where there is none.
+
+        Those of a stored one lie in a safetensors file of its own then, as if the checkpoint had been written so.
+        """
         names = [tensor.name for tensor in self.model.graph.initializer]
         tensor = self.tensor(name) if name in names else self.model.graph.initializer.add(name=name)
         del tensor.external_data[:]
@@ -77,6 +86,20 @@ class Damaged:
             del tensor.dims[:]
             tensor.dims.extend(dims)
         tensor.raw_data = np.ascontiguousarray(values).tobytes()
+        if name in tensors_in_file(self.weights):
+            self._store(tensor)
+
+    def _store(self, tensor: TensorProto) -> None:
+        data, file = tensor.raw_data, f"{tensor.name}.safetensors"
+        kind, shape = _SAFETENSORS.get(tensor.data_type, "U8"), list(tensor.dims)
+        if tensor.data_type == TensorProto.FLOAT4E2M1:
+            shape[-1] //= 2
+        header = json.dumps({tensor.name: {"dtype": kind, "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+        (self.path.parent / file).write_bytes(struct.pack("<Q", len(header)) + header + data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", file), ("offset", 8 + len(header)), ("length", len(data))):
+            tensor.external_data.add(key=key, value=str(value))
 
     def scalar(self, name: str, value: float) -> None:
         self.put(name, np.float32(value), (), TensorProto.FLOAT)

@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lint_mutations_names import MUTATIONS
+from lint_mutations_meant import MUTATIONS
 
 from onnx_functions.linting import RULES
 from trt_build.coverage import measure_coverage

@@ -1,0 +1,98 @@
+"""What graphs of other origin do and the lint has to let pass."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from lint_damage import Damaged
+from lint_mutations import MODULATION, OUT, K, Q
+from onnx import helper
+
+from calibration import quantization
+from onnx_functions.linting import lint, metadata
+
+
+def test_a_gemm_does_as_well_as_a_matmul(damaged: Damaged) -> None:
+    product, bias = damaged.node(f"{MODULATION}/MatMul"), damaged.node(f"{MODULATION}/Add")
+    weight = damaged.node(f"{MODULATION}/Transpose").input[0]
+    inputs = [product.input[0], weight, f"{MODULATION}.bias"]
+    product.CopyFrom(helper.make_node("Gemm", inputs, bias.output, f"{MODULATION}/Gemm", transB=1))
+    damaged.remove(f"{MODULATION}/Transpose", f"{MODULATION}/Add")
+    assert lint(damaged.save()).findings == ()
+
+
+def test_scales_in_constant_nodes_count_as_initializers(damaged: Damaged) -> None:
+    """Exporters that go by TorchScript write them so."""
+    name = f"{OUT}.input_scale"
+    value = helper.make_tensor("value", onnx.TensorProto.FLOAT, [], damaged.values(name))
+    damaged.model.graph.initializer.remove(damaged.tensor(name))
+    damaged.model.graph.node.insert(0, helper.make_node("Constant", [], [name], "scale", value=value))
+    assert lint(damaged.save()).findings == ()
+
+
+def test_a_concatenation_a_part_and_a_new_name_of_stored_tensors_are_legal(damaged: Damaged) -> None:
+    """What a graph of other origin does with a checkpoint that it points into."""
+    del damaged.model.metadata_props[:]
+    clean = lint(damaged.save()).findings
+    first, second = f"{Q}.weight_scale", f"{K}.weight_scale"
+    assert damaged.offset(second) == damaged.offset(first) + 128 * 8
+    stored = damaged.tensor(first)
+    for name, rows, begin in (("both", 256, 0), ("upper half", 64, 0), ("lower half", 64, 64 * 8), ("renamed", 128, 0)):
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(stored)
+        tensor.name, tensor.dims[:] = name, [rows, 8]
+        damaged.model.graph.initializer.append(tensor)
+        damaged.entry(name, "offset", damaged.offset(first) + begin)
+        damaged.entry(name, "length", rows * 8)
+    rules = {finding.rule for finding in lint(damaged.save()).findings if finding not in clean}
+    assert rules == {"dead-initializer", "external-alias", "external-overlap"}
+
+
+def test_a_weight_with_an_axis_of_1_in_front_is_judged_by_its_own_shape(damaged: Damaged) -> None:
+    """TensorRT-RTX builds it in FP4; what the graph declares of the tensors behind it is of the matrix."""
+    for name in (f"{OUT}.weight", f"{OUT}.weight_scale"):
+        damaged.tensor(name).dims.insert(0, 1)
+    damaged.set(f"{OUT}/Transpose", perm=[0, 2, 1])
+    assert lint(damaged.save()).findings == ()
+
+
+def test_the_known_recipes_are_those_that_quantize_has() -> None:
+    assert (*quantization.RECIPES, "unknown", "none") == metadata.RECIPES
+
+
+def test_a_copy_of_a_stored_tensor_inside_the_graph_is_legal(damaged: Damaged) -> None:
+    tensor, raw = damaged.tensor(f"{OUT}.bias"), damaged.values(f"{OUT}.bias").tobytes()
+    tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=raw))
+    assert lint(damaged.save()).findings == ()
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE])
+def test_a_cast_to_another_wide_type_and_back_is_legal(kind: int, damaged: Damaged) -> None:
+    damaged.between(f"{OUT}/MatMul", 1, "Cast", to=int(onnx.TensorProto.BFLOAT16)).name = "back"
+    damaged.between("back", 0, "Cast", to=kind)
+    assert lint(damaged.save()).findings == ()
+
+
+def test_a_linear_that_only_a_subgraph_reads_is_alive(damaged: Damaged) -> None:
+    name = damaged.node(f"{OUT}/Add").output[0]
+    inner = helper.make_node("Identity", [name], ["inner"], "inner")
+    branch = helper.make_graph([inner], "branch", [], [helper.make_tensor_value_info("inner", 16, None)])
+    damaged.put("condition", b"\x01", (), onnx.TensorProto.BOOL)
+    node = helper.make_node("If", ["condition"], ["chosen"], "if", then_branch=branch, else_branch=branch)
+    for reader in damaged.model.graph.node:
+        reader.input[:] = ["chosen" if read == name else read for read in reader.input]
+    position = next(i for i, node in enumerate(damaged.model.graph.node) if node.name == f"{OUT}/Add")
+    damaged.model.graph.node.insert(position + 1, node)
+    assert lint(damaged.save()).findings == ()
+
+
+def test_one_domain_that_is_imported_twice_at_one_opset_is_legal(damaged: Damaged) -> None:
+    damaged.model.opset_import.append(helper.make_opsetid("ai.onnx", 23))
+    assert lint(damaged.save()).findings == ()
+
+
+def test_a_zero_point_of_zeros_under_block_scales_is_legal(damaged: Damaged) -> None:
+    damaged.put("zero", b"", (), onnx.TensorProto.FLOAT8E4M3FN)
+    damaged.tensor("zero").raw_data = bytes(1)
+    damaged.node(f"{OUT}/weight_scale/DequantizeLinear").input.append("zero")
+    assert lint(damaged.save()).findings == ()
