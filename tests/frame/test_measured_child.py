@@ -20,14 +20,14 @@ def _python(*lines: str) -> list[str]:
 def test_the_peak_of_memory_counts_though_it_is_given_back() -> None:
     little = run(_python(REST))
     much = run(_python(TAKE_MEMORY, REST, "del held", REST))
-    assert MEGABYTES <= (much.peak_rss - little.peak_rss) / 2**20 < MEGABYTES + 20
+    assert MEGABYTES - 10 < (much.peak_rss - little.peak_rss) / 2**20 < MEGABYTES + 20
 
 
 def test_a_process_that_the_command_starts_counts_with_it() -> None:
     alone = run(_python(TAKE_MEMORY, REST))
     inner = f"{TAKE_MEMORY}; {REST}"
     both = run(_python(TAKE_MEMORY, "import subprocess, sys", f"subprocess.run([sys.executable, '-c', {inner!r}])"))
-    assert both.peak_rss - alone.peak_rss > MEGABYTES << 20
+    assert both.peak_rss - alone.peak_rss > (MEGABYTES - 10) << 20
 
 
 def test_processor_time_is_not_that_of_the_clock() -> None:
