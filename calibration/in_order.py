@@ -21,7 +21,7 @@ def workers() -> int:
 def in_order(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Yield each job's result, in the order of the jobs; numpy, hashing and files let threads run side by side.
 
-    At most twice as many jobs as workers are started and not yet taken, which bounds the memory. A job that raises
+    At most four times as many jobs as workers are started and not yet taken, which bounds the memory. A job that raises
     ends everything with its error.
 
     Args:
@@ -32,7 +32,7 @@ def in_order(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
         try:
             for job in jobs:
                 waiting.append(pool.submit(job))
-                if len(waiting) >= 2 * workers():
+                if len(waiting) >= 4 * workers():
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -63,6 +63,7 @@ _TORCH: Final = {
 _ALIGNMENT: Final = 64
 _MAX_HEADER: Final = 100_000_000
 _CHUNK: Final = 1 << 23
+_AHEAD: Final = 4 * _CHUNK
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,16 @@ class StoredTensor:
 
     def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield the tensor's bytes in order, a few MiB at a time."""
+        self.expect(0, _AHEAD)
         for begin in range(0, self.nbytes, _CHUNK):
+            self.expect(begin + _AHEAD, begin + _AHEAD + _CHUNK)
             yield self.bytes(begin, min(begin + _CHUNK, self.nbytes))
+
+    def expect(self, begin: int, end: int) -> None:
+        """Let the system read some of the tensor, or of what follows it, ahead: it would by itself only a little."""
+        if hasattr(os, "posix_fadvise"):
+            with self.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), self.offset + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,9 @@ class HeldTensor(StoredTensor):
     def bytes(self, begin: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
         """Return the tensor's bytes from ``begin`` to ``end``."""
         return self.data[begin:end]
+
+    def expect(self, begin: int, end: int) -> None:
+        """Do nothing: it is there."""
 
 
 def hold(name: str, tensor: torch.Tensor) -> HeldTensor:

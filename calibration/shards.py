@@ -18,7 +18,7 @@ from calibration.bfloat16 import bits_of, pieces_of
 from calibration.checkpoint import WEIGHTS
 from calibration.in_order import in_order, workers
 from calibration.packing import DevicePacker, Packer
-from calibration.safetensors_file import StoredTensor, TensorPlan, write
+from calibration.safetensors_file import DTYPE_BYTES, StoredTensor, TensorPlan, write
 
 __all__ = ["INDEX", "SHARD_BYTES", "Groups", "Quantization", "Shard", "index_of", "plan_shards", "write_shard"]
 
@@ -33,7 +33,7 @@ _PIECE: Final = 1 << 22
 _WEIGHTS_PER_BYTE: Final = {"BF16": 0.5, "U8": 2}
 """Of the tensors that stand for weights of the plain checkpoint."""
 
-MEMORY: Final = 2 * workers() * 10 * _PIECE
+MEMORY: Final = 4 * workers() * 6 * _PIECE
 """Bytes, about: pieces that are being packed or wait to be written, with what packing them needs."""
 
 _GLOBAL_SCALES: Final = ("weight_scale_2", "input_scale")
@@ -194,7 +194,9 @@ def _jobs(groups: Groups, quantization: Quantization) -> Iterator[Callable[[], _
             rows, columns = stored.shape
             together = max(1, _PIECE // columns)
             for begin in range(0, rows, together):
-                yield functools.partial(_pack, packers[amax[path]], stored, begin, min(begin + together, rows))
+                end = min(begin + together, rows)
+                stored.expect(begin * columns * DTYPE_BYTES[stored.dtype], end * columns * DTYPE_BYTES[stored.dtype])
+                yield functools.partial(_pack, packers[amax[path]], stored, begin, end)
 
 
 def _pack(packer: Packer | DevicePacker, stored: StoredTensor, begin: int, end: int) -> _Packed:
