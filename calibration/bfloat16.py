@@ -16,7 +16,7 @@ __all__ = ["as_bits", "bits_of", "largest_magnitude", "pieces_of", "refuse_other
 
 _TORCH: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-_MAGNITUDE: Final = np.uint16(0x7FFF)
+_MAGNITUDE: Final = 0x7FFF
 _INFINITY: Final = 0x7F80
 
 
@@ -50,5 +50,6 @@ def pieces_of(stored: StoredTensor) -> Iterator[npt.NDArray[np.uint16]]:
 
 def largest_magnitude(bits: npt.NDArray[np.uint16]) -> float | None:
     """Return the largest magnitude of BF16 numbers, or None where one is NaN or infinite."""
-    largest = int((bits & _MAGNITUDE).max(initial=0))
+    # As signed integers the positive numbers lead, as unsigned ones the negative: two searches need no copy.
+    largest = max(int(bits.view(np.int16).max(initial=0)), int(bits.max(initial=0)) & _MAGNITUDE)
     return None if largest >= _INFINITY else float(np.array(largest << 16, np.uint32).view(np.float32))

@@ -33,8 +33,8 @@ _SIGN: Final = np.uint16(0x8000)
 _SCALES: Final = 127
 """E4M3 codes 0..126: the finite ones that are not negative."""
 
-_TOGETHER: Final = 8192
-"""Blocks that are packed at a time: 256 KiB of weights, which stay in the cache."""
+_TOGETHER: Final = 16384
+"""Blocks that are packed at a time: 512 KiB of weights, which stay in the cache."""
 
 
 class Packer:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from calibration import nvfp4
+from calibration.bfloat16 import largest_magnitude
 from calibration.packing import DevicePacker, Packer
 
 SCALES = [float(np.float32(value)) for value in (1e-45, 1e-38, 2.3e-7, 0.02 / 2688, 1e-3, 1.0, 31.0, 1e30, 3e38)]
@@ -60,11 +61,19 @@ def test_packing_equals_the_slow_reference(bits: npt.NDArray[np.uint16], g: floa
 
 def test_more_blocks_than_are_packed_at_a_time_are_packed_alike() -> None:
     rng = np.random.default_rng(2)
-    bits = _finite(rng.integers(0, 65536, (1000, 464), np.uint16))  # 29,000 blocks: three times 8192 and a rest
+    bits = _finite(rng.integers(0, 65536, (2000, 464), np.uint16))  # 58,000 blocks: three times 16384 and a rest
     _assert_equal(bits, 0.01)
     turned = np.asfortranarray(bits)
     for found, wanted in zip(Packer(0.01).pack(turned), Packer(0.01).pack(bits), strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+@settings(max_examples=200, deadline=None)
+@given(bits=hnp.arrays(np.uint16, st.integers(0, 40)))
+def test_the_largest_magnitude_is_that_of_the_values(bits: npt.NDArray[np.uint16]) -> None:
+    values = _values(bits)
+    wanted = float(np.abs(values).max(initial=0)) if np.isfinite(values).all() else None
+    assert largest_magnitude(bits) == wanted
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
