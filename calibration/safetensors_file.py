@@ -121,9 +121,10 @@ class StoredTensor:
 
     def expect(self, begin: int, end: int) -> None:
         """Let the system read some of the tensor, or of what follows it, ahead: it would by itself only a little."""
-        if hasattr(os, "posix_fadvise"):
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is not None:  # a hint that Windows has no word for, and does without
             with self.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), self.offset + begin, end - begin, os.POSIX_FADV_WILLNEED)
+                advise(file.fileno(), self.offset + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,15 @@ def test_a_sharded_checkpoint_is_exported_and_validated(
     assert report.passed, [gate.line for gate in report.gates]
 
 
+def test_a_system_that_cannot_be_told_to_read_ahead_gives_the_same(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(flux, tmp_path / "told", calibration=amax)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    quantize(flux, tmp_path / "untold", calibration=amax)
+    assert _files(tmp_path / "told") == _files(tmp_path / "untold")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_types_are_rounded_to_bfloat16_first(dtype: torch.dtype, flux: Path, amax: Path, tmp_path: Path) -> None:
     state = {name: value.float() * 1.001 for name, value in load_file(flux / checkpoint.WEIGHTS).items()}
