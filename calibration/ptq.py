@@ -1,16 +1,11 @@
-"""Post-training quantization to NVFP4 through ModelOpt, on exactly the linears that a family names.
-
-ModelOpt holds the quantizers and measures their maxima; the arithmetic is :mod:`calibration.nvfp4`, registered as a
-ModelOpt backend because ModelOpt's own NVFP4 kernel refuses the CPU. On CUDA the same code runs.
-"""
+"""The maxima of post-training quantization: ModelOpt measures those of the inputs, on exactly the linears named."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,20 +15,10 @@ from calibration import nvfp4
 from calibration.errors import BadAmax
 from calibration.modelopt_backend import NVFP4, mtq
 
-__all__ = ["insert_quantizers", "measure_input_amax", "share_global_scales"]
+__all__ = ["Amax", "checked", "checked_weights", "measure_input_amax"]
 
 Amax = dict[str, float]
 """Module path of a linear to the largest magnitude of its input."""
-
-
-def _quantize(model: nn.Module, quantizers: Iterable[str], forward: Any) -> None:
-    """Insert ModelOpt's quantizers in place, enabled by name and nowhere else, and calibrate them by maximum."""
-    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    entries += [{"quantizer_name": name, "cfg": NVFP4, "enable": True} for name in quantizers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
-        # No forward loop is how maxima from a file are used; ModelOpt warns that it calibrates weights only.
-        warnings.filterwarnings("ignore", message=".*forward_loop.*")
-        mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, forward)
 
 
 def measure_input_amax(module: nn.Module, paths: Sequence[str], run: Callable[[], None]) -> Amax:
@@ -49,12 +34,12 @@ def measure_input_amax(module: nn.Module, paths: Sequence[str], run: Callable[[]
         with torch.no_grad():
             run()
 
-    _quantize(module, [f"{path}.input_quantizer" for path in paths], forward)
-    return {path: _amax(module.get_submodule(f"{path}.input_quantizer")) for path in paths}
-
-
-def _amax(quantizer: Any) -> float:
-    return math.nan if quantizer.amax is None else float(quantizer.amax)
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries += [{"quantizer_name": f"{path}.input_quantizer", "cfg": NVFP4, "enable": True} for path in paths]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
+        mtq.quantize(module, {"quant_cfg": entries, "algorithm": "max"}, forward)
+    found: dict[str, Any] = {path: module.get_submodule(f"{path}.input_quantizer").amax for path in paths}
+    return {path: math.nan if amax is None else float(amax) for path, amax in found.items()}
 
 
 def checked(amax: Mapping[str, Any], paths: Sequence[str]) -> Amax:
@@ -88,29 +73,3 @@ def checked_weights(amax: Mapping[str, float]) -> Amax:
 def _gives_scale(amax: float) -> bool:
     scale = float(nvfp4.global_scale(amax)) if math.isfinite(amax) else math.nan
     return 0 < scale < math.inf
-
-
-def insert_quantizers(model: nn.Module, paths: Sequence[str], input_amax: Mapping[str, float]) -> None:
-    """Quantize the model in place: weights by their own maxima, inputs by the given ones, a scale for each linear.
-
-    Raises:
-        BadAmax: a weight is all zeros, or not finite.
-    """
-    _quantize(model, [f"{path}.{kind}" for path in paths for kind in ("input_quantizer", "weight_quantizer")], None)
-    for path in paths:
-        linear: Any = model.get_submodule(path)
-        linear.input_quantizer.amax = torch.tensor(input_amax[path])
-        checked_weights({path: _amax(linear.weight_quantizer)})
-
-
-def share_global_scales(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
-    """Give the members of each group one global scale for weights and one for activations: the group's largest.
-
-    TensorRT merges linears that read the same input into one FP4 GEMM only where both are equal.
-    """
-    for group in groups:
-        for kind in ("input_quantizer", "weight_quantizer"):
-            quantizers: list[Any] = [model.get_submodule(f"{path}.{kind}") for path in group]
-            largest = max(float(quantizer.amax) for quantizer in quantizers)
-            for quantizer in quantizers:
-                quantizer.amax = torch.tensor(largest)

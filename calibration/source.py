@@ -87,7 +87,7 @@ def load_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadCheckpoint(f"{path} does not exist; expected a diffusers checkpoint in {path.parent}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path} is not JSON ({error}); copy it again") from None
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path} holds a JSON {type(value).__name__}, expected an object")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -12,6 +10,7 @@ import onnx_ir as ir
 
 from exporter.errors import BadGraph, NoPlaceholders
 from exporter.naming import name_of
+from exporter.quiet import quiet
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
 from onnx_functions.file_input import what_it_lacks
 
@@ -36,7 +35,7 @@ def load_foreign(path: Path) -> ir.Model:
     if not path.is_file():
         raise BadGraph(f"{path} {what_it_lacks(path)}; expected an ONNX file")
     try:
-        with _no_warnings():
+        with quiet("onnx_ir"):  # it prints what it finds odd; the one line that the user gets says what is wrong
             model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many types, by version
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -51,18 +50,6 @@ def load_foreign(path: Path) -> ir.Model:
                 raise BadGraph(f"{name_of(node)} reads {value.name} before it is computed; export the graph again")
         made.add(node)
     return model
-
-
-@contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Keep onnx_ir from printing what it finds odd: the one line that the user gets says what is wrong."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def refuse_untyped(graph: ir.Graph) -> None:

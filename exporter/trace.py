@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from calibration.checkpoint import Checkpoint, plain_config
 from calibration.models import Family
 from calibration.source import model_class
 from exporter.passes.stamp_blocks import TRACED_BLOCKS
+from exporter.quiet import quiet
 from exporter.trt_ops import TracedLinear, translations
 
 __all__ = ["OPSET", "other_linears", "trace", "translate"]
@@ -131,14 +131,6 @@ def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's remarks on itself (torchvision is absent, a cast is a no-op) from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "diffusers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with quiet("torch.onnx", "diffusers"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from typing import Final
 
 import onnx_ir as ir
@@ -12,6 +9,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from exporter.passes.remove_no_op_slices import remove_no_op_slices
+from exporter.quiet import quiet
 
 __all__ = ["fold_constants"]
 
@@ -33,7 +31,7 @@ def fold_constants(model: ir.Model) -> None:
     # With shape inference, because the number of slices in a sequence is read off the shape of their sizes.
     optimizer.fold_constants(model, onnx_shape_inference=True)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    with _quiet():
+    with quiet("onnx_ir"):  # it reports each weight, which has no value now, as an initializer that it skips
         common.DeduplicateInitializersPass(size_limit=_LARGEST_CONSTANT)(model)
     remove_no_op_slices(model)
     for tidy in (
@@ -46,15 +44,3 @@ def fold_constants(model: ir.Model) -> None:
     for name, value in model.graph.initializers.items():
         if name in weights:
             value.const_value = weights[name]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the pass from reporting each weight, which has no value now, as an initializer that it skips."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -13,7 +13,7 @@ from exporter.errors import BadGraph
 from exporter.naming import FreeNames, name_of
 from exporter.trt_ops import WEIGHT_PLACEHOLDER
 
-__all__ = ["lift_weights"]
+__all__ = ["constant_to_initializer", "lift_weights"]
 
 Move = tuple[Literal["Transpose"], tuple[int, ...]] | tuple[Literal["Cast"], ir.DataType]
 
@@ -51,9 +51,13 @@ def _lift_constant(graph: ir.Graph, node: ir.Node) -> None:
         read_by_placeholder or tensor.nbytes >= _INLINE_BYTES or isinstance(tensor, ir.ExternalTensor)
     ):
         return
+    if not node.outputs[0].is_graph_output():
+        constant_to_initializer(graph, node, tensor)
+
+
+def constant_to_initializer(graph: ir.Graph, node: ir.Node, tensor: ir.TensorProtocol) -> None:
+    """Put an initializer of its name in the place of a Constant's output, which is no output of the graph."""
     old = node.outputs[0]
-    if old.is_graph_output():
-        return
     value = ir.Value(
         name=old.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
     )

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from exporter.naming import FreeNames
 from exporter.passes.double_dequantize import BLOCK_SIZE
+from exporter.passes.lift_weights import constant_to_initializer
 from exporter.trt_ops import DOMAIN, QUANTIZER
 
 __all__ = ["settle_activations"]
@@ -53,13 +54,7 @@ def _lift_scalar(graph: ir.Graph, value: ir.Value | None) -> None:
     node = value.producer() if value is not None else None
     if value is None or node is None or node.op_type != "Constant" or "value" not in node.attributes:
         return
-    tensor = node.attributes["value"].as_tensor()
-    lifted = ir.Value(
-        name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-    )
-    value.replace_all_uses_with(lifted)
-    graph.remove(node, safe=True)
-    graph.register_initializer(lifted)
+    constant_to_initializer(graph, node, node.attributes["value"].as_tensor())
 
 
 def _match_types(

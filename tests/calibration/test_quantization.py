@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,35 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import checkpoint, nvfp4, ptq, shards
+from calibration import checkpoint, nvfp4, shards
 from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists, UnknownFamily, Untrusted
 from calibration.input_amax import METADATA, calibrate
-from calibration.modelopt_backend import mto
+from calibration.modelopt_backend import NVFP4, mto, mtq
 from calibration.models import family_of
 from calibration.quantization import quantize
 from calibration.safetensors_file import read_header, sha256_of
 from calibration.source import find_source, load_json, load_source
 
 MakeFlux = Callable[..., Path]
+
+
+def _insert_quantizers(model: nn.Module, input_amax: Mapping[str, float]) -> None:
+    """Have ModelOpt quantize these linears: inputs with the given maxima, weights with their own."""
+    names = [f"{path}.{kind}" for path in input_amax for kind in ("input_quantizer", "weight_quantizer")]
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries += [{"quantizer_name": name, "cfg": NVFP4, "enable": True} for name in names]
+    mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"})
+    for path, amax in input_amax.items():
+        model.get_submodule(f"{path}.input_quantizer").amax = torch.tensor(amax)
+
+
+def _share_scales(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
+    for group in groups:
+        for kind in ("input_quantizer", "weight_quantizer"):
+            quantizers: list[Any] = [model.get_submodule(f"{path}.{kind}") for path in group]
+            largest = max(float(quantizer.amax) for quantizer in quantizers)
+            for quantizer in quantizers:
+                quantizer.amax = torch.tensor(largest)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +52,8 @@ def fake_quantized(digits: Path, quantized_digits: Path) -> nn.Module:
     config = load_json(digits / "config.json")
     family, model = family_of(config), load_source(digits)
     paths = family.quantized(config)
-    ptq.insert_quantizers(model, paths, {path: manifest["amax"][f"{path}.input_quantizer"] for path in paths})
-    ptq.share_global_scales(model, family.groups(config))
+    _insert_quantizers(model, {path: manifest["amax"][f"{path}.input_quantizer"] for path in paths})
+    _share_scales(model, family.groups(config))
     return model
 
 
@@ -203,7 +222,7 @@ def test_a_modelopt_state_with_another_selection_of_linears_is_refused(tmp_path:
     model = load_source(digits)
     config = load_json(digits / "config.json")
     paths = family_of(config).quantized(config)
-    ptq.insert_quantizers(model, paths[1:], dict.fromkeys(paths, 1.0))
+    _insert_quantizers(model, dict.fromkeys(paths[1:], 1.0))
     mto.save(model, str(tmp_path / "state.pt"))
     with pytest.raises(BadCheckpoint, match=r"transformer_blocks\.0\.norm1\.linear.*is not quantized"):
         quantize("digits", tmp_path / "out", modelopt_state=tmp_path / "state.pt", trust=True)
