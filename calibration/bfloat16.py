@@ -44,7 +44,7 @@ def as_bits(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.uint16]:
 
 
 def pieces_of(stored: StoredTensor) -> Iterator[npt.NDArray[np.uint16]]:
-    """Yield all of a tensor as :func:`bits_of` gives it, in order; nothing stays mapped."""
+    """Yield all of a tensor as :func:`bits_of` gives it, in order; a piece holds until the next is asked for."""
     return (as_bits(data, stored.dtype) for data in stored.pieces())
 
 

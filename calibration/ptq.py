@@ -13,7 +13,6 @@ from torch import nn
 
 from calibration import nvfp4
 from calibration.errors import BadAmax
-from calibration.modelopt_backend import NVFP4, mtq
 
 __all__ = ["Amax", "checked", "checked_weights", "measure_input_amax"]
 
@@ -29,6 +28,7 @@ def measure_input_amax(module: nn.Module, paths: Sequence[str], run: Callable[[]
         paths: of the linears, within the module.
         run: runs the module on all calls.
     """
+    from calibration.modelopt_backend import NVFP4, mtq
 
     def forward(_: nn.Module) -> None:
         with torch.no_grad():

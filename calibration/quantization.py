@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import shutil
 import sys
 import threading
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-import torch
 from torch import nn
 
-from calibration import ptq, shards, sharing, write
+from calibration import shards, sharing, write
 from calibration.block_calibration import require_device
 from calibration.checkpoint import MANIFEST
 from calibration.dataset import save_inputs
@@ -27,6 +26,8 @@ from calibration.errors import BadInputs, TooLittleSpace
 from calibration.input_amax import Calibration, calibration_from
 from calibration.models import Family, family_of
 from calibration.models.family import require_blocks_of_16
+from calibration.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
+from calibration.quantization_config import quantization_config
 from calibration.safetensors_file import StoredTensor, hold, sha256_of
 from calibration.source import (
     empty_source,
@@ -34,10 +35,8 @@ from calibration.source import (
     find_source,
     load_json,
     load_source,
-    model_class,
     source_hashes,
 )
-from calibration.survey import Survey, survey
 
 __all__ = ["RECIPES", "quantize"]
 
@@ -47,6 +46,9 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
 """Recipe name to what it resolves to."""
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt", "numpy", "ml_dtypes")
+
+_LAYOUT: Final = "one pass"
+"""What an interrupted run leaves; one that left something else cannot go on."""
 
 _WORTH_SAYING: Final = 1_000_000_000
 """Bytes of a source that takes long enough to say first what is going to happen."""
@@ -62,7 +64,8 @@ class _Source:
         family: its family.
         stored: its tensors, in the order of the model's own.
         calibrated: the maxima of the linears' inputs, and what they come from.
-        surveyed: the maxima of the weights, and the hashes of the files; None until they have been read.
+        quantization_config: what the result's config says of its formats.
+        done: what is known of the weights from elsewhere; None where their files are to be read.
     """
 
     folder: Path
@@ -70,7 +73,8 @@ class _Source:
     family: Family
     stored: Mapping[str, StoredTensor]
     calibrated: Calibration
-    surveyed: Survey | None
+    quantization_config: Mapping[str, Any]
+    done: Done | None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -79,12 +83,12 @@ class _Source:
 
     def identity(self, recipe: str) -> str:
         """Return what tells the result from any other before a weight was read; empty where nothing is to be read."""
-        if self.surveyed is not None:
+        if self.done is not None:
             return ""
         stats = {file.name: file.stat() for file in files_of(self.folder)}
         files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
         parts = [self.config, recipe, RECIPES[recipe], dict(self.calibrated.amax), dict(self.calibrated.described)]
-        parts += [files, _versions()]
+        parts += [files, _versions(), _LAYOUT]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -100,8 +104,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a BF16 checkpoint and write the quantized one, a few MiB of it in memory at a time.
 
-    The source is read twice: once for its hashes and largest weights, once to be packed. A run that is killed goes on,
-    when it is started again, after the last file that it had finished.
+    The source is read once (see :mod:`calibration.one_pass`). A run that is killed goes on, when it is started again,
+    after what it had brought to disk.
 
     Args:
         source: BF16 checkpoint (see :func:`calibration.source.find_source`).
@@ -143,7 +147,9 @@ def _calibrated(
     """Check a plain checkpoint against its config; run it on captured inputs, or read what an earlier run measured."""
     model, config, family, stored = _checked(folder)
     ordered = {name: stored[name] for name in model.state_dict()}
-    return _Source(folder, config, family, ordered, calibration_from(folder, calibration or None, work, device), None)
+    calibrated = calibration_from(folder, calibration or None, work, device)
+    formats = quantization_config(model, family.quantized(config))
+    return _Source(folder, config, family, ordered, calibrated, formats, None)
 
 
 def _restored(folder: Path, modelopt_state: str | Path, trust: bool) -> _Source:
@@ -155,8 +161,9 @@ def _restored(folder: Path, modelopt_state: str | Path, trust: bool) -> _Source:
     held = {name: hold(name, restored.state_dict()[name]) for name in model.state_dict()}
     inputs, weights = maxima(restored, family.quantized(config))
     described = {"data": "modelopt state", "sha256": sha256_of(Path(modelopt_state))}
-    surveyed = Survey(source_hashes(folder), {f"{path}.weight": value for path, value in weights.items()})
-    return _Source(folder, config, family, held, Calibration(inputs, described), surveyed)
+    done = Done(source_hashes(folder), {f"{path}.weight": value for path, value in weights.items()})
+    formats = quantization_config(model, family.quantized(config))
+    return _Source(folder, config, family, held, Calibration(inputs, described), formats, done)
 
 
 def _checked(folder: Path) -> tuple[nn.Module, dict[str, Any], Family, dict[str, StoredTensor]]:
@@ -172,59 +179,59 @@ def _checked(folder: Path) -> tuple[nn.Module, dict[str, Any], Family, dict[str,
 def _write(partial: Path, given: _Source, recipe: str, device: str) -> dict[str, Any]:
     """Write everything into ``DIR.partial``, or what an earlier run has not finished; return the manifest."""
     groups = given.family.groups(given.config)
-    planned, done = shards.plan_shards(given.stored, groups), write.progress_of(partial)
-    finished: dict[str, str] = done.get("shards", {})
-    _foresee(partial, given, [shard for shard in planned if shard.name not in finished])
+    planned = shards.plan_shards(given.stored, groups)
+    earlier = write.progress_of(partial)
+    done = Done(**earlier) if earlier else given.done or Done()
+    inputs = sharing.shared(given.calibrated.amax, groups)
+    sources = files_of(given.folder) if given.done is None else []
+    files = shards.ShardFiles(partial, planned, shards.results_of(done.written, groups))
+    _foresee(partial, given, files.missing())
+    work = Work(sources, given.stored, groups, inputs, device)
     with _bar(given.stored) as progress:
-        surveyed = given.surveyed or (Survey(**done["survey"]) if done else None)
-        if surveyed is None:
-            surveyed = survey(given.folder, {f"{path}.weight" for path in given.paths}, progress)
-        own = ptq.checked_weights({path: surveyed.amax[f"{path}.weight"] for path in given.paths})
-        common = sharing.shared(own, groups)
-        inputs = sharing.shared(given.calibrated.amax, groups)
-        quantization = shards.Quantization(given.stored, groups, common, inputs, device)
-        files = dict(finished)
-        for shard in planned:
-            if shard.name in finished:
-                progress(shards.source_bytes(shard))
-                continue
-            files[shard.name] = shards.write_shard(partial, shard, quantization, progress)
-            if len(planned) > 1:
-                write.note_progress(partial, {"survey": asdict(surveyed), "shards": files})
+        quantize_in_one_pass(work, files, done, functools.partial(write.note_progress, partial), progress)
+    written = dict(done.files)
     if len(planned) > 1:
-        files[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
-    config = {**given.config, "quantization_config": _quantization_config(given)}
-    files["config.json"] = write.write_json(partial / "config.json", config)
-    files |= _keep_calibration(partial, given.calibrated)
-    cost = sharing.measure_cost(given.stored, own, common)
-    manifest = {**_description(given, recipe, quantization), "sharing_cost": asdict(cost), "files": files}
-    write.write_json(partial / MANIFEST, {**manifest, "source": surveyed.sha256})
+        written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
+    config = {**given.config, "quantization_config": given.quantization_config}
+    written["config.json"] = write.write_json(partial / "config.json", config)
+    written |= _keep_calibration(partial, given.calibrated)
+    own = {path: done.amax[f"{path}.weight"] for path in given.paths}
+    common = sharing.shared(own, groups)
+    manifest = {
+        **_description(given, recipe, groups, common, inputs),
+        "sharing_cost": asdict(sharing.measure_cost(given.stored, own, common)),
+        "files": written,
+        "source": {"config.json": sha256_of(given.folder / "config.json"), **done.sha256},
+    }
+    write.write_json(partial / MANIFEST, manifest)
     return manifest
 
 
-def _description(given: _Source, recipe: str, quantization: shards.Quantization) -> dict[str, Any]:
+def _description(
+    given: _Source, recipe: str, groups: shards.Groups, weights: Mapping[str, float], inputs: Mapping[str, float]
+) -> dict[str, Any]:
     """Return what the manifest says of the quantization itself."""
-    amax = {f"{path}.input_quantizer": value for path, value in quantization.input_amax.items()}
-    amax |= {f"{path}.weight_quantizer": value for path, value in quantization.weight_amax.items()}
+    amax = {f"{path}.input_quantizer": value for path, value in inputs.items()}
+    amax |= {f"{path}.weight_quantizer": value for path, value in weights.items()}
     return {
         "format": 1,
         "family": given.family.name,
         "recipe": {"name": recipe, **RECIPES[recipe]},
         "quantized": {"nvfp4": given.paths},
-        "groups": quantization.groups,
+        "groups": groups,
         "amax": amax,
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
     }
 
 
-def _foresee(folder: Path, given: _Source, missing: Sequence[shards.Shard]) -> None:
+def _foresee(folder: Path, given: _Source, needed: int) -> None:
     """Say, before a long run, what it reads, writes and needs.
 
     Raises:
         TooLittleSpace: the result does not fit on its disk.
     """
-    needed, free = sum(shard.nbytes for shard in missing), shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise TooLittleSpace(
             f"{folder.parent} has {_size(free)} free, the result needs {_size(needed)}; make room, or choose another "
@@ -232,11 +239,10 @@ def _foresee(folder: Path, given: _Source, missing: Sequence[shards.Shard]) -> N
         )
     reads = sum(tensor.nbytes for tensor in given.stored.values())
     if reads >= _WORTH_SAYING:
-        packed = sum(shards.source_bytes(shard) for shard in missing)
         click.echo(
-            f"reading {_size(reads)} twice, writing {_size(needed)} ({_size(free)} are free) into {len(missing)} "
-            f"files, with {_size(shards.MEMORY)} of memory beside the libraries'; packing alone takes about "
-            f"{shards.estimated_seconds(packed):.0f} s",
+            f"reading {_size(reads)}, writing {_size(needed)} ({_size(free)} are free), with {_size(MEMORY)} of memory "
+            f"beside the libraries'; hashing and packing take about {estimated_seconds(reads, needed):.0f} s where the "
+            "disk keeps up",
             err=True,
         )
 
@@ -249,9 +255,9 @@ def _size(count: int) -> str:
 
 @contextlib.contextmanager
 def _bar(stored: Mapping[str, StoredTensor]) -> Iterator[Callable[[int], None]]:
-    """Show how far the two passes are; give what several threads may tell of bytes that are done with."""
+    """Show how far the pass is; give what several threads may tell of bytes that were read, or packed."""
     lock = threading.Lock()
-    length = sum(tensor.nbytes + 2 * math.prod(tensor.shape) for tensor in stored.values())
+    length = sum(2 * tensor.nbytes for tensor in stored.values())
     with click.progressbar(length=length, label="quantizing", file=sys.stderr) as bar:
 
         def update(count: int) -> None:
@@ -259,14 +265,6 @@ def _bar(stored: Mapping[str, StoredTensor]) -> Iterator[Callable[[int], None]]:
                 bar.update(count)
 
         yield update
-
-
-def _quantization_config(given: _Source) -> dict[str, Any]:
-    from calibration.modelopt_config import quantization_config
-
-    with torch.device("meta"):
-        model: nn.Module = model_class(given.family).from_config(given.config)
-    return quantization_config(model, given.paths)
 
 
 def _keep_calibration(partial: Path, calibrated: Calibration) -> dict[str, str]:

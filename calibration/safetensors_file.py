@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,6 +35,7 @@ __all__ = [
     "naming",
     "plan_of",
     "read_header",
+    "reserve",
     "sha256_of",
     "write",
 ]
@@ -62,8 +64,10 @@ _TORCH: Final = {
 }
 _ALIGNMENT: Final = 64
 _MAX_HEADER: Final = 100_000_000
-_CHUNK: Final = 1 << 23
-_AHEAD: Final = 4 * _CHUNK
+_PIECE: Final = 1 << 20
+"""Bytes that are read at a time: they stay in the processor's cache for what is done with them."""
+
+_AHEAD: Final = 32 * _PIECE
 
 
 @dataclass(frozen=True)
@@ -105,26 +109,55 @@ class StoredTensor:
 
     def bytes(self, begin: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
         """Read the tensor's bytes from ``begin`` to ``end``; nothing stays mapped."""
-        count = (self.nbytes if end is None else end) - begin
-        return np.fromfile(self.file, np.uint8, count, offset=self.offset + begin)
+        data = np.empty((self.nbytes if end is None else end) - begin, np.uint8)
+        self.read(begin, data)
+        return data
+
+    def read(self, begin: int, into: npt.NDArray[np.uint8]) -> None:
+        """Read the tensor's bytes from ``begin`` on into an array of bytes, until that is full.
+
+        Raises:
+            BadCheckpoint: the file has become shorter.
+        """
+        with self.file.open("rb", buffering=0) as file:
+            _advise(file, self.offset + begin, into.nbytes, "POSIX_FADV_WILLNEED")
+            file.seek(self.offset + begin)
+            self._fill(file, into)
 
     def tensor(self) -> torch.Tensor:
         """Read the tensor as torch has it; nothing stays mapped."""
         return torch.from_numpy(self.bytes()).view(_TORCH[self.dtype]).reshape(self.shape)
 
     def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield the tensor's bytes in order, a few MiB at a time."""
-        self.expect(0, _AHEAD)
-        for begin in range(0, self.nbytes, _CHUNK):
-            self.expect(begin + _AHEAD, begin + _AHEAD + _CHUNK)
-            yield self.bytes(begin, min(begin + _CHUNK, self.nbytes))
+        """Yield the tensor's bytes in order, a piece at a time, which holds until the next is asked for."""
+        piece = np.empty(min(_PIECE, self.nbytes), np.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            for begin in range(0, self.nbytes, _PIECE):
+                _advise(file, self.offset + begin + _AHEAD, _PIECE, "POSIX_FADV_WILLNEED")
+                into = piece[: min(_PIECE, self.nbytes - begin)]
+                self._fill(file, into)
+                yield into
 
-    def expect(self, begin: int, end: int) -> None:
-        """Let the system read some of the tensor, or of what follows it, ahead: it would by itself only a little."""
-        advise = getattr(os, "posix_fadvise", None)
-        if advise is not None:  # a hint that Windows has no word for, and does without
-            with self.file.open("rb") as file:
-                advise(file.fileno(), self.offset + begin, end - begin, os.POSIX_FADV_WILLNEED)
+    def forget(self) -> None:
+        """Let the system drop the tensor from its cache, which a file larger than memory clears of all else."""
+        with self.file.open("rb", buffering=0) as file:
+            _advise(file, self.offset, self.nbytes, "POSIX_FADV_DONTNEED")
+
+    def _fill(self, file: io.FileIO, into: npt.NDArray[np.uint8]) -> None:
+        missing = into.data
+        while missing:
+            count = file.readinto(missing)
+            if not count:
+                raise BadCheckpoint(f"{self.file} has become shorter while it was read; copy it again")
+            missing = missing[count:]
+
+
+def _advise(file: io.FileIO, offset: int, count: int, advice: str) -> None:
+    """Tell the system how some of a file is going to be read: by itself it reads little ahead, and keeps everything."""
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is not None:  # a hint that Windows has no word for, and does without
+        advise(file.fileno(), offset, count, getattr(os, advice))
 
 
 @dataclass(frozen=True)
@@ -133,12 +166,16 @@ class HeldTensor(StoredTensor):
 
     data: npt.NDArray[np.uint8]
 
-    def bytes(self, begin: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
-        """Return the tensor's bytes from ``begin`` to ``end``."""
-        return self.data[begin:end]
+    def read(self, begin: int, into: npt.NDArray[np.uint8]) -> None:
+        """Copy the tensor's bytes from ``begin`` on into an array of bytes."""
+        into[:] = self.data[begin : begin + into.nbytes]
 
-    def expect(self, begin: int, end: int) -> None:
-        """Do nothing: it is there."""
+    def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yield all of the tensor's bytes."""
+        yield self.data
+
+    def forget(self) -> None:
+        """Do nothing: it is in no file."""
 
 
 def hold(name: str, tensor: torch.Tensor) -> HeldTensor:
@@ -223,6 +260,22 @@ def write(
     return digest.hexdigest()
 
 
+def reserve(path: Path, plan: Sequence[TensorPlan], metadata: Mapping[str, str]) -> dict[str, int]:
+    """Write a safetensors file's header and give it its full length, to be filled in any order.
+
+    Args:
+        path, plan, metadata: as :func:`write` takes them. Data that a file of the same plan has already stay.
+
+    Returns:
+        Where each tensor's data begin, in bytes from the start of the file.
+    """
+    header = _header(plan, metadata)
+    with naming(path), path.open("r+b" if path.exists() else "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(tensor.nbytes for tensor in plan))
+    return {tensor.name: len(header) + begin for tensor, (begin, _) in zip(plan, _spans(plan), strict=True)}
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Give an error of the operating system the file that it happened to, which a full disk's lacks."""
@@ -256,5 +309,8 @@ def _spans(plan: Sequence[TensorPlan]) -> Iterator[tuple[int, int]]:
 
 def sha256_of(path: Path) -> str:
     """Return a file's SHA-256, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb", buffering=0) as file:
+        digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+        return digest.hexdigest()

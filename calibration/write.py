@@ -69,7 +69,8 @@ def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
     mark.write_text(identity, encoding="utf-8")
     try:
         yield partial
-        (partial / _PROGRESS).unlink(missing_ok=True)
+        for name in (_PROGRESS, f"{_PROGRESS}.partial"):  # the second where a kill met it half-written
+            (partial / name).unlink(missing_ok=True)
         mark.unlink()
         _publish(partial, directory)
     finally:

@@ -13,6 +13,7 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from calibration.in_order import in_order  # noqa: E402
 from calibration.models import family_of  # noqa: E402
 from calibration.safetensors_file import TensorPlan, write  # noqa: E402
 from calibration.source import model_class  # noqa: E402
@@ -83,15 +83,13 @@ def write_amax(path: Path, config: dict[str, Any]) -> None:
 
 
 def _pieces(shard: Sequence[TensorPlan], bar: Any) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
-    jobs = [
-        (tensor, begin, min(begin + PIECE, tensor.nbytes // 2))
-        for tensor in shard
-        for begin in range(0, tensor.nbytes // 2, PIECE)
-    ]
-    made = in_order(functools.partial(_random, tensor, begin, end) for tensor, begin, end in jobs)
-    for (tensor, _, _), data in zip(jobs, made, strict=True):
-        yield tensor.name, data
-        bar.update(data.nbytes)
+    with ThreadPoolExecutor() as pool:
+        for tensor in shard:
+            begins = range(0, tensor.nbytes // 2, PIECE)
+            ends = (min(begin + PIECE, tensor.nbytes // 2) for begin in begins)
+            for data in pool.map(functools.partial(_random, tensor), begins, ends):
+                yield tensor.name, data
+                bar.update(data.nbytes)
 
 
 def _random(tensor: TensorPlan, begin: int, end: int) -> npt.NDArray[np.uint8]:

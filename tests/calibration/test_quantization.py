@@ -263,7 +263,7 @@ def test_a_failure_while_writing_leaves_neither_a_result_nor_the_old_one_lost(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "write_shard", full)
+    monkeypatch.setattr(shards.ShardFiles, "put", full)
     with pytest.raises(OSError, match="No space"):
         quantize("digits", copy_of_digits, force=True)
     assert sha256_of(copy_of_digits / checkpoint.WEIGHTS) == before

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration import checkpoint, shards
+from calibration import checkpoint, one_pass, shards, write
 from calibration.block_checkpoint import finished_blocks
 from calibration.errors import BadCheckpoint, OutputExists, TooLittleSpace
 from calibration.input_amax import METADATA
 from calibration.models import family_of
 from calibration.quantization import quantize
+from calibration.safetensors_file import StoredTensor
 from calibration.source import load_json
-from calibration.write import replacing
+from calibration.write import progress_of, replacing
 
 MakeFlux = Callable[..., Path]
 
@@ -155,19 +157,25 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(
 
 
 KILLED = """
-import os, signal, sys
-from pathlib import Path
-from calibration import shards
+import os, signal, sys, threading
+import numpy as np
+from calibration import one_pass, shards, write
 from calibration.quantization import quantize
-plan, write, written = shards.plan_shards, shards.write_shard, []
-def write_or_die(folder, shard, *rest):
-    if len(written) == 2:  # in the middle of the third
-        (folder / f"{shard.name}.partial").write_bytes(b"half")
+plan, note, pack, noted, packed = shards.plan_shards, write.note_progress, one_pass._Pass._pack, threading.Event(), []
+def note_and_tell(*words):
+    note(*words)
+    if any(f"{path}.weight" in words[1]["written"] for path in packed):
+        noted.set()
+def pack_or_die(self, path, packer, begin, end):
+    packed.append(path)
+    if len(packed) > 12:
+        assert noted.wait(60)
+        self._files.put(f"{path}.weight", 0, np.full(4, 255, np.uint8))  # in the middle of one
         os.kill(os.getpid(), signal.SIGKILL)
-    written.append(shard)
-    return write(folder, shard, *rest)
+    pack(self, path, packer, begin, end)
+one_pass.NOTE_EVERY = 1
 shards.plan_shards = lambda stored, groups: plan(stored, groups, int(sys.argv[4]))
-shards.write_shard = write_or_die
+write.note_progress, one_pass._Pass._pack = note_and_tell, pack_or_die
 quantize(sys.argv[1], sys.argv[2], calibration=sys.argv[3])
 """
 
@@ -178,28 +186,37 @@ def _kill(flux: Path, output: Path, amax: Path) -> None:
     assert subprocess.run(arguments, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
 
 
+def _count_packing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Return the set that the tensors will be in which are packed from now on."""
+    pack, packed = one_pass._Pass._pack, set[str]()
+
+    def count(self: Any, path: str, *rest: Any) -> None:
+        packed.add(f"{path}.weight")
+        pack(self, path, *rest)
+
+    monkeypatch.setattr(one_pass._Pass, "_pack", count)
+    return packed
+
+
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
-def test_a_killed_run_goes_on_after_its_last_whole_file_and_ends_with_the_same_bytes(
-    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
+    sharded: bool, flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _kill(flux, tmp_path / "killed", amax)
+    source = _reshard(flux, tmp_path / "resharded") if sharded else flux
+    _kill(source, tmp_path / "killed", amax)
     partial = tmp_path / "killed.partial"
-    kept = {path.name: path.stat().st_ino for path in partial.glob("*.safetensors")}
-    assert len(kept) == 2
+    written = set(progress_of(partial)["written"])
+    assert written
     assert not (tmp_path / "killed").exists()
     _small_shards(monkeypatch)
-    write, written = shards.write_shard, []
-
-    def count(folder: Path, shard: shards.Shard, *rest: Any) -> str:
-        written.append(shard.name)
-        return write(folder, shard, *rest)
-
-    monkeypatch.setattr(shards, "write_shard", count)
-    quantize(flux, tmp_path / "killed", calibration=amax)
-    assert not set(written) & set(kept)
-    assert {name: (tmp_path / "killed" / name).stat().st_ino for name in kept} == kept
-    monkeypatch.setattr(shards, "write_shard", write)
-    quantize(flux, tmp_path / "whole", calibration=amax)
+    packed = _count_packing(monkeypatch)
+    quantize(source, tmp_path / "killed", calibration=amax)
+    assert packed
+    assert not packed & written
+    packed.clear()
+    quantize(source, tmp_path / "whole", calibration=amax)
+    assert written & packed
     assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
     assert not partial.exists()
 
@@ -217,33 +234,57 @@ def test_what_a_killed_run_left_is_not_used_for_another_result(
     assert _files(tmp_path / "out") == _files(tmp_path / "anew")
 
 
-@pytest.mark.parametrize(("failing", "left"), [(0, 0), (2, 2)])
-def test_after_a_failure_whole_files_stay_for_the_next_run_and_nothing_else(
-    failing: int,
-    left: int,
+@pytest.mark.parametrize("kept", [False, True])
+def test_after_a_failure_what_was_noted_stays_for_the_next_run_and_nothing_else(
+    kept: bool,
     flux: Path,
     amax: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    write, written = shards.write_shard, []
+    put, note, noted = shards.ShardFiles.put, write.note_progress, threading.Event()
 
-    def full(folder: Path, shard: shards.Shard, *rest: Any) -> str:
-        if len(written) == failing:
-            raise OSError(28, "No space left on device", str(folder / shard.name))
-        written.append(shard.name)
-        return write(folder, shard, *rest)
+    def full(self: shards.ShardFiles, name: str, *rest: Any) -> None:
+        if name.endswith("single_transformer_blocks.1.proj_out.weight") and (not kept or noted.wait(60)):
+            raise OSError(28, "No space left on device", name)
+        put(self, name, *rest)
+
+    def note_and_tell(*words: Any) -> None:
+        note(*words)
+        noted.set()
 
     _small_shards(monkeypatch)
-    monkeypatch.setattr(shards, "write_shard", full)
-    with pytest.raises(OSError, match="No space"):
-        quantize(flux, tmp_path / "out", calibration=amax)
+    with monkeypatch.context() as failing:
+        if kept:
+            failing.setattr(one_pass, "NOTE_EVERY", 1)
+        failing.setattr(shards.ShardFiles, "put", full)
+        failing.setattr(write, "note_progress", note_and_tell)
+        with pytest.raises(OSError, match="No space"):
+            quantize(flux, tmp_path / "out", calibration=amax)
     assert not (tmp_path / "out").exists()
-    partial = tmp_path / "out.partial"
-    assert len(list(partial.glob("*.safetensors"))) == left
-    assert partial.exists() == bool(left)
-    assert ("the same command goes on" in capfd.readouterr().err) == bool(left)
+    assert (tmp_path / "out.partial").exists() == kept
+    assert ("the same command goes on" in capfd.readouterr().err) == kept
+    quantize(flux, tmp_path / "out", calibration=amax)
+    quantize(flux, tmp_path / "whole", calibration=amax)
+    assert _files(tmp_path / "out") == _files(tmp_path / "whole")
+
+
+def test_a_checkpoint_larger_than_the_memory_is_dropped_from_the_cache_as_it_goes(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(flux, tmp_path / "kept", calibration=amax)
+    forget, forgotten = StoredTensor.forget, list[StoredTensor]()
+
+    def note(self: StoredTensor) -> None:
+        forgotten.append(self)
+        forget(self)
+
+    monkeypatch.setattr(StoredTensor, "forget", note)
+    monkeypatch.setattr(one_pass, "_memory", lambda: 1000)
+    quantize(flux, tmp_path / "dropped", calibration=amax)
+    assert len(forgotten) == len(load_file(flux / checkpoint.WEIGHTS))
+    assert _files(tmp_path / "kept") == _files(tmp_path / "dropped")
 
 
 @pytest.mark.parametrize(
