@@ -167,10 +167,9 @@ class _Pass:
         while True:
             while len(working) < 2 * workers() and (task := self._next()):
                 working[pool.submit(task[0])] = task[1]
-            for path in self._files.whole():
-                if path not in self._sealed:
-                    self._sealed.add(path)
-                    saving[beside.submit(seal, path)] = functools.partial(self._done.files.__setitem__, path.name)
+            for path in set(self._files.whole()) - self._sealed:
+                self._sealed.add(path)
+                saving[beside.submit(seal, path)] = functools.partial(self._done.files.__setitem__, path.name)
             if self._fresh >= NOTE_EVERY and not saving:
                 saving[beside.submit(self._save, note, self._done.as_dict())] = _nothing
                 self._fresh = 0

@@ -189,7 +189,7 @@ def _write(partial: Path, given: _Source, recipe: str, device: str) -> dict[str,
     work = Work(sources, given.stored, groups, inputs, device)
     with _bar(given.stored) as progress:
         quantize_in_one_pass(work, files, done, functools.partial(write.note_progress, partial), progress)
-    written = dict(done.files)
+    written = {shard.name: done.files[shard.name] for shard in planned}
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
     config = {**given.config, "quantization_config": given.quantization_config}
@@ -201,7 +201,7 @@ def _write(partial: Path, given: _Source, recipe: str, device: str) -> dict[str,
         **_description(given, recipe, groups, common, inputs),
         "sharing_cost": asdict(sharing.measure_cost(given.stored, own, common)),
         "files": written,
-        "source": {"config.json": sha256_of(given.folder / "config.json"), **done.sha256},
+        "source": {"config.json": sha256_of(given.folder / "config.json"), **dict(sorted(done.sha256.items()))},
     }
     write.write_json(partial / MANIFEST, manifest)
     return manifest

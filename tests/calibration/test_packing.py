@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calibration import nvfp4
+from calibration import nvfp4, packing
 from calibration.bfloat16 import largest_magnitude
 from calibration.packing import DevicePacker, Packer
 
@@ -61,11 +62,29 @@ def test_packing_equals_the_slow_reference(bits: npt.NDArray[np.uint16], g: floa
 
 def test_more_blocks_than_are_packed_at_a_time_are_packed_alike() -> None:
     rng = np.random.default_rng(2)
-    bits = _finite(rng.integers(0, 65536, (2000, 464), np.uint16))  # 58,000 blocks: three times 16384 and a rest
+    bits = _finite(rng.integers(0, 65536, (2000, 464), np.uint16))  # 58,000 blocks: 906 times 64 and a rest
     _assert_equal(bits, 0.01)
     turned = np.asfortranarray(bits)
     for found, wanted in zip(Packer(0.01).pack(turned), Packer(0.01).pack(bits), strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_it_packs_where_machine_code_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, asked = numba.njit, []
+
+    def nowhere(*functions: object, cache: bool = False, **options: bool) -> object:
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function '_pack': no locator available")
+        return compiled(*functions, **options)
+
+    monkeypatch.setattr(numba, "njit", nowhere)
+    packing._compiled.cache_clear()
+    try:
+        _assert_equal(np.arange(0x3F00, 0x3F40, dtype=np.uint16).reshape(2, 32), 0.01)
+    finally:
+        packing._compiled.cache_clear()
+    assert asked == [True, False]
 
 
 @settings(max_examples=200, deadline=None)
