@@ -201,7 +201,7 @@ def _write(partial: Path, given: _Source, recipe: str, device: str) -> dict[str,
         **_description(given, recipe, groups, common, inputs),
         "sharing_cost": asdict(sharing.measure_cost(given.stored, own, common)),
         "files": written,
-        "source": {"config.json": sha256_of(given.folder / "config.json"), **dict(sorted(done.sha256.items()))},
+        "source": {"config.json": sha256_of(given.folder / "config.json"), **done.sha256},
     }
     write.write_json(partial / MANIFEST, manifest)
     return manifest
