@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import pytest
 
-from calibration.checkpoint import Checkpoint
-from calibration.models import family_of
-from calibration.safetensors_file import StoredTensor
 from exporter import trace
-from exporter.onnx_export import graph_of
 from exporter.passes import stamp_blocks
 from exporter.passes.name_nodes import SCOPES
-
-CONFIG: dict[str, Any] = {
-    "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 16, "num_layers": 5,
-    "num_single_layers": 6, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
-    "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": [4, 6, 6],
-}  # fmt: skip
-
-
-def _graph(keep: Callable[[str], bool], **changes: int) -> onnx.ModelProto:
-    """Return the graph of a model whose checkpoint has the linears in FP4 that ``keep`` says."""
-    config = {**CONFIG, **changes}
-    nowhere = StoredTensor(Path(), "F8_E4M3", (), 0, 0)
-    paths = [path for path in family_of(config).quantized(config) if keep(path)]
-    checkpoint = Checkpoint(Path(), config, {}, {f"{path}.weight_scale": nowhere for path in paths})
-    leaders = {path: group[0] for group in checkpoint.groups for path in group}
-    model = graph_of(checkpoint, leaders, "float32", lambda hundredths: None)
-    for value in model.graph.initializers.values():
-        if "." in str(value.name):  # weights on the meta device
-            value.const_value = None
-    logging.getLogger("onnx_ir.serde").setLevel(logging.ERROR)
-    return ir.to_proto(model)
 
 
 @pytest.fixture
@@ -66,11 +39,14 @@ def trace_every_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     ids=["all in FP4", "some in FP4"],
 )
 def test_a_stamped_graph_equals_a_fully_traced_one(
-    keep: Callable[[str], bool], changes: dict[str, Any], trace_every_block: Callable[[], None]
+    keep: Callable[[str], bool],
+    changes: dict[str, Any],
+    trace_every_block: Callable[[], None],
+    traced_graph: Callable[..., onnx.ModelProto],
 ) -> None:
-    stamped = _graph(keep, **changes)
+    stamped = traced_graph(keep, **changes)
     trace_every_block()
-    traced = _graph(keep, **changes)
+    traced = traced_graph(keep, **changes)
     assert [node.name for node in stamped.graph.node] == [node.name for node in traced.graph.node]
     assert stamped.SerializeToString(deterministic=True) == traced.SerializeToString(deterministic=True)
 
