@@ -14,6 +14,7 @@ from torch import nn
 from calibration.checkpoint import Checkpoint, plain_config
 from calibration.models import Family
 from calibration.source import model_class
+from exporter.decompose import decompose
 from exporter.passes.stamp_blocks import TRACED_BLOCKS
 from exporter.quiet import quiet
 from exporter.trt_ops import TracedLinear, translations
@@ -59,11 +60,11 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
     """Return the traced program as an ONNX graph with the FP4 placeholders of :mod:`exporter.trt_ops`.
 
     Inputs and output have the family's names, order, dtypes and symbolic shapes. Initializers have their state-dict
-    names, BF16, and no values.
+    names, BF16, and no values. The program is used up.
     """
     with _quiet():
         exported = torch.onnx.export(
-            program,
+            decompose(program),
             custom_translation_table=translations(),
             opset_version=OPSET,
             dynamo=True,

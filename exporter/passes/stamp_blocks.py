@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import collections
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,23 +15,25 @@ from exporter.passes.name_nodes import SCOPES
 
 __all__ = ["TRACED_BLOCKS", "stamp_blocks"]
 
-TRACED_BLOCKS: Final = 4
-"""The first, two middle ones that have to be equal, and the last: ends differ by what is shared or unused."""
+TRACED_BLOCKS: Final = 2
+"""The first, which is repeated, and the last: ends differ by what is shared or unused."""
 
 
 def stamp_blocks(model: ir.Model, stacks: Mapping[str, int]) -> None:
     """Rewrite in place a graph that was traced with at most :data:`TRACED_BLOCKS` blocks of every stack.
 
-    The third block of a stack is written out again, as nodes with names of their own, until the stack has its number;
-    the fourth becomes the last. Before that the second and third are compared node by node, which shows what a block
-    takes from the one before it and what all of them share. The result is the graph that tracing every block gives.
+    Between the two blocks of a stack the first is written out again, as nodes with names of their own, until the stack
+    has its number. Before that the two are compared node by node, which shows what a block takes from the one before
+    it, what the first computes for all of them, and what the last has no use for. The result is the graph that tracing
+    every block gives.
 
     Args:
         model: constants folded, equal nodes merged, nodes still with the tracer's scopes.
-        stacks: path of a module list, such as ``transformer_blocks``, to how many blocks it has.
+        stacks: path of a module list, such as ``transformer_blocks``, to how many blocks it has. A block reads nothing
+            of its list but what the one before it gives.
 
     Raises:
-        AssertionError: the middle blocks are not the same, so that the family must not declare them as a stack.
+        AssertionError: the blocks are not the same, so that the family must not declare them as a stack.
     """
     for path, count in stacks.items():
         if count > TRACED_BLOCKS:
@@ -42,26 +45,25 @@ class _Stack:
     """One module list.
 
     Attributes:
-        following: a value of the second block to the value of the third that plays its part.
-        carried: the values of the second block that the third reads.
+        following: a value that the first block reads or makes to the one that plays its part in the last.
+        repeated: the nodes of the first block that every block has, except that the last may lack what nothing reads.
     """
 
     graph: ir.Graph
     path: str
     count: int
     following: dict[ir.Value, ir.Value] = field(default_factory=dict)
-    carried: dict[ir.Value, None] = field(default_factory=dict)
+    repeated: list[ir.Node] = field(default_factory=list)
 
     def stamp(self) -> None:
-        _, second, third, last = self._blocks()
-        self._compare(second, third)
-        self._require_read_within(second, (second, third))
-        self._require_read_within(third, (third, last))
-        self._become_last(last)  # before a copy needs the names that its weights have
-        current = {value: self.following[value] for value in self.carried}
-        for index in range(TRACED_BLOCKS - 1, self.count - 1):
-            current = self._copy(third, index, current, before=last[0])
-        newest = {self.following[value]: copied for value, copied in current.items()}
+        first, last = self._blocks()
+        self._compare(first, last)
+        carried = self._carried(first, last)
+        self._become_last(last)
+        newest: dict[ir.Value, ir.Value] = {}
+        for index in range(1, self.count - 1):
+            taken = {value: newest.get(given, given) for value, given in carried.items()}
+            newest = self._copy(index, taken, before=last[0])
         for node in last:
             for position, value in enumerate(node.inputs):
                 if value in newest:
@@ -87,58 +89,87 @@ class _Stack:
         head, _, rest = scope.removeprefix(f"{self.path}.").partition(".")
         return int(head) if scope.startswith(f"{self.path}.") and head.isdigit() and not rest else None
 
-    def _compare(self, second: Sequence[ir.Node], third: Sequence[ir.Node]) -> None:
-        assert len(second) == len(third), f"{self.path}: blocks of {len(second)} and {len(third)} nodes"
-        own = {value for node in second for value in node.outputs}
-        for one, two in zip(second, third, strict=True):
-            where = f"{self.path}: {one.name} and {two.name} differ"
-            assert (one.domain, one.op_type, len(one.inputs)) == (two.domain, two.op_type, len(two.inputs)), where
-            assert self._moved_attributes(one, 1, 2) == self._moved_attributes(two, 2, 2), where
-            for a, b in zip(one.inputs, two.inputs, strict=True):
-                if a is not None and a in own:
-                    assert b is self.following[a], where
-                elif a is not b:
-                    assert a is not None, where
-                    assert b is not None, where
-                    if b in own:
-                        self.carried[b] = None
-                    else:
-                        assert b.is_initializer(), where
-                        assert self._moved(str(a.name), 1, 2) == b.name, where
-            self.following.update(zip(one.outputs, two.outputs, strict=True))
+    def _compare(self, first: Sequence[ir.Node], last: Sequence[ir.Node]) -> None:
+        """Pair the blocks' nodes in order; what is left of the first is shared by all, or of no use to the last."""
+        made = {value for node in first for value in node.outputs}
+        waiting = collections.deque(last)
+        for node in first:
+            pairs = self._pairs(node, waiting[0], made) if waiting else None
+            if pairs is not None:
+                self.following.update(pairs)
+                self.following.update(zip(node.outputs, waiting.popleft().outputs, strict=True))
+                self.repeated.append(node)
+            elif self._is_shared(node, made):
+                kept = [value for value in (*node.inputs, *node.outputs) if value is not None]
+                self.following.update((value, value) for value in kept if not value.is_initializer())
+            else:
+                self.repeated.append(node)
+        assert not waiting, f"{self.path}: nothing in the first block is like {waiting[0].name} of the last"
 
-    def _require_read_within(self, block: Sequence[ir.Node], readers: Sequence[Sequence[ir.Node]]) -> None:
-        allowed = {node for nodes in readers for node in nodes}
-        for value in (value for node in block for value in node.outputs):
-            outside = [node.name for node, _ in value.uses() if node not in allowed]
+    def _pairs(self, one: ir.Node, two: ir.Node, made: Container[ir.Value]) -> dict[ir.Value, ir.Value] | None:
+        """Return what the inputs of a node of the first block are in the last, or None where the nodes differ."""
+        kinds = [(n.domain, n.op_type, len(n.inputs), len(n.outputs)) for n in (one, two)]
+        if kinds[0] != kinds[1] or self._moved_attributes(one, 0, 1) != dict(two.attributes):
+            return None
+        pairs: dict[ir.Value, ir.Value] = {}
+        for a, b in zip(one.inputs, two.inputs, strict=True):
+            if a is None or b is None or a.is_initializer():
+                if (a and self._moved(str(a.name), 0, 1)) != (b and b.name):
+                    return None
+                continue
+            known = pairs.get(a) or self.following.get(a)
+            if b is not known and (known or a in made or not (b is a or b in made)):
+                return None
+            pairs[a] = b
+        return pairs
+
+    def _is_shared(self, node: ir.Node, made: Container[ir.Value]) -> bool:
+        """Whether a node of the first block computes the same in every block: it reads no weight of its own block."""
+        for value in node.inputs:
+            if value is not None and value.is_initializer():
+                if self._moved(str(value.name), 0, 1) != value.name:
+                    return False
+            elif value is not None and self.following.get(value, None if value in made else value) is not value:
+                return False
+        return True
+
+    def _carried(self, first: Sequence[ir.Node], last: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
+        """Return what the first block takes from before it, as what it gives to the block after it."""
+        given = {value for node in self.repeated for value in node.outputs}
+        inner = {*first, *last}
+        for value in given:
+            outside = [node.name for node, _ in value.uses() if node not in inner]
             assert not outside, f"{self.path}: {outside[0]} reads {value.name}, of a block that is not the one before"
+        changed = {a: b for a, b in self.following.items() if a not in given and a is not b}
+        for a, b in changed.items():
+            assert b in given, f"{self.path}: {b.name}, in the place of {a.name}, is no block's own"
+        return changed
 
-    def _copy(
-        self, block: Sequence[ir.Node], index: int, carried: Mapping[ir.Value, ir.Value], before: ir.Node
-    ) -> dict[ir.Value, ir.Value]:
-        """Insert the third block as block ``index``; return what the next one takes from it."""
-        here: dict[ir.Value, ir.Value] = dict(carried)
-        for node in block:
+    def _copy(self, index: int, taken: Mapping[ir.Value, ir.Value], before: ir.Node) -> dict[ir.Value, ir.Value]:
+        """Insert the first block again as block ``index``; return its values by those of the first."""
+        here: dict[ir.Value, ir.Value] = dict(taken)
+        made: dict[ir.Value, ir.Value] = {}
+        for node in self.repeated:
             inputs = [None if value is None else here.get(value) or self._weight(value, index) for value in node.inputs]
             copy = ir.Node(
                 node.domain,
                 node.op_type,
                 inputs,
-                self._moved_attributes(node, 2, index).values(),
+                self._moved_attributes(node, 0, index).values(),
                 num_outputs=len(node.outputs),
                 name=f"{node.name}@{index}",
                 metadata_props=dict(node.metadata_props),
             )
-            self._move_scopes(copy, 2, index)
+            self._move_scopes(copy, 0, index)
             for old, new in zip(node.outputs, copy.outputs, strict=True):
                 new.name, new.type, new.shape = f"{old.name}@{index}", old.type, old.shape
-                here[old] = new
+                here[old] = made[old] = new
             self.graph.insert_before(before, copy)
-        return {value: here[self.following[value]] for value in self.carried}
+        return made
 
     def _weight(self, value: ir.Value, index: int) -> ir.Value:
-        """Return block ``index``'s weight in place of the third block's, or the value itself where it is shared."""
-        name = self._moved(str(value.name), 2, index)
+        """Return block ``index``'s weight in place of the first block's, or the value itself where it is shared."""
+        name = self._moved(str(value.name), 0, index)
         if name == value.name:
             return value
         if name not in self.graph.initializers:

@@ -1,8 +1,12 @@
-"""Graphs of other origin: ModelOpt's own export, and small ones that store their weights as other exporters do."""
+"""Graphs of other origin: ModelOpt's own export, and small ones that store their weights as other exporters do.
+
+And the graph of a small FLUX, of a config alone.
+"""
 
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +15,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import nn
+
+from calibration.checkpoint import Checkpoint
+from calibration.models import family_of
+from calibration.safetensors_file import StoredTensor
+from exporter.onnx_export import graph_of
 
 BF16, FP16, FP32 = TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT
 NUMPY = {BF16: ml_dtypes.bfloat16, FP16: np.float16, FP32: np.float32}
@@ -142,3 +152,31 @@ def normal() -> Callable[..., np.ndarray]:
         return values.astype(ml_dtypes.bfloat16).astype(np.float32).astype(np.float16).astype(np.float32)
 
     return make
+
+
+FLUX_CONFIG: dict[str, Any] = {
+    "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 16, "num_layers": 5,
+    "num_single_layers": 6, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
+    "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": [4, 6, 6],
+}  # fmt: skip
+
+
+def _traced_graph(keep: Callable[[str], bool], **changes: int) -> onnx.ModelProto:
+    """Return the graph of a model whose checkpoint has the linears in FP4 that ``keep`` says."""
+    config = {**FLUX_CONFIG, **changes}
+    nowhere = StoredTensor(Path(), "F8_E4M3", (), 0, 0)
+    paths = [path for path in family_of(config).quantized(config) if keep(path)]
+    checkpoint = Checkpoint(Path(), config, {}, {f"{path}.weight_scale": nowhere for path in paths})
+    leaders = {path: group[0] for group in checkpoint.groups for path in group}
+    model = graph_of(checkpoint, leaders, "float32", lambda hundredths: None)
+    for value in model.graph.initializers.values():
+        if "." in str(value.name):  # weights on the meta device
+            value.const_value = None
+    logging.getLogger("onnx_ir.serde").setLevel(logging.ERROR)
+    return ir.to_proto(model)
+
+
+@pytest.fixture
+def traced_graph() -> Callable[..., onnx.ModelProto]:
+    """Give the graph of a small FLUX whose config has some changes, which of its linears are in FP4 told by path."""
+    return _traced_graph

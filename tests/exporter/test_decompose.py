@@ -1,0 +1,41 @@
+"""Our rewriting of a traced program gives what torch's decomposition, which traces it again, gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from exporter import trace
+from exporter.decompose import decompose
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_attention_heads": 1, "guidance_embeds": False}], ids=["dev", "one head"])
+def test_a_graph_equals_that_of_torchs_decomposition(
+    changes: dict[str, Any], traced_graph: Callable[..., onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"num_layers": 1, "num_single_layers": 1, **changes}
+    programs = []
+    monkeypatch.setattr(trace, "decompose", lambda program: programs.append(decompose(program)) or programs[0])
+    ours = traced_graph(lambda path: True, **changes)
+    assert programs[0].run_decompositions() is programs[0]
+    monkeypatch.setattr(trace, "decompose", lambda program: program)
+    theirs = traced_graph(lambda path: True, **changes)
+    assert [node.name for node in ours.graph.node] == [node.name for node in theirs.graph.node]
+    assert ours.SerializeToString(deterministic=True) == theirs.SerializeToString(deterministic=True)
+
+
+class _Tanh(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x.flatten())
+
+
+def test_a_program_with_an_operator_that_we_do_not_know_is_left_to_torch() -> None:
+    program = torch.export.export(_Tanh(), (torch.zeros(2, 3),))
+    before = str(program.graph)
+    assert decompose(program) is program
+    assert str(program.graph) == before
