@@ -83,7 +83,7 @@ def _sizes_are_known(nodes: Iterable[Node]) -> bool:
         if isinstance(value, torch.SymInt):
             computed.add(value.node.expr)
         elif node.target is _aten.slice.Tensor:
-            size = value.shape[_axis(node, 1)]
+            size = node.meta["val"].shape[_axis(node, 1)]
             if isinstance(size, torch.SymInt) and size.node.expr not in computed:
                 if not (size.node.expr.is_Add and computed.issuperset(size.node.expr.args)):
                     return False

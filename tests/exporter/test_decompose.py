@@ -34,8 +34,15 @@ class _Tanh(nn.Module):
         return torch.tanh(x.flatten())
 
 
-def test_a_program_with_an_operator_that_we_do_not_know_is_left_to_torch() -> None:
-    program = torch.export.export(_Tanh(), (torch.zeros(2, 3),))
+class _Rest(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[2:].flatten()
+
+
+@pytest.mark.parametrize("module", [_Tanh(), _Rest()], ids=["an operator", "a size that is no sum of sizes"])
+def test_a_program_with_something_that_we_do_not_know_is_left_to_torch(module: nn.Module) -> None:
+    rows = torch.export.Dim("rows", min=4)
+    program = torch.export.export(module, (torch.zeros(8, 3),), dynamic_shapes=({0: rows},))
     before = str(program.graph)
     assert decompose(program) is program
     assert str(program.graph) == before
