@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,21 +14,22 @@ import click
 import torch
 
 from calibration import ptq
-from calibration.block_checkpoint import BlockCheckpoint, finished_blocks
-from calibration.block_runner import BlockRunner
+from calibration.block_checkpoint import finished_blocks
+from calibration.block_runner import BlockRunner, Outputs
 from calibration.dataset import Inputs
 from calibration.errors import BadInputs
 from calibration.models import family_of
 from calibration.safetensors_file import bytes_of
 from calibration.source import empty_source, files_of, finite_tensor, load_json
 
-__all__ = ["measure_by_block", "require_device"]
+__all__ = ["measured_by_block", "require_device"]
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt")
 
 
-def measure_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device: str = "cpu") -> ptq.Amax:
-    """Return the largest magnitude that enters each linear that the family quantizes, over all calls.
+@contextlib.contextmanager
+def measured_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device: str = "cpu") -> Iterator[ptq.Amax]:
+    """Give the largest magnitude that enters each linear that the family quantizes, over all calls.
 
     In memory at a time: one block, what lies outside the blocks, and the activations of one call. The outputs of a
     block for every call are on disk (28 MB a call for FLUX.1 at 1024 pixels), beside those of the block before it.
@@ -35,7 +37,8 @@ def measure_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device: 
     Args:
         folder: a plain checkpoint.
         calls: captured inputs.
-        work: folder for what is finished; gone afterwards unless the process was killed, and then taken over.
+        work: folder for what is finished, as :func:`calibration.block_checkpoint.finished_blocks` has it: until the
+            end of the ``with`` statement the same call gives the same maxima again, and need not measure.
         device: where to compute, ``cpu`` or ``cuda``.
 
     Raises:
@@ -57,9 +60,14 @@ def measure_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device: 
         bar.update(len(finished.results) * len(calls))
         for block in blocks[len(finished.results) :]:
             members = [path for path in paths if path.startswith(f"{block}.")]
-            finished.finish(block, _measure(runner, block, members, calls, finished, bar.update))
+            add = finished.add if block != blocks[-1] else _drop
+            finished.finish(block, _measure(runner, block, members, calls, finished.outputs, add, bar.update))
         amax = {path: value for result in finished.results.values() for path, value in result.items()}
-    return ptq.checked(amax, paths)
+        yield ptq.checked(amax, paths)
+
+
+def _drop(_: Outputs) -> None:
+    """Keep nothing of what the last block gives: no block reads it."""
 
 
 def require_device(device: str) -> None:
@@ -77,14 +85,15 @@ def _measure(
     block: str,
     paths: Sequence[str],
     calls: Sequence[Inputs],
-    finished: BlockCheckpoint,
+    before: Callable[[int], Outputs],
+    add: Callable[[Outputs], None],
     tell: Callable[[int], object],
 ) -> ptq.Amax:
     """Run one block on every call, keeping its outputs, and return the maxima of its linears by full path."""
 
     def run() -> None:
         for index, call in enumerate(calls):
-            finished.add(runner.run(block, call, finished.outputs(index)))
+            add(runner.run(block, call, before(index)))
             tell(1)
 
     names = [path.removeprefix(f"{block}.") for path in paths]

@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+import click
 
 from calibration.alone import alone
 from calibration.block_runner import Outputs
 from calibration.errors import BadCheckpoint, OutputExists
 from calibration.safetensors_file import StoredTensor, TensorPlan, bytes_of, naming, plan_of
 from calibration.source import load_json
-from calibration.write import write_json
+from calibration.write import discard, write_json
 
 __all__ = ["BlockCheckpoint", "finished_blocks"]
 
@@ -31,10 +32,12 @@ STATE: Final = "blocks.json"
 
 @contextlib.contextmanager
 def finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockCheckpoint]:
-    """Give the checkpoint in a folder, which is gone afterwards unless the process was killed.
+    """Give the checkpoint in a folder, which is gone afterwards: whatever is made of it is to be safe by then.
+
+    It stays where the process was killed, and, with what is finished, where it was interrupted or the system failed it.
 
     Args:
-        folder: is made, with its parents; one that a killed run left is taken over.
+        folder: is made, with its parents; one that an earlier run left is taken over.
         run: what is run on what, as JSON; another run's checkpoint is not used.
 
     Raises:
@@ -51,17 +54,28 @@ def _finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockChec
     missing = [path for path in folder.parents if not path.exists()]
     try:
         if not checkpoint.resume():
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder, STATE)
             folder.mkdir(parents=True)
             checkpoint.save()
         yield checkpoint
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in missing:
-            with contextlib.suppress(OSError):  # of another's, or with something in it by now
-                path.rmdir()
+    except (OSError, KeyboardInterrupt):
+        if not checkpoint.results:
+            _leave_nothing(folder, missing)
+        else:
+            click.echo(f"{folder} keeps the finished blocks: the same command goes on from there", err=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        _leave_nothing(folder, missing)
+        raise
+    discard(folder, STATE)
+
+
+def _leave_nothing(folder: Path, made: Sequence[Path]) -> None:
+    """Remove a checkpoint, and the folders around it that were made for it."""
+    discard(folder, STATE)
+    for path in made:
+        with contextlib.suppress(OSError):  # of another's, or with something in it by now
+            path.rmdir()
 
 
 def _is_ours(folder: Path) -> bool:
@@ -100,7 +114,7 @@ class BlockCheckpoint:
         self._next.append(stored)
 
     def finish(self, block: str, result: Any) -> None:
-        """Count a block as finished: its outputs take the place of those of the one before."""
+        """Count a block as finished: its outputs, where it has any, take the place of those of the one before."""
         old, new = self._file(len(self.results)), self._file(len(self.results) + 1)
         if self._next:
             with naming(new), new.open("r+b") as stream:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from calibration import ptq
-from calibration.block_calibration import measure_by_block
+from calibration.block_calibration import measured_by_block
 from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
 from calibration.errors import BadAmax, BadInputs, OutputExists
 from calibration.models import family_of
@@ -83,14 +83,10 @@ def calibrate(
             raise OutputExists(f"{path} is named twice, as a result and as something else; give each file its own name")
         refuse_existing(path, force)
     work = output.with_name(output.name + ".partial")
-    measured = _measure(folder, inputs, prompts, Sampling(steps, resolution), work, device)
-    if save_inputs_to is not None:
-        save_inputs(save_inputs_to, measured.calls)
-    try:
-        write_json(work, {METADATA: dict(measured.described), **measured.amax})
-        os.replace(work, output)
-    finally:
-        work.unlink(missing_ok=True)
+    sampling = Sampling(steps, resolution)
+    with _measured(folder, inputs, prompts, sampling, save_inputs_to, work, device) as measured:
+        write_json(work / output.name, {METADATA: dict(measured.described), **measured.amax})
+        os.replace(work / output.name, output)
     return {
         "amax": str(output.resolve()),
         "inputs": str(Path(save_inputs_to).resolve()) if save_inputs_to is not None else None,
@@ -99,16 +95,17 @@ def calibrate(
     }
 
 
+@contextlib.contextmanager
 def calibration_from(
-    folder: Path, given: str | Path | Sequence[str | Path] | None, work: Path | None = None, device: str = "cpu"
-) -> Calibration:
-    """Return the maxima to quantize ``folder`` with.
+    folder: Path, given: str | Path | Sequence[str | Path] | None, work: Path, device: str = "cpu"
+) -> Iterator[Calibration]:
+    """Give the maxima to quantize ``folder`` with.
 
     Args:
         folder: the BF16 checkpoint.
         given: maxima (``.json``), several files of them to be merged, captured inputs (``.safetensors``), or None for
             the built-in model's own prompts.
-        work: where a killed calibration left its finished blocks, and this one keeps them; None keeps nothing.
+        work: where this keeps finished blocks until the end of the ``with`` statement, and an earlier one left its own.
         device: where to calibrate.
 
     Raises:
@@ -117,12 +114,10 @@ def calibration_from(
     files = [Path(path) for path in ([given] if isinstance(given, str | Path) else given or ())]
     if len(files) > 1 or (files and files[0].suffix == ".json"):
         config = load_json(folder / "config.json")
-        return merged(files, family_of(config).quantized(config))
-    inputs = files[0] if files else None
-    if work is not None:
-        return _measure(folder, inputs, None, Sampling(), work, device)
-    with tempfile.TemporaryDirectory() as temporary:
-        return _measure(folder, inputs, None, Sampling(), Path(temporary) / "blocks", device)
+        yield merged(files, family_of(config).quantized(config))
+        return
+    with _measured(folder, files[0] if files else None, None, Sampling(), None, work, device) as measured:
+        yield measured
 
 
 def merged(files: Sequence[Path], paths: Sequence[str]) -> Calibration:
@@ -165,14 +160,16 @@ def _load_amax(path: Path) -> dict[str, Any]:
     return values
 
 
-def _measure(
+@contextlib.contextmanager
+def _measured(
     folder: Path,
     inputs: str | Path | None,
     prompts: str | Path | None,
     sampling: Sampling,
+    save_inputs_to: str | Path | None,
     work: Path,
     device: str,
-) -> Calibration:
+) -> Iterator[Calibration]:
     """Run the model on captured inputs, or on what its pipeline makes of prompts, for which it is loaded as a whole."""
     config = load_json(folder / "config.json")
     family = family_of(config)
@@ -187,5 +184,7 @@ def _measure(
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
     check_inputs(calls, family, config)
-    amax = measure_by_block(folder, calls, work, device)
-    return Calibration(amax, {**described, "calls": len(calls), "family": family.name}, calls)
+    if save_inputs_to is not None:
+        save_inputs(save_inputs_to, calls)
+    with measured_by_block(folder, calls, work, device) as amax:
+        yield Calibration(amax, {**described, "calls": len(calls), "family": family.name}, calls)

@@ -36,8 +36,8 @@ _PIECE: Final = 1 << 21
 _BEHIND: Final = 64
 """Pieces that wait to be packed, before no file is read on."""
 
-NOTE_EVERY: Final = 1 << 31
-"""Bytes of the source, about 4 s, after which what is done is brought to disk and noted."""
+NOTE_EVERY: Final = 5.0
+"""Seconds after which what has been done is brought to disk and noted."""
 
 
 def workers() -> int:
@@ -155,7 +155,7 @@ class _Pass:
         self._sealed = {path for path in files.whole() if path.name in done.files}
         self._forgets = sum(tensor.nbytes for tensor in work.stored.values()) > _memory() // 2
         self._reading = 0  # files
-        self._fresh = 0  # bytes that are done and not noted
+        self._noted, self._noted_at = len(done.written), time.monotonic()
 
     def run(self, pool: ThreadPoolExecutor, beside: ThreadPoolExecutor, note: Callable[[dict[str, Any]], None]) -> None:
         sources = set(self._work.sources)
@@ -170,14 +170,17 @@ class _Pass:
             for path in set(self._files.whole()) - self._sealed:
                 self._sealed.add(path)
                 saving[beside.submit(seal, path)] = functools.partial(self._done.files.__setitem__, path.name)
-            if self._fresh >= NOTE_EVERY and not saving:
+            if not saving and self._is_worth_noting():
                 saving[beside.submit(self._save, note, self._done.as_dict())] = _nothing
-                self._fresh = 0
+                self._noted, self._noted_at = len(self._done.written), time.monotonic()
             if not working and not saving:
                 return
             for future in wait([*working, *saving], return_when=FIRST_COMPLETED).done:
                 then = working.pop(future, None) or saving.pop(future)
                 then(future.result())
+
+    def _is_worth_noting(self) -> bool:
+        return len(self._done.written) > self._noted and time.monotonic() - self._noted_at >= NOTE_EVERY
 
     def _next(self) -> tuple[Job, Then] | None:
         """Return a job: some read on, so that the disk is never idle, unless packing lags behind them."""
@@ -224,7 +227,6 @@ class _Pass:
         if not self._missing[name]:
             self._written.add(name)
             self._done.written.append(name)
-            self._fresh += self._work.stored[name].nbytes
             if self._forgets:
                 self._work.stored[name].forget()
 

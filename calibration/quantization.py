@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -132,24 +133,26 @@ def quantize(
     require_device(device)
     directory, folder = Path(output), find_source(source)
     write.refuse_foreign(directory, force)
+    work = directory.with_name(f"{directory.name}.calibration.partial")
     if modelopt_state is not None:
-        given = _restored(folder, modelopt_state, trust)
+        source_of: AbstractContextManager[_Source] = contextlib.nullcontext(_restored(folder, modelopt_state, trust))
     else:
-        given = _calibrated(folder, calibration, directory.with_name(f"{directory.name}.calibration.partial"), device)
-    with write.replacing(directory, force, given.identity(recipe)) as partial:
+        source_of = _calibrated(folder, calibration, work, device)
+    with source_of as given, write.replacing(directory, force, given.identity(recipe)) as partial:
         manifest = _write(partial, given, recipe, device)
     return _summary(directory, given, manifest)
 
 
+@contextlib.contextmanager
 def _calibrated(
     folder: Path, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
-) -> _Source:
+) -> Iterator[_Source]:
     """Check a plain checkpoint against its config; run it on captured inputs, or read what an earlier run measured."""
     model, config, family, stored = _checked(folder)
     ordered = {name: stored[name] for name in model.state_dict()}
-    calibrated = calibration_from(folder, calibration or None, work, device)
     formats = quantization_config(model, family.quantized(config))
-    return _Source(folder, config, family, ordered, calibrated, formats, None)
+    with calibration_from(folder, calibration or None, work, device) as calibrated:
+        yield _Source(folder, config, family, ordered, calibrated, formats, None)
 
 
 def _restored(folder: Path, modelopt_state: str | Path, trust: bool) -> _Source:
@@ -181,7 +184,11 @@ def _write(partial: Path, given: _Source, recipe: str, device: str) -> dict[str,
     groups = given.family.groups(given.config)
     planned = shards.plan_shards(given.stored, groups)
     earlier = write.progress_of(partial)
-    done = Done(**earlier) if earlier else given.done or Done()
+    if earlier and shards.are_reserved(partial, planned):
+        done = Done(**earlier)
+        click.echo(f"going on: {len(done.written)} of {len(given.stored)} tensors are done", err=True)
+    else:
+        done = given.done or Done()
     inputs = sharing.shared(given.calibrated.amax, groups)
     sources = files_of(given.folder) if given.done is None else []
     files = shards.ShardFiles(partial, planned, shards.results_of(done.written, groups))

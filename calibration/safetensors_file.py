@@ -32,6 +32,7 @@ __all__ = [
     "TensorPlan",
     "bytes_of",
     "hold",
+    "is_reserved",
     "naming",
     "plan_of",
     "read_header",
@@ -274,6 +275,15 @@ def reserve(path: Path, plan: Sequence[TensorPlan], metadata: Mapping[str, str])
         file.write(header)
         file.truncate(len(header) + sum(tensor.nbytes for tensor in plan))
     return {tensor.name: len(header) + begin for tensor, (begin, _) in zip(plan, _spans(plan), strict=True)}
+
+
+def is_reserved(path: Path, plan: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bool:
+    """Whether a file has the header and the length that :func:`reserve` gives it."""
+    header = _header(plan, metadata)
+    if not path.is_file() or path.stat().st_size != len(header) + sum(tensor.nbytes for tensor in plan):
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from calibration import nvfp4
 from calibration.checkpoint import WEIGHTS
-from calibration.safetensors_file import StoredTensor, TensorPlan, naming, reserve, sha256_of
+from calibration.safetensors_file import StoredTensor, TensorPlan, is_reserved, naming, reserve, sha256_of
 
 __all__ = [
     "GLOBAL_SCALES",
@@ -23,6 +23,7 @@ __all__ = [
     "Groups",
     "Shard",
     "ShardFiles",
+    "are_reserved",
     "index_of",
     "plan_shards",
     "results_of",
@@ -36,6 +37,8 @@ SHARD_BYTES: Final = 2_000_000_000
 
 GLOBAL_SCALES: Final = ("weight_scale_2", "input_scale")
 """What a linear has in FP32: the global scale of its weight, and that of its input."""
+
+_METADATA: Final = {"format": "pt"}
 
 Groups = Sequence[Sequence[str]]
 """Module paths of the quantized linears, by shared input, in graph order."""
@@ -87,6 +90,11 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
     return {"metadata": {"total_size": sum(shard.nbytes for shard in shards)}, "weight_map": names}
 
 
+def are_reserved(folder: Path, shards: Iterable[Shard]) -> bool:
+    """Whether all files are in a folder as :class:`ShardFiles` made them: what is written in them can be relied on."""
+    return all(is_reserved(folder / shard.name, shard.plan, _METADATA) for shard in shards)
+
+
 def results_of(names: Iterable[str], groups: Groups) -> list[str]:
     """Return what tensors of the plain checkpoint become: of a quantized weight codes, block scales, global scales."""
     quantized = {f"{path}.weight": path for group in groups for path in group}
@@ -114,7 +122,7 @@ class ShardFiles:
         sizes: dict[str, int] = {}
         for shard in shards:
             path = folder / shard.name
-            begins = reserve(path, shard.plan, {"format": "pt"})
+            begins = reserve(path, shard.plan, _METADATA)
             self._places |= {name: (path, begin) for name, begin in begins.items()}
             self._missing[path] = shard.nbytes
             sizes |= {tensor.name: tensor.nbytes for tensor in shard.plan}

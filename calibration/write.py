@@ -19,7 +19,7 @@ from calibration.errors import BadCheckpoint, OutputExists
 from calibration.safetensors_file import naming, sha256_of
 from calibration.source import load_json
 
-__all__ = ["note_progress", "progress_of", "refuse_existing", "refuse_foreign", "replacing", "write_json"]
+__all__ = ["discard", "note_progress", "progress_of", "refuse_existing", "refuse_foreign", "replacing", "write_json"]
 
 _DERIVED: Final = (
     "model.onnx",
@@ -59,25 +59,43 @@ def replacing(directory: Path, force: bool, identity: str = "") -> Iterator[Path
 
 def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
     mark = partial / _MARK
-    if partial.exists() and not mark.is_file():
+    if partial.exists() and not mark.is_file() and (not partial.is_dir() or any(partial.iterdir())):
         raise OutputExists(
             f"{partial} is in the way and was not written by fp4trt; move it, or choose another --output"
         )
     if not (identity and mark.is_file() and mark.read_text(encoding="utf-8") == identity):
-        shutil.rmtree(partial, ignore_errors=True)
+        _forget_progress(partial)
+        discard(partial, _MARK)
     partial.mkdir(parents=True, exist_ok=True)
     mark.write_text(identity, encoding="utf-8")
     try:
         yield partial
-        for name in (_PROGRESS, f"{_PROGRESS}.partial"):  # the second where a kill met it half-written
-            (partial / name).unlink(missing_ok=True)
-        mark.unlink()
         _publish(partial, directory)
+        _forget_progress(directory)
+        (directory / _MARK).unlink()
     finally:
         if (partial / _PROGRESS).exists():
             click.echo(f"{partial} keeps what is finished: the same command goes on from there", err=True)
         else:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial, _MARK)
+
+
+def discard(folder: Path, last: str) -> None:
+    """Remove a folder of ours, if it is there, and its file ``last`` after all others: by that a later run knows it."""
+    if not folder.is_dir():
+        return
+    for path in [path for path in folder.iterdir() if path.name != last]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    (folder / last).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _forget_progress(folder: Path) -> None:
+    for name in (_PROGRESS, f"{_PROGRESS}.partial"):  # the second where a kill met it half-written
+        (folder / name).unlink(missing_ok=True)
 
 
 def note_progress(partial: Path, done: Mapping[str, Any]) -> None:
@@ -124,6 +142,7 @@ def refuse_foreign(directory: Path, force: bool) -> None:
         raise OutputExists(f"{directory} exists; choose another --output, or replace it with --force")
     manifest = directory / MANIFEST
     ours = {MANIFEST, *_DERIVED, *load_manifest(manifest).get("files", {})} if manifest.exists() else set()
+    ours |= {_MARK, _PROGRESS} if ours else set()  # where a kill met a result that had just got its name
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if not path.is_dir() and name not in ours and not (ours and _is_engine(path)):

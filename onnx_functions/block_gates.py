@@ -92,7 +92,7 @@ def check_by_block(task: Task, work: Path, identity: Mapping[str, Any]) -> ByBlo
 
     Args:
         task: what.
-        work: folder for finished blocks; gone afterwards unless the process was killed, and then taken over.
+        work: folder for finished blocks, as :func:`calibration.block_checkpoint.finished_blocks` has it.
         identity: what must be the same for a killed run to go on.
 
     Raises:

@@ -18,6 +18,8 @@ from onnx_functions.external_data import BadSpan, Span
 __all__ = ["Values", "inner_bytes", "read_values"]
 
 _CHUNK: Final = 8 << 20
+_GLANCE: Final = 1 << 16
+"""Bytes of codes that are read first: nearly always they hold one that is not zero, and that is all to know."""
 _Bytes = npt.NDArray[np.uint8]
 
 _SIXTEEN_BIT_EXPONENT: Final[Mapping[int, int]] = {TensorProto.BFLOAT16: 0x7F80, TensorProto.FLOAT16: 0x7C00}
@@ -94,8 +96,9 @@ def _read_files(places: list[tuple[Span, str]], tensors: Mapping[str, TensorProt
 def _read(file: BinaryIO, span: Span, tensor: TensorProto, buffer: _Bytes) -> Values:
     file.seek(span.offset)
     total, left = Values(), span.length
+    chunk = _GLANCE if tensor.data_type in _CODES else _CHUNK
     while left > 0 and not (tensor.data_type in _CODES and not total.all_zero):
-        piece = buffer[: min(left, _CHUNK)]
+        piece, chunk = buffer[: min(left, chunk)], _CHUNK
         view, held = piece.data, 0
         while held < len(piece):
             count = file.readinto(view[held:])  # type: ignore[attr-defined]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration import ptq
-from calibration.block_calibration import measure_by_block
+from calibration import input_amax, ptq
+from calibration.block_calibration import measured_by_block
 from calibration.block_checkpoint import STATE, finished_blocks
 from calibration.block_runner import BlockRunner, Outputs
 from calibration.dataset import Inputs, load_inputs, save_inputs
@@ -45,7 +45,8 @@ def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_
 ) -> None:
     calls, model = load_inputs(inputs)[::20], load_source(digits)
     whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None)
-    assert measure_by_block(digits, calls, tmp_path / "work") == whole
+    with measured_by_block(digits, calls, tmp_path / "work") as by_block:
+        assert by_block == whole
     assert len(set(whole.values())) > 20
     assert not (tmp_path / "work").exists()
 
@@ -74,7 +75,8 @@ def test_each_weight_is_read_once_whatever_the_number_of_calls(
     read: list[str] = []
     finite = block_calibration.finite_tensor
     monkeypatch.setattr(block_calibration, "finite_tensor", lambda *of: read.append(of[1]) or finite(*of))
-    measure_by_block(digits, load_inputs(inputs)[:3], tmp_path / "work")
+    with measured_by_block(digits, load_inputs(inputs)[:3], tmp_path / "work"):
+        pass
     assert sorted(read) == sorted(read_header(digits / "diffusion_pytorch_model.safetensors"))
 
 
@@ -142,6 +144,33 @@ def test_a_checkpoint_whose_outputs_are_cut_short_starts_again(tmp_path: Path) -
         assert finished.outputs(0) == ()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_was_measured_stays_until_something_was_made_of_it(
+    error: BaseException, digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, work = load_inputs(inputs)[:3], tmp_path / "work"
+    with pytest.raises(type(error)), measured_by_block(digits, calls, work) as first:
+        raise error
+    assert [path.name for path in work.iterdir()] == [STATE]
+    monkeypatch.delattr(BlockRunner, "run")
+    with measured_by_block(digits, calls, work) as again:
+        assert again == first
+    assert not work.exists()
+
+
+def test_inputs_that_cannot_be_saved_are_noticed_before_anything_is_run(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str | Path, _: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(input_amax, "save_inputs", full)
+    monkeypatch.delattr(BlockRunner, "run")
+    with pytest.raises(OSError, match="No space"):
+        calibrate("digits", tmp_path / "amax.json", inputs=inputs, save_inputs_to=tmp_path / "saved.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_of_the_users_is_not_taken_for_a_killed_runs(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "amax.json.partial").mkdir()
     (tmp_path / "amax.json.partial" / "thesis.txt").write_text("mine")
@@ -177,9 +206,10 @@ def test_cuda_is_refused_where_there_is_none(inputs: Path, tmp_path: Path, monke
 @pytest.mark.gpu
 def test_on_a_gpu_the_maxima_are_nearly_those_of_the_cpu(digits: Path, inputs: Path, tmp_path: Path) -> None:
     calls: Sequence[Inputs] = load_inputs(inputs)[:3]
-    on_cpu = measure_by_block(digits, calls, tmp_path / "work")
-    on_gpu = measure_by_block(digits, calls, tmp_path / "work", "cuda")
-    assert on_gpu == pytest.approx(on_cpu, rel=0.05)
+    with measured_by_block(digits, calls, tmp_path / "work") as on_cpu:
+        pass
+    with measured_by_block(digits, calls, tmp_path / "work", "cuda") as on_gpu:
+        assert on_gpu == pytest.approx(on_cpu, rel=0.05)
 
 
 def _write_amax(path: Path, values: dict[str, object]) -> Path:
@@ -192,16 +222,20 @@ def test_merged_files_give_each_linear_its_largest_maximum_and_name_their_source
 ) -> None:
     one = _write_amax(tmp_path / "one.json", {paths[0]: 3.0, **dict.fromkeys(paths[1:9], 1.0)})
     two = _write_amax(tmp_path / "two.json", {paths[0]: 2.0, **dict.fromkeys(paths[1:], 4.0)})
-    found = calibration_from(digits, [one, two])
+    with calibration_from(digits, [one, two], tmp_path / "work") as found:
+        pass
     assert found.amax == {paths[0]: 3.0, **dict.fromkeys(paths[1:], 4.0)}
     assert list(found.amax) == list(paths)
     assert [source["described"]["data"] for source in found.described["merged"]] == ["one", "two"]
-    assert found.amax == calibration_from(digits, (two, one)).amax
+    with calibration_from(digits, (two, one), tmp_path / "work") as turned:
+        assert found.amax == turned.amax
 
 
 def test_one_file_in_a_list_is_that_file(digits: Path, paths: tuple[str, ...], tmp_path: Path) -> None:
     file = _write_amax(tmp_path / "one.json", dict.fromkeys(paths, 1.0))
-    assert calibration_from(digits, [file]) == calibration_from(digits, file)
+    work = tmp_path / "work"
+    with calibration_from(digits, [file], work) as listed, calibration_from(digits, file, work) as alone:
+        assert listed == alone
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None, "1"])

@@ -173,7 +173,7 @@ def pack_or_die(self, path, packer, begin, end):
         self._files.put(f"{path}.weight", 0, np.full(4, 255, np.uint8))  # in the middle of one
         os.kill(os.getpid(), signal.SIGKILL)
     pack(self, path, packer, begin, end)
-one_pass.NOTE_EVERY = 1
+one_pass.NOTE_EVERY = 0
 shards.plan_shards = lambda stored, groups: plan(stored, groups, int(sys.argv[4]))
 write.note_progress, one_pass._Pass._pack = note_and_tell, pack_or_die
 quantize(sys.argv[1], sys.argv[2], calibration=sys.argv[3])
@@ -222,6 +222,52 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
+@pytest.mark.parametrize("how", ["gone", "short", "another header"])
+def test_files_that_are_not_as_they_were_left_are_written_anew(
+    how: str, flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kill(flux, tmp_path / "out", amax)
+    file = sorted((tmp_path / "out.partial").glob("*.safetensors"))[1]
+    content = file.read_bytes()
+    file.unlink()
+    if how != "gone":
+        file.write_bytes(content[:-1] if how == "short" else content.replace(b"weight_scale", b"weight_scalf", 1))
+    _small_shards(monkeypatch)
+    quantize(flux, tmp_path / "out", calibration=amax)
+    quantize(flux, tmp_path / "whole", calibration=amax)
+    assert _files(tmp_path / "out") == _files(tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
+def test_what_a_run_that_begins_anew_removes_is_not_relied_on_from_the_first_file_on(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kill(flux, tmp_path / "out", amax)
+    removed: list[str] = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: removed.append(path.name) or unlink(path, **how))
+    with replacing(tmp_path / "out", force=False, identity="another") as partial:
+        assert removed[0] == ".fp4trt-progress.json"
+        assert removed[-1] == ".fp4trt-partial"
+        assert [path.name for path in partial.iterdir()] == [".fp4trt-partial"]
+
+
+def test_a_folder_that_a_kill_left_empty_is_taken(flux: Path, amax: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    quantize(flux, tmp_path / "out", calibration=amax)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_result_that_a_kill_met_as_it_got_its_name_is_ours(flux: Path, amax: Path, tmp_path: Path) -> None:
+    quantize(flux, tmp_path / "out", calibration=amax)
+    before = _files(tmp_path / "out")
+    for name in (".fp4trt-partial", ".fp4trt-progress.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    quantize(flux, tmp_path / "out", calibration=amax, force=True)
+    assert _files(tmp_path / "out") == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 def test_what_a_killed_run_left_is_not_used_for_another_result(
     flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +303,7 @@ def test_after_a_failure_what_was_noted_stays_for_the_next_run_and_nothing_else(
     _small_shards(monkeypatch)
     with monkeypatch.context() as failing:
         if kept:
-            failing.setattr(one_pass, "NOTE_EVERY", 1)
+            failing.setattr(one_pass, "NOTE_EVERY", 0)
         failing.setattr(shards.ShardFiles, "put", full)
         failing.setattr(write, "note_progress", note_and_tell)
         with pytest.raises(OSError, match="No space"):

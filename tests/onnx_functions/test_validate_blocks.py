@@ -187,16 +187,19 @@ def test_a_killed_validation_goes_on_with_the_next_block_and_writes_the_same_rep
     assert json.loads((tmp_path / "out" / "report.json").read_text())["passed"] is True
 
 
-def test_a_validation_that_fails_leaves_no_folder_that_it_made(
-    quantized_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "left"), [(ValueError("bad"), []), (OSError(28, "No space left on device"), ["new", "new/out.partial"])]
+)
+def test_a_validation_that_fails_leaves_finished_blocks_where_the_system_failed_it(
+    error: Exception, left: list[str], quantized_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(Walk, "finish", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(type(error)):
         validate(quantized_digits, level="blocks", blocks="1", report_dir=tmp_path / "new" / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*")) if path.is_dir()] == left
 
 
 def test_a_folder_of_the_users_in_the_way_of_the_finished_blocks_stays(quantized_digits: Path, tmp_path: Path) -> None:
