@@ -25,7 +25,7 @@ from measure.checkpoints import exported, tensor_bytes  # noqa: E402
 from measure.child import fp4trt, itself  # noqa: E402
 from measure.result import machine, publish  # noqa: E402
 
-SIZES = ["digits", "1+1x2", "2+4x2"]
+SIZES = ["digits", "1+1x2"]  # deeper ones of random weights are chaotic from end to end
 TOKENS = {"batch": 1, "image_tokens": 16, "text_tokens": 8}
 
 
