@@ -28,7 +28,7 @@ from calibration.packing import DevicePacker, Packer
 from calibration.safetensors_file import DTYPE_BYTES, StoredTensor
 from calibration.shards import GLOBAL_SCALES, Groups, ShardFiles, seal
 
-__all__ = ["MEMORY", "Done", "Work", "estimated_seconds", "quantize_in_one_pass", "workers"]
+__all__ = ["MEMORY", "Done", "Work", "estimated_seconds", "quantize_in_one_pass"]
 
 _PIECE: Final = 1 << 21
 """Weights that one job packs: 4 MiB in BF16."""
@@ -40,12 +40,12 @@ NOTE_EVERY: Final = 5.0
 """Seconds after which what has been done is brought to disk and noted."""
 
 
-def workers() -> int:
+def _workers() -> int:
     """Return how many threads share the work: one a processor, at most 8."""
     return min(os.cpu_count() or 1, 8)
 
 
-MEMORY: Final = 2 * workers() * 3 * _PIECE
+MEMORY: Final = 2 * _workers() * 3 * _PIECE
 """Bytes, about: what the jobs read and make."""
 
 
@@ -109,13 +109,14 @@ def quantize_in_one_pass(
         files: of the result; what ``done`` calls written is in them.
         done: what is finished, which grows to everything.
         note: called, every few seconds and on another thread, with what is on disk by then.
-        progress: told of every so many bytes of the source that were read, and again when they were packed.
+        progress: told of every so many bytes of the source that were read, and again when they were packed; first of
+            what need not be.
 
     Raises:
         BadCheckpoint: a tensor of the source is not finite, not floating-point, or overlaps another.
         BadAmax: a weight has no global scale.
     """
-    with ThreadPoolExecutor(2 * workers()) as pool, ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(2 * _workers()) as pool, ThreadPoolExecutor(1) as beside:
         try:
             _Pass(work, files, done, progress).run(pool, beside, note)
         except BaseException:
@@ -139,7 +140,7 @@ def estimated_seconds(read: int, written: int) -> float:
     packed = time.perf_counter()
     hashlib.sha256(bits.data)
     hashed = time.perf_counter()
-    return (read * (hashed - start) + written * (hashed - packed)) / bits.nbytes / workers()
+    return (read * (hashed - start) + written * (hashed - packed)) / bits.nbytes / _workers()
 
 
 class _Pass:
@@ -158,14 +159,15 @@ class _Pass:
         self._noted, self._noted_at = len(done.written), time.monotonic()
 
     def run(self, pool: ThreadPoolExecutor, beside: ThreadPoolExecutor, note: Callable[[dict[str, Any]], None]) -> None:
-        sources = set(self._work.sources)
+        unread = {reader.file for reader in self._readers}
         for name, stored in self._work.stored.items():
-            if name in self._done.amax or stored.file not in sources:
+            self._progress(stored.nbytes * ((stored.file not in unread) + (name in self._written)))
+            if name in self._done.amax or stored.file not in unread:
                 self._seen(name)
         working: dict[Future[Any], Then] = {}
         saving: dict[Future[Any], Then] = {}
         while True:
-            while len(working) < 2 * workers() and (task := self._next()):
+            while len(working) < 2 * _workers() and (task := self._next()):
                 working[pool.submit(task[0])] = task[1]
             for path in set(self._files.whole()) - self._sealed:
                 self._sealed.add(path)
@@ -184,7 +186,7 @@ class _Pass:
 
     def _next(self) -> tuple[Job, Then] | None:
         """Return a job: some read on, so that the disk is never idle, unless packing lags behind them."""
-        behind = len(self._ready) >= _BEHIND or (self._ready and self._reading >= workers())
+        behind = len(self._ready) >= _BEHIND or (self._ready and self._reading >= _workers())
         if self._readers and not behind:
             reader = self._readers.popleft()
             self._reading += 1

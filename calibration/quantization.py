@@ -192,7 +192,10 @@ def _write(partial: Path, given: _Source, recipe: str, device: str) -> dict[str,
     inputs = sharing.shared(given.calibrated.amax, groups)
     sources = files_of(given.folder) if given.done is None else []
     files = shards.ShardFiles(partial, planned, shards.results_of(done.written, groups))
-    _foresee(partial, given, files.missing())
+    to_read = [
+        tensor for tensor in given.stored.values() if tensor.file in sources and tensor.file.name not in done.sha256
+    ]
+    _foresee(partial, sum(tensor.nbytes for tensor in to_read), files.missing())
     work = Work(sources, given.stored, groups, inputs, device)
     with _bar(given.stored) as progress:
         quantize_in_one_pass(work, files, done, functools.partial(write.note_progress, partial), progress)
@@ -232,8 +235,8 @@ def _description(
     }
 
 
-def _foresee(folder: Path, given: _Source, needed: int) -> None:
-    """Say, before a long run, what it reads, writes and needs.
+def _foresee(folder: Path, reads: int, needed: int) -> None:
+    """Say, before a long run, what it reads, writes and needs, in bytes.
 
     Raises:
         TooLittleSpace: the result does not fit on its disk.
@@ -244,7 +247,6 @@ def _foresee(folder: Path, given: _Source, needed: int) -> None:
             f"{folder.parent} has {_size(free)} free, the result needs {_size(needed)}; make room, or choose another "
             "--output"
         )
-    reads = sum(tensor.nbytes for tensor in given.stored.values())
     if reads >= _WORTH_SAYING:
         click.echo(
             f"reading {_size(reads)}, writing {_size(needed)} ({_size(free)} are free), with {_size(MEMORY)} of memory "

@@ -81,16 +81,20 @@ def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
 
 
 def discard(folder: Path, last: str) -> None:
-    """Remove a folder of ours, if it is there, and its file ``last`` after all others: by that a later run knows it."""
+    """Remove a folder of ours, if it is there, and its file ``last`` after all others: by that a later run knows it.
+
+    What the system does not let go stays, and ``last`` with it: this often happens while another error is on its way.
+    """
     if not folder.is_dir():
         return
-    for path in [path for path in folder.iterdir() if path.name != last]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    (folder / last).unlink(missing_ok=True)
-    folder.rmdir()
+    with contextlib.suppress(OSError):
+        for path in [path for path in folder.iterdir() if path.name != last]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        (folder / last).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _forget_progress(folder: Path) -> None:

@@ -7,7 +7,7 @@ two more times, most of an export's time, although in the families here only ope
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -56,9 +56,10 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     """
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     known = _TRANSLATED | _RULES.keys() | translations().keys()
-    if any(node.target not in known for node in nodes) or not _sizes_are_known(nodes):
+    sums = _slices_along_sums(nodes)
+    if sums is None or any(node.target not in known for node in nodes):
         return program
-    rewrite = _Rewrite(program.graph)
+    rewrite = _Rewrite(program.graph, sums)
     for node in nodes:
         rewrite.note_sizes(node)
         if node.target in _RULES:
@@ -75,9 +76,10 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     )
 
 
-def _sizes_are_known(nodes: Iterable[Node]) -> bool:
-    """Whether each size of a slice has been computed before it, or is a sum of such."""
+def _slices_along_sums(nodes: Iterable[Node]) -> set[Node] | None:
+    """Return the slices that have a sum of earlier sizes as theirs, each sum once; None if one has another new size."""
     computed: set[Any] = set()
+    found: set[Node] = set()
     for node in nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
@@ -86,9 +88,10 @@ def _sizes_are_known(nodes: Iterable[Node]) -> bool:
             size = node.meta["val"].shape[_axis(node, 1)]
             if isinstance(size, torch.SymInt) and size.node.expr not in computed:
                 if not (size.node.expr.is_Add and computed.issuperset(size.node.expr.args)):
-                    return False
+                    return None
                 computed.add(size.node.expr)
-    return True
+                found.add(node)
+    return found
 
 
 @dataclass
@@ -96,10 +99,12 @@ class _Rewrite:
     """One graph while it is rewritten.
 
     Attributes:
+        sums: slices that the sum of sizes along them is to follow.
         sizes: a symbolic size to the node that computes it.
     """
 
     graph: Graph
+    sums: Container[Node]
     sizes: dict[Any, Node] = field(default_factory=dict)
 
     def note_sizes(self, node: Node) -> None:
@@ -110,14 +115,12 @@ class _Rewrite:
             if known is not node:
                 node.replace_all_uses_with(known)
                 self.graph.erase_node(node)
-        elif node.target is _aten.slice.Tensor:
+        elif node in self.sums:
             size = node.meta["val"].shape[_axis(node, 1)]
-            if isinstance(size, torch.SymInt) and size.node.expr not in self.sizes:
-                terms = tuple(self.sizes[term] for term in size.node.expr.args)
-                with self.graph.inserting_after(node):
-                    total = self.graph.call_function(operator.add, terms)
-                total.meta = {**node.meta, "val": size}
-                self.sizes[size.node.expr] = total
+            with self.graph.inserting_after(node):
+                total = self.graph.call_function(operator.add, tuple(self.sizes[term] for term in size.node.expr.args))
+            total.meta = {**node.meta, "val": size}
+            self.sizes[size.node.expr] = total
 
     def size(self, size: int | torch.SymInt) -> int | Node:
         return self.sizes[size.node.expr] if isinstance(size, torch.SymInt) else size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration import checkpoint, one_pass, shards, write
+from calibration import checkpoint, one_pass, quantization, shards, write
 from calibration.block_checkpoint import finished_blocks
 from calibration.errors import BadCheckpoint, OutputExists, TooLittleSpace
 from calibration.input_amax import METADATA
@@ -222,6 +223,21 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
+def test_the_bar_reaches_its_end_in_a_run_that_goes_on_too(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, told = _reshard(flux, tmp_path / "resharded"), list[int]()
+    _kill(source, tmp_path / "killed", amax)
+    _small_shards(monkeypatch)
+    monkeypatch.setattr(quantization, "_bar", lambda _: contextlib.nullcontext(told.append))
+    wanted = 2 * sum(value.nbytes for value in load_file(flux / checkpoint.WEIGHTS).values())
+    for name in ("killed", "whole"):
+        told.clear()
+        quantize(source, tmp_path / name, calibration=amax)
+        assert sum(told) == wanted
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 @pytest.mark.parametrize("how", ["gone", "short", "another header"])
 def test_files_that_are_not_as_they_were_left_are_written_anew(
     how: str, flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,6 +266,21 @@ def test_what_a_run_that_begins_anew_removes_is_not_relied_on_from_the_first_fil
         assert removed[0] == ".fp4trt-progress.json"
         assert removed[-1] == ".fp4trt-partial"
         assert [path.name for path in partial.iterdir()] == [".fp4trt-partial"]
+
+
+def test_what_cannot_be_removed_does_not_hide_why_the_run_failed(
+    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    tensors = load_file(flux / checkpoint.WEIGHTS)
+    tensors["x_embedder.bias"][0] = float("nan")
+    save_file(tensors, flux / checkpoint.WEIGHTS)
+    monkeypatch.setattr(Path, "rmdir", refuse)
+    with pytest.raises(BadCheckpoint, match=r"x_embedder\.bias holds NaN"):
+        quantize(flux, tmp_path / "out", calibration=amax)
+    assert list((tmp_path / "out.partial").iterdir()) == []
 
 
 def test_a_folder_that_a_kill_left_empty_is_taken(flux: Path, amax: Path, tmp_path: Path) -> None:
