@@ -2,7 +2,8 @@
 
 A folder in ModelOpt's unified layout: for a quantized linear X, ``X.weight`` U8 [N, K/2] (two E2M1 codes a byte),
 ``X.weight_scale`` F8_E4M3 [N, K/16], ``X.weight_scale_2`` and ``X.input_scale`` F32 scalars (amax / (6 * 448)), and the
-rest as diffusers has it.
+rest as diffusers has it. Where SVDQuant made it, the codes are of what its low-rank branch leaves, and there are
+``X.svdquant_lora_a`` [rank, K], ``X.svdquant_lora_b`` [N, rank] and, with smoothing, ``X.pre_quant_scale`` [K].
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from calibration.models import Family, family_of
 from calibration.nvfp4_linear import NVFP4Linear
 from calibration.safetensors_file import StoredTensor
 from calibration.source import load_json, model_class, tensors_of
+from calibration.svdquant_linear import SVDQuantLinear
 
 __all__ = [
+    "BRANCH",
     "MANIFEST",
     "SCALES",
+    "SMOOTHING",
     "WEIGHTS",
     "Checkpoint",
     "empty_model",
@@ -43,6 +47,10 @@ WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 MANIFEST: Final = "fp4trt.json"
 SCALES: Final = ("weight_scale", "weight_scale_2", "input_scale")
 """What a quantized linear has beside its weight (and bias)."""
+BRANCH: Final = ("svdquant_lora_a", "svdquant_lora_b")
+"""What one has besides where SVDQuant made it, [rank, K] and [N, rank]."""
+SMOOTHING: Final = "pre_quant_scale"
+"""What one has besides where its input is scaled by channel, [K]."""
 
 _NUMPY: Final = {
     "BF16": ml_dtypes.bfloat16,
@@ -78,6 +86,15 @@ class Checkpoint:
         found = set(self.quantized)
         kept = (tuple(path for path in group if path in found) for group in self.family.groups(self.config))
         return tuple(group for group in kept if group)
+
+    def rank(self, path: str) -> int:
+        """Return the rank of a quantized linear's low-rank branch, 0 without one."""
+        factor = self.tensors.get(f"{path}.{BRANCH[0]}")
+        return factor.shape[0] if factor is not None else 0
+
+    def is_smoothed(self, path: str) -> bool:
+        """Whether the input of a quantized linear is scaled by channel first."""
+        return f"{path}.{SMOOTHING}" in self.tensors
 
     @property
     def recipe(self) -> str:
@@ -121,9 +138,10 @@ def load_manifest(path: Path) -> dict[str, Any]:
             raise BadCheckpoint(
                 f"{path}: {key} is a JSON {type(manifest[key]).__name__}, expected an object; quantize again"
             )
-    paths = manifest.get("quantized", {}).get("nvfp4", [])
-    if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
-        raise BadCheckpoint(f"{path}: quantized.nvfp4 is no list of module paths; quantize again")
+    for kind in ("nvfp4", "svdquant"):
+        paths = manifest.get("quantized", {}).get(kind, [])
+        if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
+            raise BadCheckpoint(f"{path}: quantized.{kind} is no list of module paths; quantize again")
     return manifest
 
 
@@ -147,8 +165,12 @@ def read(directory: str | Path) -> Checkpoint:
             raise BadCheckpoint(
                 f"{folder} has no NVFP4 weights for {path}, which its {MANIFEST} promises; quantize again"
             )
+    for path in manifest.get("quantized", {}).get("svdquant", []):
+        if not checkpoint.rank(path):
+            raise BadCheckpoint(f"{folder} has no {path}.{BRANCH[0]}, which its {MANIFEST} promises; quantize again")
     for path in checkpoint.quantized:
         _check_linear(checkpoint, path)
+        _check_branch(checkpoint, path)
     return checkpoint
 
 
@@ -167,11 +189,25 @@ def _check_linear(checkpoint: Checkpoint, path: str) -> None:
         )
 
 
+def _check_branch(checkpoint: Checkpoint, path: str) -> None:
+    rows, packed = checkpoint.tensors[f"{path}.weight"].shape
+    rank = checkpoint.rank(path)
+    wanted = dict(zip(BRANCH, ((rank, packed * 2), (rows, rank)), strict=True)) | {SMOOTHING: (packed * 2,)}
+    found = {kind: checkpoint.tensors[name] for kind in wanted if (name := f"{path}.{kind}") in checkpoint.tensors}
+    for kind, tensor in found.items():
+        if tensor.shape != wanted[kind] or tensor.dtype not in ("BF16", "F16", "F32"):
+            raise BadCheckpoint(
+                f"{path}.{kind} is {tensor.dtype}{list(tensor.shape)}; expected {list(wanted[kind])} in 16 bit"
+            )
+    if len(found.keys() & set(BRANCH)) == 1:
+        raise BadCheckpoint(f"{checkpoint.directory} has half of the branch of {path}; expected {' and '.join(BRANCH)}")
+
+
 def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
     """Load a quantized checkpoint as its diffusers class, in eval mode, on the CPU.
 
-    Every quantized linear becomes an :class:`NVFP4Linear`; in BF16 the model computes what ModelOpt's fake
-    quantization computes, bit for bit.
+    Every quantized linear becomes an :class:`NVFP4Linear`, or an :class:`SVDQuantLinear`; in BF16 the model computes
+    what ModelOpt's fake quantization computes, bit for bit.
 
     Args:
         directory: the checkpoint.
@@ -194,7 +230,9 @@ def empty_model(checkpoint: Checkpoint, quantize_activations: bool = True) -> nn
         model = model_class(checkpoint.family).from_config(plain_config(checkpoint.config))
         for path in checkpoint.quantized:
             linear = model.get_submodule(path)
-            replacement = NVFP4Linear(linear.in_features, linear.out_features, linear.bias is not None)
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            rank, smoothing = checkpoint.rank(path), checkpoint.is_smoothed(path)
+            replacement = SVDQuantLinear(*sizes, rank, smoothing) if rank or smoothing else NVFP4Linear(*sizes)
             replacement.quantize_activations = quantize_activations
             model.set_submodule(path, replacement)
     return model
