@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from calibration.preparation import Method
-from calibration.recipe import PTQ
+from calibration.recipe import PTQ, SVDQuant
 from calibration.recipe import Method as Options
 
-__all__ = ["needs_activations", "of_block"]
+__all__ = ["needs_activations", "of_block", "require_fit"]
 
 
 def needs_activations(options: Options) -> bool:
@@ -14,6 +16,22 @@ def needs_activations(options: Options) -> bool:
     return not isinstance(options, PTQ)
 
 
+def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse options that linears of these shapes cannot have.
+
+    Raises:
+        BadRecipe: naming the linear.
+    """
+    if isinstance(options, SVDQuant):
+        from calibration.svdquant import require_rank
+
+        require_rank(options.rank, groups, shapes)
+
+
 def of_block(options: Options) -> Method:
     """Return what quantizes a block by a method that needs activations."""
+    if isinstance(options, SVDQuant):
+        from calibration.svdquant import svdquant
+
+        return svdquant(options.rank, options.smoothing, options.alpha_step)
     raise AssertionError(f"no function of a block for {options.name}")

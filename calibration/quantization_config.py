@@ -19,20 +19,22 @@ __all__ = ["quantization_config"]
 _OPERAND: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": nvfp4.BLOCK_SIZE}
 
 
-def quantization_config(model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
+def quantization_config(model: nn.Module, paths: Sequence[str], rank: int = 0) -> dict[str, Any]:
     """Return the ``quantization_config`` of a model whose linears at ``paths`` are in NVFP4.
 
     Args:
         model: may be on the meta device.
         paths: module paths of the quantized linears.
+        rank: of the low-rank branches that SVDQuant put beside them; 0 where it did not.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    branch = {"has_zero_point": False, "pre_quant_scale": True, "lora_rank": rank} if rank else {}
     return {
         "config_groups": {
-            "group_0": {"input_activations": dict(_OPERAND), "weights": dict(_OPERAND), "targets": ["Linear"]}
+            "group_0": {"input_activations": dict(_OPERAND), "weights": dict(_OPERAND), "targets": ["Linear"], **branch}
         },
         "ignore": sorted({_pattern(name, paths) for name in linears if name not in set(paths)}),
-        "quant_algo": "NVFP4",
+        "quant_algo": "NVFP4_SVD" if rank else "NVFP4",
         "producer": {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")},
         "quant_method": "modelopt",
     }

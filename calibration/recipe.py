@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +24,7 @@ __all__ = [
     "Method",
     "Recipe",
     "Rule",
+    "SVDQuant",
     "linear_formats",
     "load_recipe",
     "preset_names",
@@ -74,10 +75,25 @@ class PTQ(_Strict):
     name: Literal["ptq"]
 
 
-METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ}
+class SVDQuant(_Strict):
+    """A low-rank branch in 16 bit, and in FP4 what it leaves of the weight (see :mod:`calibration.svdquant`).
+
+    Attributes:
+        rank: of the branch, one for each group of linears that read the same input.
+        smoothing: whether the inputs are scaled by channel first, with an exponent that is searched for each group.
+        alpha_step: of the grid of exponents from 0 to 1; the smaller, the longer the search.
+    """
+
+    name: Literal["svdquant"]
+    rank: int = Field(default=32, ge=1)
+    smoothing: bool = True
+    alpha_step: float = Field(default=0.1, gt=0, le=1)
+
+
+METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "svdquant": SVDQuant}
 """Name of a method to its options."""
 
-Method = PTQ
+Method = Annotated[PTQ | SVDQuant, Field(discriminator="name")]
 
 
 class Recipe(_Strict):

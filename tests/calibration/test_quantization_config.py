@@ -55,3 +55,13 @@ def test_it_is_modelopts_for_all_quantized_linears_and_for_some(
         dropped = set(chosen.sample(sorted(blocks), 2 * seed))
         paths = [path for path in paths if ".".join(path.split(".")[:2]) not in dropped and chosen.random() < 0.8]
     assert quantization_config(ours, paths) == _modelopts(theirs, paths)
+
+
+def test_with_branches_it_is_modelopts_for_svdquant(tiny_flux: MakeFlux, tmp_path: Path) -> None:
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    model, _, paths = _models(tiny_flux(tmp_path / "flux"))
+    ours = quantization_config(model, paths, rank=32)
+    described = {"quant_algo": "NVFP4_SVD", "group_size": 16, "exclude_modules": ours["ignore"], "lora_rank": 32}
+    theirs = convert_hf_quant_config_format({"producer": ours["producer"], "quantization": described})
+    assert ours == theirs
