@@ -61,6 +61,12 @@ def _stored_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {kind:{width}} {entry['linears']:8} {entry['parameters']:14,} {size:>12}"
     share = f"{found['fp4_coverage']:.1%} of the linears' parameters"
     yield f"  FP4 covers {share} ({found['fp4_linears']} linears)"
+    if branches := found.get("branches"):
+        ranks = " and ".join(map(str, branches["ranks"]))
+        yield (
+            f"  SVDQuant: {branches['linears']} low-rank branches{f' of rank {ranks}' if ranks else ''}, "
+            f"{branches['smoothed']} smoothed inputs: {_size(branches['bytes'])} beside them"
+        )
 
 
 def _group_lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -126,6 +132,9 @@ def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield _entry("FP4 GEMMs", found.get("fp4_gemms"))
     covered = f"{found.get('fp4_linears')} of {found.get('quantized_linears')} ({found['fp4_coverage']:.0%})"
     yield _entry("linears in FP4", covered)
+    if branch := found.get("branch"):
+        cost = f"{branch.get('kernels')} of {found.get('kernels')} kernels, {_size(int(branch.get('bytes') or 0))}"
+        yield _entry("low-rank branches", cost)
 
 
 def _plain(value: Any) -> str:
