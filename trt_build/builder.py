@@ -14,6 +14,7 @@ from typing import Any
 from onnx_functions.file_output import partial_path
 from onnx_functions.linting import require_clean
 from trt_build import manifest
+from trt_build.branch_cost import branch_cost
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.errors import BackendMissingError
 from trt_build.graph import Graph, read_graph
@@ -88,8 +89,9 @@ def build(
 
     Returns:
         engine, manifest (absolute paths), engine_bytes, engine_sha256, fp4_gemms, fp4_linears,
-        quantized_linears, gemms, lost, sixteen_bit, gpus, compute_capabilities, profile (minimum, optimum and
-        maximum of each symbol), shapes (the same of each input), cached, seconds.
+        quantized_linears, gemms, lost, sixteen_bit, kernels (all of the engine's), branch (what SVDQuant's cost, see
+        trt_build.branch_cost; None without any), gpus, compute_capabilities, profile (minimum, optimum and maximum of
+        each symbol), shapes (the same of each input), cached, seconds.
 
     Raises:
         LintError: the graph would be built wrongly, or slowly without `allow_slow`.
@@ -202,14 +204,17 @@ def _build_and_publish(
     }
     try:
         event = run_child(asked, on_progress)
-        coverage = measure_coverage(plan.graph, parse_layers(event["layers"]))
+        layers = parse_layers(event["layers"])
+        coverage = measure_coverage(plan.graph, layers)
         if not allow_slow:
             require_coverage(coverage.lost, len(coverage.promised))
         result = {
             "engine_bytes": event["bytes"],
             "engine_sha256": event["sha256"],
             "symbols": {name: list(extent) for name, extent in plan.profile.symbols.items()},
+            "kernels": len(layers),
             **coverage.summary(),
+            "branch": branch_cost(plan.graph, layers),
         }
         content = manifest.write_manifest(plan.engine, request, result)
         os.replace(partial, plan.engine)
@@ -227,6 +232,7 @@ def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: floa
         "engine": str(plan.engine),
         "manifest": str(manifest.manifest_path(plan.engine)),
         **{key: content[key] for key in (*kept, "sixteen_bit")},
+        **{key: content.get(key) for key in ("kernels", "branch")},
         "gpus": [target.name for target in plan.targets],
         "compute_capabilities": plan.compute_capabilities,
         "profile": {name: list(extent) for name, extent in plan.profile.symbols.items()},
