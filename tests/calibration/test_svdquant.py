@@ -170,10 +170,11 @@ def test_a_checkpoint_tells_its_branches(svdquant_checkpoint: Path) -> None:
 def test_it_follows_the_model_more_closely_than_plain_rounding(
     svdquant_checkpoint: Path, quantized_digits: Path
 ) -> None:
-    folders, reference = (svdquant_checkpoint, quantized_digits), load_transformer()
-    branched, rounded = (compare(reference, load(folder, torch.float32), (1000,), 20) for folder in folders)
-    assert branched.psnr_db > rounded.psnr_db + 3
-    assert branched.velocity_error < 0.75 * rounded.velocity_error
+    folders = {"svdquant": svdquant_checkpoint, "ptq": quantized_digits}
+    models = {name: load(folder, torch.float32) for name, folder in folders.items()}
+    found = compare(load_transformer(), models, (1000,), 20)
+    assert found.difference("svdquant", "ptq", "psnr_db").low > 3
+    assert found.estimate("svdquant", "velocity_error").mean < 0.75 * found.estimate("ptq", "velocity_error").mean
 
 
 @pytest.mark.parametrize(
