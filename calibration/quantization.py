@@ -185,7 +185,7 @@ def _prepared(
 ) -> Iterator[_Given]:
     """Run a plain checkpoint on captured inputs, and let the recipe's method quantize each block on its own."""
     captured = captured_from(plain.folder, calibration)
-    method = methods.of_block(plain.recipe.method)
+    method = methods.of_block(plain.recipe.method, plain.family)
     recipe = plain.recipe.resolved()
     with prepared_by_block(plain.folder, captured.calls, plain.formats, method, recipe, work, device) as prepared:
         yield _Given(captured, prepared)
