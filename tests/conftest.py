@@ -88,8 +88,9 @@ def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fp8_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model quantized with its modulation in FP8; not to be changed."""
+    """The built-in model quantized with its modulation in FP8, and exported; not to be changed."""
     from calibration import quantize
+    from exporter import export
 
     folder = tmp_path_factory.mktemp("fp8")
     measured = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
@@ -99,6 +100,7 @@ def fp8_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory)
     recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
     quantize("digits", folder / "digits-fp8", folder / "recipe.yaml", folder / "amax.json")
+    export(folder / "digits-fp8")
     return folder / "digits-fp8"
 
 
