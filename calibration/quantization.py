@@ -295,7 +295,7 @@ def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
         "family": plain.family.name,
         "recipe": plain.recipe.resolved(),
         "quantized": {kind: paths for kind in ("nvfp4", "fp8") if (paths := plain.of_format(kind))},
-        "groups": plain.groups,
+        "groups": plain.quantized_groups,
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
     }
@@ -366,7 +366,7 @@ def _summary(directory: Path, plain: _Plain, manifest: Mapping[str, Any]) -> dic
         "recipe": plain.recipe.name,
         "quantized_linears": len(plain.paths) + len(plain.of_format("fp8")),
         "fp8_linears": len(plain.of_format("fp8")),
-        "groups": len(manifest["groups"]),
+        "groups": len(plain.groups),
         "bytes": size(directory),
         "source_bytes": size(plain.folder),
         "sharing_cost": manifest.get("sharing_cost"),
