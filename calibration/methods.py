@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from calibration import quality
+from calibration.models import Family
 from calibration.preparation import Method
-from calibration.recipe import PTQ, SVDQuant
+from calibration.recipe import PTQ, Quality, SVDQuant
 from calibration.recipe import Method as Options
 
 __all__ = ["needs_activations", "of_block", "require_fit"]
@@ -28,10 +30,13 @@ def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mappi
         require_rank(options.rank, groups, shapes)
 
 
-def of_block(options: Options) -> Method:
-    """Return what quantizes a block by a method that needs activations."""
-    if isinstance(options, SVDQuant):
-        from calibration.svdquant import svdquant
+def of_block(options: Options, family: Family) -> Method:
+    """Return what quantizes a block of a family's models by a method that needs activations."""
+    match options:
+        case Quality():
+            return lambda task: quality.quantize_block(task, options, family.modulated(task.path))
+        case SVDQuant():
+            from calibration.svdquant import svdquant
 
-        return svdquant(options.rank, options.smoothing, options.alpha_step)
+            return svdquant(options.rank, options.smoothing, options.alpha_step)
     raise AssertionError(f"no function of a block for {options.name}")

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
         register_quant_backend,
     )
 
-__all__ = ["NVFP4", "model_calib", "mto", "mtq"]
+__all__ = ["FP8", "NVFP4", "model_calib", "mto", "mtq"]
 
 BACKEND: Final = "fp4trt_nvfp4"
 
@@ -33,6 +33,9 @@ NVFP4: Final = {
     "backend": BACKEND,
 }
 """Attributes of a quantizer."""
+
+FP8: Final = {"num_bits": (4, 3), "axis": None}
+"""Attributes of a quantizer with one scale for its tensor; ModelOpt's own arithmetic runs everywhere."""
 
 logging.getLogger("modelopt").setLevel(logging.ERROR)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration import nvfp4, ptq
+from calibration import fp8, nvfp4, ptq
 from calibration.checkpoint import BRANCH, SMOOTHING
 from calibration.errors import BadRecipe
 from calibration.fused_linears import Fused, fuse
@@ -59,39 +59,72 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float) -> Method:
     def quantize(task: BlockTask) -> BlockResult:
         tensors: dict[str, torch.Tensor] = {}
         figures = {}
+        in_fp8 = [path for path, kind in task.linears.items() if kind == "fp8"]
+        groups = [group for group in task.groups if group[0] not in in_fp8]
+        inner = lambda path: path.removeprefix(f"{task.path}.")  # noqa: E731
         with torch.no_grad():
-            names = [[path.removeprefix(f"{task.path}.") for path in group] for group in task.groups]
-            wholes = [fuse(task.module, group) for group in names]
-            _calibrate(task, [whole.path for whole in wholes], rank, smoothing, alpha_step)
-            for group, whole in zip(task.groups, wholes, strict=True):
+            wholes = [fuse(task.module, [inner(path) for path in group]) for group in groups]
+            plain = [inner(path) for path in in_fp8]
+            _calibrate(task, [whole.path for whole in wholes], plain, rank, smoothing, alpha_step)
+            for group, whole in zip(groups, wholes, strict=True):
                 linear = task.module.get_submodule(whole.path)
                 tensors |= _tensors(linear, group, whole)
                 figures[group[0]] = _figures(linear)
+            for path in in_fp8:
+                tensors |= _fp8_tensors(task.linear(path), path)
         return BlockResult(tensors, {"svdquant": figures})
 
     return quantize
 
 
-def _calibrate(task: BlockTask, paths: Sequence[str], rank: int, smoothing: bool, alpha_step: float) -> None:
-    """Let ModelOpt smooth, split and measure the linears at these paths of the block."""
-    from calibration.modelopt_backend import NVFP4, model_calib, mtq
+def _calibrate(
+    task: BlockTask, paths: Sequence[str], in_fp8: Sequence[str], rank: int, smoothing: bool, alpha_step: float
+) -> None:
+    """Let ModelOpt smooth, split and measure the linears at these paths of the block, and measure those in FP8."""
+    from calibration.modelopt_backend import FP8, NVFP4, model_calib, mtq
 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    quantizers = (f"{path}.{kind}_quantizer" for path in paths for kind in ("input", "weight"))
-    entries += [{"quantizer_name": name, "cfg": NVFP4, "enable": True} for name in quantizers]
+    for path, attributes in {**dict.fromkeys(paths, NVFP4), **dict.fromkeys(in_fp8, FP8)}.items():
+        names = (f"{path}.{kind}_quantizer" for kind in ("input", "weight"))
+        entries += [{"quantizer_name": name, "cfg": attributes, "enable": True} for name in names]
 
     def forward(_: nn.Module) -> None:
         task.run()
 
+    skipped = list(in_fp8)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it tells what it is at
         warnings.simplefilter("ignore")
         mtq.quantize(task.module, {"quant_cfg": entries, "algorithm": None})
         # Not by the algorithm's name: its config has no alpha_step, which the function takes.
         if smoothing:
-            model_calib.svdquant(task.module, forward, lowrank=rank, alpha_step=alpha_step)
+            model_calib.svdquant(task.module, forward, lowrank=rank, skip_layers=skipped, alpha_step=alpha_step)
         else:  # without inputs ModelOpt leaves smoothing out, and the inputs' maxima
-            model_calib.svdquant(task.module, None, lowrank=rank)
+            model_calib.svdquant(task.module, None, lowrank=rank, skip_layers=skipped)
             model_calib.max_calibrate(task.module, forward)
+
+
+def _fp8_tensors(linear: Any, path: str) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of a linear in FP8, that ModelOpt has calibrated.
+
+    Raises:
+        BadAmax: as :func:`_tensors`.
+    """
+    weight, entering = _maxima(linear, path)
+    scale = fp8.tensor_scale(weight)
+    return {
+        f"{path}.weight": fp8.quantize(linear.weight, scale),
+        f"{path}.weight_scale": scale,
+        f"{path}.input_scale": fp8.tensor_scale(entering),
+    }
+
+
+def _maxima(linear: Any, path: str) -> tuple[float, float]:
+    """Return the maxima of a linear's weight and of its input, checked."""
+    amax = (linear.weight_quantizer.amax, linear.input_quantizer.amax)
+    weight, entering = (math.nan if value is None else float(value) for value in amax)
+    ptq.checked({path: entering}, [path])
+    ptq.checked_weights({path: weight})
+    return weight, entering
 
 
 def _tensors(linear: Any, group: Sequence[str], whole: Fused) -> dict[str, torch.Tensor]:
@@ -102,11 +135,9 @@ def _tensors(linear: Any, group: Sequence[str], whole: Fused) -> dict[str, torch
     Raises:
         BadAmax: nothing entered the linear, or nothing finite; or its weight has no scale.
     """
-    amax = {"weight_scale_2": linear.weight_quantizer.amax, "input_scale": linear.input_quantizer.amax}
-    numbers = {kind: math.nan if value is None else float(value) for kind, value in amax.items()}
-    ptq.checked({group[0]: numbers["input_scale"]}, group[:1])
-    ptq.checked_weights({group[0]: numbers["weight_scale_2"]})
-    shared = {kind: nvfp4.global_scale(value).to(linear.weight.device) for kind, value in numbers.items()}
+    weight, entering = _maxima(linear, group[0])
+    scales = {"weight_scale_2": weight, "input_scale": entering}
+    shared = {kind: nvfp4.global_scale(value).to(linear.weight.device) for kind, value in scales.items()}
     codes, block_scales = nvfp4.quantize(linear.weight, shared["weight_scale_2"])
     shared[BRANCH[0]] = linear.weight_quantizer.svdquant_lora_a
     if linear.input_quantizer.pre_quant_scale is not None:

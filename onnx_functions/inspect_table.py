@@ -132,6 +132,8 @@ def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield _entry("FP4 GEMMs", found.get("fp4_gemms"))
     covered = f"{found.get('fp4_linears')} of {found.get('quantized_linears')} ({found['fp4_coverage']:.0%})"
     yield _entry("linears in FP4", covered)
+    if found.get("fp8_linears"):
+        yield _entry("linears in FP8", f"{found['fp8_linears']}, by {found.get('fp8_gemms')} GEMMs")
     if branch := found.get("branch"):
         cost = f"{branch.get('kernels')} of {found.get('kernels')} kernels, {_size(int(branch.get('bytes') or 0))}"
         yield _entry("low-rank branches", cost)

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 import fp4trt
-from calibration import nvfp4
+from calibration import fp8, nvfp4
 from calibration.checkpoint import load, read
 from calibration.digits.model import load_transformer
 from calibration.digits.quality import compare
@@ -151,6 +151,27 @@ def test_it_is_what_modelopts_own_export_would_store() -> None:
     for kind, value in theirs.items():
         assert ours[kind].dtype == value.dtype, kind
         assert torch.equal(ours[kind].float(), value.float()), kind
+
+
+def test_linears_in_fp8_are_measured_and_left_without_a_branch() -> None:
+    block = load_transformer().get_submodule(BLOCK).to(torch.bfloat16)
+    original: Any = copy.deepcopy(block.get_submodule("norm.linear"))
+    modulation, calls = f"{BLOCK}.norm.linear", _inputs(2)
+
+    def run() -> None:
+        with torch.no_grad():
+            for call in calls:
+                block(**call)
+
+    task = BlockTask(BLOCK, block, {modulation: "fp8", ALONE[0]: "nvfp4"}, ((modulation,), ALONE), run)
+    tensors = svdquant(rank=4, smoothing=True, alpha_step=0.5)(task).tensors
+    kept = {name.removeprefix(f"{modulation}."): value for name, value in tensors.items() if modulation in name}
+    assert kept.keys() == {"weight", "weight_scale", "input_scale"}
+    assert kept["weight_scale"] == original.weight.abs().amax().float() / 448
+    entering = max(nn.functional.silu(call["temb"]).abs().amax() for call in calls)
+    assert kept["input_scale"] == entering.float() / 448
+    assert torch.equal(kept["weight"].float(), fp8.quantize(original.weight, kept["weight_scale"]).float())
+    assert f"{ALONE[0]}.svdquant_lora_a" in tensors
 
 
 def test_a_checkpoint_tells_its_branches(svdquant_checkpoint: Path) -> None:
