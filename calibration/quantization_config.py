@@ -47,7 +47,7 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], rank: int 
     quantized = {name: formats[name] for name in linears if formats.get(name, "bf16") != "bf16"}
     kinds = list(dict.fromkeys(quantized.values()))
     mixed = len(kinds) > 1
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         f"group_{index}": {
             "input_activations": dict(_OPERANDS[kind]),
             "weights": dict(_OPERANDS[kind]),

@@ -61,10 +61,10 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float) -> Method:
         figures = {}
         in_fp8 = [path for path, kind in task.linears.items() if kind == "fp8"]
         groups = [group for group in task.groups if group[0] not in in_fp8]
-        inner = lambda path: path.removeprefix(f"{task.path}.")  # noqa: E731
+        inner = {path: path.removeprefix(f"{task.path}.") for path in task.linears}
         with torch.no_grad():
-            wholes = [fuse(task.module, [inner(path) for path in group]) for group in groups]
-            plain = [inner(path) for path in in_fp8]
+            wholes = [fuse(task.module, [inner[path] for path in group]) for group in groups]
+            plain = [inner[path] for path in in_fp8]
             _calibrate(task, [whole.path for whole in wholes], plain, rank, smoothing, alpha_step)
             for group, whole in zip(groups, wholes, strict=True):
                 linear = task.module.get_submodule(whole.path)
