@@ -30,7 +30,7 @@ from calibration.models.family import require_blocks_of_16
 from calibration.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
 from calibration.preparation import Prepared, prepared_by_block
 from calibration.quantization_config import quantization_config
-from calibration.recipe import DEFAULT_RECIPE, Recipe, linear_formats, load_recipe
+from calibration.recipe import Recipe, linear_formats, load_recipe
 from calibration.safetensors_file import StoredTensor, hold, sha256_of
 from calibration.source import (
     empty_source,
@@ -127,7 +127,7 @@ class _Given:
 def quantize(
     source: str | Path,
     output: str | Path,
-    recipe: str | Path = DEFAULT_RECIPE,
+    recipe: str | Path | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
     modelopt_state: str | Path | None = None,
     trust: bool = False,
@@ -143,7 +143,8 @@ def quantize(
     Args:
         source: BF16 checkpoint (see :func:`calibration.source.find_source`).
         output: folder of the result, written as ``OUTPUT.partial`` and renamed.
-        recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`).
+        recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`); None for the best that
+            the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with maxima or a state.
         calibration: maxima (``.json``), or several files of them to be merged, or captured inputs
             (``.safetensors``); None for the built-in model's words.
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here.
@@ -158,7 +159,7 @@ def quantize(
         BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear, Untrusted: naming
             what is wrong.
     """
-    chosen = load_recipe(recipe)
+    chosen = load_recipe(recipe or _usual_recipe(calibration, modelopt_state))
     if calibration and modelopt_state is not None:
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
     require_device(device)
@@ -177,6 +178,13 @@ def quantize(
     with given_by as given, write.replacing(directory, force, given.identity(plain)) as partial:
         manifest = _write(partial, plain, given, device)
     return _summary(directory, plain, manifest)
+
+
+def _usual_recipe(calibration: str | Path | Sequence[str | Path] | None, modelopt_state: str | Path | None) -> str:
+    """Return the preset that makes the most of what is there: maxima allow no more than rounding to nearest."""
+    files = [Path(path) for path in ([calibration] if isinstance(calibration, str | Path) else calibration or ())]
+    only_maxima = modelopt_state is not None or len(files) > 1 or any(path.suffix == ".json" for path in files)
+    return "nvfp4-ptq" if only_maxima else "nvfp4-quality"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from calibration.errors import BadRecipe
 from calibration.models import Family
 
 __all__ = [
-    "DEFAULT_RECIPE",
     "METHODS",
     "PTQ",
     "FormatRules",
@@ -29,8 +28,6 @@ __all__ = [
     "load_recipe",
     "preset_names",
 ]
-
-DEFAULT_RECIPE: Final = "nvfp4-ptq"
 
 _FOLDER: Final = Path(__file__).resolve().parent / "recipes"
 
