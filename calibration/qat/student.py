@@ -110,7 +110,7 @@ def make_student(checkpoint: Checkpoint, plain: Callable[[str], torch.Tensor]) -
     """
     model = load(checkpoint.directory, torch.float32)
     for path, linear in list(model.named_modules()):
-        if not isinstance(linear, NVFP4Linear):
+        if type(linear) is not NVFP4Linear:  # what computes more than this is left as it is
             continue
         scales, global_scale = checkpoint.tensor(f"{path}.weight_scale"), checkpoint.tensor(f"{path}.weight_scale_2")
         codes, original = nvfp4.unpack_codes(checkpoint.tensor(f"{path}.weight")), plain(f"{path}.weight").float()
