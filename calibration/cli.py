@@ -119,8 +119,9 @@ def quantize(
     from calibration.quantization import quantize as run
 
     result = run(source, output, recipe, calibration, modelopt_state, trust, force, device)
+    in_fp8 = f", {result['fp8_linears']} of them to FP8" if result["fp8_linears"] else ""
     click.echo(
-        f"quantized {result['quantized_linears']} linears ({result['recipe']}): "
+        f"quantized {result['quantized_linears']} linears{in_fp8} ({result['recipe']}): "
         f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
     )
     if cost := result["sharing_cost"]:

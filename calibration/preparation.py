@@ -129,7 +129,7 @@ def prepared_by_block(
                 linears = {path: formats[path] for group in inside for path in group}
                 result = method(BlockTask(block, module, linears, inside, run))
                 run.require()
-            _save(_file(finished, block), result.tensors)
+                _save(_file(finished, block), result.tensors)
             finished.finish(block, dict(result.figures))
             progress.update(1)
         tensors = {name: place for block in blocks for name, place in read_header(_file(finished, block)).items()}

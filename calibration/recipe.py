@@ -23,6 +23,7 @@ __all__ = [
     "QAT",
     "FormatRules",
     "Method",
+    "Quality",
     "Recipe",
     "Rule",
     "linear_formats",
@@ -34,7 +35,7 @@ DEFAULT_RECIPE: Final = "nvfp4-ptq"
 
 _FOLDER: Final = Path(__file__).resolve().parent / "recipes"
 
-Format = Literal["nvfp4", "bf16"]
+Format = Literal["nvfp4", "fp8", "bf16"]
 """What a linear is stored and computed in."""
 
 
@@ -96,7 +97,7 @@ class QAT(_Strict):
     """
 
     name: Literal["qat"]
-    start: str = "nvfp4-ptq"
+    start: str = "nvfp4-quality"
     steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     batch: int = Field(default=64, gt=0)
@@ -110,10 +111,38 @@ class QAT(_Strict):
     seed: int = Field(default=0, ge=0)
 
 
-METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "qat": QAT}
+class Quality(_Strict):
+    """Folds, GPTQ with a search of the block scales, coordinate descent, bias correction: no cost at run time.
+
+    Attributes:
+        shift_fold: take the mean of every channel out of the inputs behind adaptive norms.
+        smooth_fold: scale channels there so that weights and inputs share the burden.
+        gptq: round with feedback and a search of the block scales.
+        descent_sweeps: of coordinate descent afterwards, at most; 0 for none.
+        bias_correction: let the biases take up what the mean of the output has lost.
+        sequential: quantize each group of linears for what the quantized ones before it in its block give; one run over
+            the calibration data for every group, in place of one for all.
+        damping: of the second moments' diagonal, relative to its mean.
+        input_headroom: factor on the largest magnitude that was seen of an input.
+        rows_per_call: tokens of every captured call that second moments are taken of, at most.
+    """
+
+    name: Literal["quality"]
+    shift_fold: bool = True
+    smooth_fold: bool = True
+    gptq: bool = True
+    descent_sweeps: int = Field(default=4, ge=0)
+    bias_correction: bool = True
+    sequential: bool = True
+    damping: float = Field(default=0.01, gt=0, lt=1)
+    input_headroom: float = Field(default=1.5, ge=1, le=64)
+    rows_per_call: int = Field(default=1024, ge=1)
+
+
+METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality, "qat": QAT}
 """Name of a method to its options."""
 
-Method = Annotated[PTQ | QAT, Field(discriminator="name")]
+Method = Annotated[PTQ | Quality | QAT, Field(discriminator="name")]
 
 
 class Recipe(_Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -83,6 +84,24 @@ def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantize("digits", directory)
     export(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def fp8_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model quantized with its modulation in FP8, and exported; not to be changed."""
+    from calibration import quantize
+    from exporter import export
+
+    folder = tmp_path_factory.mktemp("fp8")
+    measured = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
+    inputs = {name.removesuffix(".input_quantizer"): amax for name, amax in measured.items() if ".input" in name}
+    (folder / "amax.json").write_text(json.dumps(inputs), encoding="utf-8")
+    rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
+    recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    quantize("digits", folder / "digits-fp8", folder / "recipe.yaml", folder / "amax.json")
+    export(folder / "digits-fp8")
+    return folder / "digits-fp8"
 
 
 @pytest.fixture(scope="session")

@@ -124,6 +124,8 @@ def _validate(
     graph = read_graph(Path(model).absolute())  # a link stays: weights lie beside it
     if graph.uses_fp4:
         require_format(targets, "nvfp4")
+    if graph.promised_fp8:
+        require_format(targets, "fp8")
     default = graph.path.parent / ("_".join(target.name for target in targets) + ".engine")
     return _Plan(
         graph=graph,
@@ -160,9 +162,8 @@ def _tensorrt_version(plan: _Plan, force: bool) -> str:
         return str(importlib.import_module(plan.backend).__version__)
     installed = importlib.util.find_spec(plan.backend) is not None
     if not installed or target.compute_capability not in local_compute_capabilities():
-        content = script_of(
-            plan.engine, plan.graph.path, target, plan.profile, plan.graph.promised_fp4, plan.weight_streaming
-        )
+        promised = {"FP4": plan.graph.promised_fp4, "FP8": plan.graph.promised_fp8}
+        content = script_of(plan.engine, plan.graph.path, target, plan.profile, promised, plan.weight_streaming)
         script = write_script(script_path(plan.engine), content, force)
         lacking = f"a {target.name} in this machine" if installed else "tensorrt, which is not installed here"
         raise BackendMissingError(
@@ -182,6 +183,7 @@ def _request(plan: _Plan, version: str) -> dict[str, Any]:
         profile={name: [list(shape) for shape in shapes] for name, shapes in plan.profile.inputs.items()},
         weight_streaming=plan.weight_streaming,
         promised_fp4=plan.graph.promised_fp4,
+        promised_fp8=plan.graph.promised_fp8,
     )
 
 
@@ -204,7 +206,7 @@ def _build_and_publish(
         event = run_child(asked, on_progress)
         coverage = measure_coverage(plan.graph, parse_layers(event["layers"]))
         if not allow_slow:
-            require_coverage(coverage.lost, len(coverage.promised))
+            require_coverage(coverage.lost, coverage.quantized_linears)
         result = {
             "engine_bytes": event["bytes"],
             "engine_sha256": event["sha256"],
@@ -222,7 +224,8 @@ def _build_and_publish(
 
 
 def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: float) -> dict[str, Any]:
-    kept = ("engine_bytes", "engine_sha256", "fp4_gemms", "fp4_linears", "quantized_linears", "gemms", "lost")
+    counts = ("fp4_gemms", "fp4_linears", "fp8_gemms", "fp8_linears", "quantized_linears")
+    kept = ("engine_bytes", "engine_sha256", *counts, "gemms", "lost")
     return {
         "engine": str(plan.engine),
         "manifest": str(manifest.manifest_path(plan.engine)),

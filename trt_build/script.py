@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -35,7 +36,9 @@ import tensorrt as trt
 HERE = Path(__file__).resolve().parent
 ONNX = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / $onnx
 ENGINE = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / $engine
-PROMISED_FP4 = $promised
+PROMISED = {  # the type of both operands, as TensorRT's layer information has it: linears
+$promised
+}
 PROFILE = {  # input: minimum, optimum and maximum shape
 $profile
 }
@@ -76,15 +79,18 @@ def main():
     partial.write_bytes(plan)
     os.replace(partial, ENGINE)
     kernels = [line for line in log.layers.splitlines() if line.startswith("Name: ")]
-    fp4 = [k for k in kernels if "FP4" in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
-    gemms = [k for k in fp4 if "FP4" in k.partition("Constants: [")[2].partition("], Outputs:")[0]]
-    lost = [name for name in PROMISED_FP4 if not any(f"[ONNX Layer: {name}/MatMul]" in k for k in gemms)]
+    counts, lost = {}, []
+    for kind, names in PROMISED.items():
+        read = [k for k in kernels if kind in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
+        gemms = [k for k in read if kind in k.partition("Constants: [")[2].partition("], Outputs:")[0]]
+        counts[kind.lower() + "_gemms"] = len(gemms)
+        lost += [name for name in names if not any(f"[ONNX Layer: {name}/MatMul]" in k for k in gemms)]
     result = {"engine": str(ENGINE), "engine_bytes": ENGINE.stat().st_size, "tensorrt": trt.__version__}
     if not kernels:
         sys.exit(json.dumps(result) + " warning: no layer information, so FP4 coverage is unknown")
-    print(json.dumps({**result, "fp4_gemms": len(gemms), "lost": lost}))
+    print(json.dumps({**result, **counts, "lost": lost}))
     if lost:
-        sys.exit(f"error: {len(lost)} of {len(PROMISED_FP4)} linears run in 16 bit")
+        sys.exit(f"error: {len(lost)} of {sum(map(len, PROMISED.values()))} linears run in 16 bit")
 
 
 main()
@@ -101,7 +107,7 @@ def script_of(
     onnx: Path,
     target: Target,
     profile: Profile,
-    promised: tuple[str, ...],
+    promised: Mapping[str, Sequence[str]],
     weight_streaming: bool,
 ) -> str:
     """Return the build script of a requested engine.
@@ -117,7 +123,7 @@ def script_of(
         capability=target.compute_capability,
         onnx=repr(_relative(onnx, path.parent)),
         engine=repr(engine.name),
-        promised=repr(list(promised)),
+        promised="\n".join(f"    {kind!r}: {list(names)!r}," for kind, names in promised.items()),
         profile="\n".join(rows),
         weight_streaming=weight_streaming,
     )

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration import nvfp4
+from calibration import fp8, nvfp4
 from calibration.checkpoint import Checkpoint, load
+from calibration.fp8_linear import FP8Linear
 from calibration.nvfp4_linear import NVFP4Linear
 
 __all__ = ["StudentLinear", "make_student", "student_linears", "student_tensors"]
@@ -88,6 +89,28 @@ class StudentLinear(nn.Module):
         return nvfp4.dequantize(self.codes(weight), self.scales(), self.global_scale)
 
 
+class FrozenFP8Linear(nn.Module):
+    """An FP8 linear, which stays as it is; the gradient goes straight through the rounding of its input.
+
+    Attributes:
+        weight: [N, K], dequantized.
+        bias: [N], or None.
+        input_scale: FP32 scale of the activation, 0-d.
+    """
+
+    input_scale: torch.Tensor
+
+    def __init__(self, linear: FP8Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("input_scale", linear.input_scale)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``input`` [..., K] to [..., N]."""
+        quantized = _straight_through(input, lambda value: fp8.fake_quantize(value, self.input_scale))
+        return nn.functional.linear(quantized, self.weight, self.bias)
+
+
 def _codes(weight: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     blocks = weight.float().unflatten(-1, (-1, nvfp4.BLOCK_SIZE))
     return nvfp4.codes_under(blocks, (scales.float() * global_scale).unsqueeze(-1)).flatten(-2)
@@ -110,7 +133,9 @@ def make_student(checkpoint: Checkpoint, plain: Callable[[str], torch.Tensor]) -
     """
     model = load(checkpoint.directory, torch.float32)
     for path, linear in list(model.named_modules()):
-        if type(linear) is not NVFP4Linear:  # what computes more than this is left as it is
+        if isinstance(linear, FP8Linear):
+            model.set_submodule(path, FrozenFP8Linear(linear))
+        if type(linear) is not NVFP4Linear:
             continue
         scales, global_scale = checkpoint.tensor(f"{path}.weight_scale"), checkpoint.tensor(f"{path}.weight_scale_2")
         codes, original = nvfp4.unpack_codes(checkpoint.tensor(f"{path}.weight")), plain(f"{path}.weight").float()

@@ -161,13 +161,18 @@ FLUX_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _traced_graph(keep: Callable[[str], bool], **changes: int) -> onnx.ModelProto:
-    """Return the graph of a model whose checkpoint has the linears in FP4 that ``keep`` says."""
+def _traced_graph(
+    keep: Callable[[str], bool], fp8: Callable[[str], bool] = lambda path: False, **changes: int
+) -> onnx.ModelProto:
+    """Return the graph of a model whose checkpoint has the linears in FP4 that ``keep`` says, and some in FP8."""
     config = {**FLUX_CONFIG, **changes}
     nowhere = StoredTensor(Path(), "F8_E4M3", (), 0, 0)
     paths = [path for path in family_of(config).quantized(config) if keep(path)]
-    checkpoint = Checkpoint(Path(), config, {}, {f"{path}.weight_scale": nowhere for path in paths})
-    leaders = {path: group[0] for group in checkpoint.groups for path in group}
+    eights = [path for path in family_of(config).quantized(config) if fp8(path)]
+    stored = {f"{path}.weight_scale": nowhere for path in paths} | {f"{path}.weight": nowhere for path in eights}
+    checkpoint = Checkpoint(Path(), config, {}, stored)
+    groups = (*checkpoint.groups, *checkpoint.groups_of(checkpoint.fp8))
+    leaders = {path: group[0] for group in groups for path in group}
     model = graph_of(checkpoint, leaders, "float32", lambda hundredths: None)
     for value in model.graph.initializers.values():
         if "." in str(value.name):  # weights on the meta device
@@ -176,7 +181,7 @@ def _traced_graph(keep: Callable[[str], bool], **changes: int) -> onnx.ModelProt
     return ir.to_proto(model)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def traced_graph() -> Callable[..., onnx.ModelProto]:
-    """Give the graph of a small FLUX whose config has some changes, which of its linears are in FP4 told by path."""
+    """Give the graph of a small FLUX whose config has some changes, its linears in FP4, and in FP8, told by path."""
     return _traced_graph
