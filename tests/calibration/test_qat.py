@@ -21,9 +21,10 @@ from calibration.digits.model import load_transformer
 from calibration.digits.quality import compare
 from calibration.digits.sampling import capture
 from calibration.errors import BadInputs, BadRecipe
+from calibration.fp8_linear import FP8Linear
 from calibration.models import family_of
 from calibration.qat import distillation
-from calibration.qat.student import StudentLinear, make_student, student_linears, student_tensors
+from calibration.qat.student import FrozenFP8Linear, StudentLinear, make_student, student_linears, student_tensors
 from calibration.qat.training import learning_rate, train
 from calibration.qat.trajectories import Trajectories
 from calibration.quantization import quantize
@@ -115,6 +116,16 @@ def test_the_gradient_goes_straight_through_every_rounding(start):
     assert torch.equal(output, expected)
     for ours, theirs in zip((linear.weight, linear.bias, given), plain, strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_an_fp8_linear_stays_as_it_is_and_lets_the_gradient_through():
+    random = torch.Generator().manual_seed(0)
+    stored = FP8Linear(32, 8, bias=True).requires_grad_(False)
+    stored.input_scale.fill_(0.01)
+    frozen, given = FrozenFP8Linear(stored), torch.randn(3, 32, generator=random).requires_grad_()
+    assert torch.equal(frozen(given), stored(given))
+    frozen(given).sum().backward()
+    assert torch.equal(given.grad, stored.weight.sum(0).expand(3, -1))
 
 
 def test_what_the_student_computes_is_what_is_stored(trained, calls):
