@@ -19,6 +19,7 @@ from calibration.models import Family
 __all__ = [
     "METHODS",
     "PTQ",
+    "QAT",
     "FormatRules",
     "Method",
     "Quality",
@@ -72,6 +73,41 @@ class PTQ(_Strict):
     name: Literal["ptq"]
 
 
+class QAT(_Strict):
+    """Quantization-aware training by distillation from the plain model (see :mod:`calibration.qat`).
+
+    Attributes:
+        start: the recipe, a preset's name or a file, whose method makes the checkpoint to start from; the formats are
+            those of this recipe.
+        steps: of training.
+        learning_rate: its largest.
+        batch: images of a step, over all processes.
+        warm_up: steps of it.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        block_loss: weight of the blocks' mean relative error beside the velocity's mean squared error; 0 leaves it out.
+        data: ``trajectories`` for states on the teacher's ways from fresh noise at random times, with the text of the
+            captured calls; ``captured`` for the captured states themselves.
+        visits: states of each way.
+        gradient_checkpointing: compute each block again in the backward pass, to save memory.
+        seed: of the data.
+    """
+
+    name: Literal["qat"]
+    start: str = "nvfp4-quality"
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    batch: int = Field(default=64, gt=0)
+    warm_up: int = Field(default=20, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    block_loss: float = Field(default=0.0, ge=0)
+    data: Literal["trajectories", "captured"] = "trajectories"
+    visits: int = Field(default=10, gt=0)
+    gradient_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0)
+
+
 class Quality(_Strict):
     """Folds, GPTQ with a search of the block scales, coordinate descent, bias correction: no cost at run time.
 
@@ -100,10 +136,10 @@ class Quality(_Strict):
     rows_per_call: int = Field(default=1024, ge=1)
 
 
-METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality}
+METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality, "qat": QAT}
 """Name of a method to its options."""
 
-Method = Annotated[PTQ | Quality, Field(discriminator="name")]
+Method = Annotated[PTQ | Quality | QAT, Field(discriminator="name")]
 
 
 class Recipe(_Strict):
