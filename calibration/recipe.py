@@ -79,6 +79,8 @@ class QAT(_Strict):
     Attributes:
         start: the recipe, a preset's name or a file, whose method makes the checkpoint to start from; the formats are
             those of this recipe.
+        learn: ``all`` of each NVFP4 linear, or its ``biases`` alone: a calibration by gradients, which leaves codes and
+            scales as they are.
         steps: of training.
         learning_rate: its largest.
         batch: images of a step, over all processes.
@@ -95,6 +97,7 @@ class QAT(_Strict):
 
     name: Literal["qat"]
     start: str = "nvfp4-quality"
+    learn: Literal["all", "biases"] = "all"
     steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     batch: int = Field(default=64, gt=0)

@@ -139,7 +139,8 @@ class _Loop:
             self._heard.attach(student, family.blocks(config))
             self._wanted.attach(self._teacher, family.blocks(config))
         for path, parameter in student.named_parameters():
-            parameter.requires_grad_(path.rpartition(".")[0] in _learning(student))
+            owner, _, leaf = path.rpartition(".")
+            parameter.requires_grad_(owner in _learning(student) and (options.learn == "all" or leaf == "bias"))
         if options.gradient_checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         student.train()

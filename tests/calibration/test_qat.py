@@ -41,7 +41,7 @@ method: {name: qat, start: nvfp4-ptq, steps: %d, learning_rate: 0.0002, batch: %
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "ptq"
-    quantize("digits", folder)
+    quantize("digits", folder, "nvfp4-ptq")
     return folder
 
 
@@ -326,3 +326,18 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
     assert 0 <= rates[-1] < 0.001
+
+
+def test_where_the_biases_alone_learn_every_code_and_scale_stays(digits, start, calls, tmp_path):
+    student, teacher = of_digits(digits, start), load_transformer()
+    config = load_json(digits / "config.json")
+    state, losses = train(student, teacher, calls, family_of(config), config, options(learn="biases"), tmp_path)
+    before, after = student_tensors(student, of_digits(digits, start).state_dict()), student_tensors(student, state)
+    changed = {name for name, value in after.items() if not torch.equal(_bits(value), _bits(before[name]))}
+    assert len(losses["velocity"]) == 2
+    assert changed
+    assert all(name.endswith(".bias") for name in changed)
+
+
+def _bits(value):
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)
