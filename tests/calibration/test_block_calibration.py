@@ -40,15 +40,43 @@ def paths(digits: Path) -> tuple[str, ...]:
     return family_of(config).quantized(config)
 
 
+@pytest.fixture(scope="module")
+def attentions(digits: Path) -> tuple[str, ...]:
+    config = load_json(digits / "config.json")
+    return family_of(config).attentions(config)
+
+
 def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_bit(
-    digits: Path, inputs: Path, paths: tuple[str, ...], tmp_path: Path
+    digits: Path, inputs: Path, paths: tuple[str, ...], attentions: tuple[str, ...], tmp_path: Path
 ) -> None:
     calls, model = load_inputs(inputs)[::20], load_source(digits)
-    whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None)
+    whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None, attentions)
     with measured_by_block(digits, calls, tmp_path / "work") as by_block:
         assert by_block == whole
     assert len(set(whole.values())) > 20
     assert not (tmp_path / "work").exists()
+
+
+def test_the_maxima_of_an_attention_are_those_of_what_torchs_attention_is_given(
+    digits: Path, inputs: Path, attentions: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, model = load_inputs(inputs)[::20], load_source(digits)
+    with measured_by_block(digits, calls, tmp_path / "work") as measured:
+        pass
+    given: list[tuple[float, ...]] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: object) -> torch.Tensor:
+        given.append(tuple(float(operand.abs().max()) for operand in (query, key, value)))
+        return attention(query, key, value, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.no_grad():
+        for call in calls:
+            model(**call)
+    for index, path in enumerate(attentions):
+        largest = [max(row) for row in zip(*given[index :: len(attentions)], strict=True)]
+        assert [measured[f"{path}.{operand}"] for operand in "qkv"] == largest
 
 
 def test_a_run_by_block_gives_the_models_own_output_and_holds_one_block(digits: Path, inputs: Path) -> None:
