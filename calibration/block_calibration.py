@@ -22,7 +22,7 @@ from calibration.models import family_of
 from calibration.safetensors_file import bytes_of
 from calibration.source import empty_source, files_of, finite_tensor, load_json
 
-__all__ = ["measured_by_block", "require_device"]
+__all__ = ["identity_of", "measured_by_block", "require_device"]
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt")
 
@@ -56,7 +56,7 @@ def measured_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device:
     runner = BlockRunner(model, blocks, tensor, device)
     length = len(blocks) * len(calls)
     progress = click.progressbar(length=length, label="calibrating", file=sys.stderr, show_eta=True)
-    with finished_blocks(work, _identity(folder, config, calls, device)) as finished, progress as bar:
+    with finished_blocks(work, identity_of(folder, config, calls, device)) as finished, progress as bar:
         bar.update(len(finished.results) * len(calls))
         for block in blocks[len(finished.results) :]:
             members, inner = ([p for p in listed if p.startswith(f"{block}.")] for listed in (paths, attentions))
@@ -104,7 +104,7 @@ def _measure(
     return ptq.checked(amax, paths) | ptq.checked_attentions(amax, attentions)
 
 
-def _identity(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], device: str) -> dict[str, Any]:
+def identity_of(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], device: str) -> dict[str, Any]:
     """Return what must be the same for a run to go on; the weights are known by size and time of change."""
     digest = hashlib.sha256()
     for call in calls:

@@ -1,13 +1,14 @@
 """Quantized checkpoints: read what a folder holds, load it back into torch.
 
 A folder in ModelOpt's unified layout: for a quantized linear X, ``X.weight`` U8 [N, K/2] (two E2M1 codes a byte),
-``X.weight_scale`` F8_E4M3 [N, K/16], ``X.weight_scale_2`` and ``X.input_scale`` F32 scalars (amax / (6 * 448)), and the
-rest as diffusers has it.
+``X.weight_scale`` F8_E4M3 [N, K/16], ``X.weight_scale_2`` and ``X.input_scale`` F32 scalars (amax / (6 * 448)); for
+one in FP8 ``X.weight`` F8_E4M3 [N, K], ``X.weight_scale`` and ``X.input_scale`` F32 scalars (amax / 448); and the rest
+as diffusers has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,16 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from calibration import nvfp4
+from calibration import fp8, nvfp4
 from calibration.errors import BadCheckpoint
+from calibration.fp8_linear import FP8Linear
 from calibration.models import Family, family_of
 from calibration.nvfp4_linear import NVFP4Linear
 from calibration.safetensors_file import StoredTensor
 from calibration.source import load_json, model_class, tensors_of
 
 __all__ = [
+    "FP8_SCALES",
     "MANIFEST",
     "SCALES",
     "WEIGHTS",
@@ -42,7 +45,9 @@ __all__ = [
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 MANIFEST: Final = "fp4trt.json"
 SCALES: Final = ("weight_scale", "weight_scale_2", "input_scale")
-"""What a quantized linear has beside its weight (and bias)."""
+"""What a linear in NVFP4 has beside its weight (and bias)."""
+FP8_SCALES: Final = ("weight_scale", "input_scale")
+"""What a linear in FP8 has beside its weight (and bias)."""
 
 _NUMPY: Final = {
     "BF16": ml_dtypes.bfloat16,
@@ -70,12 +75,23 @@ class Checkpoint:
     @cached_property
     def quantized(self) -> tuple[str, ...]:
         """Module paths of the linears that are stored in NVFP4, in graph order."""
-        return tuple(path for path in self.family.quantized(self.config) if f"{path}.weight_scale" in self.tensors)
+        found, in_fp8 = self.family.quantized(self.config), set(self.fp8)
+        return tuple(path for path in found if f"{path}.weight_scale" in self.tensors and path not in in_fp8)
+
+    @cached_property
+    def fp8(self) -> tuple[str, ...]:
+        """Module paths of the linears that are stored in FP8, in graph order."""
+        weights = {path: self.tensors.get(f"{path}.weight") for path in self.family.quantized(self.config)}
+        return tuple(path for path, weight in weights.items() if weight is not None and weight.dtype == "F8_E4M3")
 
     @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The quantized linears by shared input."""
-        found = set(self.quantized)
+        """The linears in NVFP4 by shared input."""
+        return self.groups_of(self.quantized)
+
+    def groups_of(self, paths: Collection[str]) -> tuple[tuple[str, ...], ...]:
+        """Return some of the linears by shared input."""
+        found = set(paths)
         kept = (tuple(path for path in group if path in found) for group in self.family.groups(self.config))
         return tuple(group for group in kept if group)
 
@@ -104,6 +120,8 @@ class Checkpoint:
 
     def weight(self, path: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the dequantized weight [N, K] of a quantized linear: FP32 products, rounded once to ``dtype``."""
+        if path in self.fp8:
+            return fp8.dequantize(self.tensor(f"{path}.weight"), self.tensor(f"{path}.weight_scale")).to(dtype)
         codes = nvfp4.unpack_codes(self.tensor(f"{path}.weight"))
         scales = self.tensor(f"{path}.weight_scale")
         return nvfp4.dequantize(codes, scales, self.tensor(f"{path}.weight_scale_2")).to(dtype)
@@ -121,9 +139,9 @@ def load_manifest(path: Path) -> dict[str, Any]:
             raise BadCheckpoint(
                 f"{path}: {key} is a JSON {type(manifest[key]).__name__}, expected an object; quantize again"
             )
-    paths = manifest.get("quantized", {}).get("nvfp4", [])
-    if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
-        raise BadCheckpoint(f"{path}: quantized.nvfp4 is no list of module paths; quantize again")
+    for kind, paths in manifest.get("quantized", {}).items():
+        if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
+            raise BadCheckpoint(f"{path}: quantized.{kind} is no list of module paths; quantize again")
     return manifest
 
 
@@ -138,17 +156,20 @@ def read(directory: str | Path) -> Checkpoint:
     config = load_json(folder / "config.json")
     manifest = load_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     checkpoint = Checkpoint(folder, config, manifest, tensors_of(folder))
-    if not checkpoint.quantized:
+    if not checkpoint.quantized and not checkpoint.fp8:
         raise BadCheckpoint(
             f"{folder} holds no NVFP4 weights; expected a quantized checkpoint: run fp4trt quantize first"
         )
-    for path in manifest.get("quantized", {}).get("nvfp4", []):
-        if path not in checkpoint.quantized:
-            raise BadCheckpoint(
-                f"{folder} has no NVFP4 weights for {path}, which its {MANIFEST} promises; quantize again"
-            )
+    for kind, name, found in (("nvfp4", "NVFP4", checkpoint.quantized), ("fp8", "FP8", checkpoint.fp8)):
+        for path in manifest.get("quantized", {}).get(kind, []):
+            if path not in found:
+                raise BadCheckpoint(
+                    f"{folder} has no {name} weights for {path}, which its {MANIFEST} promises; quantize again"
+                )
     for path in checkpoint.quantized:
         _check_linear(checkpoint, path)
+    for path in checkpoint.fp8:
+        _check_fp8_linear(checkpoint, path)
     return checkpoint
 
 
@@ -167,11 +188,25 @@ def _check_linear(checkpoint: Checkpoint, path: str) -> None:
         )
 
 
+def _check_fp8_linear(checkpoint: Checkpoint, path: str) -> None:
+    for name in FP8_SCALES:
+        scale = checkpoint.tensors.get(f"{path}.{name}")
+        if scale is None:
+            raise BadCheckpoint(
+                f"{checkpoint.directory} lacks {path}.{name}; expected FP8 codes with both their scales"
+            )
+        if scale.dtype != "F32" or scale.shape != ():
+            raise BadCheckpoint(
+                f"{path}.{name} is {scale.dtype}{list(scale.shape)} in {checkpoint.directory}; expected one F32 for "
+                "the whole tensor: FP8 per channel or in blocks is not supported, quantize again"
+            )
+
+
 def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
     """Load a quantized checkpoint as its diffusers class, in eval mode, on the CPU.
 
-    Every quantized linear becomes an :class:`NVFP4Linear`; in BF16 the model computes what ModelOpt's fake
-    quantization computes, bit for bit.
+    Every quantized linear becomes an :class:`NVFP4Linear` or :class:`FP8Linear`; in BF16 the model computes what
+    fake quantization computes, bit for bit.
 
     Args:
         directory: the checkpoint.
@@ -192,9 +227,10 @@ def empty_model(checkpoint: Checkpoint, quantize_activations: bool = True) -> nn
     """Return the model that :func:`load` returns, on the meta device."""
     with torch.device("meta"):
         model = model_class(checkpoint.family).from_config(plain_config(checkpoint.config))
-        for path in checkpoint.quantized:
+        kinds: dict[str, type[NVFP4Linear | FP8Linear]] = dict.fromkeys(checkpoint.quantized, NVFP4Linear)
+        for path, kind in {**kinds, **dict.fromkeys(checkpoint.fp8, FP8Linear)}.items():
             linear = model.get_submodule(path)
-            replacement = NVFP4Linear(linear.in_features, linear.out_features, linear.bias is not None)
+            replacement = kind(linear.in_features, linear.out_features, linear.bias is not None)
             replacement.quantize_activations = quantize_activations
             model.set_submodule(path, replacement)
     return model
@@ -205,7 +241,7 @@ def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Call
 
     It raises BadCheckpoint for a tensor that is missing or of another shape than the model's.
     """
-    quantized = set(checkpoint.quantized)
+    quantized = {*checkpoint.quantized, *checkpoint.fp8}
     shapes = {name: value.shape for name, value in model.state_dict().items()}
 
     def value_of(name: str) -> torch.Tensor:

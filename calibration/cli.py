@@ -1,4 +1,4 @@
-"""The commands of this room: ``fp4trt calibrate`` and ``fp4trt quantize``."""
+"""The commands of this room: ``fp4trt calibrate``, ``fp4trt recipes`` and ``fp4trt quantize``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-__all__ = ["calibrate", "quantize"]
+__all__ = ["calibrate", "quantize", "recipes"]
 
 _PATH = click.Path(path_type=Path)
 _DEVICE = click.option(
@@ -54,9 +54,37 @@ def calibrate(
 
 
 @click.command()
+@click.argument("name", metavar="[NAME|FILE]", required=False)
+def recipes(name: str | None) -> dict[str, Any]:
+    """List the recipes that come with the package, or check one and show all that it says.
+
+    A recipe is a YAML file; copy one that is shown, change it, and give the file to quantize.
+
+    \b
+    Example:
+      fp4trt recipes
+      fp4trt recipes nvfp4-ptq > mine.yaml
+      fp4trt quantize digits -o digits-fp4 --recipe mine.yaml
+    """
+    import yaml
+
+    from calibration.recipe import load_recipe, preset_names
+
+    if name is not None:
+        described = load_recipe(name).described()
+        click.echo(yaml.safe_dump(described, sort_keys=False, width=100).rstrip())
+        return described
+    presets = [load_recipe(preset) for preset in preset_names()]
+    width = max(len(preset.name) for preset in presets)
+    for preset in presets:
+        click.echo(f"{preset.name:<{width}}  {preset.description}")
+    return {"recipes": [preset.described() for preset in presets]}
+
+
+@click.command()
 @click.argument("source")
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
-@click.option("--recipe", default="nvfp4-ptq", show_default=True, help="How to quantize.")
+@click.option("--recipe", default="nvfp4-ptq", show_default=True, help="A name of fp4trt recipes, or a YAML file.")
 @click.option(
     "--calibration",
     type=_PATH,
@@ -91,12 +119,12 @@ def quantize(
     from calibration.quantization import quantize as run
 
     result = run(source, output, recipe, calibration, modelopt_state, trust, force, device)
-    cost = result["sharing_cost"]
     click.echo(
         f"quantized {result['quantized_linears']} linears ({result['recipe']}): "
         f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
     )
-    text = f"one global scale for each of {result['groups']} groups costs: "
-    text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"
-    click.echo(text)
+    if cost := result["sharing_cost"]:
+        text = f"one global scale for each of {result['groups']} groups costs: "
+        text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"
+        click.echo(text)
     return result

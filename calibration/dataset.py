@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Inputs", "capturing", "check_inputs", "load_inputs", "save_inputs"]
+__all__ = ["Inputs", "capturing", "check_inputs", "load_inputs", "partial_schedule", "save_inputs"]
+
+WIDEST_GAP: Final = 0.35
+"""Between timesteps of captured calls. Four steps, as few as models are made for, are .25 apart."""
 
 Inputs = dict[str, "torch.Tensor"]
 """One call of the transformer: input name to tensor, batch first where the graph has a batch."""
@@ -108,6 +112,24 @@ def check_inputs(calls: Sequence[Inputs], family: Family, config: dict[str, obje
                 raise BadInputs(f"call {index}: {name} has shape {list(found)}; this model takes {list(shape)}")
             if not call[name].isfinite().all():
                 raise BadInputs(f"call {index}: {name} holds NaN or infinite values; capture it again")
+
+
+def partial_schedule(calls: Sequence[Inputs]) -> str | None:
+    """Return, in one line, which part of the denoising schedule no captured call is from; None where none is missing.
+
+    Args:
+        calls: of a model that reads a ``timestep`` from 1 (noise) to 0 (picture).
+    """
+    times = sorted(float(time) for call in calls for time in call.get("timestep", ()))
+    if not times:
+        return None
+    for begin, end in itertools.pairwise([0.0, *times, 1.0]):
+        if end - begin > WIDEST_GAP:
+            return (
+                f"the calibration data have no step between timestep {begin:.2f} and {end:.2f}, of 1 to "
+                "0; layers may be scaled wrongly there: capture whole trajectories"
+            )
+    return None
 
 
 def capturing(transformer: nn.Module, family: Family, config: dict[str, object]) -> _Capture:

@@ -10,6 +10,7 @@ __all__ = [
     "BadAmax",
     "BadCheckpoint",
     "BadInputs",
+    "BadRecipe",
     "OutputExists",
     "TooLittleSpace",
     "UnknownFamily",
@@ -32,6 +33,12 @@ class BadAmax(ValueError):
 
 class BadInputs(ValueError):
     """A file of captured transformer inputs or prompts cannot be used."""
+
+    exit_code = 2
+
+
+class BadRecipe(ValueError):
+    """A recipe is unknown, damaged, or not for this model."""
 
     exit_code = 2
 

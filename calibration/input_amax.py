@@ -6,13 +6,15 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import click
+
 from calibration import ptq
 from calibration.block_calibration import measured_by_block
-from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
+from calibration.dataset import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
 from calibration.errors import BadAmax, BadInputs, OutputExists
 from calibration.models import family_of
 from calibration.prompts import Sampling, capture_prompts
@@ -20,7 +22,7 @@ from calibration.safetensors_file import sha256_of
 from calibration.source import check_source, find_source, load_json, load_source
 from calibration.write import refuse_existing, write_json
 
-__all__ = ["Calibration", "calibrate", "calibration_from", "merged"]
+__all__ = ["Calibration", "calibrate", "calibration_from", "captured_from", "merged"]
 
 METADATA: Final = "__metadata__"
 """The one key of a calibration file that is no module path."""
@@ -169,6 +171,25 @@ def _load_amax(path: Path) -> dict[str, Any]:
     return values
 
 
+def captured_from(folder: Path, given: str | Path | Sequence[str | Path] | None) -> Calibration:
+    """Return captured inputs, without maxima, for a method that needs more than these.
+
+    Args:
+        folder: the BF16 checkpoint.
+        given: captured inputs (``.safetensors``), or None for the built-in model's own prompts.
+
+    Raises:
+        BadInputs: naming what is wrong.
+    """
+    files = [Path(path) for path in ([given] if isinstance(given, str | Path) else given or ())]
+    if len(files) > 1 or (files and files[0].suffix == ".json"):
+        raise BadInputs(
+            f"{files[0]} holds maxima; this recipe needs captured inputs (.safetensors), which fp4trt calibrate "
+            "--save-inputs writes"
+        )
+    return _captured(folder, files[0] if files else None, None, Sampling(), None)
+
+
 @contextlib.contextmanager
 def _measured(
     folder: Path,
@@ -179,7 +200,20 @@ def _measured(
     work: Path,
     device: str,
 ) -> Iterator[Calibration]:
-    """Run the model on captured inputs, or on what its pipeline makes of prompts, for which it is loaded as a whole."""
+    """Run the model on captured inputs, or on what its pipeline makes of prompts."""
+    captured = _captured(folder, inputs, prompts, sampling, save_inputs_to)
+    with measured_by_block(folder, captured.calls, work, device) as amax:
+        yield replace(captured, amax=amax)
+
+
+def _captured(
+    folder: Path,
+    inputs: str | Path | None,
+    prompts: str | Path | None,
+    sampling: Sampling,
+    save_inputs_to: str | Path | None,
+) -> Calibration:
+    """Read captured inputs, or capture them while the pipeline runs on prompts, for which the model is loaded whole."""
     config = load_json(folder / "config.json")
     family = family_of(config)
     if inputs is not None and prompts is not None:
@@ -188,12 +222,15 @@ def _measured(
     if inputs is not None:
         check_source(folder)
         calls = load_inputs(inputs)
-        described = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
+        described: dict[str, Any] = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
     else:
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
     check_inputs(calls, family, config)
     if save_inputs_to is not None:
         save_inputs(save_inputs_to, calls)
-    with measured_by_block(folder, calls, work, device) as amax:
-        yield Calibration(amax, {**described, "calls": len(calls), "family": family.name}, calls)
+    described |= {"calls": len(calls), "family": family.name}
+    if warning := partial_schedule(calls):
+        click.echo(f"warning: {warning}", err=True)
+        described["warnings"] = [warning]
+    return Calibration({}, described, calls)

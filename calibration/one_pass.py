@@ -56,7 +56,7 @@ class Done:
     Attributes:
         sha256: name of each file of the source that was read to its end, to its hash.
         amax: name of each tensor of the source that was read, to its largest magnitude in BF16.
-        written: tensors of the source whose results are on disk.
+        written: tensors of the source whose results are on disk, and prepared ones that are.
         files: name of each file of the result that is whole, to its hash.
     """
 
@@ -83,7 +83,8 @@ class Work:
         sources: files to read.
         stored: name to tensor of the plain checkpoint.
         groups: the quantized linears that share their scales.
-        input_amax: module path to the largest magnitude of its input, alike in a group.
+        input_amax: module path to the largest magnitude of its input, alike in a group; of those that are packed here.
+        prepared: tensors of the result that are made already; they are copied.
         device: where to pack, ``cpu`` or ``cuda``.
     """
 
@@ -91,7 +92,15 @@ class Work:
     stored: Mapping[str, StoredTensor]
     groups: Groups
     input_amax: Mapping[str, float]
+    prepared: Mapping[str, StoredTensor] = field(default_factory=dict)
     device: str = "cpu"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read in all: of what is packed or copied twice, as it were."""
+        made = [tensor.nbytes for name, tensor in self.stored.items() if name not in self.prepared]
+        copied = (tensor.nbytes for tensor in self.prepared.values())
+        return sum(tensor.nbytes for tensor in self.stored.values()) + sum(made) + sum(copied)
 
 
 Job = Callable[[], Any]
@@ -161,9 +170,15 @@ class _Pass:
     def run(self, pool: ThreadPoolExecutor, beside: ThreadPoolExecutor, note: Callable[[dict[str, Any]], None]) -> None:
         unread = {reader.file for reader in self._readers}
         for name, stored in self._work.stored.items():
-            self._progress(stored.nbytes * ((stored.file not in unread) + (name in self._written)))
+            packed = name in self._written and name not in self._work.prepared
+            self._progress(stored.nbytes * ((stored.file not in unread) + packed))
             if name in self._done.amax or stored.file not in unread:
                 self._seen(name)
+        for name, stored in self._work.prepared.items():
+            if name in self._written:
+                self._progress(stored.nbytes)
+            else:
+                self._add(name, [functools.partial(self._transfer, name)])
         working: dict[Future[Any], Then] = {}
         saving: dict[Future[Any], Then] = {}
         while True:
@@ -205,7 +220,7 @@ class _Pass:
 
     def _seen(self, name: str) -> None:
         """Make the jobs that the maximum of a tensor was the last to wait for."""
-        if name in self._written or name in self._missing:
+        if name in self._written or name in self._missing or name in self._work.prepared:
             return
         group = self._group_of.get(name)
         if group is None:
@@ -230,7 +245,7 @@ class _Pass:
             self._written.add(name)
             self._done.written.append(name)
             if self._forgets:
-                self._work.stored[name].forget()
+                (self._work.prepared.get(name) or self._work.stored[name]).forget()
 
     def _packing(self, path: str, packer: Packer | DevicePacker, amax: float) -> list[Job]:
         rows, columns = self._work.stored[f"{path}.weight"].shape
@@ -260,6 +275,14 @@ class _Pass:
             self._files.put(name, begin, bits)
             begin += bits.nbytes
         self._progress(self._work.stored[name].nbytes)
+
+    def _transfer(self, name: str) -> None:
+        """Copy what is prepared, whatever its type."""
+        begin = 0
+        for piece in self._work.prepared[name].pieces():
+            self._files.put(name, begin, piece)
+            begin += piece.nbytes
+        self._progress(begin)
 
     def _save(self, note: Callable[[dict[str, Any]], None], snapshot: dict[str, Any]) -> None:
         self._files.sync()

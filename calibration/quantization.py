@@ -12,23 +12,25 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import click
 from torch import nn
 
-from calibration import shards, sharing, write
+from calibration import methods, nvfp4, shards, sharing, write
 from calibration.block_calibration import require_device
 from calibration.checkpoint import MANIFEST
 from calibration.dataset import save_inputs
 from calibration.errors import BadInputs, TooLittleSpace
-from calibration.input_amax import Calibration, calibration_from
+from calibration.input_amax import Calibration, calibration_from, captured_from
 from calibration.models import Family, family_of
 from calibration.models.family import require_blocks_of_16
 from calibration.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
+from calibration.preparation import Prepared, prepared_by_block
 from calibration.quantization_config import quantization_config
+from calibration.recipe import DEFAULT_RECIPE, Recipe, linear_formats, load_recipe
 from calibration.safetensors_file import StoredTensor, hold, sha256_of
 from calibration.source import (
     empty_source,
@@ -39,12 +41,7 @@ from calibration.source import (
     source_hashes,
 )
 
-__all__ = ["RECIPES", "quantize"]
-
-RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "nvfp4-ptq": {"method": "ptq", "format": "nvfp4", "algorithm": "max", "share_global_scales": True},
-}
-"""Recipe name to what it resolves to."""
+__all__ = ["quantize"]
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt", "numpy", "ml_dtypes")
 
@@ -56,47 +53,72 @@ _WORTH_SAYING: Final = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What is quantized.
+class _Plain:
+    """What is to be quantized, and how.
 
     Attributes:
         folder: the plain checkpoint.
         config: its config.
         family: its family.
+        model: empty.
         stored: its tensors, in the order of the model's own.
-        calibrated: the maxima of the linears' inputs, and what they come from.
-        quantization_config: what the result's config says of its formats.
-        done: what is known of the weights from elsewhere; None where their files are to be read.
+        recipe: how to quantize it.
+        formats: module path of every linear that the family can quantize to its format.
     """
 
     folder: Path
     config: dict[str, Any]
     family: Family
+    model: nn.Module
     stored: Mapping[str, StoredTensor]
-    calibrated: Calibration
-    quantization_config: Mapping[str, Any]
-    done: Done | None
+    recipe: Recipe
+    formats: Mapping[str, str]
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The linears to quantize."""
-        return self.family.quantized(self.config)
+        """The linears in NVFP4."""
+        return tuple(path for path, kind in self.formats.items() if kind == "nvfp4")
 
-    def identity(self, recipe: str) -> str:
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Those of them that share their scales."""
+        return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] == "nvfp4")
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is known before the weights are read.
+
+    Attributes:
+        calibrated: the maxima of the linears' inputs, of those that are packed in the pass, and what they come from.
+        prepared: what a method has decided that looks at the model's activations.
+        done: what is known of the weights from elsewhere; None where their files are to be read.
+    """
+
+    calibrated: Calibration
+    prepared: Prepared = field(default_factory=Prepared)
+    done: Done | None = None
+
+    def identity(self, plain: _Plain) -> str:
         """Return what tells the result from any other before a weight was read; empty where nothing is to be read."""
         if self.done is not None:
             return ""
-        stats = {file.name: file.stat() for file in files_of(self.folder)}
+        stats = {file.name: file.stat() for file in files_of(plain.folder)}
         files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-        parts = [self.config, recipe, RECIPES[recipe], dict(self.calibrated.amax), dict(self.calibrated.described)]
-        parts += [files, _versions(), _LAYOUT]
+        parts: list[Any] = [
+            plain.config,
+            plain.recipe.resolved(),
+            dict(self.calibrated.amax),
+            dict(self.calibrated.described),
+        ]
+        parts += [self.prepared.figures, files, _versions(), _LAYOUT]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def quantize(
     source: str | Path,
     output: str | Path,
-    recipe: str = "nvfp4-ptq",
+    recipe: str | Path = DEFAULT_RECIPE,
     calibration: str | Path | Sequence[str | Path] | None = None,
     modelopt_state: str | Path | None = None,
     trust: bool = False,
@@ -105,13 +127,14 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a BF16 checkpoint and write the quantized one, a few MiB of it in memory at a time.
 
-    The source is read once (see :mod:`calibration.one_pass`). A run that is killed goes on, when it is started again,
-    after what it had brought to disk.
+    The source is read once (see :mod:`calibration.one_pass`), after what the recipe's method does block by block (see
+    :mod:`calibration.preparation`). A run that is killed goes on, when it is started again, after what it had brought
+    to disk.
 
     Args:
         source: BF16 checkpoint (see :func:`calibration.source.find_source`).
         output: folder of the result, written as ``OUTPUT.partial`` and renamed.
-        recipe: a name of :data:`RECIPES`.
+        recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`).
         calibration: maxima (``.json``), or several files of them to be merged, or captured inputs
             (``.safetensors``); None for the built-in model's words.
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here.
@@ -123,116 +146,146 @@ def quantize(
         What the command prints as JSON: paths, counts, bytes, the cost of sharing scales.
 
     Raises:
-        BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear, Untrusted: naming what is
-            wrong.
+        BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear, Untrusted: naming
+            what is wrong.
     """
-    if recipe not in RECIPES:
-        raise BadInputs(f"there is no recipe '{recipe}'; choose one of: {', '.join(RECIPES)}")
+    chosen = load_recipe(recipe)
     if calibration and modelopt_state is not None:
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
     require_device(device)
     directory, folder = Path(output), find_source(source)
     write.refuse_foreign(directory, force)
+    plain = _checked(folder, chosen)
     work = directory.with_name(f"{directory.name}.calibration.partial")
+    given_by: AbstractContextManager[_Given]
     if modelopt_state is not None:
-        source_of: AbstractContextManager[_Source] = contextlib.nullcontext(_restored(folder, modelopt_state, trust))
+        plain, restored = _restored(plain, modelopt_state, trust)
+        given_by = contextlib.nullcontext(restored)
+    elif methods.needs_activations(chosen.method):
+        given_by = _prepared(plain, calibration or None, work, device)
     else:
-        source_of = _calibrated(folder, calibration, work, device)
-    with source_of as given, write.replacing(directory, force, given.identity(recipe)) as partial:
-        manifest = _write(partial, given, recipe, device)
-    return _summary(directory, given, manifest)
+        given_by = _calibrated(plain, calibration or None, work, device)
+    with given_by as given, write.replacing(directory, force, given.identity(plain)) as partial:
+        manifest = _write(partial, plain, given, device)
+    return _summary(directory, plain, manifest)
 
 
 @contextlib.contextmanager
 def _calibrated(
-    folder: Path, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
-) -> Iterator[_Source]:
-    """Check a plain checkpoint against its config; run it on captured inputs, or read what an earlier run measured."""
-    model, config, family, stored = _checked(folder)
-    ordered = {name: stored[name] for name in model.state_dict()}
-    formats = quantization_config(model, family.quantized(config))
-    with calibration_from(folder, calibration or None, work, device) as calibrated:
-        yield _Source(folder, config, family, ordered, calibrated, formats, None)
+    plain: _Plain, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
+) -> Iterator[_Given]:
+    """Run a plain checkpoint on captured inputs, or read what an earlier run measured."""
+    with calibration_from(plain.folder, calibration, work, device) as calibrated:
+        yield _Given(calibrated)
 
 
-def _restored(folder: Path, modelopt_state: str | Path, trust: bool) -> _Source:
+@contextlib.contextmanager
+def _prepared(
+    plain: _Plain, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
+) -> Iterator[_Given]:
+    """Run a plain checkpoint on captured inputs, and let the recipe's method quantize each block on its own."""
+    captured = captured_from(plain.folder, calibration)
+    method = methods.of_block(plain.recipe.method)
+    recipe = plain.recipe.resolved()
+    with prepared_by_block(plain.folder, captured.calls, plain.formats, method, recipe, work, device) as prepared:
+        yield _Given(captured, prepared)
+
+
+def _restored(plain: _Plain, modelopt_state: str | Path, trust: bool) -> tuple[_Plain, _Given]:
     """Take weights and maxima from a ModelOpt state of a plain checkpoint's model, which is held in memory for that."""
     from calibration.modelopt_state import maxima, restore
 
-    model, config, family, _ = _checked(folder)
-    restored = restore(load_source(folder), family.quantized(config), modelopt_state, trust)
-    held = {name: hold(name, restored.state_dict()[name]) for name in model.state_dict()}
-    inputs, weights = maxima(restored, family.quantized(config))
+    if methods.needs_activations(plain.recipe.method):
+        raise BadInputs(f"a ModelOpt state was given, and the recipe {plain.recipe.name}; expected one of plain PTQ")
+    restored = restore(load_source(plain.folder), plain.paths, modelopt_state, trust)
+    held = {name: hold(name, restored.state_dict()[name]) for name in plain.stored}
+    inputs, weights = maxima(restored, plain.paths)
     described = {"data": "modelopt state", "sha256": sha256_of(Path(modelopt_state))}
-    done = Done(source_hashes(folder), {f"{path}.weight": value for path, value in weights.items()})
-    formats = quantization_config(model, family.quantized(config))
-    return _Source(folder, config, family, held, Calibration(inputs, described), formats, done)
+    done = Done(source_hashes(plain.folder), {f"{path}.weight": value for path, value in weights.items()})
+    return replace(plain, stored=held), _Given(Calibration(inputs, described), done=done)
 
 
-def _checked(folder: Path) -> tuple[nn.Module, dict[str, Any], Family, dict[str, StoredTensor]]:
-    """Return the empty model of a plain checkpoint, its config and family, and where its tensors lie."""
+def _checked(folder: Path, recipe: Recipe) -> _Plain:
+    """Check a plain checkpoint against its config, and a recipe against both."""
     model, stored = empty_source(folder)
     config = load_json(folder / "config.json")
     family = family_of(config)
-    for path in family.quantized(config):
-        require_blocks_of_16(path, stored[f"{path}.weight"].shape[1])
-    return model, config, family, stored
+    shapes = {path: stored[f"{path}.weight"].shape for path in family.quantized(config)}
+    formats = linear_formats(recipe.formats, family, config, shapes)
+    for path, kind in formats.items():
+        if kind == "nvfp4":
+            require_blocks_of_16(path, shapes[path][1])
+    ordered = {name: stored[name] for name in model.state_dict()}
+    return _Plain(folder, config, family, model, ordered, recipe, formats)
 
 
-def _write(partial: Path, given: _Source, recipe: str, device: str) -> dict[str, Any]:
+def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str, Any]:
     """Write everything into ``DIR.partial``, or what an earlier run has not finished; return the manifest."""
-    groups = given.family.groups(given.config)
-    planned = shards.plan_shards(given.stored, groups)
+    groups, prepared = plain.groups, given.prepared.tensors
+    planned = shards.plan_shards(plain.stored, groups, prepared)
     earlier = write.progress_of(partial)
     if earlier and shards.are_reserved(partial, planned):
         done = Done(**earlier)
-        click.echo(f"going on: {len(done.written)} of {len(given.stored)} tensors are done", err=True)
+        click.echo(f"going on: {len(done.written)} of {len(plain.stored)} tensors are done", err=True)
     else:
         done = given.done or Done()
-    inputs = sharing.shared(given.calibrated.amax, groups)
-    sources = files_of(given.folder) if given.done is None else []
-    files = shards.ShardFiles(partial, planned, shards.results_of(done.written, groups))
+    packed = [group for group in groups if f"{group[0]}.weight" not in prepared]
+    inputs = sharing.shared(given.calibrated.amax, packed)
+    sources = files_of(plain.folder) if given.done is None else []
+    files = shards.ShardFiles(partial, planned, shards.results_of(done.written, groups, prepared))
     to_read = [
-        tensor for tensor in given.stored.values() if tensor.file in sources and tensor.file.name not in done.sha256
+        tensor for tensor in plain.stored.values() if tensor.file in sources and tensor.file.name not in done.sha256
     ]
     _foresee(partial, sum(tensor.nbytes for tensor in to_read), files.missing())
-    work = Work(sources, given.stored, groups, inputs, device)
-    with _bar(given.stored) as progress:
+    work = Work(sources, plain.stored, groups, inputs, prepared, device)
+    with _bar(work.nbytes) as progress:
         quantize_in_one_pass(work, files, done, functools.partial(write.note_progress, partial), progress)
     written = {shard.name: done.files[shard.name] for shard in planned}
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
-    config = {**given.config, "quantization_config": given.quantization_config}
+    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.paths)}
     written["config.json"] = write.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated)
-    own = {path: done.amax[f"{path}.weight"] for path in given.paths}
-    common = sharing.shared(own, groups)
+    own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
+    common = sharing.shared(own, packed)
     manifest = {
-        **_description(given, recipe, groups, common, inputs),
-        "sharing_cost": asdict(sharing.measure_cost(given.stored, own, common)),
+        **_description(plain, given),
+        "amax": _amax(inputs, common, prepared),
         "files": written,
-        "source": {"config.json": sha256_of(given.folder / "config.json"), **done.sha256},
+        "source": {"config.json": sha256_of(plain.folder / "config.json"), **done.sha256},
     }
+    if packed:
+        manifest["sharing_cost"] = asdict(sharing.measure_cost(plain.stored, own, common))
     write.write_json(partial / MANIFEST, manifest)
     return manifest
 
 
-def _description(
-    given: _Source, recipe: str, groups: shards.Groups, weights: Mapping[str, float], inputs: Mapping[str, float]
-) -> dict[str, Any]:
-    """Return what the manifest says of the quantization itself."""
+def _amax(
+    inputs: Mapping[str, float], weights: Mapping[str, float], prepared: Mapping[str, StoredTensor]
+) -> dict[str, float]:
+    """Return what the manifest says of each quantizer: what was packed here, and what a method has decided."""
     amax = {f"{path}.input_quantizer": value for path, value in inputs.items()}
     amax |= {f"{path}.weight_quantizer": value for path, value in weights.items()}
-    return {
+    for name, tensor in prepared.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf in ("input_scale", "weight_scale_2"):
+            quantizer = "input_quantizer" if leaf == "input_scale" else "weight_quantizer"
+            amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * nvfp4.E2M1_MAX * nvfp4.E4M3_MAX
+    return amax
+
+
+def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
+    """Return what the manifest says of the quantization itself."""
+    described = {
         "format": 1,
-        "family": given.family.name,
-        "recipe": {"name": recipe, **RECIPES[recipe]},
-        "quantized": {"nvfp4": given.paths},
-        "groups": groups,
-        "amax": amax,
+        "family": plain.family.name,
+        "recipe": plain.recipe.resolved(),
+        "quantized": {"nvfp4": plain.paths},
+        "groups": plain.groups,
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
     }
+    return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
 
 
 def _foresee(folder: Path, reads: int, needed: int) -> None:
@@ -263,10 +316,9 @@ def _size(count: int) -> str:
 
 
 @contextlib.contextmanager
-def _bar(stored: Mapping[str, StoredTensor]) -> Iterator[Callable[[int], None]]:
+def _bar(length: int) -> Iterator[Callable[[int], None]]:
     """Show how far the pass is; give what several threads may tell of bytes that were read, or packed."""
     lock = threading.Lock()
-    length = sum(2 * tensor.nbytes for tensor in stored.values())
     with click.progressbar(length=length, label="quantizing", file=sys.stderr) as bar:
 
         def update(count: int) -> None:
@@ -290,17 +342,17 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _VERSIONED}
 
 
-def _summary(directory: Path, given: _Source, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(directory: Path, plain: _Plain, manifest: Mapping[str, Any]) -> dict[str, Any]:
     def size(root: Path) -> int:
         return sum(file.stat().st_size for file in files_of(root))
 
     return {
         "checkpoint": str(directory.resolve()),
-        "family": given.family.name,
-        "recipe": manifest["recipe"]["name"],
-        "quantized_linears": len(given.paths),
+        "family": plain.family.name,
+        "recipe": plain.recipe.name,
+        "quantized_linears": len(plain.paths),
         "groups": len(manifest["groups"]),
         "bytes": size(directory),
-        "source_bytes": size(given.folder),
-        "sharing_cost": manifest["sharing_cost"],
+        "source_bytes": size(plain.folder),
+        "sharing_cost": manifest.get("sharing_cost"),
     }

@@ -85,11 +85,11 @@ class TensorPlan:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-_DTYPE_NAMES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_DTYPE_NAMES: Final = {dtype: name for name, dtype in _TORCH.items()}
 
 
 def plan_of(name: str, tensor: torch.Tensor) -> TensorPlan:
-    """Return the plan to store a floating-point tensor as it is."""
+    """Return the plan to store a tensor as it is."""
     return TensorPlan(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 

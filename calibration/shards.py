@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -57,16 +58,33 @@ class Shard:
         return sum(tensor.nbytes for tensor in self.plan)
 
 
-def plan_shards(stored: Mapping[str, StoredTensor], groups: Groups, limit: int = SHARD_BYTES) -> list[Shard]:
+def plan_shards(
+    stored: Mapping[str, StoredTensor],
+    groups: Groups,
+    prepared: Mapping[str, StoredTensor] = MappingProxyType({}),
+    limit: int = SHARD_BYTES,
+) -> list[Shard]:
     """Return the files to write: one, or more where a file would grow beyond ``limit`` bytes.
 
     Order of the bytes: 32-bit tensors, 16-bit tensors, then group by group in graph order the codes of its members and
     their block scales. So every offset is a multiple of the element size, and a merged group's codes are one span.
+
+    Args:
+        stored: name to tensor of the plain checkpoint.
+        groups: the linears in NVFP4 that share their scales.
+        prepared: tensors of the result that are made already, in the place of what would be made of ``stored``, or
+            beside it.
+        limit: in bytes.
     """
     quantized = {f"{path}.weight" for group in groups for path in group}
-    plain = [TensorPlan(f"{path}.{kind}", "F32", ()) for kind in GLOBAL_SCALES for group in groups for path in group]
-    plain += [TensorPlan(name, "BF16", tensor.shape) for name, tensor in stored.items() if name not in quantized]
-    parts = [plain]
+    wide: dict[str, tuple[str, tuple[int, ...]]]
+    wide = {f"{path}.{kind}": ("F32", ()) for kind in GLOBAL_SCALES for group in groups for path in group}
+    narrow = {name: ("BF16", tensor.shape) for name, tensor in stored.items() if name not in quantized}
+    packed = {f"{path}.{kind}" for group in groups for path in group for kind in ("weight", "weight_scale")}
+    for name, tensor in prepared.items():
+        if name not in packed:
+            (wide if tensor.dtype == "F32" else narrow)[name] = (tensor.dtype, tensor.shape)
+    parts = [[TensorPlan(name, dtype, shape) for name, (dtype, shape) in (*wide.items(), *narrow.items())]]
     for group in groups:
         plan = _group_plan(stored, group)
         if sum(tensor.nbytes for tensor in (*parts[-1], *plan)) > limit:
@@ -95,9 +113,12 @@ def are_reserved(folder: Path, shards: Iterable[Shard]) -> bool:
     return all(is_reserved(folder / shard.name, shard.plan, _METADATA) for shard in shards)
 
 
-def results_of(names: Iterable[str], groups: Groups) -> list[str]:
-    """Return what tensors of the plain checkpoint become: of a quantized weight codes, block scales, global scales."""
-    quantized = {f"{path}.weight": path for group in groups for path in group}
+def results_of(names: Iterable[str], groups: Groups, prepared: Container[str] = ()) -> list[str]:
+    """Return what tensors of the plain checkpoint become: of a quantized weight codes, block scales, global scales.
+
+    A tensor that is prepared already is its own result.
+    """
+    quantized = {f"{path}.weight": path for group in groups for path in group if f"{path}.weight" not in prepared}
     kinds = ("weight", "weight_scale", *GLOBAL_SCALES)
     return [
         result

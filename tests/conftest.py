@@ -86,6 +86,17 @@ def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fp8_digits(digits: Path, quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quantized built-in model with its modulation in FP8, without a graph; not to be changed."""
+    from tests.fp8_checkpoint import is_modulation, store_in_fp8
+
+    directory = tmp_path_factory.mktemp("fp8") / "digits-fp8"
+    shutil.copytree(quantized_digits, directory, ignore=shutil.ignore_patterns("model.onnx"))
+    store_in_fp8(directory, digits, is_modulation)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def bfloat16_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quantized built-in model exported with BF16 scales; not to be changed."""
     from exporter import export

@@ -34,6 +34,13 @@ class Symbol:
     max_resolution: int | None = None
     default_resolution: int | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens by default."""
+        if self.default_resolution is None or self.pixels_per_token is None:
+            return self.default or 1
+        return (self.default_resolution // self.pixels_per_token) ** 2
+
     def as_dict(self) -> dict[str, int | str]:
         """Return the fields that this kind of symbol has, as they stand in the graph's metadata."""
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -57,6 +64,8 @@ class Family:
         input_shapes: (config) to the symbolic shape of every input, in graph order.
         symbols: name of a symbolic dimension to its bounds.
         outputs: names of the outputs.
+        stream: module path of a quantized linear to whose tokens it reads, as names of symbols joined by ``+``, such as
+            ``L+T``; empty where it reads one vector.
     """
 
     name: str
@@ -70,10 +79,16 @@ class Family:
     input_shapes: Callable[[Config], dict[str, tuple[str | int, ...]]]
     symbols: Mapping[str, Symbol]
     outputs: tuple[str, ...]
+    stream: Callable[[str], str]
 
     def quantized(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the quantized linears, in graph order."""
         return tuple(path for group in self.groups(config) for path in group)
+
+    def rows(self, path: str) -> int:
+        """Return how many rows a linear multiplies for one picture of the default size."""
+        names = self.stream(path).split("+")
+        return sum(self.symbols[name].tokens for name in names) if names != [""] else 1
 
     def blocks(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""

@@ -9,7 +9,7 @@ from calibration.models.family import Config, Family, Symbol
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLUX", "attentions", "example_inputs", "groups", "input_shapes", "problem"]
+__all__ = ["FLUX", "attentions", "example_inputs", "groups", "input_shapes", "problem", "stream"]
 
 DOUBLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
     ("norm1.linear",),
@@ -69,6 +69,16 @@ def attentions(config: Config) -> tuple[str, ...]:
     blocks = [f"transformer_blocks.{index}" for index in range(config["num_layers"])]
     blocks += [f"single_transformer_blocks.{index}" for index in range(config["num_single_layers"])]
     return tuple(f"{block}.attn" for block in blocks)
+
+
+def stream(path: str) -> str:
+    """Return whose tokens a quantized linear reads: the picture's ``L``, the text's ``T``, both, or none."""
+    name = path.split(".", 2)[2]
+    if name in ("norm.linear", "norm1.linear", "norm1_context.linear"):
+        return ""
+    if path.startswith("single_transformer_blocks."):
+        return "L+T"
+    return "T" if name.startswith(("attn.add_", "attn.to_add_out", "ff_context.")) else "L"
 
 
 def input_shapes(config: Config) -> dict[str, tuple[str | int, ...]]:
@@ -140,4 +150,5 @@ FLUX: Final = Family(
         "T": Symbol("text_tokens", min=1, max=512, default=512),
     },
     outputs=("latent",),
+    stream=stream,
 )

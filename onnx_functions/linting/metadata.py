@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -17,12 +18,12 @@ from onnx_functions.linting.subject import Subject, name_of
 from onnx_functions.linting.weights import output_type
 from onnx_functions.stored_linears import FORMAT_OF
 
-__all__ = ["KEYS", "RECIPES", "RULES"]
+__all__ = ["KEYS", "RULES"]
 
 KEYS: Final = ("family", "recipe", "scale_dtype", "linears", "groups", "symbols")
 """The entries, after `fp4trt.`, of the metadata of a graph that promises something."""
-RECIPES: Final = ("nvfp4-ptq", "unknown", "none")
-"""What `fp4trt.recipe` may say: a recipe of fp4trt, that of another program, and none where nothing is in FP4."""
+_RECIPE: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
+"""What `fp4trt.recipe` may say: a recipe's name; `unknown`, of another program's; `none` where nothing is in FP4."""
 _SCALE_DTYPES: Final[Mapping[str, int]] = {"float32": TensorProto.FLOAT, "bfloat16": TensorProto.BFLOAT16}
 
 
@@ -80,8 +81,8 @@ def _recipe(subject: Subject, text: str) -> Iterator[str]:
         yield "the recipe has no name; expected one, or none"
     elif (text == "none") == subject.has_fp4:
         yield f"the recipe is {text!r}, and the graph holds {'FP4' if subject.has_fp4 else 'no FP4'}"
-    elif text not in RECIPES:
-        yield f"the recipe {text!r} is unknown; known are {', '.join(RECIPES)}"
+    elif not _RECIPE.fullmatch(text):
+        yield f"the recipe {text!r} is no name of one; expected small letters, digits, dots and dashes"
 
 
 def _scale_dtype(subject: Subject, text: str) -> Iterator[str]:

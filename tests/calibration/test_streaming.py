@@ -61,7 +61,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = shards.plan_shards
-    monkeypatch.setattr(shards, "plan_shards", lambda stored, groups: plan(stored, groups, SMALL))
+    monkeypatch.setattr(shards, "plan_shards", lambda *given: plan(*given, limit=SMALL))
 
 
 def _reshard(flux: Path, folder: Path) -> Path:

@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 
 # Where the module's name is not the distribution's.
-DISTRIBUTIONS = {"PIL": "pillow", "modelopt": "nvidia-modelopt"}
+DISTRIBUTIONS = {"PIL": "pillow", "modelopt": "nvidia-modelopt", "yaml": "pyyaml"}
 # Used by what we import, not by us: diffusers loads large checkpoints with it, torch.onnx translates with it.
 THROUGH_OTHERS = {"accelerate", "onnxscript"}
 

@@ -19,7 +19,9 @@ TORCH = {"accelerate", "diffusers", "huggingface_hub", "modelopt", "safetensors"
 
 # Which rooms, and which packages, each room may import.
 ALLOWED = {
-    "calibration": TORCH | {"click", "filelock", "numba", "numpy", "ml_dtypes", "PIL", "matplotlib"},
+    "calibration": TORCH
+    | {"click", "filelock", "ml_dtypes", "numba", "numpy"}
+    | {"PIL", "matplotlib", "pydantic", "yaml"},
     "exporter": TORCH | LIGHT | {"onnx_ir", "onnxscript", "calibration", "onnx_functions"},
     "onnx_functions": LIGHT | {"onnxruntime", "matplotlib"},
     "trt_build": LIGHT | {"polygraphy", "tensorrt", "tensorrt_rtx", "onnx_functions"},

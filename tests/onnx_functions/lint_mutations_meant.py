@@ -216,7 +216,7 @@ def a_promise_of_no_recipe_over_fp4(graph: Damaged) -> None:
 
 @mutation("promise-metadata", "fp4trt.recipe", "accepted")
 def a_promise_of_an_unknown_recipe(graph: Damaged) -> None:
-    graph.metadata("fp4trt.recipe", "fp8")
+    graph.metadata("fp4trt.recipe", "No Name")
 
 
 @mutation("contract-dims", "latent", "accepted")

@@ -8,8 +8,9 @@ from lint_damage import Damaged
 from lint_mutations import MODULATION, OUT, K, Q
 from onnx import helper
 
-from calibration import quantization
-from onnx_functions.linting import lint, metadata
+from calibration.recipe import preset_names
+from onnx_functions.linears import metadata_of
+from onnx_functions.linting import lint
 
 
 def test_a_gemm_does_as_well_as_a_matmul(damaged: Damaged) -> None:
@@ -56,8 +57,10 @@ def test_a_weight_with_an_axis_of_1_in_front_is_judged_by_its_own_shape(damaged:
     assert lint(damaged.save()).findings == ()
 
 
-def test_the_known_recipes_are_those_that_quantize_has() -> None:
-    assert (*quantization.RECIPES, "unknown", "none") == metadata.RECIPES
+def test_every_preset_and_a_name_of_the_users_own_are_recipes(damaged: Damaged) -> None:
+    for name in (*preset_names(), "my-own.v2", "unknown"):
+        helper.set_model_props(damaged.model, {**metadata_of(damaged.model), "fp4trt.recipe": name})
+        assert lint(damaged.save()).findings == (), name
 
 
 def test_a_copy_of_a_stored_tensor_inside_the_graph_is_legal(damaged: Damaged) -> None:

@@ -1,0 +1,166 @@
+"""Quantize block by block where that needs the model's own activations: each method is one function of a block.
+
+What a block becomes lies on disk before the next one is loaded; a run that was killed goes on with its first unfinished
+block. The finished tensors are then copied into the result by the same pass that packs everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+from torch import nn
+
+from calibration.block_calibration import identity_of, require_device
+from calibration.block_checkpoint import BlockCheckpoint, finished_blocks
+from calibration.block_runner import BlockRunner
+from calibration.dataset import Inputs
+from calibration.models import family_of
+from calibration.safetensors_file import StoredTensor, bytes_of, plan_of, read_header, write
+from calibration.source import empty_source, finite_tensor, load_json
+
+__all__ = ["BlockResult", "BlockTask", "Method", "Prepared", "prepared_by_block"]
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block that is to be quantized.
+
+    Attributes:
+        path: module path, such as ``transformer_blocks.0``.
+        module: the block as the checkpoint has it, in BF16, on the device; may be changed freely once it has run.
+        linears: full module path to format (``nvfp4``, ...) of those that are quantized, in graph order.
+        groups: those of them that read the same input and share their scales.
+        run: runs the block on the inputs that it has in the plain model, for all captured calls; as often as wanted.
+    """
+
+    path: str
+    module: nn.Module
+    linears: Mapping[str, str]
+    groups: tuple[tuple[str, ...], ...]
+    run: Callable[[], None]
+
+    def linear(self, path: str) -> nn.Module:
+        """Return one of the block's modules by its full path."""
+        return self.module.get_submodule(path.removeprefix(f"{self.path}."))
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a block became.
+
+    Attributes:
+        tensors: name in the quantized checkpoint to value, in the type that it is stored in: whatever differs from what
+            the plain checkpoint has.
+        figures: what the method measured, as JSON, for the manifest.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+Method = Callable[[BlockTask], BlockResult]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is decided before the checkpoint is written.
+
+    Attributes:
+        tensors: name in the quantized checkpoint to where the value lies.
+        figures: block to what the method measured there.
+    """
+
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+_METADATA: Final = {"format": "fp4trt-block"}
+
+
+@contextlib.contextmanager
+def prepared_by_block(
+    folder: Path,
+    calls: Sequence[Inputs],
+    formats: Mapping[str, str],
+    method: Method,
+    recipe: Mapping[str, Any],
+    work: Path,
+    device: str = "cpu",
+) -> Iterator[Prepared]:
+    """Quantize a plain checkpoint block by block; what comes of it is there until the end of the ``with`` statement.
+
+    In memory at a time: one block, what lies outside the blocks, one call, and what the method keeps.
+
+    Args:
+        folder: a plain checkpoint.
+        calls: captured inputs.
+        formats: full module path to format; ``bf16`` for what stays as it is.
+        method: what quantizes a block.
+        recipe: what the result depends on besides, as JSON.
+        work: folder for what is finished, as :func:`calibration.block_checkpoint.finished_blocks` has it.
+        device: where to compute, ``cpu`` or ``cuda``.
+
+    Raises:
+        BadCheckpoint, BadInputs, OutputExists: naming what is wrong.
+    """
+    require_device(device)
+    config = load_json(folder / "config.json")
+    family = family_of(config)
+    blocks = family.blocks(config)
+    groups = [group for group in family.groups(config) if formats[group[0]] != "bf16"]
+    model, stored = empty_source(folder)
+    tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
+    runner = BlockRunner(model, blocks, tensor, device)
+    identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
+    bar = click.progressbar(length=len(blocks), label="quantizing blocks", file=sys.stderr, show_eta=True)
+    with finished_blocks(work, identity) as finished, bar as progress:
+        progress.update(len(finished.results))
+        for block in blocks[len(finished.results) :]:
+            inside = tuple(group for group in groups if group[0].startswith(f"{block}."))
+            with runner.loaded(block) as module:
+                run = _Run(runner, block, calls, finished, keep=block != blocks[-1])
+                linears = {path: formats[path] for group in inside for path in group}
+                result = method(BlockTask(block, module, linears, inside, run))
+                run.require()
+            _save(_file(finished, block), result.tensors)
+            finished.finish(block, dict(result.figures))
+            progress.update(1)
+        tensors = {name: place for block in blocks for name, place in read_header(_file(finished, block)).items()}
+        yield Prepared(tensors, dict(finished.results))
+
+
+class _Run:
+    """Runs a block on all calls; the first time it keeps the outputs, which are the next block's inputs."""
+
+    def __init__(
+        self, runner: BlockRunner, block: str, calls: Sequence[Inputs], finished: BlockCheckpoint, keep: bool
+    ) -> None:
+        self._runner, self._block, self._calls, self._finished = runner, block, calls, finished
+        self._keep, self._ran = keep, False
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            for index, call in enumerate(self._calls):
+                outputs = self._runner.run(self._block, call, self._finished.outputs(index))
+                if self._keep and not self._ran:
+                    self._finished.add(outputs)
+        self._ran = True
+
+    def require(self) -> None:
+        assert self._ran, f"the method never ran {self._block}, so that the next block has no inputs"
+
+
+def _file(finished: BlockCheckpoint, block: str) -> Path:
+    return finished.folder / f"{block}.safetensors"
+
+
+def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    plan = [plan_of(name, value) for name, value in tensors.items()]
+    write(file, plan, ((name, bytes_of(value)) for name, value in tensors.items() if value.numel()), _METADATA)

@@ -1,0 +1,198 @@
+"""Recipes: how a model is quantized, as YAML files that validate; some come with the package.
+
+What of a recipe concerns numerics is in the result's manifest, so that a checkpoint tells how it was made.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from calibration.errors import BadRecipe
+from calibration.models import Family
+
+__all__ = [
+    "DEFAULT_RECIPE",
+    "METHODS",
+    "PTQ",
+    "FormatRules",
+    "Method",
+    "Recipe",
+    "Rule",
+    "linear_formats",
+    "load_recipe",
+    "preset_names",
+]
+
+DEFAULT_RECIPE: Final = "nvfp4-ptq"
+
+_FOLDER: Final = Path(__file__).resolve().parent / "recipes"
+
+Format = Literal["nvfp4", "bf16"]
+"""What a linear is stored and computed in."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rule(_Strict):
+    """One format for the linears whose module path a pattern matches.
+
+    Attributes:
+        linears: a shell pattern, such as ``*.norm*.linear``, held against the whole path.
+        format: for them.
+    """
+
+    linears: str
+    format: Format
+
+
+class FormatRules(_Strict):
+    """Which linear gets which format.
+
+    Attributes:
+        default: of those that no rule names.
+        min_size: of the linears that no rule names, leave in BF16 those with fewer in-features, out-features or rows
+            (of one picture of the family's default size) than this.
+        rules: at most one may match a linear.
+    """
+
+    default: Format = "nvfp4"
+    min_size: int = Field(default=0, ge=0)
+    rules: tuple[Rule, ...] = ()
+
+
+class PTQ(_Strict):
+    """Plain post-training quantization: round to nearest under the largest magnitude."""
+
+    name: Literal["ptq"]
+
+
+METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ}
+"""Name of a method to its options."""
+
+Method = PTQ
+
+
+class Recipe(_Strict):
+    """How to quantize a model.
+
+    Attributes:
+        name: what manifest and graph call it.
+        description: one line for people.
+        method: how values are chosen, with the method's own options.
+        formats: which linear gets which format.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    method: Method
+    formats: FormatRules = FormatRules()
+
+    def described(self) -> dict[str, Any]:
+        """Return everything that the recipe says, defaults included, as JSON."""
+        return self.model_dump(mode="json")
+
+    def resolved(self) -> dict[str, Any]:
+        """Return what of it decides the result."""
+        return self.model_dump(mode="json", exclude={"description"})
+
+
+def preset_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load_recipe(recipe: str | Path) -> Recipe:
+    """Return a recipe.
+
+    Args:
+        recipe: a preset's name, or a YAML file.
+
+    Raises:
+        BadRecipe: there is none, or it says what no recipe can say; in one line, naming the key.
+    """
+    path = _FOLDER / f"{recipe}.yaml" if str(recipe) in preset_names() else Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        known = ", ".join(preset_names())
+        raise BadRecipe(f"there is no recipe '{recipe}'; choose one of: {known}, or give a .yaml file")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadRecipe(f"{path} does not exist; expected a recipe: fp4trt recipes lists some") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadRecipe(f"{path} is not YAML ({' '.join(str(error).split())}); see fp4trt recipes NAME") from None
+    if not isinstance(given, dict):
+        raise BadRecipe(f"{path} holds a YAML {type(given).__name__}; expected name, method and formats")
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        raise BadRecipe(f"{path}: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a recipe, in a line that says where and what was expected."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"there is no key {where}; {_known(problem['loc'])}"
+    found = problem["input"] if problem["type"] != "missing" else "nothing"
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{where or 'the recipe'} is {found!r}: {message}" if problem["type"] != "missing" else f"{where} is missing"
+
+
+def _known(location: Sequence[int | str]) -> str:
+    """Return which keys there are beside one that is unknown."""
+    models: dict[Sequence[int | str], type[BaseModel]] = {(): Recipe, ("formats",): FormatRules}
+    models |= {("method", name): options for name, options in METHODS.items()}
+    model = models.get(tuple(location[:-1]), Rule)
+    return f"expected one of: {', '.join(model.model_fields)}"
+
+
+def linear_formats(
+    rules: FormatRules, family: Family, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
+    """Return the format of every linear that the family can quantize, in graph order.
+
+    Args:
+        rules: of a recipe.
+        family: of the model.
+        config: its config.
+        shapes: of the linears' weights, [out-features, in-features].
+
+    Raises:
+        BadRecipe: a pattern matches nothing, two rules name one linear, a group of linears that one GEMM computes would
+            get several formats, or nothing would be quantized.
+    """
+    paths = family.quantized(config)
+    chosen: dict[str, tuple[str, str]] = {}
+    for rule in rules.rules:
+        matching = [path for path in paths if fnmatch.fnmatchcase(path, rule.linears)]
+        if not matching:
+            raise BadRecipe(
+                f"the rule for {rule.linears!r} matches no linear that {family.name} can quantize; "
+                f"expected a pattern such as {paths[0]!r}: fp4trt inspect lists them"
+            )
+        for path in matching:
+            if path in chosen:
+                raise BadRecipe(
+                    f"two rules name {path}: {chosen[path][0]!r} ({chosen[path][1]}) and {rule.linears!r} "
+                    f"({rule.format}); expected one rule for a linear"
+                )
+            chosen[path] = (rule.linears, rule.format)
+    small = {path for path in paths if min(*shapes[path], family.rows(path)) < rules.min_size}
+    usual = {path: "bf16" if path in small else rules.default for path in paths}
+    formats = {path: chosen[path][1] if path in chosen else usual[path] for path in paths}
+    for group in family.groups(config):
+        if len({formats[path] for path in group}) > 1:
+            listed = ", ".join(f"{path} {formats[path]}" for path in group)
+            raise BadRecipe(f"linears that are one GEMM get several formats ({listed}); name all of them in a rule")
+    if set(formats.values()) <= {"bf16"}:
+        raise BadRecipe("the rules leave every linear in bf16; expected some that are quantized")
+    return formats

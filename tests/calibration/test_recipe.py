@@ -1,0 +1,130 @@
+"""Recipes are checked key by key, and against the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fp4trt
+from calibration.dataset import load_inputs, save_inputs
+from calibration.errors import BadRecipe
+from calibration.models import family_of
+from calibration.quantization import quantize
+from calibration.recipe import FormatRules, Rule, linear_formats, load_recipe, preset_names
+from calibration.source import load_json, tensors_of
+
+MODULATION = "*.norm*.linear"
+
+
+def _written(folder: Path, **changes: object) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({"name": "mine", "method": {"name": "ptq"}, **changes}), encoding="utf-8")
+    return path
+
+
+def _formats(digits: Path, **rules: object) -> dict[str, str]:
+    config = load_json(digits / "config.json")
+    family, tensors = family_of(config), tensors_of(digits)
+    shapes = {path: tensors[f"{path}.weight"].shape for path in family.quantized(config)}
+    return linear_formats(FormatRules.model_validate(rules), family, config, shapes)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methd": 1}, "there is no key methd; expected one of: name, description, method, formats"),
+        ({"method": {"name": "magic"}}, "method"),
+        ({"formats": {"defalt": "bf16"}}, "there is no key formats.defalt; expected one of: default, min_size, rules"),
+        ({"formats": {"default": "int3"}}, "formats.default is 'int3'"),
+        ({"formats": {"rules": [{"linear": "*"}]}}, "formats.rules.0.linears is missing"),
+        ({"name": "No Name"}, "name is 'No Name'"),
+    ],
+)
+def test_a_recipe_with_a_mistake_is_refused_in_one_line_that_names_the_key(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadRecipe) as raised:
+        load_recipe(_written(tmp_path, **changes))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "{", "\x00"])
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BadRecipe, match=r"mine\.yaml") as raised:
+        load_recipe(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_recipe_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fp4trt.run(["quantize", "digits", "-o", str(tmp_path / "out"), "--recipe", "nvfp5"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert fp4trt.run(["recipes", str(tmp_path / "absent.yaml")]) == 2
+
+
+def test_a_pattern_that_matches_nothing_is_refused(digits: Path) -> None:
+    with pytest.raises(BadRecipe, match="matches no linear"):
+        _formats(digits, rules=[{"linears": "*.norm7.*", "format": "bf16"}])
+
+
+def test_two_rules_for_one_linear_are_refused(digits: Path) -> None:
+    rules = [{"linears": MODULATION, "format": "bf16"}, {"linears": "transformer_blocks.0.*", "format": "nvfp4"}]
+    with pytest.raises(BadRecipe, match=r"two rules name transformer_blocks\.0\.norm1\.linear"):
+        _formats(digits, rules=rules)
+
+
+def test_a_rule_must_not_split_what_is_one_gemm(digits: Path) -> None:
+    with pytest.raises(BadRecipe, match="one GEMM"):
+        _formats(digits, rules=[{"linears": "*.to_q", "format": "bf16"}])
+
+
+def test_rules_that_leave_nothing_to_quantize_are_refused(digits: Path) -> None:
+    with pytest.raises(BadRecipe, match="every linear in bf16"):
+        _formats(digits, default="bf16")
+
+
+def test_the_size_rule_looks_at_both_sizes_of_the_weight_and_at_the_rows(digits: Path) -> None:
+    formats = _formats(digits, min_size=16)  # 16 image tokens, 8 text tokens, one row of modulation
+    assert formats["transformer_blocks.0.attn.to_q"] == "nvfp4"
+    assert formats["transformer_blocks.0.attn.add_q_proj"] == "bf16"
+    assert formats["single_transformer_blocks.0.proj_out"] == "nvfp4"
+    assert formats["single_transformer_blocks.0.norm.linear"] == "bf16"
+    kept = _formats(digits, min_size=16, rules=[{"linears": "*.norm.linear", "format": "nvfp4"}])
+    assert kept["single_transformer_blocks.0.norm.linear"] == "nvfp4"
+
+
+def test_linears_that_a_rule_leaves_in_bf16_are_stored_as_they_were(digits: Path, tmp_path: Path) -> None:
+    rules = FormatRules(rules=(Rule(linears=MODULATION, format="bf16"),))
+    quantize("digits", tmp_path / "out", _written(tmp_path, formats=rules.model_dump()))
+    manifest = load_json(tmp_path / "out" / "fp4trt.json")
+    assert manifest["recipe"] == {
+        "name": "mine",
+        "method": {"name": "ptq"},
+        "formats": {"default": "nvfp4", "min_size": 0, "rules": [{"linears": MODULATION, "format": "bf16"}]},
+    }
+    assert len(manifest["quantized"]["nvfp4"]) == 52 - 2 * 2 - 4
+    name = "transformer_blocks.0.norm1.linear.weight"
+    assert (tensors_of(tmp_path / "out")[name].bytes() == tensors_of(digits)[name].bytes()).all()
+
+
+def test_calibration_data_of_a_part_of_the_schedule_give_a_warning_that_the_manifest_keeps(
+    quantized_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = load_inputs(quantized_digits / "calibration" / "inputs.safetensors")
+    save_inputs(tmp_path / "inputs.safetensors", [call for call in calls if float(call["timestep"][0]) > 0.5])
+    quantize("digits", tmp_path / "out", calibration=tmp_path / "inputs.safetensors")
+    (warning,) = load_json(tmp_path / "out" / "fp4trt.json")["calibration"]["warnings"]
+    assert "no step between timestep 0.00 and 0.60" in warning
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    assert "warnings" not in load_json(quantized_digits / "fp4trt.json")["calibration"]
