@@ -14,6 +14,7 @@ import click
 import torch
 
 from calibration import ptq
+from calibration.attention_amax import OperandAmax, checked_attentions
 from calibration.block_checkpoint import finished_blocks
 from calibration.block_runner import BlockRunner, Outputs
 from calibration.dataset import Inputs
@@ -63,7 +64,7 @@ def measured_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device:
             add = finished.add if block != blocks[-1] else _drop
             finished.finish(block, _measure(runner, block, members, inner, calls, finished.outputs, add, bar.update))
         amax = {path: value for result in finished.results.values() for path, value in result.items()}
-        yield ptq.checked(amax, paths) | ptq.checked_attentions(amax, attentions)
+        yield ptq.checked(amax, paths) | checked_attentions(amax, attentions)
 
 
 def _drop(_: Outputs) -> None:
@@ -97,11 +98,11 @@ def _measure(
             add(runner.run(block, call, before(index)))
             tell(1)
 
-    names, inner = ([path.removeprefix(f"{block}.") for path in listed] for listed in (paths, attentions))
-    with runner.loaded(block) as module:
-        measured = ptq.measure_input_amax(module, names, run, inner)
+    names = [path.removeprefix(f"{block}.") for path in paths]
+    with runner.loaded(block) as module, OperandAmax(attentions) as operands:
+        measured = ptq.measure_input_amax(module, names, run)
     amax = {f"{block}.{name}": value for name, value in measured.items()}
-    return ptq.checked(amax, paths) | ptq.checked_attentions(amax, attentions)
+    return ptq.checked(amax, paths) | checked_attentions(operands.amax, attentions)
 
 
 def identity_of(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 from calibration import ptq
+from calibration.attention_amax import operands_of
 from calibration.block_calibration import measured_by_block
 from calibration.dataset import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
 from calibration.errors import BadAmax, BadInputs, OutputExists
@@ -141,7 +142,7 @@ def merged(files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str
         BadAmax: a file is missing or holds something else, another linear, or a number that is no maximum; or a linear
             is in none of them.
     """
-    known = (*paths, *ptq.attention_operands(attentions))
+    known = (*paths, *operands_of(attentions))
     amax: dict[str, float] = {}
     sources = []
     for file in files:

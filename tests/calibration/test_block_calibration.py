@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from calibration import input_amax, ptq
+from calibration.attention_amax import OperandAmax, operands_of
 from calibration.block_calibration import measured_by_block
 from calibration.block_checkpoint import STATE, finished_blocks
 from calibration.block_runner import BlockRunner, Outputs
@@ -50,33 +51,29 @@ def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_
     digits: Path, inputs: Path, paths: tuple[str, ...], attentions: tuple[str, ...], tmp_path: Path
 ) -> None:
     calls, model = load_inputs(inputs)[::20], load_source(digits)
-    whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None, attentions)
+    with OperandAmax(attentions) as operands:
+        whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None)
+    whole |= operands.amax
     with measured_by_block(digits, calls, tmp_path / "work") as by_block:
         assert by_block == whole
     assert len(set(whole.values())) > 20
     assert not (tmp_path / "work").exists()
 
 
-def test_the_maxima_of_an_attention_are_those_of_what_torchs_attention_is_given(
-    digits: Path, inputs: Path, attentions: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_maxima_of_attentions_are_those_that_modelopt_measures(
+    digits: Path, inputs: Path, attentions: tuple[str, ...], tmp_path: Path
 ) -> None:
+    from calibration.modelopt_backend import mtq
+
     calls, model = load_inputs(inputs)[::20], load_source(digits)
-    with measured_by_block(digits, calls, tmp_path / "work") as measured:
-        pass
-    given: list[tuple[float, ...]] = []
-    attention = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: object) -> torch.Tensor:
-        given.append(tuple(float(operand.abs().max()) for operand in (query, key, value)))
-        return attention(query, key, value, **rest)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    with torch.no_grad():
-        for call in calls:
-            model(**call)
-    for index, path in enumerate(attentions):
-        largest = [max(row) for row in zip(*given[index :: len(attentions)], strict=True)]
-        assert [measured[f"{path}.{operand}"] for operand in "qkv"] == largest
+    with measured_by_block(digits, calls, tmp_path / "work") as by_block:
+        measured = {operand: by_block[operand] for operand in operands_of(attentions)}
+    entries = [{"quantizer_name": "*", "enable": False}]
+    entries += [
+        {"quantizer_name": f"*.{name}_bmm_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}} for name in "qkv"
+    ]
+    mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, lambda net: [net(**call) for call in calls])
+    assert measured == {name: float(model.get_submodule(f"{name}_bmm_quantizer").amax) for name in measured}
 
 
 def test_a_run_by_block_gives_the_models_own_output_and_holds_one_block(digits: Path, inputs: Path) -> None:
