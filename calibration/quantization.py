@@ -19,11 +19,12 @@ from typing import Any, Final
 import click
 from torch import nn
 
-from calibration import methods, nvfp4, shards, sharing, write
+from calibration import fp8, methods, nvfp4, shards, sharing, write
 from calibration.block_calibration import require_device
 from calibration.checkpoint import MANIFEST
 from calibration.dataset import save_inputs
 from calibration.errors import BadInputs, TooLittleSpace
+from calibration.fp8_attention import SCALES, attention_scales
 from calibration.input_amax import Calibration, calibration_from, captured_from
 from calibration.models import Family, family_of
 from calibration.models.family import require_blocks_of_16
@@ -83,6 +84,11 @@ class _Plain:
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Those of them that share their scales."""
         return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] == "nvfp4")
+
+    @property
+    def fp8_attentions(self) -> tuple[str, ...]:
+        """The attentions in FP8."""
+        return self.family.attentions(self.config) if self.recipe.attention == "fp8" else ()
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,17 @@ def _calibrated(
 ) -> Iterator[_Given]:
     """Run a plain checkpoint on captured inputs, or read what an earlier run measured."""
     with calibration_from(plain.folder, calibration, work, device) as calibrated:
-        yield _Given(calibrated)
+        yield _Given(calibrated, _attention(plain, calibrated))
+
+
+def _attention(plain: _Plain, calibrated: Calibration) -> Prepared:
+    """Return the scales of the attentions in FP8.
+
+    Raises:
+        BadAmax: one was not measured.
+    """
+    scales = attention_scales(calibrated.amax, plain.fp8_attentions)
+    return Prepared({name: hold(name, scale) for name, scale in scales.items()})
 
 
 @contextlib.contextmanager
@@ -187,7 +203,8 @@ def _prepared(
     captured = captured_from(plain.folder, calibration)
     method = methods.of_block(plain.recipe.method)
     recipe = plain.recipe.resolved()
-    with prepared_by_block(plain.folder, captured.calls, plain.formats, method, recipe, work, device) as prepared:
+    task = (plain.folder, captured.calls, plain.formats, method, recipe, work, device, plain.fp8_attentions)
+    with prepared_by_block(*task) as prepared:
         yield _Given(captured, prepared)
 
 
@@ -202,7 +219,8 @@ def _restored(plain: _Plain, modelopt_state: str | Path, trust: bool) -> tuple[_
     inputs, weights = maxima(restored, plain.paths)
     described = {"data": "modelopt state", "sha256": sha256_of(Path(modelopt_state))}
     done = Done(source_hashes(plain.folder), {f"{path}.weight": value for path, value in weights.items()})
-    return replace(plain, stored=held), _Given(Calibration(inputs, described), done=done)
+    calibrated = Calibration(inputs, described)
+    return replace(plain, stored=held), _Given(calibrated, _attention(plain, calibrated), done)
 
 
 def _checked(folder: Path, recipe: Recipe) -> _Plain:
@@ -271,6 +289,8 @@ def _amax(
         if leaf in ("input_scale", "weight_scale_2"):
             quantizer = "input_quantizer" if leaf == "input_scale" else "weight_quantizer"
             amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * nvfp4.E2M1_MAX * nvfp4.E4M3_MAX
+        elif leaf in SCALES:
+            amax[f"{path}.{leaf.removesuffix('_scale')}_bmm_quantizer"] = float(tensor.tensor()) * fp8.E4M3_MAX
     return amax
 
 
@@ -285,6 +305,8 @@ def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
     }
+    if plain.fp8_attentions:
+        described["attention"] = {"fp8": plain.fp8_attentions}
     return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
 
 
