@@ -21,6 +21,7 @@ from exporter.lint_gate import passed_lint
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
+from exporter.passes.fp8_attention import fp8_attention
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
@@ -129,6 +130,7 @@ def graph_of(
     stamp_blocks(model, _stacks(checkpoint))
     drop_placeholders(model, checkpoint.quantized)
     double_dequantize(model, leaders, scale_dtype)
+    fp8_attention(model, checkpoint.fp8_attentions)
     order_initializers(model)
     name_nodes(model)
     _describe(model, checkpoint, scale_dtype)
@@ -186,6 +188,8 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
             "fp4trt.symbols": json.dumps(symbols),
         }
     )
+    if checkpoint.fp8_attentions:
+        model.metadata_props["fp4trt.attention"] = json.dumps({"fp8": checkpoint.fp8_attentions})
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "fp4trt", None, None
     model.graph.name = checkpoint.family.name

@@ -162,11 +162,12 @@ FLUX_CONFIG: dict[str, Any] = {
 
 
 def _traced_graph(keep: Callable[[str], bool], **changes: int) -> onnx.ModelProto:
-    """Return the graph of a model whose checkpoint has the linears in FP4 that ``keep`` says."""
+    """Return the graph of a model whose checkpoint has those linears in FP4, attentions in FP8, that ``keep`` names."""
     config = {**FLUX_CONFIG, **changes}
-    nowhere = StoredTensor(Path(), "F8_E4M3", (), 0, 0)
-    paths = [path for path in family_of(config).quantized(config) if keep(path)]
-    checkpoint = Checkpoint(Path(), config, {}, {f"{path}.weight_scale": nowhere for path in paths})
+    nowhere, family = StoredTensor(Path(), "F8_E4M3", (), 0, 0), family_of(config)
+    scales = [f"{path}.weight_scale" for path in family.quantized(config) if keep(path)]
+    scales += [f"{path}.q_scale" for path in family.attentions(config) if keep(path)]
+    checkpoint = Checkpoint(Path(), config, {}, dict.fromkeys(scales, nowhere))
     leaders = {path: group[0] for group in checkpoint.groups for path in group}
     model = graph_of(checkpoint, leaders, "float32", lambda hundredths: None)
     for value in model.graph.initializers.values():
@@ -178,5 +179,5 @@ def _traced_graph(keep: Callable[[str], bool], **changes: int) -> onnx.ModelProt
 
 @pytest.fixture
 def traced_graph() -> Callable[..., onnx.ModelProto]:
-    """Give the graph of a small FLUX whose config has some changes, which of its linears are in FP4 told by path."""
+    """Give the graph of a small FLUX whose config has some changes; what is quantized in it is told by path."""
     return _traced_graph

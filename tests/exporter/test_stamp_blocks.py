@@ -36,7 +36,7 @@ def trace_every_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             {"guidance_embeds": False},
         ),
     ],
-    ids=["all in FP4", "some in FP4"],
+    ids=["all quantized", "some quantized"],
 )
 def test_a_stamped_graph_equals_a_fully_traced_one(
     keep: Callable[[str], bool],
