@@ -23,6 +23,7 @@ class CheckpointManifest:
         family: of the model.
         recipe: name of the recipe.
         nvfp4: module paths of the linears that it quantized.
+        fp8_attentions: module paths of the attentions whose products are in FP8.
         groups: those that share global scales.
         files: file name to SHA-256.
         versions: package to version.
@@ -31,6 +32,7 @@ class CheckpointManifest:
     family: str | None
     recipe: str | None
     nvfp4: tuple[str, ...]
+    fp8_attentions: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     files: Mapping[str, str]
     versions: Mapping[str, str]
@@ -51,6 +53,7 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
             family=value.get("family"),
             recipe=object_of(value.get("recipe", {}), "recipe").get("name"),
             nvfp4=strings(object_of(value.get("quantized", {}), "quantized").get("nvfp4", []), "quantized.nvfp4"),
+            fp8_attentions=strings(object_of(value.get("attention", {}), "attention").get("fp8", []), "attention.fp8"),
             groups=lists_of_strings(value.get("groups", []), "groups"),
             files=strings_by_name(value.get("files", {}), "files"),
             versions=strings_by_name(value.get("versions", {}), "versions"),

@@ -12,6 +12,7 @@ from onnx_functions.errors import LintError
 from onnx_functions.external_data import load_graph
 from onnx_functions.linting import (
     activations,
+    attentions,
     chains,
     data,
     files,
@@ -34,6 +35,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *activations.RULES,
     *chains.RULES,
     *data.RULES,
+    *attentions.RULES,
     *structure.RULES,
     *operators.RULES,
     *metadata.RULES,
