@@ -12,7 +12,10 @@ from torch.overrides import TorchFunctionMode
 from calibration import fp8
 from calibration.attention_amax import ATTENTION, checked_attentions
 
-__all__ = ["PROBABILITY_SCALE", "SCALES", "FP8Attention", "attention_scales", "quantize_attention"]
+__all__ = ["MODULE", "PROBABILITY_SCALE", "SCALES", "FP8Attention", "attention_scales", "quantize_attention"]
+
+MODULE: Final = "fp8_attention"
+"""What such an attention calls the module that computes its products."""
 
 SCALES: Final = ("q_scale", "k_scale", "v_scale")
 """What an attention in FP8 has beside its linears: FP32 scalars, amax / 448 of query, key and value."""
@@ -57,7 +60,7 @@ def quantize_attention(attention: nn.Module) -> None:
     """Let a diffusers attention module compute in FP8; its state gets the buffers :data:`SCALES`, without values."""
     for name in SCALES:
         attention.register_buffer(name, torch.empty((), dtype=torch.float32))
-    attention.add_module("fp8_attention", FP8Attention())
+    attention.add_module(MODULE, FP8Attention())
     attention.processor = _FP8Processor(attention.processor)  # type: ignore[assignment, arg-type]
 
 
@@ -94,4 +97,5 @@ class _InPlaceOfAttention(TorchFunctionMode):
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         operands = [given.pop(name) for name in ("query", "key", "value")]
         assert not any(given.values()), f"an attention in FP8 has no {', '.join(given)}"
-        return self.attention.fp8_attention(*operands, [getattr(self.attention, name) for name in SCALES])  # type: ignore[operator]
+        scales = [getattr(self.attention, name) for name in SCALES]
+        return self.attention.get_submodule(MODULE)(*operands, scales)
