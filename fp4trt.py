@@ -43,6 +43,9 @@ COMMANDS: dict[str, Entry] = {
     "validate": Entry("onnx_functions.cli:validate", "Check the numerics of a graph against its checkpoint."),
     "lint": Entry("onnx_functions.cli:lint", "Find what TensorRT would accept wrongly or degrade in silence."),
     "build": Entry("trt_build.cli:build_command", "Compile a graph into a TensorRT engine; no GPU needed."),
+    "compare": Entry(
+        "calibration.comparison.cli:compare", "Draw the same images with several checkpoints, and measure."
+    ),
     "inspect": Entry("onnx_functions.cli:inspect", "Say what an artifact is: formats, sizes, FP4 coverage."),
     "demo": Entry("calibration.digits.cli:demo", "Walk the whole road on the built-in model."),
 }
@@ -60,7 +63,9 @@ EXTRAS: dict[str, str] = {
     "safetensors": "quantize",
     "onnxscript": "quantize",
     "onnx_ir": "quantize",
+    "scipy": "quantize",
     "transformers": "prompts",
+    "torchmetrics": "metrics",
     "tensorrt_rtx": "rtx",
     "polygraphy": "rtx",
     "tensorrt": "tensorrt",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["calibrate", "load", "quantize", "read"]
+__all__ = ["calibrate", "compare", "load", "quantize", "read"]
 
 _HOME = {
     "calibrate": "calibration.input_amax",
+    "compare": "calibration.comparison.compare",
     "quantize": "calibration.quantization",
     "load": "calibration.checkpoint",
     "read": "calibration.checkpoint",

@@ -17,7 +17,7 @@ from calibration.models import Family
 from calibration.models.digits import DIGITS
 from calibration.source import load_json
 
-__all__ = ["Sampling", "capture_prompts", "read_prompts"]
+__all__ = ["Sampling", "capture_prompts", "digit_labels", "load_pipeline", "pipeline_of", "read_prompts"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Sampling:
 
     steps: int | None = None
     resolution: int | None = None
+
+    def as_arguments(self) -> dict[str, int]:
+        """Return what a pipeline is called with."""
+        settings = {"num_inference_steps": self.steps, "height": self.resolution, "width": self.resolution}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def capture_prompts(
@@ -68,37 +73,61 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _capture_digits(model: nn.Module, words: list[str] | None) -> list[Inputs]:
+def digit_labels(words: list[str]) -> list[int]:
+    """Return the digits that the built-in model's words ask for.
+
+    Raises:
+        BadInputs: naming a word that it does not know.
+    """
     from calibration.digits.prompts import WORDS
+
+    unknown = sorted(set(words) - set(WORDS))
+    if unknown:
+        raise BadInputs(f"'{unknown[0]}' is no prompt of the built-in model; it knows: {', '.join(WORDS)}")
+    return [WORDS.index(word) for word in words]
+
+
+def _capture_digits(model: nn.Module, words: list[str] | None) -> list[Inputs]:
     from calibration.digits.sampling import capture
 
     if words is None:
         return capture(model, dtype=torch.bfloat16)
-    unknown = sorted(set(words) - set(WORDS))
-    if unknown:
-        raise BadInputs(f"'{unknown[0]}' is no prompt of the built-in model; it knows: {', '.join(WORDS)}")
-    return capture(model, [WORDS.index(word) for word in words], dtype=torch.bfloat16)
+    return capture(model, digit_labels(words), dtype=torch.bfloat16)
+
+
+def pipeline_of(folder: Path) -> Path:
+    """Return the pipeline's folder around a transformer's.
+
+    Raises:
+        BadInputs: there is none.
+    """
+    if not (folder.parent / "model_index.json").is_file():
+        raise BadInputs(
+            f"{folder.parent} is not a pipeline (no model_index.json), whose text encoders the prompts need; give the "
+            "pipeline's folder"
+        )
+    return folder.parent
+
+
+def load_pipeline(root: Path, transformer: Any) -> Any:
+    """Return the BF16 pipeline in a folder around a transformer, on the GPU where there is one, without a bar."""
+    import diffusers
+    import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
+
+    load: Any = diffusers.DiffusionPipeline.from_pretrained
+    pipeline = load(root, transformer=transformer, torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    if torch.cuda.is_available():
+        pipeline.enable_model_cpu_offload()
+    return pipeline
 
 
 def _capture_pipeline(
     model: nn.Module, folder: Path, family: Family, prompts: list[str], sampling: Sampling
 ) -> list[Inputs]:
     """Sample every prompt, on the GPU where there is one, and keep every call of the transformer."""
-    import diffusers
-    import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
-
-    root = folder.parent
-    if not (root / "model_index.json").is_file():
-        raise BadInputs(
-            f"{root} is not a pipeline (no model_index.json); give the pipeline's folder, or captured inputs"
-        )
-    load: Any = diffusers.DiffusionPipeline.from_pretrained
-    pipeline = load(root, transformer=model, torch_dtype=torch.bfloat16)
-    pipeline.set_progress_bar_config(disable=True)
-    if torch.cuda.is_available():
-        pipeline.enable_model_cpu_offload()
-    settings = {"num_inference_steps": sampling.steps, "height": sampling.resolution, "width": sampling.resolution}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    pipeline = load_pipeline(pipeline_of(folder), model)
+    settings = sampling.as_arguments()
     config = load_json(folder / "config.json")
     progress = click.progressbar(prompts, label="sampling prompts", file=sys.stderr)
     with capturing(model, family, config) as calls, progress as bar:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ _PROGRESS: Final = ".fp4trt-progress.json"
 
 
 @contextlib.contextmanager
-def replacing(directory: Path, force: bool, identity: str = "") -> Iterator[Path]:
+def replacing(directory: Path, force: bool, identity: str = "", ours: Collection[str] = ()) -> Iterator[Path]:
     """Give a ``DIR.partial`` to write into, which becomes ``DIR`` when nothing was raised, and goes otherwise.
 
     Args:
@@ -51,7 +51,7 @@ def replacing(directory: Path, force: bool, identity: str = "") -> Iterator[Path
     Raises:
         OutputExists: as :func:`refuse_foreign`; or ``DIR.partial`` is there and is none of ours, or is in use.
     """
-    refuse_foreign(directory, force)
+    refuse_foreign(directory, force, ours)
     partial = directory.with_name(f"{directory.name}.partial")
     with alone(partial):
         yield from _replacing(partial, directory, identity)
@@ -132,8 +132,13 @@ def refuse_existing(path: Path, force: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def refuse_foreign(directory: Path, force: bool) -> None:
+def refuse_foreign(directory: Path, force: bool, ours: Collection[str] = ()) -> None:
     """Refuse to replace a folder, and even with ``force`` one that holds anything that fp4trt did not write.
+
+    Args:
+        directory: the result.
+        force: replace one that is there.
+        ours: files that it consists of, where it is no checkpoint.
 
     Raises:
         OutputExists: naming the folder, or what is in it.
@@ -145,11 +150,11 @@ def refuse_foreign(directory: Path, force: bool) -> None:
     if not force:
         raise OutputExists(f"{directory} exists; choose another --output, or replace it with --force")
     manifest = directory / MANIFEST
-    ours = {MANIFEST, *_DERIVED, *load_manifest(manifest).get("files", {})} if manifest.exists() else set()
-    ours |= {_MARK, _PROGRESS} if ours else set()  # where a kill met a result that had just got its name
+    known = {MANIFEST, *_DERIVED, *load_manifest(manifest).get("files", {})} if manifest.exists() else set(ours)
+    known |= {_MARK, _PROGRESS} if known else set()  # where a kill met a result that had just got its name
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if not path.is_dir() and name not in ours and not (ours and _is_engine(path)):
+        if not path.is_dir() and name not in known and not (known and _is_engine(path)):
             raise OutputExists(f"{directory} holds {name}, which fp4trt did not write; choose another --output")
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +24,7 @@ __all__ = ["demo", "table"]
 
 GRID: Final = "digits.png"
 SUMMARY: Final = "demo.json"
+_NAME: Final = "NVFP4"
 
 _PATIENCE_SECONDS: Final = 3.0
 _INTERRUPTED: Final = 2
@@ -127,15 +127,23 @@ def _measure(directory: Path, images: int) -> dict[str, Any]:
     import torch
 
     from calibration.checkpoint import load
+    from calibration.comparison.statistics import estimate
     from calibration.digits.grid import grid
     from calibration.digits.model import load_transformer
     from calibration.digits.quality import compare
 
     click.echo(f"drawing {images} digits with each model")
     reference, quantized = load_transformer(), load(directory, torch.float32)
-    quality = compare(reference, quantized, (EVALUATION_SEED,), images)
-    grid(reference, quantized, directory / GRID, seed=EVALUATION_SEED)
-    return asdict(quality)
+    models = {_NAME: quantized}
+    compared = compare(reference, models, (EVALUATION_SEED,), images)
+    grid(reference, models, directory / GRID, seed=EVALUATION_SEED)
+    return {
+        "accuracy_bf16": estimate(compared.reference["recognised"]).mean,
+        "accuracy_nvfp4": compared.estimate(_NAME, "recognised").mean,
+        "psnr_db": compared.estimate(_NAME, "psnr_db").mean,
+        "velocity_error": compared.estimate(_NAME, "velocity_error").mean,
+        "images": images,
+    }
 
 
 def table(result: dict[str, Any]) -> str:

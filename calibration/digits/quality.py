@@ -1,41 +1,23 @@
-"""What quantization costs the built-in model: digits still recognised, image PSNR, velocity error."""
+"""What quantization costs the built-in model: digits still recognised, how near the images and the velocities are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from calibration.digits.classifier import accuracy, load_classifier
+from calibration.comparison import metrics
+from calibration.comparison.drawing import Batch, Drawn, Sampler, Transformer, follow, reference_images
+from calibration.comparison.measurement import Comparison, measure
+from calibration.comparison.metrics import Metric, Shown
+from calibration.digits.classifier import load_classifier
 from calibration.digits.latents import decode
 from calibration.digits.progress import progress
-from calibration.digits.sampling import STEPS, Transformer, denoise, noise, sample
+from calibration.digits.prompts import WORDS, words_of
+from calibration.digits.sampling import STEPS, denoise, noise
 
-__all__ = ["Quality", "balanced_labels", "compare", "psnr_db"]
-
-# An MSE below this counts as this much: two equal images have 120 dB, and a mean over images stays finite.
-_SMALLEST_MSE = 1e-12
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Two transformers compared over the same prompts, starting noise and schedule.
-
-    Attributes:
-        accuracy_bf16: fraction (0..1) of the reference's images that the classifier reads as their prompt.
-        accuracy_nvfp4: the same of the quantized model's images.
-        psnr_db: mean over the images of each quantized image's PSNR against the reference's, peak 1, in dB.
-        velocity_error: relative L2 error of the velocity over all steps of the reference's own trajectories.
-        images: how many of each.
-    """
-
-    accuracy_bf16: float
-    accuracy_nvfp4: float
-    psnr_db: float
-    velocity_error: float
-    images: int
+__all__ = ["balanced_labels", "compare", "digits_metrics", "digits_sampler"]
 
 
 def balanced_labels(count: int) -> list[int]:
@@ -43,97 +25,89 @@ def balanced_labels(count: int) -> list[int]:
     return [index % 10 for index in range(count)]
 
 
-def psnr_db(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Return each image's peak signal-to-noise ratio in dB, FP64 [B]; both [B, H, W] in [0, 1]."""
-    mse = (images.double() - references.double()).square().mean((1, 2))
-    return -10 * torch.log10(mse.clamp_min(_SMALLEST_MSE))
+def digits_sampler(
+    labels: Sequence[int], steps: int = STEPS, dtype: torch.dtype = torch.float32, batch_size: int = 100
+) -> Sampler:
+    """Return what draws one digit a label.
+
+    Args:
+        labels: digits 0..9, one for each image of a seed.
+        steps: Euler steps of the schedule.
+        dtype: of the transformer's floating-point inputs.
+        batch_size: images a call; does not change the noise.
+    """
+
+    def draw(transformer: Transformer, seed: int) -> Iterator[Batch]:
+        start = noise(len(labels), seed)
+        for first in range(0, len(labels), batch_size):
+            part = slice(first, first + batch_size)
+            walked = list(denoise(transformer, labels[part], start[part], steps=steps, dtype=dtype))
+            yield Batch(
+                decode(walked[-1].latents), [step.inputs for step in walked], [step.velocity for step in walked]
+            )
+
+    described = {"sampler": "digits", "steps": steps, "dtype": str(dtype).removeprefix("torch."), "batch": batch_size}
+    return Sampler(tuple(words_of(labels)), -(-len(labels) // batch_size), draw, described)
+
+
+def digits_metrics() -> list[Metric]:
+    """Return the metrics that the built-in classifier gives: the Frechet distance, and digits recognised."""
+    classifier = load_classifier()
+    penultimate = nn.Sequential(*list(classifier)[:-1])
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return penultimate(images.unsqueeze(1))
+
+    network = "the penultimate layer of the built-in classifier"
+    return [
+        metrics.frechet("frechet", "Frechet distance", features, network),
+        metrics.recognised(classifier, WORDS.index),
+    ]
 
 
 def compare(
     reference: Transformer,
-    quantized: Transformer,
+    models: Mapping[str, Transformer],
     seeds: Sequence[int] = (0,),
     images_per_seed: int = 500,
     *,
     steps: int = STEPS,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
-    classifier: nn.Module | None = None,
-) -> Quality:
-    """Draw the same digits with both transformers and measure how far apart they are.
+) -> Comparison:
+    """Draw the same digits with a reference and with several others, in memory, and measure how far apart they are.
 
     Args:
         reference: the BF16 weights, by default computed in FP32 (``load_transformer()``).
-        quantized: anything that is called alike: a fake-quantized module, an engine's session.
+        models: name to anything that is called alike: a fake-quantized module, an engine's session.
         seeds: of the starting noise, one set of images each.
         images_per_seed: images of each seed, their labels balanced.
         steps: Euler steps of the schedule.
-        dtype: of the floating-point inputs of both transformers.
+        dtype: of the floating-point inputs of all transformers.
         batch_size: images a call.
-        classifier: the judge; the stored one by default.
 
     Raises:
         ValueError: no seed, or no image.
     """
     if not seeds or images_per_seed < 1:
         raise ValueError(f"{len(seeds)} seeds of {images_per_seed} images: expected at least one of each")
-    labels = balanced_labels(images_per_seed)
-    calls = len(seeds) * -(-images_per_seed // batch_size) * steps
-    with progress(calls, "Following the reference") as advance:
-        followed = [
-            _follow(
-                reference, quantized, labels, seed, steps=steps, dtype=dtype, batch_size=batch_size, advance=advance
-            )
-            for seed in seeds
-        ]
-    drawn = [sample(quantized, labels, seed, steps=steps, dtype=dtype, batch_size=batch_size) for seed in seeds]
-    of_reference, of_quantized = torch.cat([one.images for one in followed]), decode(torch.cat(drawn))
-    judge = load_classifier() if classifier is None else classifier
-    expected = torch.tensor(labels * len(seeds))
-    squared_error = sum(one.squared_error for one in followed)
-    squared_norm = sum(one.squared_norm for one in followed)
-    return Quality(
-        accuracy_bf16=accuracy(judge, of_reference, expected),
-        accuracy_nvfp4=accuracy(judge, of_quantized, expected),
-        psnr_db=psnr_db(of_quantized, of_reference).mean().item(),
-        velocity_error=(squared_error / squared_norm) ** 0.5,
-        images=len(expected),
-    )
+    sampler = digits_sampler(balanced_labels(images_per_seed), steps, dtype, batch_size)
+    drawn = {name: dict[int, Drawn]() for name in models}
+    images: dict[int, torch.Tensor] = {}
+    with progress(len(seeds) * sampler.batches * (1 + 2 * len(models)), "Drawing") as advance:
+        for seed in seeds:
+            batches = []
+            for batch in sampler.draw(reference, seed):
+                batches.append(batch)
+                advance()
+            images[seed] = reference_images(batches)
+            for name, model in models.items():
+                drawn[name][seed] = follow(sampler, model, seed, batches, advance)
+    shown = {name: _shown(sampler, of) for name, of in drawn.items()}
+    chosen = [metrics.PSNR, metrics.VELOCITY, *digits_metrics()]
+    return measure(chosen, Shown(tuple(seeds), sampler.prompts, images.__getitem__), shown, {})
 
 
-@dataclass(frozen=True)
-class _Followed:
-    """The reference's images of one seed, and the sums over its trajectories for the velocity error."""
-
-    images: torch.Tensor
-    squared_error: float
-    squared_norm: float
-
-
-def _follow(
-    reference: Transformer,
-    quantized: Transformer,
-    labels: Sequence[int],
-    seed: int,
-    *,
-    steps: int,
-    dtype: torch.dtype,
-    batch_size: int,
-    advance: Callable[[], None],
-) -> _Followed:
-    """Draw the reference's images, asking the quantized model for its velocity at every state on the way."""
-    start = noise(len(labels), seed)
-    images = []
-    squared_error = squared_norm = 0.0
-    for first in range(0, len(labels), batch_size):
-        part = slice(first, first + batch_size)
-        latents = start[part]
-        for step in denoise(reference, labels[part], latents, steps=steps, dtype=dtype):
-            with torch.inference_mode():
-                answer = quantized(**step.inputs, return_dict=False)[0].double()
-            squared_error += (answer - step.velocity).square().sum().item()
-            squared_norm += step.velocity.double().square().sum().item()
-            latents = step.latents
-            advance()
-        images.append(decode(latents))
-    return _Followed(torch.cat(images), squared_error, squared_norm)
+def _shown(sampler: Sampler, drawn: Mapping[int, Drawn]) -> Shown:
+    return Shown(tuple(drawn), sampler.prompts, lambda seed: drawn[seed].images, drawn.__getitem__)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from calibration.comparison.drawing import Transformer
 from calibration.digits import latents as packing
 from calibration.digits.progress import progress
 from calibration.digits.prompts import WORDS, embed_prompts, words_of
@@ -25,9 +25,6 @@ __all__ = [
     "sample",
     "schedule",
 ]
-
-Transformer = Callable[..., Any]
-"""Called with FLUX's seven inputs by name and ``return_dict=False``; returns a tuple, the velocity first."""
 
 STEPS = 10
 GUIDANCE = 3.5

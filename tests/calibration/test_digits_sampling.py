@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from calibration.comparison.metrics import psnr_db
+from calibration.comparison.statistics import estimate
 from calibration.digits.grid import grid
 from calibration.digits.model import load_transformer
-from calibration.digits.quality import compare, psnr_db
+from calibration.digits.quality import compare
 from calibration.digits.sampling import capture, denoise, noise, sample, schedule
 
 INPUTS = [
@@ -119,25 +121,29 @@ def test_a_captured_tensor_can_take_part_in_training(transformer):
 
 
 def test_a_model_compared_with_itself_loses_nothing(transformer):
-    quality = compare(transformer, transformer, images_per_seed=20, steps=2)
-    assert quality.accuracy_bf16 == quality.accuracy_nvfp4
-    assert (quality.velocity_error, quality.images) == (0.0, 20)
-    assert quality.psnr_db == pytest.approx(120)
+    compared = compare(transformer, {"itself": transformer}, images_per_seed=20, steps=2)
+    assert compared.estimate("itself", "recognised") == estimate(compared.reference["recognised"])
+    assert compared.estimate("itself", "velocity_error").mean == 0
+    assert compared.estimate("itself", "frechet").mean == pytest.approx(0, abs=1e-4)
+    assert compared.estimate("itself", "psnr_db").mean == pytest.approx(120)
+    assert compared.checkpoints["itself"]["psnr_db"].values.shape == (1, 20)
 
 
 def test_a_rounded_model_loses_a_little(transformer, roughened):
-    quality = compare(transformer, roughened, seeds=(0, 1), images_per_seed=10, steps=5)
-    assert quality.images == 20
-    assert 30 < quality.psnr_db < 60
-    assert 0.001 < quality.velocity_error < 0.1
-    assert quality.accuracy_bf16 >= 0.9
+    compared = compare(transformer, {"rough": roughened}, seeds=(0, 1), images_per_seed=10, steps=5)
+    assert 30 < compared.estimate("rough", "psnr_db").mean < 60
+    assert 0.001 < compared.estimate("rough", "velocity_error").mean < 0.1
+    assert estimate(compared.reference["recognised"]).mean >= 0.9
+    assert [time for time, _ in compared.by_time["rough"]] == schedule(5)[:-1]
 
 
 def test_the_velocity_error_is_relative_to_the_references_own_trajectory(transformer):
     def louder(**inputs):
         return (transformer(**inputs)[0] * 1.25,)
 
-    assert compare(transformer, louder, images_per_seed=10, steps=2).velocity_error == pytest.approx(0.25)
+    compared = compare(transformer, {"louder": louder}, images_per_seed=10, steps=2)
+    assert compared.estimate("louder", "velocity_error").mean == pytest.approx(0.25)
+    assert [one.mean for _, one in compared.by_time["louder"]] == pytest.approx([0.25, 0.25])
 
 
 def test_psnr_of_a_constant_difference_is_its_decibels():
@@ -148,12 +154,12 @@ def test_psnr_of_a_constant_difference_is_its_decibels():
 @pytest.mark.parametrize(("seeds", "images"), [((), 10), ((0,), 0)])
 def test_comparing_no_image_is_refused(transformer, seeds, images):
     with pytest.raises(ValueError, match="at least one of each"):
-        compare(transformer, transformer, seeds=seeds, images_per_seed=images)
+        compare(transformer, {"itself": transformer}, seeds=seeds, images_per_seed=images)
 
 
 def test_the_grid_is_a_png_with_three_captioned_rows(transformer, roughened, tmp_path):
     path = tmp_path / "grid.png"
-    grid(transformer, roughened, path, labels=(0, 1, 2), steps=2)
+    grid(transformer, {"NVFP4": roughened}, path, labels=(0, 1, 2), steps=2)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert picture.size == (120 + 3 * 68, 28 + 3 * 68)

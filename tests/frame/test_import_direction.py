@@ -21,7 +21,7 @@ TORCH = {"accelerate", "diffusers", "huggingface_hub", "modelopt", "safetensors"
 ALLOWED = {
     "calibration": TORCH
     | {"click", "filelock", "ml_dtypes", "numba", "numpy"}
-    | {"PIL", "matplotlib", "pydantic", "yaml"},
+    | {"PIL", "matplotlib", "pydantic", "scipy", "torchmetrics", "yaml"},
     "exporter": TORCH | LIGHT | {"onnx_ir", "onnxscript", "calibration", "onnx_functions"},
     "onnx_functions": LIGHT | {"onnxruntime", "matplotlib"},
     "trt_build": LIGHT | {"polygraphy", "tensorrt", "tensorrt_rtx", "onnx_functions"},

@@ -1,0 +1,77 @@
+"""Images of a diffusers pipeline: one prompt a batch, every call of its transformer kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from calibration.comparison.drawing import Batch, Sampler, Transformer
+from calibration.dataset import capturing
+from calibration.models import Family
+from calibration.prompts import Sampling, load_pipeline, pipeline_of
+from calibration.source import load_json
+
+__all__ = ["pipeline_sampler"]
+
+
+def pipeline_sampler(folder: Path, family: Family, prompts: Sequence[str], images: int, sampling: Sampling) -> Sampler:
+    """Return what draws with the pipeline around a transformer.
+
+    Image i of a seed has prompt ``i % len(prompts)`` and noise of its own; images are rounded to 8 bits, as a picture
+    file has them. The pipeline is loaded for each seed and let go, so that one transformer is in memory at a time.
+
+    Args:
+        folder: the transformer's; the pipeline is in the parent folder.
+        family: its family.
+        prompts: at least one.
+        images: of a seed.
+        sampling: steps and resolution; None leaves them to the pipeline.
+
+    Raises:
+        BadInputs: the parent folder is no pipeline.
+    """
+    root = pipeline_of(folder)
+    config = load_json(folder / "config.json")
+    asked = tuple(prompts[index % len(prompts)] for index in range(images))
+
+    def draw(transformer: Transformer, seed: int) -> Iterator[Batch]:
+        pipeline, module = load_pipeline(root, transformer), cast(nn.Module, transformer)
+        for index, prompt in enumerate(asked):
+            yield _picture(pipeline, module, family, config, prompt, _generator(seed, index), sampling)
+
+    described = {"sampler": "pipeline", "steps": sampling.steps, "resolution": sampling.resolution}
+    return Sampler(asked, images, draw, described)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """Return the noise's generator of one image: another for each seed and each image."""
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def _picture(
+    pipeline: Any,
+    transformer: nn.Module,
+    family: Family,
+    config: dict[str, Any],
+    prompt: str,
+    generator: torch.Generator,
+    sampling: Sampling,
+) -> Batch:
+    velocities: list[torch.Tensor] = []
+
+    def listen(_: nn.Module, __: Any, output: Any) -> None:
+        velocities.append(output[0].detach().cpu())
+
+    handle = transformer.register_forward_hook(listen)
+    try:
+        with capturing(transformer, family, config) as calls:
+            drawn = pipeline(prompt, generator=generator, output_type="pt", **sampling.as_arguments()).images
+    finally:
+        handle.remove()
+    return Batch((drawn.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), calls, velocities)
