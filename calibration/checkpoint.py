@@ -84,6 +84,11 @@ class Checkpoint:
         weights = {path: self.tensors.get(f"{path}.weight") for path in self.family.quantized(self.config)}
         return tuple(path for path, weight in weights.items() if weight is not None and weight.dtype == "F8_E4M3")
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any linear is stored in NVFP4 or FP8."""
+        return bool(self.quantized or self.fp8)
+
     @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The linears in NVFP4 by shared input."""
@@ -163,7 +168,7 @@ def read(directory: str | Path) -> Checkpoint:
     config = load_json(folder / "config.json")
     manifest = load_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     checkpoint = Checkpoint(folder, config, manifest, tensors_of(folder))
-    if not checkpoint.quantized and not checkpoint.fp8:
+    if not checkpoint.is_quantized:
         raise BadCheckpoint(
             f"{folder} holds no NVFP4 weights; expected a quantized checkpoint: run fp4trt quantize first"
         )

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
         register_quant_backend,
     )
 
-__all__ = ["NVFP4", "mto", "mtq"]
+__all__ = ["FP8", "NVFP4", "mto", "mtq"]
 
 BACKEND: Final = "fp4trt_nvfp4"
 
@@ -32,6 +32,9 @@ NVFP4: Final = {
     "backend": BACKEND,
 }
 """Attributes of a quantizer."""
+
+FP8: Final = {"num_bits": (4, 3), "axis": None}
+"""Attributes of a quantizer with one scale for its tensor; ModelOpt's own arithmetic runs everywhere."""
 
 logging.getLogger("modelopt").setLevel(logging.ERROR)
 

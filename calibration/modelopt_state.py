@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from calibration.modelopt_backend import mto
 __all__ = ["maxima", "restore"]
 
 
-def restore(model: nn.Module, paths: Sequence[str], state: str | Path, trust: bool) -> nn.Module:
+def restore(model: nn.Module, formats: Mapping[str, str], state: str | Path, trust: bool) -> nn.Module:
     """Return ``model`` with the weights and quantizers that ``modelopt.torch.opt.save`` wrote.
 
     Args:
         model: the unquantized model, of the same config.
-        paths: the linears that must be quantized, and no others.
+        formats: module path to ``nvfp4`` or ``fp8`` of the linears that must be quantized, and no others.
         state: the file.
         trust: the user's word that the file is his own; it is a pickle, and reading it can run code.
 
@@ -38,11 +38,11 @@ def restore(model: nn.Module, paths: Sequence[str], state: str | Path, trust: bo
     except Exception as error:  # whatever unpickling a stranger's file may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadCheckpoint(f"{state} is not a ModelOpt state of this model ({reason})") from None
-    _check_selection(model, paths, state)
+    _check_selection(model, formats, state)
     return model
 
 
-def maxima(model: nn.Module, paths: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+def maxima(model: nn.Module, paths: Iterable[str]) -> tuple[dict[str, float], dict[str, float]]:
     """Return module path to amax of the inputs, and of the weights, of a restored model."""
 
     def of(kind: str) -> dict[str, float]:
@@ -51,18 +51,21 @@ def maxima(model: nn.Module, paths: Sequence[str]) -> tuple[dict[str, float], di
     return of("input"), of("weight")
 
 
-def _check_selection(model: nn.Module, paths: Sequence[str], state: str | Path) -> None:
-    wanted = {f"{path}.{kind}" for path in paths for kind in ("input_quantizer", "weight_quantizer")}
+def _check_selection(model: nn.Module, formats: Mapping[str, str], state: str | Path) -> None:
+    kinds = ("input_quantizer", "weight_quantizer")
+    wanted = {f"{path}.{kind}": form for path, form in formats.items() for kind in kinds}
     enabled = {name: module for name, module in model.named_modules() if _is_enabled(name, module)}
-    for name in sorted(wanted ^ enabled.keys()):
+    for name in sorted(wanted.keys() ^ enabled.keys()):
         what = "is not quantized" if name in wanted else "is quantized, which the recipe does not want"
         raise BadCheckpoint(
             f"{state}: {name} {what}; quantize exactly the family's linears (fp4trt inspect lists them)"
         )
     for name, module in enabled.items():
         quantizer: Any = module
-        if quantizer.num_bits != (2, 1) or (quantizer.block_sizes or {}).get(-1) != 16:
-            raise BadCheckpoint(f"{state}: {name} has num_bits {quantizer.num_bits}; expected NVFP4 in blocks of 16")
+        bits, block = ((4, 3), None) if wanted[name] == "fp8" else ((2, 1), 16)
+        if quantizer.num_bits != bits or (quantizer.block_sizes or {}).get(-1) != block:
+            expected = "FP8 with one scale a tensor" if wanted[name] == "fp8" else "NVFP4 in blocks of 16"
+            raise BadCheckpoint(f"{state}: {name} has num_bits {quantizer.num_bits}; expected {expected}")
         amax = quantizer.amax
         if amax is None or amax.numel() != 1 or not math.isfinite(float(amax)) or float(amax) <= 0:
             raise BadAmax(f"{state}: {name} has amax {amax}; expected one finite number above 0: calibrate first")

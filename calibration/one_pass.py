@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import sys
 import time
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from calibration import nvfp4, ptq, sharing
+from calibration import fp8, nvfp4, ptq, sharing
 from calibration.bfloat16 import bits_of, pieces_of
+from calibration.checkpoint import FP8_SCALES
 from calibration.file_reader import FileReader
 from calibration.packing import DevicePacker, Packer
 from calibration.safetensors_file import DTYPE_BYTES, StoredTensor
@@ -82,10 +85,11 @@ class Work:
     Attributes:
         sources: files to read.
         stored: name to tensor of the plain checkpoint.
-        groups: the quantized linears that share their scales.
+        groups: the quantized linears that read the same input. Those in NVFP4 share their scales.
         input_amax: module path to the largest magnitude of its input, alike in a group; of those that are packed here.
         prepared: tensors of the result that are made already; they are copied.
-        device: where to pack, ``cpu`` or ``cuda``.
+        device: where to pack NVFP4, ``cpu`` or ``cuda``.
+        fp8: the linears that become FP8; the others of the groups become NVFP4.
     """
 
     sources: Sequence[Path]
@@ -94,6 +98,7 @@ class Work:
     input_amax: Mapping[str, float]
     prepared: Mapping[str, StoredTensor] = field(default_factory=dict)
     device: str = "cpu"
+    fp8: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -225,6 +230,9 @@ class _Pass:
         group = self._group_of.get(name)
         if group is None:
             self._add(name, [functools.partial(self._copy, name)])
+        elif group[0] in self._work.fp8:
+            path = name.removesuffix(".weight")
+            self._add(name, self._packing_fp8(path, ptq.checked_weights({path: self._done.amax[name]})[path]))
         elif all(f"{path}.weight" in self._done.amax for path in group):
             own = ptq.checked_weights({path: self._done.amax[f"{path}.weight"] for path in group})
             amax = sharing.shared(own, [group])[group[0]]
@@ -256,6 +264,24 @@ class _Pass:
             for begin in range(0, rows, together)
         ]
         return jobs
+
+    def _packing_fp8(self, path: str, amax: float) -> list[Job]:
+        scales = zip(FP8_SCALES, (amax, self._work.input_amax[path]), strict=True)
+        jobs: list[Job] = [
+            functools.partial(self._files.put, f"{path}.{kind}", 0, fp8.tensor_scale(value).numpy())
+            for kind, value in scales
+        ]
+        codes, size = fp8.codes_by_bits(fp8.tensor_scale(amax)), math.prod(self._work.stored[f"{path}.weight"].shape)
+        jobs += [
+            functools.partial(self._pack_fp8, path, codes, begin, min(begin + _PIECE, size))
+            for begin in range(0, size, _PIECE)
+        ]
+        return jobs
+
+    def _pack_fp8(self, path: str, codes: npt.NDArray[np.uint8], begin: int, end: int) -> None:
+        stored = self._work.stored[f"{path}.weight"]
+        self._files.put(f"{path}.weight", begin, codes[bits_of(stored, begin, end)])
+        self._progress((end - begin) * DTYPE_BYTES[stored.dtype])
 
     def _put_scales(self, path: str, weight_amax: float) -> None:
         for kind, amax in zip(GLOBAL_SCALES, (weight_amax, self._work.input_amax[path]), strict=True):

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Final
 import click
 from torch import nn
 
-from calibration import fp8, methods, nvfp4, shards, sharing, write
+from calibration import methods, nvfp4, shards, sharing, write
 from calibration.block_calibration import require_device
 from calibration.checkpoint import MANIFEST
 from calibration.dataset import save_inputs
@@ -78,12 +78,21 @@ class _Plain:
     @property
     def paths(self) -> tuple[str, ...]:
         """The linears in NVFP4."""
-        return tuple(path for path, kind in self.formats.items() if kind == "nvfp4")
+        return self.of_format("nvfp4")
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Those of them that share their scales."""
-        return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] == "nvfp4")
+        return tuple(group for group in self.quantized_groups if self.formats[group[0]] == "nvfp4")
+
+    @property
+    def quantized_groups(self) -> tuple[tuple[str, ...], ...]:
+        """All quantized linears by the input that they read."""
+        return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] != "bf16")
+
+    def of_format(self, kind: str) -> tuple[str, ...]:
+        """Return the linears in a format."""
+        return tuple(path for path, found in self.formats.items() if found == kind)
 
     @property
     def fp8_attentions(self) -> tuple[str, ...]:
@@ -214,9 +223,10 @@ def _restored(plain: _Plain, modelopt_state: str | Path, trust: bool) -> tuple[_
 
     if methods.needs_activations(plain.recipe.method):
         raise BadInputs(f"a ModelOpt state was given, and the recipe {plain.recipe.name}; expected one of plain PTQ")
-    restored = restore(load_source(plain.folder), plain.paths, modelopt_state, trust)
+    formats = {path: kind for path, kind in plain.formats.items() if kind != "bf16"}
+    restored = restore(load_source(plain.folder), formats, modelopt_state, trust)
     held = {name: hold(name, restored.state_dict()[name]) for name in plain.stored}
-    inputs, weights = maxima(restored, plain.paths)
+    inputs, weights = maxima(restored, formats)
     described = {"data": "modelopt state", "sha256": sha256_of(Path(modelopt_state))}
     done = Done(source_hashes(plain.folder), {f"{path}.weight": value for path, value in weights.items()})
     calibrated = Calibration(inputs, described)
@@ -239,8 +249,8 @@ def _checked(folder: Path, recipe: Recipe) -> _Plain:
 
 def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str, Any]:
     """Write everything into ``DIR.partial``, or what an earlier run has not finished; return the manifest."""
-    groups, prepared = plain.groups, given.prepared.tensors
-    planned = shards.plan_shards(plain.stored, groups, prepared)
+    groups, prepared, fp8 = plain.quantized_groups, given.prepared.tensors, frozenset(plain.of_format("fp8"))
+    planned = shards.plan_shards(plain.stored, groups, prepared, fp8)
     earlier = write.progress_of(partial)
     if earlier and shards.are_reserved(partial, planned):
         done = Done(**earlier)
@@ -250,47 +260,51 @@ def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str
     packed = [group for group in groups if f"{group[0]}.weight" not in prepared]
     inputs = sharing.shared(given.calibrated.amax, packed)
     sources = files_of(plain.folder) if given.done is None else []
-    files = shards.ShardFiles(partial, planned, shards.results_of(done.written, groups, prepared))
+    files = shards.ShardFiles(partial, planned, shards.results_of(done.written, groups, prepared, fp8))
     to_read = [
         tensor for tensor in plain.stored.values() if tensor.file in sources and tensor.file.name not in done.sha256
     ]
     _foresee(partial, sum(tensor.nbytes for tensor in to_read), files.missing())
-    work = Work(sources, plain.stored, groups, inputs, prepared, device)
+    work = Work(sources, plain.stored, groups, inputs, prepared, device, fp8)
     with _bar(work.nbytes) as progress:
         quantize_in_one_pass(work, files, done, functools.partial(write.note_progress, partial), progress)
     written = {shard.name: done.files[shard.name] for shard in planned}
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
-    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.paths)}
+    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats)}
     written["config.json"] = write.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
-    common = sharing.shared(own, packed)
+    common = own | sharing.shared(own, [group for group in packed if group[0] not in fp8])
     manifest = {
         **_description(plain, given),
-        "amax": _amax(inputs, common, prepared),
+        "amax": _amax(inputs, common, prepared, fp8),
         "files": written,
         "source": {"config.json": sha256_of(plain.folder / "config.json"), **done.sha256},
     }
-    if packed:
-        manifest["sharing_cost"] = asdict(sharing.measure_cost(plain.stored, own, common))
+    if alone := {path: amax for path, amax in own.items() if path not in fp8}:
+        manifest["sharing_cost"] = asdict(sharing.measure_cost(plain.stored, alone, common))
     write.write_json(partial / MANIFEST, manifest)
     return manifest
 
 
 def _amax(
-    inputs: Mapping[str, float], weights: Mapping[str, float], prepared: Mapping[str, StoredTensor]
+    inputs: Mapping[str, float],
+    weights: Mapping[str, float],
+    prepared: Mapping[str, StoredTensor],
+    fp8: Container[str],
 ) -> dict[str, float]:
     """Return what the manifest says of each quantizer: what was packed here, and what a method has decided."""
     amax = {f"{path}.input_quantizer": value for path, value in inputs.items()}
     amax |= {f"{path}.weight_quantizer": value for path, value in weights.items()}
     for name, tensor in prepared.items():
         path, _, leaf = name.rpartition(".")
-        if leaf in ("input_scale", "weight_scale_2"):
+        if leaf in ("input_scale", "weight_scale" if path in fp8 else "weight_scale_2"):
             quantizer = "input_quantizer" if leaf == "input_scale" else "weight_quantizer"
-            amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * nvfp4.E2M1_MAX * nvfp4.E4M3_MAX
+            largest = nvfp4.E4M3_MAX * (1 if path in fp8 else nvfp4.E2M1_MAX)
+            amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * largest
         elif leaf in SCALES:
-            amax[f"{path}.{leaf.removesuffix('_scale')}_bmm_quantizer"] = float(tensor.tensor()) * fp8.E4M3_MAX
+            amax[f"{path}.{leaf.removesuffix('_scale')}_bmm_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
     return amax
 
 
@@ -300,7 +314,7 @@ def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
         "format": 1,
         "family": plain.family.name,
         "recipe": plain.recipe.resolved(),
-        "quantized": {"nvfp4": plain.paths},
+        "quantized": {kind: paths for kind in ("nvfp4", "fp8") if (paths := plain.of_format(kind))},
         "groups": plain.groups,
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
@@ -372,7 +386,8 @@ def _summary(directory: Path, plain: _Plain, manifest: Mapping[str, Any]) -> dic
         "checkpoint": str(directory.resolve()),
         "family": plain.family.name,
         "recipe": plain.recipe.name,
-        "quantized_linears": len(plain.paths),
+        "quantized_linears": len(plain.paths) + len(plain.of_format("fp8")),
+        "fp8_linears": len(plain.of_format("fp8")),
         "groups": len(manifest["groups"]),
         "bytes": size(directory),
         "source_bytes": size(plain.folder),

@@ -1,13 +1,13 @@
 """What a quantized checkpoint's config.json says of its formats, as ModelOpt's unified export says it.
 
 Written here because ModelOpt takes six seconds to load, longer than many a model to quantize; the tests ask ModelOpt.
-Source: ``modelopt.torch.export`` 0.47, ``convert_hf_quant_config_format``.
+Source: ``modelopt.torch.export`` 0.47, ``process_layer_quant_config`` and ``convert_hf_quant_config_format``.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -16,23 +16,42 @@ from calibration import nvfp4
 
 __all__ = ["quantization_config"]
 
-_OPERAND: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": nvfp4.BLOCK_SIZE}
+_OPERANDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "nvfp4": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": nvfp4.BLOCK_SIZE},
+    "fp8": {"dynamic": False, "num_bits": 8, "type": "float"},
+}
+_LAYERS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "nvfp4": {"quant_algo": "NVFP4", "group_size": nvfp4.BLOCK_SIZE},
+    "fp8": {"quant_algo": "FP8"},
+}
+"""What ModelOpt says of one linear of a mixed model."""
 
 
-def quantization_config(model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a model whose linears at ``paths`` are in NVFP4.
+def quantization_config(model: nn.Module, formats: Mapping[str, str]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a model some of whose linears are in NVFP4 or FP8.
 
     Args:
         model: may be on the meta device.
-        paths: module paths of the quantized linears.
+        formats: module path to ``nvfp4``, ``fp8``, or ``bf16`` for a linear that is not quantized.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantized = {name: formats[name] for name in linears if formats.get(name, "bf16") != "bf16"}
+    kinds = list(dict.fromkeys(quantized.values()))
+    mixed = len(kinds) > 1
+    groups = {
+        f"group_{index}": {
+            "input_activations": dict(_OPERANDS[kind]),
+            "weights": dict(_OPERANDS[kind]),
+            "targets": sorted(name for name, found in quantized.items() if found == kind) if mixed else ["Linear"],
+        }
+        for index, kind in enumerate(kinds)
+    }
     return {
-        "config_groups": {
-            "group_0": {"input_activations": dict(_OPERAND), "weights": dict(_OPERAND), "targets": ["Linear"]}
-        },
-        "ignore": sorted({_pattern(name, paths) for name in linears if name not in set(paths)}),
-        "quant_algo": "NVFP4",
+        "config_groups": groups,
+        **({"quantized_layers": {name: dict(_LAYERS[kind]) for name, kind in quantized.items()}} if mixed else {}),
+        # Of a mixed model ModelOpt names the linears that are quantized, and none that are not.
+        "ignore": [] if mixed else sorted({_pattern(name, quantized) for name in linears if name not in quantized}),
+        "quant_algo": "MIXED_PRECISION" if mixed else _LAYERS[kinds[0]]["quant_algo"],
         "producer": {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")},
         "quant_method": "modelopt",
     }

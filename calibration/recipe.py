@@ -33,7 +33,7 @@ DEFAULT_RECIPE: Final = "nvfp4-ptq"
 
 _FOLDER: Final = Path(__file__).resolve().parent / "recipes"
 
-Format = Literal["nvfp4", "bf16"]
+Format = Literal["nvfp4", "fp8", "bf16"]
 """What a linear is stored and computed in."""
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibration import nvfp4
-from calibration.checkpoint import WEIGHTS
+from calibration.checkpoint import FP8_SCALES, WEIGHTS
 from calibration.safetensors_file import StoredTensor, TensorPlan, is_reserved, naming, reserve, sha256_of
 
 __all__ = [
@@ -37,7 +37,7 @@ SHARD_BYTES: Final = 2_000_000_000
 """A shard is closed before it grows beyond this."""
 
 GLOBAL_SCALES: Final = ("weight_scale_2", "input_scale")
-"""What a linear has in FP32: the global scale of its weight, and that of its input."""
+"""What a linear in NVFP4 has in FP32: the global scale of its weight, and that of its input."""
 
 _METADATA: Final = {"format": "pt"}
 
@@ -62,6 +62,7 @@ def plan_shards(
     stored: Mapping[str, StoredTensor],
     groups: Groups,
     prepared: Mapping[str, StoredTensor] = MappingProxyType({}),
+    fp8: Container[str] = (),
     limit: int = SHARD_BYTES,
 ) -> list[Shard]:
     """Return the files to write: one, or more where a file would grow beyond ``limit`` bytes.
@@ -71,22 +72,26 @@ def plan_shards(
 
     Args:
         stored: name to tensor of the plain checkpoint.
-        groups: the linears in NVFP4 that share their scales.
+        groups: the quantized linears that read the same input.
         prepared: tensors of the result that are made already, in the place of what would be made of ``stored``, or
             beside it.
+        fp8: those of the quantized linears that are in FP8; the others are in NVFP4.
         limit: in bytes.
     """
     quantized = {f"{path}.weight" for group in groups for path in group}
     wide: dict[str, tuple[str, tuple[int, ...]]]
-    wide = {f"{path}.{kind}": ("F32", ()) for kind in GLOBAL_SCALES for group in groups for path in group}
+    four = [path for group in groups for path in group if path not in fp8]
+    eight = [path for group in groups for path in group if path in fp8]
+    wide = {f"{path}.{kind}": ("F32", ()) for kind in GLOBAL_SCALES for path in four}
+    wide |= {f"{path}.{kind}": ("F32", ()) for kind in FP8_SCALES for path in eight}
     narrow = {name: ("BF16", tensor.shape) for name, tensor in stored.items() if name not in quantized}
-    packed = {f"{path}.{kind}" for group in groups for path in group for kind in ("weight", "weight_scale")}
+    packed = {f"{path}.weight" for path in (*four, *eight)} | {f"{path}.weight_scale" for path in four}
     for name, tensor in prepared.items():
         if name not in packed:
             (wide if tensor.dtype == "F32" else narrow)[name] = (tensor.dtype, tensor.shape)
     parts = [[TensorPlan(name, dtype, shape) for name, (dtype, shape) in (*wide.items(), *narrow.items())]]
     for group in groups:
-        plan = _group_plan(stored, group)
+        plan = _fp8_plan(stored, group) if group[0] in fp8 else _group_plan(stored, group)
         if sum(tensor.nbytes for tensor in (*parts[-1], *plan)) > limit:
             parts.append([])
         parts[-1].extend(plan)
@@ -102,6 +107,10 @@ def _group_plan(stored: Mapping[str, StoredTensor], group: Sequence[str]) -> lis
     return codes + [TensorPlan(f"{path}.weight_scale", "F8_E4M3", (n, k // block)) for path, (n, k) in shapes.items()]
 
 
+def _fp8_plan(stored: Mapping[str, StoredTensor], group: Sequence[str]) -> list[TensorPlan]:
+    return [TensorPlan(f"{path}.weight", "F8_E4M3", stored[f"{path}.weight"].shape) for path in group]
+
+
 def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
     """Return what the index file of several shards holds, as diffusers reads it."""
     names = {tensor.name: shard.name for shard in shards for tensor in shard.plan}
@@ -113,18 +122,23 @@ def are_reserved(folder: Path, shards: Iterable[Shard]) -> bool:
     return all(is_reserved(folder / shard.name, shard.plan, _METADATA) for shard in shards)
 
 
-def results_of(names: Iterable[str], groups: Groups, prepared: Container[str] = ()) -> list[str]:
-    """Return what tensors of the plain checkpoint become: of a quantized weight codes, block scales, global scales.
+def results_of(
+    names: Iterable[str], groups: Groups, prepared: Container[str] = (), fp8: Container[str] = ()
+) -> list[str]:
+    """Return what tensors of the plain checkpoint become: of a quantized weight its codes and scales.
 
     A tensor that is prepared already is its own result.
     """
     quantized = {f"{path}.weight": path for group in groups for path in group if f"{path}.weight" not in prepared}
-    kinds = ("weight", "weight_scale", *GLOBAL_SCALES)
-    return [
-        result
-        for name in names
-        for result in ([f"{quantized[name]}.{kind}" for kind in kinds] if name in quantized else [name])
-    ]
+
+    def of(name: str) -> list[str]:
+        path = quantized.get(name)
+        if path is None:
+            return [name]
+        scales = FP8_SCALES if path in fp8 else ("weight_scale", *GLOBAL_SCALES)
+        return [f"{path}.{kind}" for kind in ("weight", *scales)]
+
+    return [result for name in names for result in of(name)]
 
 
 class ShardFiles:

@@ -22,6 +22,7 @@ from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.fp8_attention import fp8_attention
+from exporter.passes.fp8_quantize import fp8_quantize
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
@@ -88,7 +89,8 @@ def export(
         "opset": OPSET,
         "precision": precision,
         "nodes": nodes,
-        "quantized_linears": len(checkpoint.quantized),
+        "quantized_linears": len(checkpoint.quantized) + len(checkpoint.fp8),
+        "fp8_linears": len(checkpoint.fp8),
         "scale_dtype": None if precision == "bf16" else scale_dtype or "float32",
         "onnx_bytes": path.stat().st_size,
         "copied_weights": copies,
@@ -104,7 +106,9 @@ def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: 
         # A finding, even a slow one, is a mistake of this room's, or of the checkpoint's data.
         accept = functools.partial(passed_lint, source=checkpoint.directory)
         if copies:
-            external_weights.save_with_copies(model, checkpoint.tensors, path, accept, rounded=not checkpoint.quantized)
+            external_weights.save_with_copies(
+                model, checkpoint.tensors, path, accept, rounded=not checkpoint.is_quantized
+            )
         else:
             external_weights.save_pointing(model, checkpoint.tensors, path, accept)
         bar.update(10)
@@ -128,7 +132,8 @@ def graph_of(
     progress(60)
     fold_constants(model)
     stamp_blocks(model, _stacks(checkpoint))
-    drop_placeholders(model, checkpoint.quantized)
+    drop_placeholders(model, [*checkpoint.quantized, *checkpoint.fp8])
+    fp8_quantize(model, {path: leaders.get(path, path) for path in checkpoint.fp8})
     double_dequantize(model, leaders, scale_dtype)
     fp8_attention(model, checkpoint.fp8_attentions)
     order_initializers(model)
@@ -161,7 +166,11 @@ def _open(source: str | Path, precision: Precision) -> Checkpoint:
 
 
 def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return each quantized linear's leader: the first of its group, or itself where the group's scales differ."""
+    """Return each quantized linear's leader.
+
+    In NVFP4 it is the first of its group, or itself where the group's scales differ; in FP8 the first that has the same
+    scale of its input, since weights keep scales of their own.
+    """
     leaders = {}
     for group in checkpoint.groups:
         scales = {
@@ -170,18 +179,23 @@ def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
         }
         for path in group:
             leaders[path] = group[0] if len(scales) == 1 else path
+    for group in checkpoint.groups_of(checkpoint.fp8):
+        first: dict[float, str] = {}
+        for path in group:
+            leaders[path] = first.setdefault(float(checkpoint.raw(f"{path}.input_scale")), path)
     return leaders
 
 
 def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None:
     """Write into the graph's metadata what it promises and what the builder has to know."""
-    linears = {"nvfp4": list(checkpoint.quantized), "bf16": other_linears(checkpoint)}
+    formats = {"nvfp4": list(checkpoint.quantized), "fp8": list(checkpoint.fp8), "bf16": other_linears(checkpoint)}
+    linears = {kind: paths for kind, paths in formats.items() if paths or kind != "fp8"}
     symbols = {name: symbol.as_dict() for name, symbol in checkpoint.family.symbols.items()}
     model.metadata_props.clear()
     model.metadata_props.update(
         {
             "fp4trt.family": checkpoint.family.name,
-            "fp4trt.recipe": checkpoint.recipe if checkpoint.quantized else "none",
+            "fp4trt.recipe": checkpoint.recipe if checkpoint.is_quantized else "none",
             "fp4trt.scale_dtype": scale_dtype,
             "fp4trt.linears": json.dumps(linears),
             "fp4trt.groups": json.dumps(checkpoint.groups),

@@ -32,7 +32,7 @@ def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
     """Return the checkpoint's model as torch.export sees it, with a TracedLinear for all that its family quantizes.
 
     Its weights are on the meta device: nothing of the checkpoint's data is read. Stacks of equal blocks are traced at
-    most :data:`~exporter.passes.stamp_blocks.TRACED_BLOCKS` high; which of the linears this checkpoint has in FP4 makes
+    most :data:`~exporter.passes.stamp_blocks.TRACED_BLOCKS` high; what format this checkpoint has the linears in makes
     no difference yet, because a stack's blocks have to be equal.
     """
     family = checkpoint.family
@@ -57,7 +57,7 @@ def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
 
 
 def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> ir.Model:
-    """Return the traced program as an ONNX graph with the FP4 placeholders of :mod:`exporter.trt_ops`.
+    """Return the traced program as an ONNX graph with the placeholders of :mod:`exporter.trt_ops`.
 
     Inputs and output have the family's names, order, dtypes and symbolic shapes. Initializers have their state-dict
     names, BF16, and no values. The program is used up.
@@ -79,7 +79,8 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
 
 def other_linears(checkpoint: Checkpoint) -> list[str]:
     """Return the module paths of the linears that stay in 16 bit."""
-    quantized, model = set(checkpoint.quantized), _meta_model(checkpoint.family, plain_config(checkpoint.config))
+    quantized = {*checkpoint.quantized, *checkpoint.fp8}
+    model = _meta_model(checkpoint.family, plain_config(checkpoint.config))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linears if name not in quantized]
 

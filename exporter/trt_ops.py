@@ -1,7 +1,8 @@
-"""The FP4 operators while a model is traced, and the ONNX nodes that stand for them.
+"""The operators of quantization while a model is traced, and the ONNX nodes that stand for them.
 
-A quantized linear leaves torch as two placeholders around its product, which
-:mod:`exporter.passes.double_dequantize` then replaces by what TensorRT reads::
+A linear that can be quantized leaves torch as two placeholders around its product, which
+:mod:`exporter.passes.double_dequantize` (FP4) and :mod:`exporter.passes.fp8_quantize` then replace by what TensorRT
+reads::
 
     x      -> trt::TRT_FP4DynamicQDQ(linear=path) -> MatMul (+ Add)
     weight -> trt::TRT_FP4QDQ -> Transpose ----------^
@@ -15,12 +16,21 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import onnx.defs
+import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
 from onnxscript import values
 from torch import nn
 
-__all__ = ["ACTIVATION_PLACEHOLDER", "DOMAIN", "QUANTIZER", "WEIGHT_PLACEHOLDER", "TracedLinear", "translations"]
+__all__ = [
+    "ACTIVATION_PLACEHOLDER",
+    "DOMAIN",
+    "QUANTIZER",
+    "WEIGHT_PLACEHOLDER",
+    "TracedLinear",
+    "placeholder_linear",
+    "translations",
+]
 
 DOMAIN: Final = "trt"
 WEIGHT_PLACEHOLDER: Final = "TRT_FP4QDQ"
@@ -64,6 +74,15 @@ class TracedLinear(nn.Linear):
         """Map ``input`` [..., K] to [..., N]."""
         x = torch.ops.fp4trt.fp4_dynamic_qdq(input, self.path)
         return nn.functional.linear(x, torch.ops.fp4trt.fp4_qdq(self.weight), self.bias)
+
+
+def placeholder_linear(node: ir.Node) -> str | None:
+    """Return the path of the linear that a placeholder of ours stands for, or None for any other node."""
+    if node.op_type == ACTIVATION_PLACEHOLDER:
+        return node.attributes["linear"].as_string()
+    if node.op_type == WEIGHT_PLACEHOLDER and node.inputs[0] is not None:
+        return str(node.inputs[0].name).removesuffix(".weight")
+    return None
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:

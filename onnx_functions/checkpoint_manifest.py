@@ -22,7 +22,8 @@ class CheckpointManifest:
     Attributes:
         family: of the model.
         recipe: name of the recipe.
-        nvfp4: module paths of the linears that it quantized.
+        nvfp4: module paths of the linears that it has in NVFP4.
+        fp8: of those that it has in FP8.
         fp8_attentions: module paths of the attentions whose products are in FP8.
         groups: those that share global scales.
         files: file name to SHA-256.
@@ -32,10 +33,15 @@ class CheckpointManifest:
     family: str | None
     recipe: str | None
     nvfp4: tuple[str, ...]
+    fp8: tuple[str, ...]
     fp8_attentions: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     files: Mapping[str, str]
     versions: Mapping[str, str]
+
+    def quantized(self, kind: str) -> tuple[str, ...]:
+        """Return the linears in a format, `nvfp4` or `fp8`."""
+        return {"nvfp4": self.nvfp4, "fp8": self.fp8}[kind]
 
 
 def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
@@ -53,6 +59,7 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
             family=value.get("family"),
             recipe=object_of(value.get("recipe", {}), "recipe").get("name"),
             nvfp4=strings(object_of(value.get("quantized", {}), "quantized").get("nvfp4", []), "quantized.nvfp4"),
+            fp8=strings(object_of(value.get("quantized", {}), "quantized").get("fp8", []), "quantized.fp8"),
             fp8_attentions=strings(object_of(value.get("attention", {}), "attention").get("fp8", []), "attention.fp8"),
             groups=lists_of_strings(value.get("groups", []), "groups"),
             files=strings_by_name(value.get("files", {}), "files"),

@@ -57,6 +57,9 @@ def output_types(node: NodeProto, types: Mapping[str, int], opset: int) -> Itera
     if node.op_type == "ConstantOfShape":
         value = attributes.get("value")
         return (value.data_type if isinstance(value, TensorProto) else TensorProto.FLOAT,)
+    if node.op_type == "QuantizeLinear":
+        zero_point = types[node.input[2]] if len(node.input) > 2 and node.input[2] else int(TensorProto.UINT8)
+        return (_integer(attributes.get("output_dtype", 0)) or zero_point,)
     if node.op_type == "DequantizeLinear":
         return (_integer(attributes.get("output_dtype", 0)) or types[node.input[1]],)
     if node.op_type == "QuantizeLinear":

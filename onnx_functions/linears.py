@@ -19,6 +19,7 @@ from onnx_functions.json_file import lists_of_strings, object_of, strings
 from onnx_functions.library import TRT_DOMAIN
 
 __all__ = [
+    "FP8_QUANTIZER",
     "QUANTIZER",
     "Graph",
     "Linear",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 QUANTIZER = "TRT_FP4DynamicQuantize"
+FP8_QUANTIZER = "QuantizeLinear"
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,23 @@ class Quantizer:
     """An activation quantizer and the tensors around it.
 
     Attributes:
-        node: the trt::TRT_FP4DynamicQuantize node's name.
+        node: the name of the trt::TRT_FP4DynamicQuantize, or in FP8 of the QuantizeLinear.
         input: the tensor [..., K] that it reads.
-        scale: its global scale.
+        scale: its global scale, or that of the tensor.
         codes: [..., K].
-        block_scales: [..., K / 16].
+        block_scales: [..., K / 16]; None in FP8, which has none.
     """
 
     node: str
     input: str
     scale: str
     codes: str
-    block_scales: str
+    block_scales: str | None
+
+    @property
+    def format(self) -> str:
+        """`nvfp4` or `fp8`."""
+        return "fp8" if self.block_scales is None else "nvfp4"
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def promised_linears(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Return the linears that the exporter promised, by format ("nvfp4", "bf16").
+    """Return the linears that the exporter promised, by format ("nvfp4", "fp8", "bf16").
 
     Raises:
         BadGraph: the graph carries no such promise, or one that cannot be read.
@@ -164,9 +171,16 @@ class Graph:
     def quantizer(self, tensor: str) -> Quantizer | None:
         """Return the activation quantizer whose dequantized codes `tensor` is, None where there is none."""
         node = self.producer.get(self.source(tensor))
+        if node is not None and node.op_type == FP8_QUANTIZER and self._gives_fp8(node):
+            return Quantizer(node.name, node.input[0], node.input[1], node.output[0], None)
         if node is None or node.domain != TRT_DOMAIN or node.op_type != QUANTIZER:
             return None
         return Quantizer(node.name, node.input[0], node.input[1], node.output[0], node.output[1])
+
+    def _gives_fp8(self, node: NodeProto) -> bool:
+        kind = next((attribute.i for attribute in node.attribute if attribute.name == "output_dtype"), 0)
+        zero = self.initializers.get(node.input[2]) if len(node.input) > 2 else None
+        return TensorProto.FLOAT8E4M3FN in (kind, zero.data_type if zero is not None else 0)
 
     def linear(self, path: str) -> Linear:
         """Return the linear of a module path.
@@ -202,20 +216,22 @@ class Graph:
         )
 
     def weight_scale(self, linear: Linear) -> str:
-        """Return the initializer that is the global scale of a quantized linear's weight.
+        """Return the initializer that is the global scale of a quantized linear's weight, in FP8 its only one.
 
         Raises:
-            BadGraph: the weight is not dequantized twice.
+            BadGraph: the weight is not dequantized so.
         """
         tensor = linear.weight
         while (node := self.producer.get(tensor)) is not None:
             if node.op_type == "DequantizeLinear":
                 scales = self.producer.get(node.input[1])
+                if scales is None and node.input[1] in self.initializers:
+                    return str(node.input[1])
                 if scales is not None and scales.input[1] in self.initializers:
                     return str(scales.input[1])
                 break
             tensor = node.input[0]
-        raise BadGraph(f"the weight of node {linear.matmul} is not dequantized by block and global scales")
+        raise BadGraph(f"the weight of node {linear.matmul} is not dequantized by stored scales")
 
     def linears(self) -> Iterator[Linear]:
         """Yield every promised linear, the quantized first."""

@@ -143,8 +143,9 @@ def teacher_forced(model: onnx.ModelProto, linears: Sequence[Linear]) -> onnx.Mo
     """Return a simulation of some linears alone, each fed by a graph input of its own.
 
     Inputs, FP32 [..., K]: `NODE:x` for every quantizer NODE of the linears (for a linear without one its
-    MatMul). Outputs, FP32: every quantizer's codes [..., K] as E2M1 values and block scales [..., K / 16],
-    then every linear's product [..., N] with its bias, which is not rounded to BF16 while its operands are.
+    MatMul). Outputs, FP32: every quantizer's codes [..., K] as E2M1 or E4M3 values and, in NVFP4, its
+    block scales [..., K / 16], then every linear's product [..., N] with its bias, which is not rounded to BF16 while
+    its operands are.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -157,7 +158,8 @@ def teacher_forced(model: onnx.ModelProto, linears: Sequence[Linear]) -> onnx.Mo
             nodes[head].input[0] = inputs[head]
             copy.graph.input.append(helper.make_tensor_value_info(inputs[head], TensorProto.BFLOAT16, None))
         if linear.quantizer:
-            codes.update(dict.fromkeys((linear.quantizer.codes, linear.quantizer.block_scales)))
+            given = (linear.quantizer.codes, linear.quantizer.block_scales)
+            codes.update(dict.fromkeys(name for name in given if name))
     exact = {name for linear in linears for name in (linear.matmul, linear.add) if name}
     piece = cut(copy, {name: name for name in inputs.values()}, [*codes, *(linear.output for linear in linears)])
     return simulate(piece, exact=exact)

@@ -23,6 +23,7 @@ from calibration import fp8, nvfp4
 from calibration.block_runner import BlockRunner, Outputs
 from calibration.checkpoint import Checkpoint, empty_model, read, reader
 from calibration.errors import BadCheckpoint
+from calibration.fp8 import E4M3_MAX
 from calibration.fp8_attention import MODULE as FP8_ATTENTION
 from calibration.fp8_attention import FP8Attention
 from calibration.source import BUILT_IN, empty_source, find_source, finite_tensor, load_json, tensors_of
@@ -48,6 +49,9 @@ __all__ = [
     "teacher_of",
 ]
 
+FORMATS: Final = ("nvfp4", "fp8")
+"""What a linear may be quantized to."""
+
 Shape = tuple[int, int, int]
 """Batch, image tokens, text tokens."""
 
@@ -66,17 +70,17 @@ class Reference:
 
     Attributes:
         checkpoint: its tensors.
-        quantized: whether its linears are stored in NVFP4.
+        quantized: whether its linears are stored in NVFP4 and FP8.
         rounds_scales: whether the graph rounds the product of the scales to BF16 (`--scale-dtype bfloat16`).
         names: of the tensors that the graph must hold byte by byte.
-        fp4: linears that the graph must compute in NVFP4.
+        formats: linears that the graph must compute in ``nvfp4`` or ``fp8``.
     """
 
     checkpoint: Checkpoint
     quantized: bool
     rounds_scales: bool
     names: tuple[str, ...]
-    fp4: tuple[str, ...]
+    formats: Mapping[str, str]
 
     @property
     def directory(self) -> Path:
@@ -105,6 +109,9 @@ class Reference:
 
     def weight(self, path: str) -> FloatArray:
         """Return a linear's weight [N, K], FP32 rounded to BF16."""
+        if path in self.checkpoint.fp8:
+            codes = self.raw(f"{path}.weight").astype(np.float32)
+            return _round(codes * np.float32(self.raw(f"{path}.weight_scale")))
         if path not in self.stored_fp4:
             return _round(self.raw(f"{path}.weight"))
         codes = nvfp4.unpack_codes(self.checkpoint.tensor(f"{path}.weight")).numpy()
@@ -117,8 +124,10 @@ class Reference:
         d = _round(d) if self.rounds_scales else d
         return _round(weight_gates.E2M1[codes] * np.repeat(d, nvfp4.BLOCK_SIZE, -1))
 
-    def requantized(self, _path: str, weight: FloatArray, scale: np.float32) -> FloatArray:
-        """Return a weight, or an activation, after plain rounding to NVFP4 under a global scale."""
+    def requantized(self, path: str, weight: FloatArray, scale: np.float32) -> FloatArray:
+        """Return a linear's weight, or its input, after plain rounding to the linear's format under a scale."""
+        if self.formats.get(path) == "fp8":
+            return _round(_quantize_fp8(weight, scale) * scale)
         return self.dequantize(*_quantize(weight, scale), scale)
 
     def example(self, shape: Shape, dtype: torch.dtype) -> Inputs:
@@ -135,6 +144,13 @@ def _quantize(x: FloatArray, scale: np.float32) -> tuple[npt.NDArray[np.uint8], 
     """Quantize with torch; returns codes 0..15 and the bytes of E4M3 block scales."""
     codes, scales = nvfp4.quantize(torch.from_numpy(np.ascontiguousarray(x)), torch.tensor(float(scale)))
     return codes.numpy(), scales.view(torch.uint8).numpy()
+
+
+def _quantize_fp8(x: FloatArray, scale: np.float32) -> FloatArray:
+    """Quantize with ml_dtypes' own cast; returns E4M3 values. A scale that is none gives what IEEE says."""
+    with np.errstate(all="ignore"):
+        clipped = np.clip(x / scale, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return np.asarray(clipped.astype(np.float32))
 
 
 def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | None) -> Reference:
@@ -156,14 +172,19 @@ def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | 
     for path in (path for paths in promised.values() for path in paths):
         if f"{path}.weight" not in checkpoint.tensors:
             raise BadReference(f"{folder} has no {path}.weight, which the graph needs; give the graph's own checkpoint")
-    made = frozenset[str]() if quantized else frozenset(f"{path}.weight" for path in promised.get("nvfp4", []))
+    made = set[str]() if quantized else {f"{path}.weight" for kind in FORMATS for path in promised.get(kind, [])}
     names = tuple(name for name in checkpoint.tensors if name not in made)
-    # A 16-bit reference says what the linears are; which of them are FP4 is then the graph's word and that of the
+    # A 16-bit reference says what the linears are; which of them are quantized is then the graph's word and that of the
     # manifest beside it.
-    stored = checkpoint.quantized if quantized else (*promised.get("nvfp4", ()), *(beside.nvfp4 if beside else ()))
-    fp4 = tuple(dict.fromkeys((*stored, *(manifest.nvfp4 if manifest else ()))))
+    stored = {"nvfp4": checkpoint.quantized, "fp8": checkpoint.fp8}
+    words = [manifest, None if quantized else beside]
+    formats: dict[str, str] = {}
+    for kind in FORMATS:
+        paths = [*(stored[kind] if quantized else promised.get(kind, ()))]
+        paths += [path for word in words if word is not None for path in word.quantized(kind)]
+        formats |= {path: kind for path in paths if path not in formats}
     rounds = metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16"
-    return Reference(checkpoint, quantized, rounds, names, fp4)
+    return Reference(checkpoint, quantized, rounds, names, formats)
 
 
 def _folder_of(reference: str | Path | None, model: Path) -> Path:
@@ -294,7 +315,9 @@ def teacher_of(
         value = held.raw(f"{linear.path}.input_scale") if stored else array_of(own, folder) if own else None
         scales[linear.path] = np.float32(np.asarray(value).reshape(()))
 
-    def quantize(path: str, x: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def quantize(path: str, x: FloatArray) -> tuple[FloatArray, ...]:
+        if held.formats.get(path) == "fp8":
+            return (_quantize_fp8(x, scales[path]),)
         codes, scale_bytes = _quantize(x, scales[path])
         return weight_gates.E2M1[codes], scale_bytes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 

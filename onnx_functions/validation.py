@@ -15,7 +15,7 @@ from typing import Any, Final
 import onnx
 import torch
 
-from calibration import nvfp4
+from calibration import fp8, nvfp4
 from calibration.safetensors_file import sha256_of
 from onnx_functions import structure_gates, teacher_gates, weight_gates
 from onnx_functions.attention_gates import attention_gates, attention_promise_gate
@@ -25,12 +25,13 @@ from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import load_graph, span_of
 from onnx_functions.file_output import partial_path
 from onnx_functions.free_memory import available_memory
+from onnx_functions.functions_gate import functions_gate
 from onnx_functions.linears import Graph, Linear, metadata_of, promised_linears
 from onnx_functions.promise_gate import promise_gate
 from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.teacher_gates import block_of
-from onnx_functions.torch_reference import Reference, Shape, Walk, open_reference
+from onnx_functions.torch_reference import FORMATS, Reference, Shape, Walk, open_reference
 from onnx_functions.verdict import Figures, Gate, Report, failed_to_run, guarded, skipped
 
 __all__ = ["LEVELS", "validate"]
@@ -79,10 +80,11 @@ class _Subject:
         return self.path.parent
 
     @property
-    def fp4(self) -> list[str]:
-        """The linears to be checked that are promised in FP4."""
-        promised = set(promised_linears(self.graph).get("nvfp4", []))
-        return [linear.path for linear in self.linears if linear.path in promised]
+    def quantized(self) -> list[Linear]:
+        """The linears to be checked that are promised in NVFP4 or FP8."""
+        found = promised_linears(self.graph)
+        promised = {path for kind in FORMATS for path in found.get(kind, [])}
+        return [linear for linear in self.linears if linear.path in promised]
 
 
 def validate(
@@ -169,9 +171,10 @@ def _why_by_block(level: str, blocks: str | None, held: Reference) -> str | None
 def _all_gates(subject: _Subject, work: Path) -> Iterator[Gate]:
     """Yield every gate as it is decided, filling in the figures of each linear."""
     graph, held, folder = subject.graph, subject.held, subject.folder
-    yield from guarded("functions", lambda: [weight_gates.functions_gate(nvfp4.quantize_reference)])
+    eight = fp8.quantize_reference if "fp8" in held.formats.values() else None
+    yield from guarded("functions", lambda: [functions_gate(nvfp4.quantize_reference, eight)])
     yield from guarded("files", lambda: [weight_gates.files_gate(graph, folder, (held.directory, folder))])
-    yield from guarded("promise", lambda: [promise_gate(graph, held.fp4, held.linears)])
+    yield from guarded("promise", lambda: [promise_gate(graph, held.formats, held.linears)])
     yield from guarded("attention promise", lambda: _attention_promise(subject))
     yield from guarded("stored tensors", lambda: [weight_gates.stored_tensors_gate(graph, folder, held)])
     try:
@@ -205,11 +208,10 @@ def _weight_gates(subject: _Subject) -> Iterator[Gate]:
     if held.quantized:
         yield from guarded("weights", lambda: [weight_gates.weights_gate(graph, folder, held, subject.linears)])
         return
-    promised = set(promised_linears(graph).get("nvfp4", []))
-    fp4 = [linear for linear in subject.linears if linear.path in promised]
+    quantized = subject.quantized
 
     def errors() -> Iterator[Gate]:
-        size, bias, measured = weight_gates.quantization_gates(graph, folder, held, fp4)
+        size, bias, measured = weight_gates.quantization_gates(graph, folder, held, quantized)
         for name, (error, excess) in measured.items():
             subject.figures[name].update(weight_error=error, scale_bias=excess)
         yield from (size, bias)
@@ -218,7 +220,7 @@ def _weight_gates(subject: _Subject) -> Iterator[Gate]:
     if metadata_of(graph).get("fp4trt.recipe") == "nvfp4-ptq":
         requantized = held.requantized
         yield from guarded(
-            "rounded weights", lambda: [weight_gates.rounded_weights_gate(graph, folder, held, fp4, requantized)]
+            "rounded weights", lambda: [weight_gates.rounded_weights_gate(graph, folder, held, quantized, requantized)]
         )
 
 
@@ -263,7 +265,7 @@ def _teacher_gates(subject: _Subject, found: ByBlock) -> Iterator[Gate]:
         yield found.failure
     else:
         exact, loose = subject.held.quantized, teacher_gates.QUANTIZED_LINEAR_LIMIT
-        yield teacher_gates.quantizer_gate(found.results, subject.fp4)
+        yield teacher_gates.quantizer_gate(found.results, [linear.path for linear in subject.quantized])
         yield teacher_gates.linear_gate(found.results, teacher_gates.LINEAR_LIMIT if exact else loose)
         yield teacher_gates.module_gate(found.results, teacher_gates.MODULE_LIMIT if exact else loose)
         if found.attentions:

@@ -87,14 +87,21 @@ def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fp8_digits(digits: Path, quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quantized built-in model with its modulation in FP8, without a graph; not to be changed."""
-    from tests.fp8_checkpoint import is_modulation, store_in_fp8
+def fp8_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model quantized with its modulation in FP8, and exported; not to be changed."""
+    from calibration import quantize
+    from exporter import export
 
-    directory = tmp_path_factory.mktemp("fp8") / "digits-fp8"
-    shutil.copytree(quantized_digits, directory, ignore=shutil.ignore_patterns("model.onnx"))
-    store_in_fp8(directory, digits, is_modulation)
-    return directory
+    folder = tmp_path_factory.mktemp("fp8")
+    measured = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
+    inputs = {name.removesuffix(".input_quantizer"): amax for name, amax in measured.items() if ".input" in name}
+    (folder / "amax.json").write_text(json.dumps(inputs), encoding="utf-8")
+    rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
+    recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    quantize("digits", folder / "digits-fp8", folder / "recipe.yaml", folder / "amax.json")
+    export(folder / "digits-fp8")
+    return folder / "digits-fp8"
 
 
 @pytest.fixture(scope="session")

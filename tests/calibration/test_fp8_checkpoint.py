@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import io
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,17 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from calibration import fp8
+from calibration import fp8, shards
 from calibration.checkpoint import MANIFEST, WEIGHTS, load, read
 from calibration.errors import BadCheckpoint
 from calibration.fp8_linear import FP8Linear
+from calibration.modelopt_backend import FP8, NVFP4, mto, mtq
+from calibration.models import family_of
 from calibration.nvfp4_linear import NVFP4Linear
-from calibration.safetensors_file import TensorPlan, read_header, write
-from calibration.source import load_source
-from tests.fp8_checkpoint import is_modulation
+from calibration.quantization import quantize
+from calibration.safetensors_file import TensorPlan, read_header, sha256_of, write
+from calibration.source import load_json, load_source, tensors_of
 
 FIRST = "transformer_blocks.0.norm1.linear"
+
+
+def is_modulation(path: str) -> bool:
+    """Whether the recipe of ``fp8_digits`` has a linear in FP8."""
+    return fnmatch.fnmatchcase(path, "*.norm*.linear")
 
 
 @pytest.fixture
@@ -81,3 +93,85 @@ def test_a_promise_of_fp8_that_the_tensors_do_not_keep_is_refused(copy: Path) ->
     (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(BadCheckpoint, match=r"quantized.fp8 is no list of module paths"):
         read(copy)
+
+
+def _fake_quantized(source: nn.Module, manifest: dict[str, Any]) -> nn.Module:
+    """Return ModelOpt's own model in both formats, with the maxima of a manifest."""
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries += [
+        {"quantizer_name": name, "cfg": FP8 if is_modulation(name.rpartition(".")[0]) else NVFP4, "enable": True}
+        for name in manifest["amax"]
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        mtq.quantize(source, {"quant_cfg": entries, "algorithm": "max"})
+    for name, amax in manifest["amax"].items():
+        source.get_submodule(name).amax = torch.tensor(amax)
+    return source
+
+
+def test_a_modelopt_state_of_both_formats_gives_the_same_checkpoint(
+    fp8_digits: Path, digits: Path, tmp_path: Path
+) -> None:
+    """The built-in model's groups share their maxima already in the manifest."""
+    manifest = json.loads((fp8_digits / MANIFEST).read_text(encoding="utf-8"))
+    model = _fake_quantized(load_source(digits), manifest)
+    mto.save(model, tmp_path / "state.pt")
+    recipe = fp8_digits.parent / "recipe.yaml"
+    quantize("digits", tmp_path / "again", recipe, modelopt_state=tmp_path / "state.pt", trust=True)
+    assert sha256_of(tmp_path / "again" / WEIGHTS) == sha256_of(fp8_digits / WEIGHTS)
+    with pytest.raises(BadCheckpoint, match=r"has num_bits \(4, 3\); expected NVFP4 in blocks of 16"):
+        quantize("digits", tmp_path / "other", modelopt_state=tmp_path / "state.pt", trust=True)
+    found, theirs = load(fp8_digits), model
+    inputs = read(fp8_digits).family.example_inputs(load_json(digits / "config.json"), 2, 16, 8, 0, torch.bfloat16)
+    with torch.no_grad():
+        ours, wanted = (each(**inputs, return_dict=False)[0].float() for each in (found, theirs))
+    # ModelOpt multiplies by 448 / amax: a code at a tie may be the other one, and moves what comes after it.
+    assert float((ours - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_what_is_written_does_not_depend_on_shards(
+    tiny_flux: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every group of a tiny FLUX in another format, q/k/v in FP8 too, in one file and in many."""
+    flux = tiny_flux(tmp_path / "flux", num_layers=2, num_single_layers=2)
+    family, config = family_of(load_json(flux / "config.json")), load_json(flux / "config.json")
+    kinds = itertools.cycle(["fp8", "nvfp4", "bf16"])
+    rules = [
+        {"linears": path, "format": kind}
+        for group, kind in zip(family.groups(config), kinds, strict=False)
+        for path in group
+    ]
+    recipe = {"name": "mixed", "method": {"name": "ptq"}, "formats": {"rules": rules}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    amax = {path: 1 + index / 7 for index, path in enumerate(family.quantized(config))}
+    (tmp_path / "amax.json").write_text(json.dumps(amax), encoding="utf-8")
+    quantize(flux, tmp_path / "one", tmp_path / "recipe.yaml", tmp_path / "amax.json")
+    plan = shards.plan_shards
+    monkeypatch.setattr(shards, "plan_shards", lambda *given: plan(*given, limit=24_000))
+    quantize(flux, tmp_path / "many", tmp_path / "recipe.yaml", tmp_path / "amax.json")
+    one, many = read(tmp_path / "one"), read(tmp_path / "many")
+    assert len({tensor.file for tensor in many.tensors.values()}) > 2
+    assert one.tensors.keys() == many.tensors.keys()
+    assert all(one.raw(name).tobytes() == many.raw(name).tobytes() for name in one.tensors)
+    assert all(
+        t.offset % {"F32": 4, "BF16": 2}.get(t.dtype, 1) == 0 for t in (*one.tensors.values(), *many.tensors.values())
+    )
+    source = tensors_of(flux)
+    for group in one.groups_of(one.fp8):
+        for path in group:
+            weight = source[f"{path}.weight"].tensor().float()
+            scale = np.float32(weight.abs().max()) / np.float32(448)
+            np.testing.assert_array_equal(
+                one.raw(f"{path}.weight").view(np.uint8), fp8.quantize_reference(weight.numpy(), scale)
+            )
+            assert one.raw(f"{path}.weight_scale") == scale
+            assert one.raw(f"{path}.input_scale") == np.float32(max(amax[other] for other in group)) / np.float32(448)
+    assert set(one.manifest["quantized"]) == {"nvfp4", "fp8"}
+    assert set(one.quantized) == {rule["linears"] for rule in rules if rule["format"] == "nvfp4"}
+
+
+def test_a_resumed_run_knows_what_each_tensor_of_the_source_became(fp8_digits: Path, digits: Path) -> None:
+    checkpoint = read(fp8_digits)
+    groups = checkpoint.family.groups(checkpoint.config)
+    results = shards.results_of(tensors_of(digits), groups, fp8=checkpoint.fp8)
+    assert sorted(results) == sorted(checkpoint.tensors)

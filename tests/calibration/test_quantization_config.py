@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.modelopt_backend import NVFP4, mtq
+from calibration.modelopt_backend import FP8, NVFP4, mtq
 from calibration.models import family_of
 from calibration.quantization_config import quantization_config
 from calibration.source import load_json, model_class
@@ -21,17 +21,18 @@ from calibration.source import load_json, model_class
 MakeFlux = Callable[..., Path]
 
 
-def _modelopts(model: nn.Module, paths: Sequence[str]) -> Any:
+def _modelopts(model: nn.Module, formats: Mapping[str, str]) -> Any:
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
     from modelopt.torch.export.quant_utils import get_quant_config
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
 
     with contextlib.redirect_stdout(io.StringIO()):
         mtq.quantize(model, {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None})
-    for path in paths:
+    for path, form in formats.items():
         for kind in ("input_quantizer", "weight_quantizer"):
             quantizer: Any = model.get_submodule(f"{path}.{kind}")
-            quantizer.set_from_attribute_config(QuantizerAttributeConfig(**NVFP4, enable=True))
+            attributes: dict[str, Any] = {"nvfp4": NVFP4, "fp8": FP8}[form]
+            quantizer.set_from_attribute_config(QuantizerAttributeConfig(**attributes, enable=True))
             quantizer.amax = torch.tensor(1.0)
     return convert_hf_quant_config_format(get_quant_config(model))
 
@@ -54,4 +55,18 @@ def test_it_is_modelopts_for_all_quantized_linears_and_for_some(
         blocks = {".".join(path.split(".")[:2]) for path in paths}
         dropped = set(chosen.sample(sorted(blocks), 2 * seed))
         paths = [path for path in paths if ".".join(path.split(".")[:2]) not in dropped and chosen.random() < 0.8]
-    assert quantization_config(ours, paths) == _modelopts(theirs, paths)
+    formats = dict.fromkeys(paths, "nvfp4")
+    assert quantization_config(ours, formats) == _modelopts(theirs, formats)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_it_is_modelopts_for_models_of_fp8_and_of_both_formats(
+    seed: int | None, tiny_flux: MakeFlux, tmp_path: Path
+) -> None:
+    ours, theirs, paths = _models(tiny_flux(tmp_path / "flux"))
+    chosen = random.Random(seed)
+    formats = {path: "fp8" if seed is None else chosen.choice(["nvfp4", "fp8", "bf16"]) for path in paths}
+    quantized = {path: kind for path, kind in formats.items() if kind != "bf16"}
+    config = quantization_config(ours, formats)
+    assert config == _modelopts(theirs, quantized)
+    assert config["quant_algo"] == ("FP8" if seed is None else "MIXED_PRECISION")

@@ -175,7 +175,7 @@ def pack_or_die(self, path, packer, begin, end):
         os.kill(os.getpid(), signal.SIGKILL)
     pack(self, path, packer, begin, end)
 one_pass.NOTE_EVERY = 0
-shards.plan_shards = lambda stored, groups: plan(stored, groups, int(sys.argv[4]))
+shards.plan_shards = lambda *given: plan(*given, limit=int(sys.argv[4]))
 write.note_progress, one_pass._Pass._pack = note_and_tell, pack_or_die
 quantize(sys.argv[1], sys.argv[2], calibration=sys.argv[3])
 """

@@ -161,14 +161,23 @@ FLUX_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _traced_graph(keep: Callable[[str], bool], **changes: int) -> onnx.ModelProto:
-    """Return the graph of a model whose checkpoint has those linears in FP4, attentions in FP8, that ``keep`` names."""
+def _traced_graph(
+    keep: Callable[[str], bool], fp8: Callable[[str], bool] = lambda path: False, **changes: int
+) -> onnx.ModelProto:
+    """Return the graph of a model whose checkpoint has the linears in FP4 that ``keep`` says, and some in FP8.
+
+    Attentions are in FP8 where either says so.
+    """
     config = {**FLUX_CONFIG, **changes}
-    nowhere, family = StoredTensor(Path(), "F8_E4M3", (), 0, 0), family_of(config)
-    scales = [f"{path}.weight_scale" for path in family.quantized(config) if keep(path)]
-    scales += [f"{path}.q_scale" for path in family.attentions(config) if keep(path)]
-    checkpoint = Checkpoint(Path(), config, {}, dict.fromkeys(scales, nowhere))
-    leaders = {path: group[0] for group in checkpoint.groups for path in group}
+    nowhere = StoredTensor(Path(), "F8_E4M3", (), 0, 0)
+    paths = [path for path in family_of(config).quantized(config) if keep(path)]
+    eights = [path for path in family_of(config).quantized(config) if fp8(path)]
+    stored = {f"{path}.weight_scale": nowhere for path in paths} | {f"{path}.weight": nowhere for path in eights}
+    attentions = [path for path in family_of(config).attentions(config) if keep(path) or fp8(path)]
+    stored |= {f"{path}.q_scale": nowhere for path in attentions}
+    checkpoint = Checkpoint(Path(), config, {}, stored)
+    groups = (*checkpoint.groups, *checkpoint.groups_of(checkpoint.fp8))
+    leaders = {path: group[0] for group in groups for path in group}
     model = graph_of(checkpoint, leaders, "float32", lambda hundredths: None)
     for value in model.graph.initializers.values():
         if "." in str(value.name):  # weights on the meta device
@@ -177,7 +186,7 @@ def _traced_graph(keep: Callable[[str], bool], **changes: int) -> onnx.ModelProt
     return ir.to_proto(model)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def traced_graph() -> Callable[..., onnx.ModelProto]:
-    """Give the graph of a small FLUX whose config has some changes; what is quantized in it is told by path."""
+    """Give the graph of a small FLUX whose config has some changes; what is in FP4 and FP8 in it is told by path."""
     return _traced_graph

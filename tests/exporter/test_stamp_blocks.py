@@ -27,16 +27,19 @@ def trace_every_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     ("keep", "changes"),
     [
         (lambda path: True, {}),
-        # Blocks of other formats: the first whole, a middle one and the last in part, the others in 16 bit.
+        # Blocks of other formats: the first whole, a middle one and the last in part, some in FP8, the rest in 16 bit.
         (
             lambda path: (
                 path.startswith(("transformer_blocks.0.", "single_transformer_blocks.5."))
                 or path.endswith(("3.ff.net.2", "4.proj_out"))
             ),
-            {"guidance_embeds": False},
+            {
+                "guidance_embeds": False,
+                "fp8": lambda path: path.startswith(("transformer_blocks.2.", "transformer_blocks.3.norm")),
+            },
         ),
     ],
-    ids=["all quantized", "some quantized"],
+    ids=["all quantized", "FP4, FP8 and 16 bit"],
 )
 def test_a_stamped_graph_equals_a_fully_traced_one(
     keep: Callable[[str], bool],
