@@ -119,8 +119,9 @@ def quantize(
     from calibration.quantization import quantize as run
 
     result = run(source, output, recipe, calibration, modelopt_state, trust, force, device)
+    attention = f" and {result['fp8_attentions']} attentions" if result["fp8_attentions"] else ""
     click.echo(
-        f"quantized {result['quantized_linears']} linears ({result['recipe']}): "
+        f"quantized {result['quantized_linears']} linears{attention} ({result['recipe']}): "
         f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
     )
     if cost := result["sharing_cost"]:

@@ -388,6 +388,7 @@ def _summary(directory: Path, plain: _Plain, manifest: Mapping[str, Any]) -> dic
         "recipe": plain.recipe.name,
         "quantized_linears": len(plain.paths) + len(plain.of_format("fp8")),
         "fp8_linears": len(plain.of_format("fp8")),
+        "fp8_attentions": len(plain.fp8_attentions),
         "groups": len(manifest["groups"]),
         "bytes": size(directory),
         "source_bytes": size(plain.folder),

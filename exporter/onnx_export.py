@@ -90,6 +90,7 @@ def export(
         "precision": precision,
         "nodes": nodes,
         "quantized_linears": len(checkpoint.quantized) + len(checkpoint.fp8),
+        "fp8_attentions": len(checkpoint.fp8_attentions),
         "fp8_linears": len(checkpoint.fp8),
         "scale_dtype": None if precision == "bf16" else scale_dtype or "float32",
         "onnx_bytes": path.stat().st_size,

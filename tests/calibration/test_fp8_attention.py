@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -13,12 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fp4trt
 from calibration import fp8
-from calibration.attention_amax import checked_attentions
+from calibration.attention_amax import OperandAmax, checked_attentions
+from calibration.block_calibration import measured_by_block
 from calibration.checkpoint import WEIGHTS, load, read
+from calibration.dataset import load_inputs
 from calibration.errors import BadAmax, BadCheckpoint
-from calibration.fp8_attention import SCALES, FP8Attention
+from calibration.fp8_attention import SCALES, FP8Attention, attention_scales
 from calibration.input_amax import merged
+from calibration.preparation import BlockResult, BlockTask, prepared_by_block
+from calibration.source import find_source, load_source
 
 FIRST, LAST = "transformer_blocks.0.attn", "single_transformer_blocks.3.attn"
 
@@ -101,3 +106,68 @@ def test_maxima_of_before_stay_valid_and_lack_only_what_attention_in_fp8_needs(
     new = tmp_path / "new.json"
     new.write_text(json.dumps({f"{FIRST}.{operand}": 3.0 for operand in "qkv"}))
     assert merged([old, new], linears, attentions).amax[f"{FIRST}.k"] == 3.0
+
+
+def test_a_recipe_writes_the_measured_scales_and_the_manifest_tells_of_them(
+    quantized_digits: Path, fp8_attention_digits: Path
+) -> None:
+    checkpoint, plain = read(fp8_attention_digits), read(quantized_digits)
+    attentions = plain.family.attentions(plain.config)
+    assert checkpoint.fp8_attentions == attentions
+    assert checkpoint.manifest["attention"] == {"fp8": list(attentions)}
+    assert checkpoint.manifest["recipe"]["attention"] == "fp8"
+    largest = _given_to_attention(quantized_digits, attentions)
+    for path in attentions:
+        for operand in "qkv":
+            scale = checkpoint.tensor(f"{path}.{operand}_scale")
+            assert scale == fp8.tensor_scale(largest[f"{path}.{operand}"])
+            amax = checkpoint.manifest["amax"][f"{path}.{operand}_bmm_quantizer"]
+            assert amax == pytest.approx(largest[f"{path}.{operand}"])
+    # Nothing else differs from the checkpoint without it.
+    scales = {f"{path}.{name}" for path in attentions for name in SCALES}
+    assert checkpoint.tensors.keys() - plain.tensors.keys() == scales
+    assert all((checkpoint.tensors[name].bytes() == plain.tensors[name].bytes()).all() for name in plain.tensors)
+
+
+def _given_to_attention(quantized: Path, attentions: Sequence[str]) -> dict[str, float]:
+    """Return what the plain model gives torch's attention on the calibration inputs of a checkpoint."""
+    model = load_source(find_source("digits"))
+    with OperandAmax(attentions) as operands, torch.no_grad():
+        for call in load_inputs(quantized / "calibration" / "inputs.safetensors"):
+            model(**call)
+    return operands.amax
+
+
+def test_a_method_that_quantizes_block_by_block_gets_the_same_scales(
+    digits: Path, quantized_digits: Path, tmp_path: Path
+) -> None:
+    checkpoint = read(quantized_digits)
+    attentions = checkpoint.family.attentions(checkpoint.config)
+    calls = load_inputs(quantized_digits / "calibration" / "inputs.safetensors")[::10]
+    formats = dict.fromkeys(checkpoint.quantized, "nvfp4")
+
+    def method(task: BlockTask) -> BlockResult:
+        task.run()
+        with torch.no_grad():
+            task.linear(f"{task.path}.attn.to_q").weight.mul_(2)  # a method may change the block once it has run
+        task.run()
+        return BlockResult({})
+
+    with prepared_by_block(digits, calls, formats, method, {}, tmp_path / "blocks", fp8_attentions=attentions) as made:
+        found = {name: float(tensor.tensor()) for name, tensor in made.tensors.items()}
+    with measured_by_block(digits, calls, tmp_path / "amax") as amax:
+        expected = {name: float(value) for name, value in attention_scales(amax, attentions).items()}
+    assert found == expected
+
+
+def test_old_maxima_and_a_recipe_with_attention_in_fp8_are_one_clear_line(
+    quantized_digits: Path, fp8_attention_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(dict.fromkeys(read(quantized_digits).quantized, 2.0)))
+    command = ["quantize", "digits", "-o", str(tmp_path / "out"), "--recipe", str(fp8_attention_recipe)]
+    assert fp4trt.run([*command, "--calibration", str(old)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no amax for transformer_blocks.0.attn.q" in line
+    assert "attention: bf16" in line
+    assert not (tmp_path / "out").exists()
