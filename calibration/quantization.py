@@ -24,6 +24,7 @@ from calibration.block_calibration import require_device
 from calibration.checkpoint import MANIFEST, load_manifest
 from calibration.dataset import save_inputs
 from calibration.errors import BadInputs, BadRecipe, TooLittleSpace
+from calibration.fp8_attention import SCALES, attention_scales
 from calibration.input_amax import Calibration, calibration_from, captured_from
 from calibration.models import Family, family_of
 from calibration.models.family import require_blocks_of_16
@@ -92,6 +93,11 @@ class _Plain:
     def of_format(self, kind: str) -> tuple[str, ...]:
         """Return the linears in a format."""
         return tuple(path for path, found in self.formats.items() if found == kind)
+
+    @property
+    def fp8_attentions(self) -> tuple[str, ...]:
+        """The attentions in FP8."""
+        return self.family.attentions(self.config) if self.recipe.attention == "fp8" else ()
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,17 @@ def _calibrated(
 ) -> Iterator[_Given]:
     """Run a plain checkpoint on captured inputs, or read what an earlier run measured."""
     with calibration_from(plain.folder, calibration, work, device) as calibrated:
-        yield _Given(calibrated)
+        yield _Given(calibrated, _attention(plain, calibrated))
+
+
+def _attention(plain: _Plain, calibrated: Calibration) -> Prepared:
+    """Return the scales of the attentions in FP8.
+
+    Raises:
+        BadAmax: one was not measured.
+    """
+    scales = attention_scales(calibrated.amax, plain.fp8_attentions)
+    return Prepared({name: hold(name, scale) for name, scale in scales.items()})
 
 
 @contextlib.contextmanager
@@ -221,7 +237,8 @@ def _prepared(
     captured = captured_from(plain.folder, calibration)
     method = methods.of_block(plain.recipe.method, plain.family)
     recipe = plain.recipe.resolved()
-    with prepared_by_block(plain.folder, captured.calls, plain.formats, method, recipe, work, device) as prepared:
+    task = (plain.folder, captured.calls, plain.formats, method, recipe, work, device, plain.fp8_attentions)
+    with prepared_by_block(*task) as prepared:
         yield _Given(captured, prepared)
 
 
@@ -258,7 +275,8 @@ def _restored(plain: _Plain, modelopt_state: str | Path, trust: bool) -> tuple[_
     inputs, weights = maxima(restored, formats)
     described = {"data": "modelopt state", "sha256": sha256_of(Path(modelopt_state))}
     done = Done(source_hashes(plain.folder), {f"{path}.weight": value for path, value in weights.items()})
-    return replace(plain, stored=held), _Given(Calibration(inputs, described), done=done)
+    calibrated = Calibration(inputs, described)
+    return replace(plain, stored=held), _Given(calibrated, _attention(plain, calibrated), done)
 
 
 def _checked(folder: Path, recipe: Recipe) -> _Plain:
@@ -331,6 +349,8 @@ def _amax(
             quantizer = "input_quantizer" if leaf == "input_scale" else "weight_quantizer"
             largest = nvfp4.E4M3_MAX * (1 if path in fp8 else nvfp4.E2M1_MAX)
             amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * largest
+        elif leaf in SCALES:
+            amax[f"{path}.{leaf.removesuffix('_scale')}_bmm_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
     return amax
 
 
@@ -347,6 +367,8 @@ def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
     }
     if given.training:
         described["training"] = dict(given.training)
+    if plain.fp8_attentions:
+        described["attention"] = {"fp8": plain.fp8_attentions}
     return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
 
 
@@ -423,6 +445,7 @@ def _summary(directory: Path, plain: _Plain, manifest: Mapping[str, Any]) -> dic
         "recipe": plain.recipe.name,
         "quantized_linears": len(plain.paths) + len(plain.of_format("fp8")),
         "fp8_linears": len(plain.of_format("fp8")),
+        "fp8_attentions": len(plain.fp8_attentions),
         "groups": len(plain.groups),
         "bytes": size(directory),
         "source_bytes": size(plain.folder),

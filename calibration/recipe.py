@@ -153,12 +153,14 @@ class Recipe(_Strict):
         description: one line for people.
         method: how values are chosen, with the method's own options.
         formats: which linear gets which format.
+        attention: what all attentions' two products are computed in.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     method: Method
     formats: FormatRules = FormatRules()
+    attention: Literal["bf16", "fp8"] = "bf16"
 
     def described(self) -> dict[str, Any]:
         """Return everything that the recipe says, defaults included, as JSON."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from onnx import NodeProto
 
+from onnx_functions import inspect_attention
 from onnx_functions.element_types import attributes_of
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, type_name
 from onnx_functions.linears import declared_groups, promised_linears
@@ -72,6 +73,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         "activation_quantizers": len(subject.activations) + len(subject.fp8_quantizers),
         "placeholders": _placeholders(subject),
         "promise": _promise(subject, found, groups),
+        "attention": inspect_attention.of_graph(subject),
         **covered,
     }
 
