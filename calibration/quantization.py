@@ -21,7 +21,7 @@ from torch import nn
 
 from calibration import methods, nvfp4, processes, shards, sharing, write
 from calibration.block_calibration import require_device
-from calibration.checkpoint import MANIFEST, load_manifest
+from calibration.checkpoint import BRANCH, MANIFEST, load_manifest
 from calibration.dataset import save_inputs
 from calibration.errors import BadInputs, BadRecipe, TooLittleSpace
 from calibration.fp8_attention import SCALES, attention_scales
@@ -290,7 +290,9 @@ def _checked(folder: Path, recipe: Recipe) -> _Plain:
         if kind == "nvfp4":
             require_blocks_of_16(path, shapes[path][1])
     ordered = {name: stored[name] for name in model.state_dict()}
-    return _Plain(folder, config, family, model, ordered, recipe, formats)
+    plain = _Plain(folder, config, family, model, ordered, recipe, formats)
+    methods.require_fit(recipe.method, plain.groups, shapes)
+    return plain
 
 
 def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str, Any]:
@@ -317,7 +319,8 @@ def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str
     written = {shard.name: done.files[shard.name] for shard in planned}
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
-    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats)}
+    rank = max(_branches(prepared).values(), default=0)
+    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats, rank)}
     written["config.json"] = write.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
@@ -356,11 +359,13 @@ def _amax(
 
 def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
     """Return what the manifest says of the quantization itself."""
+    formats = {kind: plain.of_format(kind) for kind in ("nvfp4", "fp8")}
+    formats["svdquant"] = tuple(_branches(given.prepared.tensors))
     described = {
         "format": 1,
         "family": plain.family.name,
         "recipe": plain.recipe.resolved(),
-        "quantized": {kind: paths for kind in ("nvfp4", "fp8") if (paths := plain.of_format(kind))},
+        "quantized": {kind: paths for kind, paths in formats.items() if paths},
         "groups": plain.quantized_groups,
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
@@ -370,6 +375,12 @@ def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
     if plain.fp8_attentions:
         described["attention"] = {"fp8": plain.fp8_attentions}
     return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
+
+
+def _branches(prepared: Mapping[str, StoredTensor]) -> dict[str, int]:
+    """Return the linears that a low-rank branch was prepared for, and its rank."""
+    factors = {name.rpartition("."): tensor.shape for name, tensor in prepared.items()}
+    return {path: shape[0] for (path, _, leaf), shape in factors.items() if leaf == BRANCH[0]}
 
 
 def _foresee(folder: Path, reads: int, needed: int) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "Quality",
     "Recipe",
     "Rule",
+    "SVDQuant",
     "linear_formats",
     "load_recipe",
     "preset_names",
@@ -139,10 +140,25 @@ class Quality(_Strict):
     rows_per_call: int = Field(default=1024, ge=1)
 
 
-METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality, "qat": QAT}
+class SVDQuant(_Strict):
+    """A low-rank branch in 16 bit, and in FP4 what it leaves of the weight (see :mod:`calibration.svdquant`).
+
+    Attributes:
+        rank: of the branch, one for each group of linears that read the same input.
+        smoothing: whether the inputs are scaled by channel first, with an exponent that is searched for each group.
+        alpha_step: of the grid of exponents from 0 to 1; the smaller, the longer the search.
+    """
+
+    name: Literal["svdquant"]
+    rank: int = Field(default=32, ge=1)
+    smoothing: bool = True
+    alpha_step: float = Field(default=0.1, gt=0, le=1)
+
+
+METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality, "svdquant": SVDQuant, "qat": QAT}
 """Name of a method to its options."""
 
-Method = Annotated[PTQ | Quality | QAT, Field(discriminator="name")]
+Method = Annotated[PTQ | Quality | SVDQuant | QAT, Field(discriminator="name")]
 
 
 class Recipe(_Strict):

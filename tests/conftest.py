@@ -115,6 +115,30 @@ def bfloat16_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFac
     return directory
 
 
+@pytest.fixture(scope="session")
+def svdquant_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model quantized by SVDQuant on a few of its calls, not exported; not to be changed."""
+    from calibration import quantize
+    from calibration.dataset import save_inputs
+    from calibration.digits.model import load_transformer
+    from calibration.digits.sampling import capture
+
+    folder = tmp_path_factory.mktemp("svdquant")
+    save_inputs(folder / "inputs.safetensors", capture(load_transformer(), seeds=(0,), steps=5))
+    quantize("digits", folder / "digits-svdquant", "svdquant-r8", folder / "inputs.safetensors")
+    return folder / "digits-svdquant"
+
+
+@pytest.fixture(scope="session")
+def svdquant_digits(svdquant_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, exported; not to be changed."""
+    from exporter import export
+
+    directory = shutil.copytree(svdquant_checkpoint, tmp_path_factory.mktemp("exported") / "digits-svdquant")
+    export(directory)
+    return directory
+
+
 @pytest.fixture
 def copy_of_digits(quantized_digits: Path, tmp_path: Path) -> Path:
     """A copy of the quantized built-in model that a test may change."""
