@@ -41,7 +41,7 @@ method: {name: qat, start: nvfp4-ptq, steps: %d, learning_rate: 0.0002, batch: %
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "ptq"
-    quantize("digits", folder)
+    quantize("digits", folder, "nvfp4-ptq")
     return folder
 
 
