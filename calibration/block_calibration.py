@@ -1,4 +1,4 @@
-"""Measure what enters the linears of a plain checkpoint, block by block, going on where a killed run was."""
+"""Measure what enters a plain checkpoint's linears and attentions, block by block, going on after a kill."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import click
 import torch
 
 from calibration import ptq
+from calibration.attention_amax import OperandAmax, checked_attentions
 from calibration.block_checkpoint import finished_blocks
 from calibration.block_runner import BlockRunner, Outputs
 from calibration.dataset import Inputs
@@ -29,7 +30,7 @@ _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt")
 
 @contextlib.contextmanager
 def measured_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device: str = "cpu") -> Iterator[ptq.Amax]:
-    """Give the largest magnitude that enters each linear that the family quantizes, over all calls.
+    """Give the largest magnitude that enters each linear and attention that the family quantizes, over all calls.
 
     In memory at a time: one block, what lies outside the blocks, and the activations of one call. The outputs of a
     block for every call are on disk (28 MB a call for FLUX.1 at 1024 pixels), beside those of the block before it.
@@ -50,7 +51,7 @@ def measured_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device:
     require_device(device)
     config = load_json(folder / "config.json")
     family = family_of(config)
-    blocks, paths = family.blocks(config), family.quantized(config)
+    blocks, paths, attentions = family.blocks(config), family.quantized(config), family.attentions(config)
     model, stored = empty_source(folder)
     tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
     runner = BlockRunner(model, blocks, tensor, device)
@@ -59,11 +60,11 @@ def measured_by_block(folder: Path, calls: Sequence[Inputs], work: Path, device:
     with finished_blocks(work, identity_of(folder, config, calls, device)) as finished, progress as bar:
         bar.update(len(finished.results) * len(calls))
         for block in blocks[len(finished.results) :]:
-            members = [path for path in paths if path.startswith(f"{block}.")]
+            members, inner = ([p for p in listed if p.startswith(f"{block}.")] for listed in (paths, attentions))
             add = finished.add if block != blocks[-1] else _drop
-            finished.finish(block, _measure(runner, block, members, calls, finished.outputs, add, bar.update))
+            finished.finish(block, _measure(runner, block, members, inner, calls, finished.outputs, add, bar.update))
         amax = {path: value for result in finished.results.values() for path, value in result.items()}
-        yield ptq.checked(amax, paths)
+        yield ptq.checked(amax, paths) | checked_attentions(amax, attentions)
 
 
 def _drop(_: Outputs) -> None:
@@ -84,12 +85,13 @@ def _measure(
     runner: BlockRunner,
     block: str,
     paths: Sequence[str],
+    attentions: Sequence[str],
     calls: Sequence[Inputs],
     before: Callable[[int], Outputs],
     add: Callable[[Outputs], None],
     tell: Callable[[int], object],
 ) -> ptq.Amax:
-    """Run one block on every call, keeping its outputs, and return the maxima of its linears by full path."""
+    """Run one block on every call, keeping its outputs, and return its maxima by full path."""
 
     def run() -> None:
         for index, call in enumerate(calls):
@@ -97,9 +99,10 @@ def _measure(
             tell(1)
 
     names = [path.removeprefix(f"{block}.") for path in paths]
-    with runner.loaded(block) as module:
+    with runner.loaded(block) as module, OperandAmax(attentions) as operands:
         measured = ptq.measure_input_amax(module, names, run)
-    return ptq.checked({f"{block}.{name}": value for name, value in measured.items()}, paths)
+    amax = {f"{block}.{name}": value for name, value in measured.items()}
+    return ptq.checked(amax, paths) | checked_attentions(operands.amax, attentions)
 
 
 def identity_of(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], device: str) -> dict[str, Any]:
@@ -111,4 +114,11 @@ def identity_of(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], d
             digest.update(bytes_of(value).data)
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(folder)]
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    return {"weights": weights, "config": config, "calls": digest.hexdigest(), "device": device, "versions": versions}
+    return {
+        "measured": "linears and attentions",
+        "weights": weights,
+        "config": config,
+        "calls": digest.hexdigest(),
+        "device": device,
+        "versions": versions,
+    }

@@ -2,9 +2,10 @@
 
 A folder in ModelOpt's unified layout: for a quantized linear X, ``X.weight`` U8 [N, K/2] (two E2M1 codes a byte),
 ``X.weight_scale`` F8_E4M3 [N, K/16], ``X.weight_scale_2`` and ``X.input_scale`` F32 scalars (amax / (6 * 448)); for
-one in FP8 ``X.weight`` F8_E4M3 [N, K], ``X.weight_scale`` and ``X.input_scale`` F32 scalars (amax / 448); and the rest
-as diffusers has it. Where SVDQuant made an NVFP4 weight, its codes are of what the low-rank branch leaves; that is
-``X.svdquant_lora_a`` [rank, K], ``X.svdquant_lora_b`` [N, rank] and, with smoothing, ``X.pre_quant_scale`` [K].
+one in FP8 ``X.weight`` F8_E4M3 [N, K], ``X.weight_scale`` and ``X.input_scale`` F32 scalars (amax / 448); for an
+attention A in FP8 ``A.q_scale``, ``A.k_scale`` and ``A.v_scale``, likewise; and the rest as diffusers has it. Where
+SVDQuant made an NVFP4 weight, its codes are of what the low-rank branch leaves; that is ``X.svdquant_lora_a`` [rank,
+K], ``X.svdquant_lora_b`` [N, rank] and, with smoothing, ``X.pre_quant_scale`` [K].
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from calibration import fp8, nvfp4
+from calibration import fp8, fp8_attention, nvfp4
 from calibration.errors import BadCheckpoint
 from calibration.fp8_linear import FP8Linear
 from calibration.models import Family, family_of
@@ -108,6 +109,12 @@ class Checkpoint:
         kept = (tuple(path for path in group if path in found) for group in self.family.groups(self.config))
         return tuple(group for group in kept if group)
 
+    @cached_property
+    def fp8_attentions(self) -> tuple[str, ...]:
+        """Module paths of the attentions whose products are in FP8, in graph order."""
+        paths = self.family.attentions(self.config)
+        return tuple(path for path in paths if f"{path}.{fp8_attention.SCALES[0]}" in self.tensors)
+
     def rank(self, path: str) -> int:
         """Return the rank of a quantized linear's low-rank branch, 0 without one."""
         factor = self.tensors.get(f"{path}.{BRANCH[0]}")
@@ -156,14 +163,15 @@ def load_manifest(path: Path) -> dict[str, Any]:
         BadCheckpoint: it is damaged.
     """
     manifest = load_json(path)
-    for key in ("files", "quantized", "recipe"):
+    for key in ("files", "quantized", "recipe", "attention"):
         if not isinstance(manifest.get(key, {}), dict):
             raise BadCheckpoint(
                 f"{path}: {key} is a JSON {type(manifest[key]).__name__}, expected an object; quantize again"
             )
-    for kind, paths in manifest.get("quantized", {}).items():
-        if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
-            raise BadCheckpoint(f"{path}: quantized.{kind} is no list of module paths; quantize again")
+    for key in ("quantized", "attention"):
+        for kind, paths in manifest.get(key, {}).items():
+            if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
+                raise BadCheckpoint(f"{path}: {key}.{kind} is no list of module paths; quantize again")
     return manifest
 
 
@@ -196,6 +204,8 @@ def read(directory: str | Path) -> Checkpoint:
         _check_branch(checkpoint, path)
     for path in checkpoint.fp8:
         _check_fp8_linear(checkpoint, path)
+    for path in (*checkpoint.fp8_attentions, *manifest.get("attention", {}).get("fp8", [])):
+        _check_attention(checkpoint, path)
     return checkpoint
 
 
@@ -242,16 +252,28 @@ def _check_fp8_linear(checkpoint: Checkpoint, path: str) -> None:
             )
 
 
+def _check_attention(checkpoint: Checkpoint, path: str) -> None:
+    for name in (f"{path}.{scale}" for scale in fp8_attention.SCALES):
+        stored = checkpoint.tensors.get(name)
+        if stored is None or stored.dtype != "F32" or stored.shape:
+            found = f"{stored.dtype}{list(stored.shape)}" if stored else "nothing"
+            raise BadCheckpoint(
+                f"{checkpoint.directory} has {found} as {name}; expected an F32 scalar, as {path} is in FP8: "
+                "quantize again"
+            )
+
+
 def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
     """Load a quantized checkpoint as its diffusers class, in eval mode, on the CPU.
 
-    Every quantized linear becomes an :class:`NVFP4Linear`, an :class:`SVDQuantLinear` or an :class:`FP8Linear`; in BF16
-    the model computes what fake quantization computes, bit for bit.
+    Every quantized linear becomes an :class:`NVFP4Linear`, an :class:`SVDQuantLinear` or an :class:`FP8Linear`, and
+    attentions in FP8 compute as :class:`calibration.fp8_attention.FP8Attention`; in BF16 the model computes what fake
+    quantization computes, bit for bit.
 
     Args:
         directory: the checkpoint.
         dtype: of weights and computation; scales stay FP32.
-        quantize_activations: False leaves the linears' inputs unquantized.
+        quantize_activations: False leaves the linears' inputs and the attentions unquantized.
 
     Raises:
         BadCheckpoint: the folder is not what :func:`read` accepts, or its tensors do not fit its config.
@@ -275,6 +297,8 @@ def empty_model(checkpoint: Checkpoint, quantize_activations: bool = True) -> nn
             replacement = SVDQuantLinear(*sizes, rank, smoothing) if rank or smoothing else kind(*sizes)
             replacement.quantize_activations = quantize_activations
             model.set_submodule(path, replacement)
+        for path in checkpoint.fp8_attentions if quantize_activations else ():
+            fp8_attention.quantize_attention(model.get_submodule(path))
     return model
 
 
@@ -290,7 +314,7 @@ def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Call
         path, _, leaf = name.rpartition(".")
         if path in quantized and leaf == "weight":
             value = checkpoint.weight(path, dtype)
-        elif leaf == "input_scale":
+        elif leaf in ("input_scale", *fp8_attention.SCALES):
             value = checkpoint.tensor(name)
         else:
             value = checkpoint.tensor(name).to(dtype)

@@ -1,4 +1,4 @@
-"""``fp4trt calibrate``: how large the inputs of the linears become, measured over the denoising schedule."""
+"""``fp4trt calibrate``: how large what linears and attentions read becomes, measured over the denoising schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import click
 
-from calibration import ptq
+from calibration import processes, ptq
+from calibration.attention_amax import operands_of
 from calibration.block_calibration import measured_by_block
 from calibration.dataset import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
 from calibration.errors import BadAmax, BadInputs, OutputExists
@@ -33,7 +34,8 @@ class Calibration:
     """Maxima, and what they were measured on.
 
     Attributes:
-        amax: module path of each quantized linear to the largest magnitude of its input.
+        amax: module path of each quantized linear to the largest magnitude of its input; ``A.q``, ``A.k`` and ``A.v``
+            to those of each attention's operands, which files of before have not.
         described: kind and hash of the data, for the manifest.
         calls: the captured inputs; none where a file of maxima was given.
     """
@@ -55,6 +57,8 @@ def calibrate(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure the largest magnitude that enters every quantized linear and write ``{module path: amax}``.
+
+    And that of the operands of every attention's products, as ``A.q``, ``A.k`` and ``A.v``.
 
     Goes block by block in bounded memory (see :mod:`calibration.block_calibration`). What is finished lies in
     ``OUTPUT.partial`` and is taken over by the same command after a kill.
@@ -86,13 +90,18 @@ def calibrate(
         refuse_existing(path, force)
     work = output.with_name(output.name + ".partial")
     sampling = Sampling(steps, resolution)
+    config = load_json(folder / "config.json")
+    family = family_of(config)
     with _measured(folder, inputs, prompts, sampling, save_inputs_to, work, device) as measured:
-        write_json(work / output.name, {METADATA: dict(measured.described), **measured.amax})
-        os.replace(work / output.name, output)
+        if processes.is_main():
+            write_json(work / output.name, {METADATA: dict(measured.described), **measured.amax})
+            os.replace(work / output.name, output)
+    processes.wait(device)
     return {
         "amax": str(output.resolve()),
         "inputs": str(Path(save_inputs_to).resolve()) if save_inputs_to is not None else None,
-        "linears": len(measured.amax),
+        "linears": len(family.quantized(config)),
+        "attentions": len(family.attentions(config)),
         **measured.described,
     }
 
@@ -116,38 +125,41 @@ def calibration_from(
     files = [Path(path) for path in ([given] if isinstance(given, str | Path) else given or ())]
     if len(files) > 1 or (files and files[0].suffix == ".json"):
         config = load_json(folder / "config.json")
-        yield merged(files, family_of(config).quantized(config))
+        family = family_of(config)
+        yield merged(files, family.quantized(config), family.attentions(config))
         return
     with _measured(folder, files[0] if files else None, None, Sampling(), None, work, device) as measured:
         yield measured
 
 
-def merged(files: Sequence[Path], paths: Sequence[str]) -> Calibration:
-    """Return, for each linear, the largest maximum that any of the files has.
+def merged(files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str] = ()) -> Calibration:
+    """Return, for each linear and operand of an attention, the largest maximum that any of the files has.
 
     Args:
         files: of maxima; each may cover a part of the linears.
         paths: module paths of the linears, all of which the files together have to cover.
+        attentions: module paths of the attentions, whose operands they may cover.
 
     Raises:
         BadAmax: a file is missing or holds something else, another linear, or a number that is no maximum; or a linear
             is in none of them.
     """
+    known = (*paths, *operands_of(attentions))
     amax: dict[str, float] = {}
     sources = []
     for file in files:
         values = _load_amax(file)
-        unknown = sorted(values.keys() - {METADATA} - set(paths))
+        unknown = sorted(values.keys() - {METADATA} - set(known))
         if unknown:
             raise BadAmax(f"{file} names {unknown[0]}, which this model does not quantize; give maxima of this model")
-        for path, value in ptq.checked(values, [path for path in paths if path in values]).items():
+        for path, value in ptq.checked(values, [path for path in known if path in values]).items():
             amax[path] = max(value, amax.get(path, value))
         sources.append({"sha256": sha256_of(file), "described": values.get(METADATA, {})})
     if len(files) == 1:
         described = {"data": "amax", "sha256": sources[0]["sha256"]}
     else:
         described = {"data": "amax", "merged": sources}
-    return Calibration(ptq.checked(amax, paths), described)
+    return Calibration(ptq.checked(amax, paths) | {path: amax[path] for path in known if path in amax}, described)
 
 
 def _load_amax(path: Path) -> dict[str, Any]:
@@ -193,8 +205,9 @@ def _measured(
 ) -> Iterator[Calibration]:
     """Run the model on captured inputs, or on what its pipeline makes of prompts."""
     captured = _captured(folder, inputs, prompts, sampling, save_inputs_to)
-    with measured_by_block(folder, captured.calls, work, device) as amax:
-        yield replace(captured, amax=amax)
+    calls, own = processes.share(captured.calls), processes.own_folder(work)
+    with measured_by_block(folder, calls, own, device) as amax:
+        yield replace(captured, amax=processes.largest(amax, device))
 
 
 def _captured(
@@ -218,7 +231,7 @@ def _captured(
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
     check_inputs(calls, family, config)
-    if save_inputs_to is not None:
+    if save_inputs_to is not None and processes.is_main():
         save_inputs(save_inputs_to, calls)
     described |= {"calls": len(calls), "family": family.name}
     if warning := partial_schedule(calls):

@@ -17,10 +17,12 @@ import click
 import torch
 from torch import nn
 
+from calibration.attention_amax import OperandAmax
 from calibration.block_calibration import identity_of, require_device
 from calibration.block_checkpoint import BlockCheckpoint, finished_blocks
 from calibration.block_runner import BlockRunner
 from calibration.dataset import Inputs
+from calibration.fp8_attention import attention_scales
 from calibration.models import family_of
 from calibration.safetensors_file import StoredTensor, bytes_of, plan_of, read_header, write
 from calibration.source import empty_source, finite_tensor, load_json
@@ -93,6 +95,7 @@ def prepared_by_block(
     recipe: Mapping[str, Any],
     work: Path,
     device: str = "cpu",
+    fp8_attentions: Sequence[str] = (),
 ) -> Iterator[Prepared]:
     """Quantize a plain checkpoint block by block; what comes of it is there until the end of the ``with`` statement.
 
@@ -106,9 +109,10 @@ def prepared_by_block(
         recipe: what the result depends on besides, as JSON.
         work: folder for what is finished, as :func:`calibration.block_checkpoint.finished_blocks` has it.
         device: where to compute, ``cpu`` or ``cuda``.
+        fp8_attentions: module paths of the attentions that get scales, from what the plain model gives them.
 
     Raises:
-        BadCheckpoint, BadInputs, OutputExists: naming what is wrong.
+        BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
     """
     require_device(device)
     config = load_json(folder / "config.json")
@@ -125,11 +129,13 @@ def prepared_by_block(
         for block in blocks[len(finished.results) :]:
             inside = tuple(group for group in groups if group[0].startswith(f"{block}."))
             with runner.loaded(block) as module:
-                run = _Run(runner, block, calls, finished, keep=block != blocks[-1])
+                attentions = [path for path in fp8_attentions if path.startswith(f"{block}.")]
+                run = _Run(runner, block, calls, finished, attentions, keep=block != blocks[-1])
                 linears = {path: formats[path] for group in inside for path in group}
                 result = method(BlockTask(block, module, linears, inside, run))
                 run.require()
-                _save(_file(finished, block), result.tensors)
+                scales = attention_scales(run.operands.amax, attentions)
+                _save(_file(finished, block), {**result.tensors, **scales})
             finished.finish(block, dict(result.figures))
             progress.update(1)
         tensors = {name: place for block in blocks for name, place in read_header(_file(finished, block)).items()}
@@ -137,16 +143,24 @@ def prepared_by_block(
 
 
 class _Run:
-    """Runs a block on all calls; the first time it keeps the outputs, which are the next block's inputs."""
+    """Runs a block on all calls; first it measures attention, and keeps the outputs: the inputs of the next block."""
 
     def __init__(
-        self, runner: BlockRunner, block: str, calls: Sequence[Inputs], finished: BlockCheckpoint, keep: bool
+        self,
+        runner: BlockRunner,
+        block: str,
+        calls: Sequence[Inputs],
+        finished: BlockCheckpoint,
+        attentions: Sequence[str],
+        keep: bool,
     ) -> None:
         self._runner, self._block, self._calls, self._finished = runner, block, calls, finished
         self._keep, self._ran = keep, False
+        self.operands = OperandAmax(attentions)
 
     def __call__(self) -> None:
-        with torch.no_grad():
+        measures = contextlib.nullcontext() if self._ran else self.operands
+        with torch.no_grad(), measures:
             for index, call in enumerate(self._calls):
                 outputs = self._runner.run(self._block, call, self._finished.outputs(index))
                 if self._keep and not self._ran:

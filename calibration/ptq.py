@@ -17,7 +17,7 @@ from calibration.errors import BadAmax
 __all__ = ["Amax", "checked", "checked_weights", "measure_input_amax"]
 
 Amax = dict[str, float]
-"""Module path of a linear to the largest magnitude of its input."""
+"""Module path of a linear to the largest magnitude of its input; ``A.q`` of an attention's operand to its own."""
 
 
 def measure_input_amax(module: nn.Module, paths: Sequence[str], run: Callable[[], None]) -> Amax:

@@ -19,18 +19,19 @@ from typing import Any, Final
 import click
 from torch import nn
 
-from calibration import methods, nvfp4, shards, sharing, write
+from calibration import methods, nvfp4, processes, shards, sharing, write
 from calibration.block_calibration import require_device
-from calibration.checkpoint import BRANCH, MANIFEST
+from calibration.checkpoint import BRANCH, MANIFEST, load_manifest
 from calibration.dataset import save_inputs
-from calibration.errors import BadInputs, TooLittleSpace
+from calibration.errors import BadInputs, BadRecipe, TooLittleSpace
+from calibration.fp8_attention import SCALES, attention_scales
 from calibration.input_amax import Calibration, calibration_from, captured_from
 from calibration.models import Family, family_of
 from calibration.models.family import require_blocks_of_16
 from calibration.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
 from calibration.preparation import Prepared, prepared_by_block
 from calibration.quantization_config import quantization_config
-from calibration.recipe import DEFAULT_RECIPE, Recipe, linear_formats, load_recipe
+from calibration.recipe import QAT, Recipe, linear_formats, load_recipe
 from calibration.safetensors_file import StoredTensor, hold, sha256_of
 from calibration.source import (
     empty_source,
@@ -93,6 +94,11 @@ class _Plain:
         """Return the linears in a format."""
         return tuple(path for path, found in self.formats.items() if found == kind)
 
+    @property
+    def fp8_attentions(self) -> tuple[str, ...]:
+        """The attentions in FP8."""
+        return self.family.attentions(self.config) if self.recipe.attention == "fp8" else ()
+
 
 @dataclass(frozen=True)
 class _Given:
@@ -102,11 +108,15 @@ class _Given:
         calibrated: the maxima of the linears' inputs, of those that are packed in the pass, and what they come from.
         prepared: what a method has decided that looks at the model's activations.
         done: what is known of the weights from elsewhere; None where their files are to be read.
+        kept: files that go into the result's folder ``training``, by name.
+        training: what the manifest says of a training.
     """
 
     calibrated: Calibration
     prepared: Prepared = field(default_factory=Prepared)
     done: Done | None = None
+    kept: Mapping[str, Path] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self, plain: _Plain) -> str:
         """Return what tells the result from any other before a weight was read; empty where nothing is to be read."""
@@ -120,14 +130,14 @@ class _Given:
             dict(self.calibrated.amax),
             dict(self.calibrated.described),
         ]
-        parts += [self.prepared.figures, files, _versions(), _LAYOUT]
+        parts += [self.prepared.figures, self.training, files, _versions(), _LAYOUT]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def quantize(
     source: str | Path,
     output: str | Path,
-    recipe: str | Path = DEFAULT_RECIPE,
+    recipe: str | Path | Recipe | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
     modelopt_state: str | Path | None = None,
     trust: bool = False,
@@ -143,7 +153,9 @@ def quantize(
     Args:
         source: BF16 checkpoint (see :func:`calibration.source.find_source`).
         output: folder of the result, written as ``OUTPUT.partial`` and renamed.
-        recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`).
+        recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`), or what was read; None for
+            the best that the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with maxima or a
+            state.
         calibration: maxima (``.json``), or several files of them to be merged, or captured inputs
             (``.safetensors``); None for the built-in model's words.
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here.
@@ -158,7 +170,10 @@ def quantize(
         BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear, Untrusted: naming
             what is wrong.
     """
-    chosen = load_recipe(recipe)
+    if isinstance(recipe, Recipe):
+        chosen = recipe
+    else:
+        chosen = load_recipe(recipe or _usual_recipe(calibration, modelopt_state))
     if calibration and modelopt_state is not None:
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
     require_device(device)
@@ -170,13 +185,29 @@ def quantize(
     if modelopt_state is not None:
         plain, restored = _restored(plain, modelopt_state, trust)
         given_by = contextlib.nullcontext(restored)
+    elif isinstance(chosen.method, QAT):
+        training = directory.with_name(f"{directory.name}.training.partial")
+        given_by = _trained(plain, chosen.method, calibration or None, training, device)
     elif methods.needs_activations(chosen.method):
+        if not processes.is_main():  # goes block by block in one process
+            processes.wait(device)
+            return _summary(directory, plain, load_manifest(directory / MANIFEST))
         given_by = _prepared(plain, calibration or None, work, device)
     else:
         given_by = _calibrated(plain, calibration or None, work, device)
-    with given_by as given, write.replacing(directory, force, given.identity(plain)) as partial:
-        manifest = _write(partial, plain, given, device)
-    return _summary(directory, plain, manifest)
+    with given_by as given:
+        if processes.is_main():
+            with write.replacing(directory, force, given.identity(plain)) as partial:
+                _write(partial, plain, given, device)
+    processes.wait(device)
+    return _summary(directory, plain, load_manifest(directory / MANIFEST))
+
+
+def _usual_recipe(calibration: str | Path | Sequence[str | Path] | None, modelopt_state: str | Path | None) -> str:
+    """Return the preset that makes the most of what is there: maxima allow no more than rounding to nearest."""
+    files = [Path(path) for path in ([calibration] if isinstance(calibration, str | Path) else calibration or ())]
+    only_maxima = modelopt_state is not None or len(files) > 1 or any(path.suffix == ".json" for path in files)
+    return "nvfp4-ptq" if only_maxima else "nvfp4-quality"
 
 
 @contextlib.contextmanager
@@ -185,7 +216,17 @@ def _calibrated(
 ) -> Iterator[_Given]:
     """Run a plain checkpoint on captured inputs, or read what an earlier run measured."""
     with calibration_from(plain.folder, calibration, work, device) as calibrated:
-        yield _Given(calibrated)
+        yield _Given(calibrated, _attention(plain, calibrated))
+
+
+def _attention(plain: _Plain, calibrated: Calibration) -> Prepared:
+    """Return the scales of the attentions in FP8.
+
+    Raises:
+        BadAmax: one was not measured.
+    """
+    scales = attention_scales(calibrated.amax, plain.fp8_attentions)
+    return Prepared({name: hold(name, scale) for name, scale in scales.items()})
 
 
 @contextlib.contextmanager
@@ -196,8 +237,30 @@ def _prepared(
     captured = captured_from(plain.folder, calibration)
     method = methods.of_block(plain.recipe.method, plain.family)
     recipe = plain.recipe.resolved()
-    with prepared_by_block(plain.folder, captured.calls, plain.formats, method, recipe, work, device) as prepared:
+    task = (plain.folder, captured.calls, plain.formats, method, recipe, work, device, plain.fp8_attentions)
+    with prepared_by_block(*task) as prepared:
         yield _Given(captured, prepared)
+
+
+@contextlib.contextmanager
+def _trained(
+    plain: _Plain, options: QAT, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
+) -> Iterator[_Given]:
+    """Quantize a plain checkpoint by the recipe to start from, and train what comes of it."""
+    from calibration.qat.distillation import trained
+
+    first = load_recipe(options.start)
+    if isinstance(first.method, QAT):
+        raise BadRecipe(f"{plain.recipe.name} starts from {first.name}, which trains too; expected one that does not")
+    first = first.model_copy(update={"formats": plain.recipe.formats})
+    captured = captured_from(plain.folder, calibration)
+    recipe = {**plain.recipe.resolved(), "start": first.resolved()}
+
+    def begin(directory: Path) -> None:
+        quantize(plain.folder, directory, first, calibration, device=device)
+
+    with trained(plain.folder, captured.calls, options, recipe, begin, work, device) as result:
+        yield _Given(captured, Prepared(result.tensors), kept=result.files, training=result.figures)
 
 
 def _restored(plain: _Plain, modelopt_state: str | Path, trust: bool) -> tuple[_Plain, _Given]:
@@ -212,7 +275,8 @@ def _restored(plain: _Plain, modelopt_state: str | Path, trust: bool) -> tuple[_
     inputs, weights = maxima(restored, formats)
     described = {"data": "modelopt state", "sha256": sha256_of(Path(modelopt_state))}
     done = Done(source_hashes(plain.folder), {f"{path}.weight": value for path, value in weights.items()})
-    return replace(plain, stored=held), _Given(Calibration(inputs, described), done=done)
+    calibrated = Calibration(inputs, described)
+    return replace(plain, stored=held), _Given(calibrated, _attention(plain, calibrated), done)
 
 
 def _checked(folder: Path, recipe: Recipe) -> _Plain:
@@ -258,7 +322,7 @@ def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str
     ranks = set(_branches(prepared).values())
     config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats, ranks)}
     written["config.json"] = write.write_json(partial / "config.json", config)
-    written |= _keep_calibration(partial, given.calibrated)
+    written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
     common = own | sharing.shared(own, [group for group in packed if group[0] not in fp8])
     manifest = {
@@ -288,6 +352,8 @@ def _amax(
             quantizer = "input_quantizer" if leaf == "input_scale" else "weight_quantizer"
             largest = nvfp4.E4M3_MAX * (1 if path in fp8 else nvfp4.E2M1_MAX)
             amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * largest
+        elif leaf in SCALES:
+            amax[f"{path}.{leaf.removesuffix('_scale')}_bmm_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
     return amax
 
 
@@ -304,6 +370,10 @@ def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
     }
+    if given.training:
+        described["training"] = dict(given.training)
+    if plain.fp8_attentions:
+        described["attention"] = {"fp8": plain.fp8_attentions}
     return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
 
 
@@ -363,6 +433,15 @@ def _keep_calibration(partial: Path, calibrated: Calibration) -> dict[str, str]:
     return {"calibration/inputs.safetensors": sha256_of(kept)}
 
 
+def _keep_training(partial: Path, files: Mapping[str, Path]) -> dict[str, str]:
+    """Keep what tells how a training went."""
+    kept = {f"training/{name}": file for name, file in files.items()}
+    for name, file in kept.items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, partial / name)
+    return {name: sha256_of(partial / name) for name in kept}
+
+
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _VERSIONED}
 
@@ -377,6 +456,7 @@ def _summary(directory: Path, plain: _Plain, manifest: Mapping[str, Any]) -> dic
         "recipe": plain.recipe.name,
         "quantized_linears": len(plain.paths) + len(plain.of_format("fp8")),
         "fp8_linears": len(plain.of_format("fp8")),
+        "fp8_attentions": len(plain.fp8_attentions),
         "groups": len(plain.groups),
         "bytes": size(directory),
         "source_bytes": size(plain.folder),

@@ -17,9 +17,9 @@ from calibration.errors import BadRecipe
 from calibration.models import Family
 
 __all__ = [
-    "DEFAULT_RECIPE",
     "METHODS",
     "PTQ",
+    "QAT",
     "FormatRules",
     "Method",
     "Quality",
@@ -30,8 +30,6 @@ __all__ = [
     "load_recipe",
     "preset_names",
 ]
-
-DEFAULT_RECIPE: Final = "nvfp4-ptq"
 
 _FOLDER: Final = Path(__file__).resolve().parent / "recipes"
 
@@ -74,6 +72,44 @@ class PTQ(_Strict):
     """Plain post-training quantization: round to nearest under the largest magnitude."""
 
     name: Literal["ptq"]
+
+
+class QAT(_Strict):
+    """Quantization-aware training by distillation from the plain model (see :mod:`calibration.qat`).
+
+    Attributes:
+        start: the recipe, a preset's name or a file, whose method makes the checkpoint to start from; the formats are
+            those of this recipe.
+        learn: ``all`` of each NVFP4 linear, or its ``biases`` alone: a calibration by gradients, which leaves codes and
+            scales as they are.
+        steps: of training.
+        learning_rate: its largest.
+        batch: images of a step, over all processes.
+        warm_up: steps of it.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        block_loss: weight of the blocks' mean relative error beside the velocity's mean squared error; 0 leaves it out.
+        data: ``trajectories`` for states on the teacher's ways from fresh noise at random times, with the text of the
+            captured calls; ``captured`` for the captured states themselves.
+        visits: states of each way.
+        gradient_checkpointing: compute each block again in the backward pass, to save memory.
+        seed: of the data.
+    """
+
+    name: Literal["qat"]
+    start: str = "nvfp4-quality"
+    learn: Literal["all", "biases"] = "all"
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    batch: int = Field(default=64, gt=0)
+    warm_up: int = Field(default=20, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    block_loss: float = Field(default=0.0, ge=0)
+    data: Literal["trajectories", "captured"] = "trajectories"
+    visits: int = Field(default=10, gt=0)
+    gradient_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0)
 
 
 class Quality(_Strict):
@@ -120,10 +156,10 @@ class SVDQuant(_Strict):
     alpha_step: float = Field(default=0.1, gt=0, le=1)
 
 
-METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality, "svdquant": SVDQuant}
+METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality, "svdquant": SVDQuant, "qat": QAT}
 """Name of a method to its options."""
 
-Method = Annotated[PTQ | Quality | SVDQuant, Field(discriminator="name")]
+Method = Annotated[PTQ | Quality | SVDQuant | QAT, Field(discriminator="name")]
 
 
 class Recipe(_Strict):
@@ -134,12 +170,14 @@ class Recipe(_Strict):
         description: one line for people.
         method: how values are chosen, with the method's own options.
         formats: which linear gets which format.
+        attention: what all attentions' two products are computed in.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     method: Method
     formats: FormatRules = FormatRules()
+    attention: Literal["bf16", "fp8"] = "bf16"
 
     def described(self) -> dict[str, Any]:
         """Return everything that the recipe says, defaults included, as JSON."""

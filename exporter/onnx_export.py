@@ -22,6 +22,7 @@ from exporter.passes.add_branches import Branch, add_branches
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
+from exporter.passes.fp8_attention import fp8_attention
 from exporter.passes.fp8_quantize import fp8_quantize
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
@@ -90,6 +91,7 @@ def export(
         "precision": precision,
         "nodes": nodes,
         "quantized_linears": len(checkpoint.quantized) + len(checkpoint.fp8),
+        "fp8_attentions": len(checkpoint.fp8_attentions),
         "fp8_linears": len(checkpoint.fp8),
         "scale_dtype": None if precision == "bf16" else scale_dtype or "float32",
         "onnx_bytes": path.stat().st_size,
@@ -136,6 +138,7 @@ def graph_of(
     add_branches(model, branches(checkpoint))
     fp8_quantize(model, {path: leaders.get(path, path) for path in checkpoint.fp8})
     double_dequantize(model, leaders, scale_dtype)
+    fp8_attention(model, checkpoint.fp8_attentions)
     order_initializers(model)
     name_nodes(model)
     _describe(model, checkpoint, scale_dtype)
@@ -219,6 +222,8 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
             "fp4trt.symbols": json.dumps(symbols),
         }
     )
+    if checkpoint.fp8_attentions:
+        model.metadata_props["fp4trt.attention"] = json.dumps({"fp8": checkpoint.fp8_attentions})
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "fp4trt", None, None
     model.graph.name = checkpoint.family.name

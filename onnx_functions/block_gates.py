@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 
 from calibration.block_checkpoint import BlockCheckpoint, finished_blocks
 from onnx_functions import teacher_gates
+from onnx_functions.attention_gates import AttentionForced, compare_attention
+from onnx_functions.attentions import Attention, find_attentions
 from onnx_functions.block_structure import block_structure, entering, output_key
 from onnx_functions.linears import Graph, Linear
 from onnx_functions.structure_gates import Run
@@ -30,6 +33,7 @@ from onnx_functions.torch_reference import (
     Values,
     Walk,
     arrays_of,
+    attention_teacher_of,
     name_of,
     teacher_of,
 )
@@ -50,12 +54,14 @@ class ByBlock:
         failure: the gate of a block whose linears could not be run, None where all could.
         structure: a gate for each block; none where the structure was not asked for.
         structure_errors: of each linear.
+        attentions: of every attention in FP8.
     """
 
     results: Sequence[TeacherForced]
     failure: Gate | None
     structure: Sequence[Gate]
     structure_errors: Mapping[str, float]
+    attentions: Sequence[AttentionForced]
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,14 @@ class Task:
     teacher: Shape
     structure: tuple[Shape, ...]
     limit: float
+
+    @cached_property
+    def _attentions(self) -> tuple[Attention, ...]:
+        return find_attentions(Graph(self.graph))
+
+    def attentions(self, block: str) -> list[Attention]:
+        """Return the attentions of a block that are written out."""
+        return [attention for attention in self._attentions if block and attention.path.startswith(f"{block}.")]
 
     def members(self, block: str) -> list[Linear]:
         """Return the linears of a block."""
@@ -135,18 +149,23 @@ class _Checker:
         self._finished.finish(block, result)
 
     def _linears(self, block: str, values: Values) -> dict[str, Any]:
-        """Return the figures of each linear, fed with the reference's input, or the gate of what cannot be run."""
+        """Return the figures of linears and attentions, fed as the reference's are, or the gate of what did not run."""
         task, members = self._task, self._task.members(block)
         rows: list[Any] = []
+        attentions: list[dict[str, Any]] = []
 
         def gates() -> Iterator[Gate]:
             teacher = teacher_of(task.graph, task.folder, task.held, members, values)
             compared = teacher_gates.compare_block(task.graph, task.folder, members, teacher) if members else ()
             rows.extend((r.linear.path, r.compared, r.differing, r.error, r.module_error) for r in compared)
+            for attention in task.attentions(block):
+                told = attention_teacher_of(task.held, attention.path, values)
+                if told is not None:
+                    attentions.append(asdict(compare_attention(task.graph, task.folder, attention, told)))
             yield from ()
 
         failures = guarded("teacher-forced", gates)
-        return {"linears": rows, "failure": asdict(failures[0]) if failures else None}
+        return {"linears": rows, "attentions": attentions, "failure": asdict(failures[0]) if failures else None}
 
     def _structure(
         self, block: str, before: Sequence[Outputs], ran: Sequence[tuple[Values, Outputs]]
@@ -201,7 +220,9 @@ def _collected(task: Task, found: Mapping[str, Any]) -> ByBlock:
     compared = [result["structure"] for result in found.values() if result.get("structure")]
     errors = {path: error for each in compared for path, error in each["errors"].items() if path in linears}
     ordered = [rows[path] for path in linears if path in rows]
-    return ByBlock(ordered, next(iter(failures), None), [_gate(each["gate"]) for each in compared], errors)
+    structure = [_gate(each["gate"]) for each in compared]
+    attentions = [AttentionForced(**row) for result in found.values() for row in result["attentions"]]
+    return ByBlock(ordered, next(iter(failures), None), structure, errors, attentions)
 
 
 def _gate(fields: Mapping[str, Any]) -> Gate:

@@ -22,8 +22,10 @@ class CheckpointManifest:
     Attributes:
         family: of the model.
         recipe: name of the recipe.
+        method: name of its method.
         nvfp4: module paths of the linears that it has in NVFP4.
         fp8: of those that it has in FP8.
+        fp8_attentions: module paths of the attentions whose products are in FP8.
         groups: those that share global scales.
         files: file name to SHA-256.
         versions: package to version.
@@ -31,8 +33,10 @@ class CheckpointManifest:
 
     family: str | None
     recipe: str | None
+    method: str | None
     nvfp4: tuple[str, ...]
     fp8: tuple[str, ...]
+    fp8_attentions: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     files: Mapping[str, str]
     versions: Mapping[str, str]
@@ -53,11 +57,14 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
         return None
     value = read_object(path)
     try:
+        recipe = object_of(value.get("recipe", {}), "recipe")
         return CheckpointManifest(
             family=value.get("family"),
-            recipe=object_of(value.get("recipe", {}), "recipe").get("name"),
+            recipe=recipe.get("name"),
+            method=method.get("name") if isinstance(method := recipe.get("method"), dict) else None,
             nvfp4=strings(object_of(value.get("quantized", {}), "quantized").get("nvfp4", []), "quantized.nvfp4"),
             fp8=strings(object_of(value.get("quantized", {}), "quantized").get("fp8", []), "quantized.fp8"),
+            fp8_attentions=strings(object_of(value.get("attention", {}), "attention").get("fp8", []), "attention.fp8"),
             groups=lists_of_strings(value.get("groups", []), "groups"),
             files=strings_by_name(value.get("files", {}), "files"),
             versions=strings_by_name(value.get("versions", {}), "versions"),

@@ -62,6 +62,9 @@ def output_types(node: NodeProto, types: Mapping[str, int], opset: int) -> Itera
         return (_integer(attributes.get("output_dtype", 0)) or zero_point,)
     if node.op_type == "DequantizeLinear":
         return (_integer(attributes.get("output_dtype", 0)) or types[node.input[1]],)
+    if node.op_type == "QuantizeLinear":
+        zero = types[node.input[2]] if len(node.input) > 2 and node.input[2] else TensorProto.UINT8
+        return (_integer(attributes.get("output_dtype", 0)) or zero,)
     return _schema_types(node, types, attributes, opset)
 
 

@@ -10,6 +10,7 @@ from onnx_functions.branches import described_branches
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.file_input import what_it_lacks
+from onnx_functions.inspect_attention import of_engine, of_tensors
 from onnx_functions.json_file import object_of, read_object, strings
 from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4, is_quantized
@@ -86,6 +87,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "tensors": len(tensors),
         "promise": compare(promised, found, missing) if manifest else None,
+        "attention": of_tensors(tensors.keys(), manifest.fp8_attentions if manifest else None),
         **coverage(linears, manifest.groups if manifest else ()),
         "branches": described_branches({name: (tensor.shape, tensor.nbytes) for name, tensor in tensors.items()}),
         "versions": manifest.versions if manifest else {},
@@ -155,6 +157,7 @@ def _engine(path: Path) -> dict[str, Any]:
         linears, covered, _ = (int(manifest.get(key) or 0) for key in _COUNTS)
         kernels = _engine_linears(manifest)
         promise = _engine_promise(manifest, {linear.path: linear.format for linear in kernels})
+        attention = of_engine(manifest)
         engine = path.with_name(str(manifest.get("engine", path.with_suffix(".engine").name)))
     except (TypeError, ValueError, OverflowError) as error:
         raise UnknownArtifact(f"{path} is a damaged manifest of an engine ({error}); build again") from None
@@ -165,6 +168,7 @@ def _engine(path: Path) -> dict[str, Any]:
         "engine": str(engine.resolve()),
         "engine_present": engine.is_file(),
         "promise": promise,
+        "attention": attention,
         **coverage(kernels, ()),
         "fp4_linears": covered,
         "fp4_coverage": covered / linears if linears else 0.0,

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from onnx import NodeProto
 
+from onnx_functions import inspect_attention
 from onnx_functions.branches import described_branches, is_factor
 from onnx_functions.element_types import attributes_of
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, type_name
@@ -73,6 +74,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         "activation_quantizers": len(subject.activations) + len(subject.fp8_quantizers),
         "placeholders": _placeholders(subject),
         "promise": _promise(subject, found, groups),
+        "attention": inspect_attention.of_graph(subject),
         **covered,
         "branches": described_branches({name: (subject.dims(name), size) for name, size in sizes.items()}),
     }

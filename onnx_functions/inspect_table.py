@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from onnx_functions.inspect_attention import attention_lines
 from onnx_functions.module_tree import tree
 
 __all__ = ["table", "tree_table"]
@@ -79,6 +80,7 @@ def _group_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _verdict_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the reader has to know: placeholders that are left, and where a promise is not kept."""
+    yield from attention_lines(found.get("attention"))
     left = found.get("placeholders") if found["kind"] == "onnx" else None
     if left:
         marked = f"{left['weights']} weights and {left['activations']} activations are placeholders, not FP4 yet"

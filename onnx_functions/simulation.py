@@ -95,6 +95,8 @@ def runtime_session(model: onnx.ModelProto, directory: Path, threads: int = 0) -
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     # Folding a weight's dequantization would make an FP32 copy of it, eight times its size.
     options.add_session_config_entry("session.disable_qdq_constant_folding", "1")
+    # A product of two activations in FP8 would become a MatMulIntegerToFloat, which has no FP8.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -170,12 +172,19 @@ def _without_activation_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:
-        if node.op_type == "DequantizeLinear" and (quantizer := graph.quantizer(node.output[0])):
-            if node.input[0] != quantizer.codes:
-                continue  # the block scales' own dequantization, dead once this one is gone
-            bypass = helper.make_node("Cast", [quantizer.input], node.output, node.name, to=types[node.output[0]])
+        if node.op_type == "DequantizeLinear" and (source := _quantized_by(graph, node)):
+            bypass = helper.make_node("Cast", [source], node.output, node.name, to=types[node.output[0]])
             node.CopyFrom(bypass)
     return cut(copy, {value.name: value.name for value in copy.graph.input}, [v.name for v in copy.graph.output])
+
+
+def _quantized_by(graph: Graph, dequantize: NodeProto) -> str | None:
+    """Return the activation whose codes, FP4 or FP8, a node dequantizes; None for weights and block scales."""
+    above = graph.producer.get(dequantize.input[0])
+    if above is not None and above.op_type == "QuantizeLinear":
+        return str(above.input[0])
+    quantizer = graph.quantizer(dequantize.output[0])
+    return quantizer.input if quantizer and dequantize.input[0] == quantizer.codes else None
 
 
 def _inputs(source: onnx.ModelProto, result: onnx.ModelProto, state: _Rewrite) -> None:

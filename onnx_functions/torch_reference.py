@@ -19,13 +19,16 @@ import onnx
 import torch
 from torch import nn
 
-from calibration import nvfp4
+from calibration import fp8, nvfp4
 from calibration.block_runner import BlockRunner, Outputs
 from calibration.checkpoint import BRANCH, SMOOTHING, Checkpoint, empty_model, read, reader
 from calibration.errors import BadCheckpoint
 from calibration.fp8 import E4M3_MAX
+from calibration.fp8_attention import MODULE as FP8_ATTENTION
+from calibration.fp8_attention import FP8Attention
 from calibration.source import BUILT_IN, empty_source, find_source, finite_tensor, load_json, tensors_of
 from onnx_functions import weight_gates
+from onnx_functions.attention_gates import AttentionTeacher
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, BadReference
 from onnx_functions.external_data import array_of
@@ -34,7 +37,17 @@ from onnx_functions.structure_gates import Run
 from onnx_functions.teacher_gates import Teacher
 from onnx_functions.verdict import FloatArray
 
-__all__ = ["Inputs", "Outputs", "Reference", "Shape", "Values", "Walk", "open_reference", "teacher_of"]
+__all__ = [
+    "Inputs",
+    "Outputs",
+    "Reference",
+    "Shape",
+    "Values",
+    "Walk",
+    "attention_teacher_of",
+    "open_reference",
+    "teacher_of",
+]
 
 FORMATS: Final = ("nvfp4", "fp8")
 """What a linear may be quantized to."""
@@ -45,7 +58,10 @@ Shape = tuple[int, int, int]
 Inputs = dict[str, torch.Tensor]
 
 Values = dict[tuple[str, str], FloatArray]
-"""(module path, `input` or `output`) to FP32 values; the model's own output is that of the empty path."""
+"""(module path, `input` or `output`) to FP32 values; the model's own output is that of the empty path. Of an
+attention in FP8 also `q`, `k` and `v`, what its products read before rounding, and `attended`, what they give."""
+
+ATTENDED: Final = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -242,15 +258,36 @@ def _recording(model: nn.Module, prefix: str, but: tuple[str, ...]) -> Iterator[
         if len(args) == 1 and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
             kept[path, "input"], kept[path, "output"] = args[0].float().numpy(), output.float().numpy()
 
+    def attended(path: str, _module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        for name, value in zip((*ATTENDED, "attended"), (*args[:3], output), strict=True):
+            kept[path, name] = value.float().numpy()
+
     # Norms and activations too: they help to find where a graph first goes astray.
     inner = [(path, module) for path, module in model.named_modules() if not any(module.children())]
     chosen = [(path, module) for path, module in inner if path.startswith(prefix) and not path.startswith(but)]
     hooks = [module.register_forward_hook(partial(hook, path)) for path, module in chosen]
+    hooks += [
+        module.register_forward_hook(partial(attended, path.removesuffix(f".{FP8_ATTENTION}")))
+        for path, module in chosen
+        if isinstance(module, FP8Attention)
+    ]
     try:
         yield kept
     finally:
         for handle in hooks:
             handle.remove()
+
+
+def attention_teacher_of(held: Reference, path: str, values: Values) -> AttentionTeacher | None:
+    """Return what the reference says of an attention, given the values of its BF16 run; None of one in 16 bit."""
+    if (path, "attended") not in values:
+        return None
+    operands = {name: values[path, name] for name in ATTENDED}
+    codes = {
+        name: fp8.quantize(torch.from_numpy(operand), held.checkpoint.tensor(f"{path}.{name}_scale")).float().numpy()
+        for name, operand in operands.items()
+    }
+    return AttentionTeacher(operands, codes, values[path, "attended"])
 
 
 def teacher_of(

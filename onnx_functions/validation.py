@@ -18,8 +18,10 @@ import torch
 from calibration import fp8, nvfp4
 from calibration.safetensors_file import sha256_of
 from onnx_functions import structure_gates, teacher_gates, weight_gates
+from onnx_functions.attention_gates import attention_gates, attention_promise_gate
 from onnx_functions.block_gates import ByBlock, Task, check_by_block, structure_by_block
 from onnx_functions.block_selection import chosen_blocks, token_counts
+from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import load_graph, span_of
 from onnx_functions.file_output import partial_path
@@ -44,6 +46,9 @@ in."""
 TINY: Final = (1, 4, 3)
 
 MODEL: Final = "model.onnx"
+
+_PTQ: Final = "nvfp4-ptq"
+"""The recipe of a graph without its manifest that is known to round to nearest."""
 
 WHOLE_BYTES: Final = 6
 """Of memory for each weight that a run of the whole graph may need: 4 were measured on 2 billion weights and a few
@@ -174,6 +179,7 @@ def _all_gates(subject: _Subject, work: Path) -> Iterator[Gate]:
     yield from guarded("functions", lambda: [functions_gate(nvfp4.quantize_reference, eight)])
     yield from guarded("files", lambda: [weight_gates.files_gate(graph, folder, (held.directory, folder))])
     yield from guarded("promise", lambda: [promise_gate(graph, held.formats, held.linears)])
+    yield from guarded("attention promise", lambda: _attention_promise(subject))
     yield from guarded("stored tensors", lambda: [weight_gates.stored_tensors_gate(graph, folder, held)])
     try:
         linears = tuple(linear for linear in Graph(graph).linears() if block_of(linear.path) in ("", *subject.blocks))
@@ -194,6 +200,13 @@ def _all_gates(subject: _Subject, work: Path) -> Iterator[Gate]:
     yield from (skipped(name, subject.why_by_block) for name in ("inputs", "end to end", "second witness"))
 
 
+def _attention_promise(subject: _Subject) -> Iterator[Gate]:
+    held = subject.held.checkpoint.fp8_attentions if subject.held.quantized else None
+    gate = attention_promise_gate(subject.graph, held)
+    if gate is not None:
+        yield gate
+
+
 def _weight_gates(subject: _Subject) -> Iterator[Gate]:
     graph, folder, held = subject.graph, subject.folder, subject.held
     if held.quantized:
@@ -208,7 +221,9 @@ def _weight_gates(subject: _Subject) -> Iterator[Gate]:
         yield from (size, bias)
 
     yield from guarded("weight error", errors)
-    if metadata_of(graph).get("fp4trt.recipe") == "nvfp4-ptq":
+    manifest = read_checkpoint_manifest(folder)
+    rounds_to_nearest = manifest.method == "ptq" if manifest else metadata_of(graph).get("fp4trt.recipe") == _PTQ
+    if rounds_to_nearest:
         requantized = held.requantized
         yield from guarded(
             "rounded weights", lambda: [weight_gates.rounded_weights_gate(graph, folder, held, quantized, requantized)]
@@ -245,6 +260,7 @@ def _identity(subject: _Subject) -> dict[str, Any]:
         "blocks": subject.blocks,
         "shapes": subject.shapes,
         "structure": subject.why_by_block is not None,
+        "attentions": True,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnxruntime")},
     }
 
@@ -258,6 +274,8 @@ def _teacher_gates(subject: _Subject, found: ByBlock) -> Iterator[Gate]:
         yield teacher_gates.quantizer_gate(found.results, [linear.path for linear in subject.quantized])
         yield teacher_gates.linear_gate(found.results, teacher_gates.LINEAR_LIMIT if exact else loose)
         yield teacher_gates.module_gate(found.results, teacher_gates.MODULE_LIMIT if exact else loose)
+        if found.attentions:
+            yield from attention_gates(found.attentions)
     for result in found.results:
         subject.figures[result.linear.path].update(differing_codes=result.differing, output_error=result.error)
 

@@ -280,7 +280,7 @@ def rounded_weights_gate(
 ) -> Gate:
     """Check that every weight is the reference's, rounded under the graph's own global scale.
 
-    Only plain rounding promises this (recipe `nvfp4-ptq`). It finds a single flipped code, which no norm
+    Only plain rounding promises this (the method `ptq`). It finds a single flipped code, which no norm
     would.
 
     Args:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -76,12 +76,12 @@ def digits() -> Path:
 
 @pytest.fixture(scope="session")
 def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model quantized with the default recipe and exported; not to be changed."""
+    """The built-in model after plain post-training quantization, exported; not to be changed."""
     from calibration import quantize
     from exporter import export
 
     directory = tmp_path_factory.mktemp("quantized") / "digits-fp4"
-    quantize("digits", directory)
+    quantize("digits", directory, "nvfp4-ptq")
     export(directory)
     return directory
 
@@ -143,6 +143,55 @@ def svdquant_digits(svdquant_checkpoint: Path, tmp_path_factory: pytest.TempPath
 def copy_of_digits(quantized_digits: Path, tmp_path: Path) -> Path:
     """A copy of the quantized built-in model that a test may change."""
     return shutil.copytree(quantized_digits, tmp_path / "digits-fp4")
+
+
+@pytest.fixture(scope="session")
+def fp8_attention(quantized_digits: Path) -> Callable[..., Path]:
+    """Return a maker of quantized built-in models some of whose attentions are in FP8, not yet exported."""
+
+    def make(directory: Path, attentions: Sequence[str]) -> Path:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        from calibration.checkpoint import MANIFEST, WEIGHTS
+        from calibration.safetensors_file import sha256_of
+
+        shutil.copytree(quantized_digits, directory, ignore=shutil.ignore_patterns("*.onnx"))
+        tensors = load_file(directory / WEIGHTS)
+        amax = {"q_scale": 8.5, "k_scale": 9.0, "v_scale": 6.0}
+        scales = {name: torch.tensor(value / 448) for name, value in amax.items()}
+        tensors |= {f"{path}.{name}": scale.clone() for path in attentions for name, scale in scales.items()}
+        save_file(tensors, directory / WEIGHTS)
+        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest["attention"] = {"fp8": list(attentions)}
+        manifest["files"][WEIGHTS] = sha256_of(directory / WEIGHTS)
+        (directory / MANIFEST).write_text(json.dumps(manifest))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fp8_attention_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain PTQ with attention in FP8."""
+    path = tmp_path_factory.mktemp("recipe") / "fp8-attention.yaml"
+    path.write_text("name: nvfp4-ptq-fp8-attention\nmethod: {name: ptq}\nattention: fp8\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def fp8_attention_digits(
+    quantized_digits: Path, fp8_attention_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The built-in model with attention in FP8, quantized and exported; not to be changed."""
+    from calibration import quantize
+    from exporter import export
+
+    directory = tmp_path_factory.mktemp("fp8-attention") / "digits-fp8"
+    calls = quantized_digits / "calibration" / "inputs.safetensors"
+    quantize("digits", directory, recipe=fp8_attention_recipe, calibration=calls)
+    export(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

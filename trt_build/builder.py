@@ -14,11 +14,13 @@ from typing import Any
 from onnx_functions.file_output import partial_path
 from onnx_functions.linting import require_clean
 from trt_build import manifest
+from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
 from trt_build.branch_cost import branch_cost
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.errors import BackendMissingError
 from trt_build.graph import Graph, read_graph
 from trt_build.layer_info import parse_layers
+from trt_build.least_tokens import require_tokens
 from trt_build.local_gpu import local_compute_capabilities
 from trt_build.memory import GIB, memory_lines
 from trt_build.profiles import Profile, make_profile
@@ -89,7 +91,8 @@ def build(
 
     Returns:
         engine, manifest (absolute paths), engine_bytes, engine_sha256, fp4_gemms, fp4_linears,
-        quantized_linears, gemms, lost, sixteen_bit, kernels (all of the engine's), branch (what SVDQuant's cost, see
+        quantized_linears, gemms, lost, fp8_attentions (kernels), quantized_attentions (what is promised),
+        lost_attentions, sixteen_bit, kernels (all of the engine's), branch (what SVDQuant's cost, see
         trt_build.branch_cost; None without any), gpus, compute_capabilities, profile (minimum, optimum and maximum of
         each symbol), shapes (the same of each input), cached, seconds.
 
@@ -99,10 +102,10 @@ def build(
     """
     started = time.monotonic()
     options = {"resolution": resolution, "batch": batch, "text": text, "shapes": shapes}
-    plan = _validate(model, gpu, options, output, weight_streaming)
+    plan = _validate(model, gpu, options, output, weight_streaming, allow_slow=allow_slow)
     manifest.check_output(plan.engine, plan.graph, force=force)
     weights = plan.graph.weight_bytes
-    for line in _lint(plan.graph.path, allow_slow=allow_slow):
+    for line in (*plan.profile.notes, *_lint(plan.graph.path, allow_slow=allow_slow)):
         on_line(line)
     version = _tensorrt_version(plan, force)
     if weights > GIB:
@@ -116,11 +119,20 @@ def build(
         content = _build_and_publish(plan, request, allow_slow=allow_slow, on_progress=on_progress)
     elif not allow_slow:
         require_coverage([SixteenBit(**item) for item in content["lost"]], content["quantized_linears"])
+        require_attentions(
+            [LostAttention(**item) for item in content["lost_attentions"]], content["quantized_attentions"]
+        )
     return _result(plan, content, cached=cached, seconds=time.monotonic() - started)
 
 
 def _validate(
-    model: str | Path, gpu: str, profile: dict[str, Any], output: str | Path | None, weight_streaming: bool
+    model: str | Path,
+    gpu: str,
+    profile: dict[str, Any],
+    output: str | Path | None,
+    weight_streaming: bool,
+    *,
+    allow_slow: bool,
 ) -> _Plan:
     targets = parse_gpus(gpu)
     graph = read_graph(Path(model).absolute())  # a link stays: weights lie beside it
@@ -128,11 +140,16 @@ def _validate(
         require_format(targets, "nvfp4")
     if graph.promised_fp8:
         require_format(targets, "fp8")
+    fp8_attention = bool(graph.promised_attentions)
+    shapes = make_profile(graph.input_shapes, graph.symbols, **profile, fp8_attention=fp8_attention)
+    if fp8_attention and not allow_slow:
+        minima = {name: low for name, (low, _, _) in shapes.inputs.items()}
+        require_tokens(minima, graph.input_shapes, graph.symbols)
     default = graph.path.parent / ("_".join(target.name for target in targets) + ".engine")
     return _Plan(
         graph=graph,
         targets=targets,
-        profile=make_profile(graph.input_shapes, graph.symbols, **profile),
+        profile=shapes,
         engine=Path(output).absolute() if output is not None else default,
         weight_streaming=weight_streaming,
     )
@@ -164,8 +181,7 @@ def _tensorrt_version(plan: _Plan, force: bool) -> str:
         return str(importlib.import_module(plan.backend).__version__)
     installed = importlib.util.find_spec(plan.backend) is not None
     if not installed or target.compute_capability not in local_compute_capabilities():
-        promised = {"FP4": plan.graph.promised_fp4, "FP8": plan.graph.promised_fp8}
-        content = script_of(plan.engine, plan.graph.path, target, plan.profile, promised, plan.weight_streaming)
+        content = script_of(plan.engine, plan.graph, target, plan.profile, plan.weight_streaming)
         script = write_script(script_path(plan.engine), content, force)
         lacking = f"a {target.name} in this machine" if installed else "tensorrt, which is not installed here"
         raise BackendMissingError(
@@ -186,6 +202,7 @@ def _request(plan: _Plan, version: str) -> dict[str, Any]:
         weight_streaming=plan.weight_streaming,
         promised_fp4=plan.graph.promised_fp4,
         promised_fp8=plan.graph.promised_fp8,
+        promised_attentions=plan.graph.promised_attentions,
     )
 
 
@@ -207,15 +224,17 @@ def _build_and_publish(
     try:
         event = run_child(asked, on_progress)
         layers = parse_layers(event["layers"])
-        coverage = measure_coverage(plan.graph, layers)
+        coverage, attentions = measure_coverage(plan.graph, layers), measure_attentions(plan.graph, layers)
         if not allow_slow:
             require_coverage(coverage.lost, coverage.quantized_linears)
+            require_attentions(attentions.lost, len(attentions.promised))
         result = {
             "engine_bytes": event["bytes"],
             "engine_sha256": event["sha256"],
             "symbols": {name: list(extent) for name, extent in plan.profile.symbols.items()},
             "kernels": len(layers),
             **coverage.summary(),
+            **attentions.summary(),
             "branch": branch_cost(plan.graph, layers),
         }
         content = manifest.write_manifest(plan.engine, request, result)
@@ -231,10 +250,11 @@ def _build_and_publish(
 def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: float) -> dict[str, Any]:
     counts = ("fp4_gemms", "fp4_linears", "fp8_gemms", "fp8_linears", "quantized_linears")
     kept = ("engine_bytes", "engine_sha256", *counts, "gemms", "lost")
+    attention = ("fp8_attentions", "quantized_attentions", "lost_attentions")
     return {
         "engine": str(plan.engine),
         "manifest": str(manifest.manifest_path(plan.engine)),
-        **{key: content[key] for key in (*kept, "sixteen_bit")},
+        **{key: content[key] for key in (*kept, *attention, "sixteen_bit")},
         **{key: content.get(key) for key in ("kernels", "branch")},
         "gpus": [target.name for target in plan.targets],
         "compute_capabilities": plan.compute_capabilities,

@@ -51,7 +51,7 @@ def build_command(model: Path, **options: Any) -> dict[str, Any]:
 
     The result is GPU.engine and, beside it, GPU.json: the request, its hashes, and the kernel of every
     linear. An unchanged request is answered from them without building. Exit status 1 when the lint refuses the
-    graph, or a linear that it promises in FP4 would run in 16 bit.
+    graph, a linear that it promises in FP4 would run in 16 bit, or an attention in FP8 would fall apart.
     """
     from trt_build.builder import build
 
@@ -68,6 +68,8 @@ def build_command(model: Path, **options: Any) -> dict[str, Any]:
         )
     for item in result["lost"]:
         click.echo(f"  16 bit: {item['linear']}: {item['reason']}")
+    for item in result["lost_attentions"]:
+        click.echo(f"  not one kernel: {item['attention']}: {item['reason']}")
     if not result["quantized_linears"]:
         for reason, count in Counter(item["reason"] for item in result["sixteen_bit"]).items():
             click.echo(f"  16 bit: {count} linears: {reason}")
@@ -84,6 +86,10 @@ def _summary(result: dict[str, Any]) -> str:
         covered += f" and {result['fp8_gemms']} FP8 GEMMs {result['fp8_linears']}"
     covered += f" of {promised} quantized linears"
     coverage = covered if promised else "nothing promises FP4 GEMMs of this graph"
+    if result["quantized_attentions"]:
+        coverage += (
+            f", {result['fp8_attentions']} of {result['quantized_attentions']} attentions are one FP8 kernel each"
+        )
     return f"{result['engine']}: {size:.2f} MB for {capabilities}, {how}; {coverage}"
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import onnx
 
+from onnx_functions.attentions import Attention, find_attentions, promised_attentions
 from onnx_functions.branches import BRANCH_ADD, is_factor
-from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
+from onnx_functions.checkpoint_manifest import CheckpointManifest, read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.external_data import Span, load_graph, span_of
 from onnx_functions.file_input import what_it_lacks
 from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER, declared_symbols, metadata_of, promised_linears
+from onnx_functions.linears import Graph as Index
 from trt_build.errors import BadModelError
 from trt_build.profiles import InputShape
 
@@ -130,9 +132,29 @@ class Graph:
             return declared_symbols(self.model)
 
     def _manifest_linears(self, kind: str) -> tuple[str, ...]:
+        return self._manifest.quantized(kind) if self._manifest else ()
+
+    @cached_property
+    def attentions(self) -> dict[str, Attention]:
+        """The attentions that are written out as two products, by module path."""
+        return {attention.path: attention for attention in find_attentions(Index(self.model))}
+
+    @cached_property
+    def promised_attentions(self) -> tuple[str, ...]:
+        """Attentions that must run as one FP8 kernel each.
+
+        All that anything says so of: the metadata, the manifest beside the graph, and each with all operands in FP8.
+        """
         with _of_model(self.path):
-            manifest = read_checkpoint_manifest(self.path.parent)
-        return manifest.quantized(kind) if manifest else ()
+            promised = promised_attentions(self.model)
+        beside = self._manifest.fp8_attentions if self._manifest else ()
+        written = (path for path, attention in self.attentions.items() if attention.in_fp8)
+        return tuple(dict.fromkeys((*promised, *beside, *written)))
+
+    @cached_property
+    def _manifest(self) -> CheckpointManifest | None:
+        with _of_model(self.path):
+            return read_checkpoint_manifest(self.path.parent)
 
     @property
     def _quantizes_activations(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trt_build.errors import BadModelError, BadProfileError
+from trt_build.least_tokens import raised
 
 __all__ = ["Extent", "InputShape", "Profile", "make_profile"]
 
@@ -29,10 +30,11 @@ _SYMBOL_KEYS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Minimum, optimum and maximum shape of every input, and the extent of every symbol."""
+    """Minimum, optimum and maximum shape of every input, the extent of every symbol, and what is to be told of it."""
 
     inputs: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     symbols: dict[str, Extent]
+    notes: tuple[str, ...] = ()
 
 
 def make_profile(
@@ -43,6 +45,7 @@ def make_profile(
     batch: int | str | None = None,
     text: int | str | None = None,
     shapes: Sequence[str] = (),
+    fp8_attention: bool = False,
 ) -> Profile:
     """Return the profile of a graph.
 
@@ -54,6 +57,7 @@ def make_profile(
         batch: images, "1" or "1:1:4".
         text: tokens, "512" or "1:512:512".
         shapes: "NAME=MIN:OPT:MAX", NAME a symbol (numbers) or an input (shapes such as 1x256x64).
+        fp8_attention: the graph wants 32 tokens or more: minima that no option names are raised to that.
 
     A dimension that no option names covers all that the metadata declares.
 
@@ -72,21 +76,25 @@ def make_profile(
                 f"{option} {value}: the model declares no such dimension; give --shape NAME=MIN:OPT:MAX"
             )
     extents = {name: _symbol_extent(symbol, given[_OPTIONS[symbol["kind"]]]) for name, symbol in symbols.items()}
+    named = {name for name, symbol in symbols.items() if given[_OPTIONS[symbol["kind"]]] is not None}
     whole: dict[str, tuple[tuple[int, ...], ...]] = {}
     for shape in shapes:
         name, _, value = shape.partition("=")
         if name in input_shapes:
             whole[name] = _input_extent(shape, input_shapes[name])
+            named.update(dimension for dimension in input_shapes[name] if isinstance(dimension, str))
         elif any(name in dimensions for dimensions in input_shapes.values()):
             extents[name] = _extent(shape, value, _declared(symbols.get(name)))
+            named.add(name)
         else:
             known = ", ".join([*_free_symbols(input_shapes), *input_shapes])
             raise BadProfileError(f"--shape {shape}: the graph has no input or symbol {name!r}; it has {known}")
+    extents, notes = raised(extents, symbols, named) if fp8_attention else (extents, ())
     inputs = {
         name: whole[name] if name in whole else _resolve(name, dimensions, extents)
         for name, dimensions in input_shapes.items()
     }
-    return Profile({name: (low, best, high) for name, (low, best, high) in inputs.items()}, extents)
+    return Profile({name: (low, best, high) for name, (low, best, high) in inputs.items()}, extents, notes)
 
 
 def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:

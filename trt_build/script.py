@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
 from onnx_functions.file_output import made_folder, write_texts
 from trt_build.errors import OutputExistsError
+from trt_build.graph import Graph
 from trt_build.profiles import Profile
 from trt_build.targets import Target
 
@@ -39,6 +39,7 @@ ENGINE = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / $engine
 PROMISED = {  # the type of both operands, as TensorRT's layer information has it: linears
 $promised
 }
+PROMISED_ATTENTIONS = $attentions  # name: the two products that one kernel is to compute in FP8
 PROFILE = {  # input: minimum, optimum and maximum shape
 $profile
 }
@@ -88,9 +89,17 @@ def main():
     result = {"engine": str(ENGINE), "engine_bytes": ENGINE.stat().st_size, "tensorrt": trt.__version__}
     if not kernels:
         sys.exit(json.dumps(result) + " warning: no layer information, so FP4 coverage is unknown")
-    print(json.dumps({**result, **counts, "lost": lost}))
+    fp8 = [k for k in kernels if "FP8" in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
+    apart = [
+        name
+        for name, products in PROMISED_ATTENTIONS.items()
+        if not any(all(f"[ONNX Layer: {product}]" in k for product in products) for k in fp8)
+    ]
+    print(json.dumps({**result, **counts, "lost": lost, "lost_attentions": apart}))
     if lost:
         sys.exit(f"error: {len(lost)} of {sum(map(len, PROMISED.values()))} linears run in 16 bit")
+    if apart:
+        sys.exit(f"error: {len(apart)} of {len(PROMISED_ATTENTIONS)} attentions do not run as one kernel in FP8")
 
 
 main()
@@ -104,10 +113,9 @@ def script_path(engine: Path) -> Path:
 
 def script_of(
     engine: Path,
-    onnx: Path,
+    graph: Graph,
     target: Target,
     profile: Profile,
-    promised: Mapping[str, Sequence[str]],
     weight_streaming: bool,
 ) -> str:
     """Return the build script of a requested engine.
@@ -115,15 +123,22 @@ def script_of(
     It refers to the model relative to itself, and to nothing else of this machine.
     """
     path = script_path(engine)
+    found = graph.attentions
+    attentions = {
+        name: [found[name].scores.name, found[name].output.name] if name in found else [f"{name}/Attention"]
+        for name in graph.promised_attentions
+    }
+    promised = {"FP4": graph.promised_fp4, "FP8": graph.promised_fp8}
     rows = (f"    {name!r}: {shapes!r}," for name, shapes in profile.inputs.items())
     return _TEMPLATE.substitute(
         engine_name=engine.name,
         script_name=path.name,
         gpu=target.name,
         capability=target.compute_capability,
-        onnx=repr(_relative(onnx, path.parent)),
+        onnx=repr(_relative(graph.path, path.parent)),
         engine=repr(engine.name),
         promised="\n".join(f"    {kind!r}: {list(names)!r}," for kind, names in promised.items()),
+        attentions=repr(attentions),
         profile="\n".join(rows),
         weight_streaming=weight_streaming,
     )

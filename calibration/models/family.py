@@ -76,6 +76,7 @@ class Family:
         groups: the quantized linears of a config, in graph order, as groups whose members read the same input. A group
             shares its global scales, because only then does TensorRT run it as one FP4 GEMM.
         example_inputs: (config, batch, image tokens, text tokens, seed, dtype) to the model's inputs in graph order.
+        attentions: module paths of a config's attentions, in graph order.
         stacks: path of each list of equal blocks to the key of the config that holds their number, in the order in
             which they run.
         input_shapes: (config) to the symbolic shape of every input, in graph order.
@@ -91,6 +92,7 @@ class Family:
     matches: Callable[[Config], bool]
     problem: Callable[[Config], str | None]
     groups: Callable[[Config], tuple[tuple[str, ...], ...]]
+    attentions: Callable[[Config], tuple[str, ...]]
     example_inputs: Callable[[Config, int, int, int, int, torch.dtype], dict[str, torch.Tensor]]
     stacks: Mapping[str, str]
     input_shapes: Callable[[Config], dict[str, tuple[str | int, ...]]]

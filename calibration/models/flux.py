@@ -9,7 +9,7 @@ from calibration.models.family import Config, Family, Modulated, Symbol
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLUX", "example_inputs", "groups", "input_shapes", "modulated", "problem", "stream"]
+__all__ = ["FLUX", "attentions", "example_inputs", "groups", "input_shapes", "modulated", "problem", "stream"]
 
 DOUBLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
     ("norm1.linear",),
@@ -62,6 +62,13 @@ def groups(config: Config) -> tuple[tuple[str, ...], ...]:
     blocks = [(f"transformer_blocks.{index}", DOUBLE_BLOCK) for index in range(config["num_layers"])]
     blocks += [(f"single_transformer_blocks.{index}", SINGLE_BLOCK) for index in range(config["num_single_layers"])]
     return tuple(tuple(f"{block}.{name}" for name in group) for block, inner in blocks for group in inner)
+
+
+def attentions(config: Config) -> tuple[str, ...]:
+    """Return the attentions in graph order: one a block, over text and image tokens together."""
+    blocks = [f"transformer_blocks.{index}" for index in range(config["num_layers"])]
+    blocks += [f"single_transformer_blocks.{index}" for index in range(config["num_single_layers"])]
+    return tuple(f"{block}.attn" for block in blocks)
 
 
 def stream(path: str) -> str:
@@ -139,6 +146,7 @@ FLUX: Final = Family(
     matches=lambda config: config.get("_class_name") == "FluxTransformer2DModel",
     problem=problem,
     groups=groups,
+    attentions=attentions,
     example_inputs=example_inputs,
     stacks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
     input_shapes=input_shapes,

@@ -7,7 +7,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-__all__ = ["SCOPES", "name_nodes"]
+__all__ = ["SCOPES", "module_path", "name_nodes"]
 
 SCOPES: Final = "pkg.torch.onnx.name_scopes"
 """Key of a node's metadata: the module paths that it was traced in, outermost first, and then itself."""
@@ -27,7 +27,7 @@ def name_nodes(model: ir.Model) -> None:
     taken: dict[str, int] = {}
     for node in graph:
         if node.name is None or "/" not in node.name:
-            node.name = _unique(f"{_module_path(node)}/{node.op_type}", taken)
+            node.name = _unique(f"{module_path(node)}/{node.op_type}", taken)
             for index, output in enumerate(node.outputs):
                 if id(output) not in interface:
                     output.name = f"{node.name}_output_{index}"
@@ -41,7 +41,7 @@ def name_nodes(model: ir.Model) -> None:
         value.doc_string = None
 
 
-def _module_path(node: ir.Node) -> str:
+def module_path(node: ir.Node) -> str:
     """Return the path of the innermost module that the node was traced in; the last scope is the operation itself."""
     scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['', '']"))
     return str(scopes[-2]) if len(scopes) > 1 and scopes[-2] else "model"

@@ -12,6 +12,7 @@ from onnx_functions.errors import LintError
 from onnx_functions.external_data import load_graph
 from onnx_functions.linting import (
     activations,
+    attentions,
     chains,
     data,
     files,
@@ -36,6 +37,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *chains.RULES,
     *fp8.RULES,
     *data.RULES,
+    *attentions.RULES,
     *structure.RULES,
     *operators.RULES,
     *metadata.RULES,

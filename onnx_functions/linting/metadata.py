@@ -115,6 +115,17 @@ def _linears(subject: Subject, text: str) -> Iterator[str]:
         yield "no linear is promised in fp8, but the graph holds FP8 weights"
 
 
+def _attention(_: Subject, text: str) -> Iterator[str]:
+    try:
+        formats = object_of(_json(text), "the value")
+        paths = [path for kind, listed in formats.items() for path in strings(listed, repr(kind))]
+    except TypeError as error:
+        yield str(error)
+        return
+    yield from (f"the format {kind!r} is unknown; known is fp8" for kind in formats if kind != "fp8")
+    yield from (f"{path} is promised {count} times" for path, count in Counter(paths).items() if count > 1)
+
+
 def _groups(subject: Subject, text: str) -> Iterator[str]:
     try:
         members = [path for group in lists_of_strings(_json(text), "the value") for path in group]
@@ -180,4 +191,5 @@ _CHECKS: Final[Mapping[str, Any]] = {
     "linears": _linears,
     "groups": _groups,
     "symbols": _symbols,
+    "attention": _attention,
 }

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from calibration import input_amax, ptq
+from calibration.attention_amax import OperandAmax, operands_of
 from calibration.block_calibration import measured_by_block
 from calibration.block_checkpoint import STATE, finished_blocks
 from calibration.block_runner import BlockRunner, Outputs
@@ -40,15 +41,39 @@ def paths(digits: Path) -> tuple[str, ...]:
     return family_of(config).quantized(config)
 
 
+@pytest.fixture(scope="module")
+def attentions(digits: Path) -> tuple[str, ...]:
+    config = load_json(digits / "config.json")
+    return family_of(config).attentions(config)
+
+
 def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_bit(
-    digits: Path, inputs: Path, paths: tuple[str, ...], tmp_path: Path
+    digits: Path, inputs: Path, paths: tuple[str, ...], attentions: tuple[str, ...], tmp_path: Path
 ) -> None:
     calls, model = load_inputs(inputs)[::20], load_source(digits)
-    whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None)
+    with OperandAmax(attentions) as operands:
+        whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None)
+    whole |= operands.amax
     with measured_by_block(digits, calls, tmp_path / "work") as by_block:
         assert by_block == whole
     assert len(set(whole.values())) > 20
     assert not (tmp_path / "work").exists()
+
+
+def test_the_maxima_of_attentions_are_those_that_modelopt_measures(
+    digits: Path, inputs: Path, attentions: tuple[str, ...], tmp_path: Path
+) -> None:
+    from calibration.modelopt_backend import mtq
+
+    calls, model = load_inputs(inputs)[::20], load_source(digits)
+    with measured_by_block(digits, calls, tmp_path / "work") as by_block:
+        measured = {operand: by_block[operand] for operand in operands_of(attentions)}
+    entries = [{"quantizer_name": "*", "enable": False}]
+    entries += [
+        {"quantizer_name": f"*.{name}_bmm_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}} for name in "qkv"
+    ]
+    mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, lambda net: [net(**call) for call in calls])
+    assert measured == {name: float(model.get_submodule(f"{name}_bmm_quantizer").amax) for name in measured}
 
 
 def test_a_run_by_block_gives_the_models_own_output_and_holds_one_block(digits: Path, inputs: Path) -> None:

@@ -41,11 +41,12 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methd": 1}, "there is no key methd; expected one of: name, description, method, formats"),
+        ({"methd": 1}, "there is no key methd; expected one of: name, description, method, formats, attention"),
         ({"method": {"name": "magic"}}, "method"),
         ({"formats": {"defalt": "bf16"}}, "there is no key formats.defalt; expected one of: default, min_size, rules"),
         ({"formats": {"default": "int3"}}, "formats.default is 'int3'"),
         ({"formats": {"rules": [{"linear": "*"}]}}, "formats.rules.0.linears is missing"),
+        ({"attention": "int8"}, "attention is 'int8'"),
         ({"name": "No Name"}, "name is 'No Name'"),
     ],
 )
@@ -112,6 +113,7 @@ def test_linears_that_a_rule_leaves_in_bf16_are_stored_as_they_were(digits: Path
         "name": "mine",
         "method": {"name": "ptq"},
         "formats": {"default": "nvfp4", "min_size": 0, "rules": [{"linears": MODULATION, "format": "bf16"}]},
+        "attention": "bf16",
     }
     assert len(manifest["quantized"]["nvfp4"]) == 52 - 2 * 2 - 4
     name = "transformer_blocks.0.norm1.linear.weight"
@@ -123,7 +125,7 @@ def test_calibration_data_of_a_part_of_the_schedule_give_a_warning_that_the_mani
 ) -> None:
     calls = load_inputs(quantized_digits / "calibration" / "inputs.safetensors")
     save_inputs(tmp_path / "inputs.safetensors", [call for call in calls if float(call["timestep"][0]) > 0.5])
-    quantize("digits", tmp_path / "out", calibration=tmp_path / "inputs.safetensors")
+    quantize("digits", tmp_path / "out", "nvfp4-ptq", tmp_path / "inputs.safetensors")
     (warning,) = load_json(tmp_path / "out" / "fp4trt.json")["calibration"]["warnings"]
     assert "no step between timestep 0.00 and 0.60" in warning
     assert f"warning: {warning}\n" in capsys.readouterr().err

@@ -164,12 +164,17 @@ FLUX_CONFIG: dict[str, Any] = {
 def _traced_graph(
     keep: Callable[[str], bool], fp8: Callable[[str], bool] = lambda path: False, **changes: int
 ) -> onnx.ModelProto:
-    """Return the graph of a model whose checkpoint has the linears in FP4 that ``keep`` says, and some in FP8."""
+    """Return the graph of a model whose checkpoint has the linears in FP4 that ``keep`` says, and some in FP8.
+
+    Attentions are in FP8 where either says so.
+    """
     config = {**FLUX_CONFIG, **changes}
     nowhere = StoredTensor(Path(), "F8_E4M3", (), 0, 0)
     paths = [path for path in family_of(config).quantized(config) if keep(path)]
     eights = [path for path in family_of(config).quantized(config) if fp8(path)]
     stored = {f"{path}.weight_scale": nowhere for path in paths} | {f"{path}.weight": nowhere for path in eights}
+    attentions = [path for path in family_of(config).attentions(config) if keep(path) or fp8(path)]
+    stored |= {f"{path}.q_scale": nowhere for path in attentions}
     checkpoint = Checkpoint(Path(), config, {}, stored)
     groups = (*checkpoint.groups, *checkpoint.groups_of(checkpoint.fp8))
     leaders = {path: group[0] for group in groups for path in group}
@@ -183,5 +188,5 @@ def _traced_graph(
 
 @pytest.fixture(scope="session")
 def traced_graph() -> Callable[..., onnx.ModelProto]:
-    """Give the graph of a small FLUX whose config has some changes, its linears in FP4, and in FP8, told by path."""
+    """Give the graph of a small FLUX whose config has some changes; what is in FP4 and FP8 in it is told by path."""
     return _traced_graph

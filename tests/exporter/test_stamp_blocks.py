@@ -39,7 +39,7 @@ def trace_every_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             },
         ),
     ],
-    ids=["all in FP4", "FP4, FP8 and 16 bit"],
+    ids=["all quantized", "FP4, FP8 and 16 bit"],
 )
 def test_a_stamped_graph_equals_a_fully_traced_one(
     keep: Callable[[str], bool],

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lint_damage import Damaged
 from lint_mutations import MODULATION, OUT, TRT, mutation
-from lint_mutations_names import MUTATIONS
+from lint_mutations_attention import MUTATIONS
 from onnx import TensorProto, helper
 
 __all__ = ["MUTATIONS"]

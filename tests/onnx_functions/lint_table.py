@@ -14,6 +14,7 @@ if __name__ == "__main__":
 from lint_mutations_fp8 import MUTATIONS
 
 from onnx_functions.linting import RULES
+from trt_build.attention_coverage import measure_attentions
 from trt_build.coverage import measure_coverage
 from trt_build.errors import BuildError
 from trt_build.graph import Graph, read_graph
@@ -48,7 +49,7 @@ def page(text: str) -> str:
 def verdict(path: Path, untouched: Graph) -> str:
     """Build a mutated graph and return `accepted`, `slow`, `refused` or `crashes`: see lint_mutations.py."""
     graph = read_graph(path)
-    profile = make_profile(graph.input_shapes, untouched.symbols, resolution=None, batch=None, text=None, shapes=())
+    profile = make_profile(graph.input_shapes, untouched.symbols, fp8_attention=bool(graph.attentions))
     partial = path.with_name("engine.partial")
     request = {
         "backend": "tensorrt_rtx",
@@ -64,10 +65,12 @@ def verdict(path: Path, untouched: Graph) -> str:
         return "crashes" if "ended without a result" in str(error) else "refused"
     finally:
         partial.unlink(missing_ok=True)
-    coverage = measure_coverage(untouched, parse_layers(event["layers"]))
+    layers = parse_layers(event["layers"])
+    coverage = measure_coverage(untouched, layers)
     counts = (coverage.fp4_gemms, coverage.fp4_linears)
     whole = counts == WHOLE[len(untouched.promised_fp8)] and not coverage.lost
-    return "accepted" if whole else "slow"
+    fused = len(measure_attentions(graph, layers).fused) == len(graph.attentions)
+    return "accepted" if whole and fused else "slow"
 
 
 if __name__ == "__main__":

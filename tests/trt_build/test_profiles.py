@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from trt_build.errors import BadModelError, BadProfileError
+from trt_build.least_tokens import require_tokens
 from trt_build.profiles import Profile, make_profile
 
 INPUTS = {
@@ -134,3 +135,47 @@ def test_resolution_needs_a_model_that_says_what_a_token_is() -> None:
 
 def test_a_static_graph_needs_no_option() -> None:
     assert make_profile({"x": (2, 64)}, {}).inputs == {"x": ((2, 64), (2, 64), (2, 64))}
+
+
+DIGITS = {**SYMBOLS, "L": {**SYMBOLS["L"], "pixels_per_token": 4, "min_resolution": 8, "max_resolution": 32}}
+DIGITS["L"]["default_resolution"] = 16
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"L": (36, 36, 64), "T": (1, 512, 512)}),
+        ({"resolution": "16:16:32"}, {"L": (16, 16, 64), "T": (16, 512, 512)}),
+        ({"text": "8"}, {"L": (25, 25, 64), "T": (8, 8, 8)}),
+        ({"resolution": "16", "text": "16:20:32"}, {"L": (16, 16, 16), "T": (16, 20, 32)}),
+        ({"shapes": ["L=20:30:40"]}, {"L": (20, 30, 40), "T": (12, 512, 512)}),
+    ],
+)
+def test_fp8_attention_raises_only_a_minimum_that_nobody_gave(
+    options: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    found = make_profile(INPUTS, DIGITS, **options, fp8_attention=True)
+    assert {name: found.symbols[name] for name in "LT"} == expected
+    assert found.inputs["hidden_states"][0] == (1, expected["L"][0], 64)
+    assert bool(found.notes) == (options.keys() != {"resolution", "text"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resolution": "16", "text": "15"},
+        {"resolution": "8:16:32", "text": "27:64:64"},
+        {"shapes": ["L=4:16:64", "T=1:8:32"]},
+        {"text": "8", "shapes": ["hidden_states=1x16x64"]},
+    ],
+)
+def test_fp8_attention_refuses_a_given_minimum_below_32_tokens(options: dict[str, Any]) -> None:
+    found = make_profile(INPUTS, DIGITS, **options, fp8_attention=True)
+    minima = {name: low for name, (low, _, _) in found.inputs.items()}
+    with pytest.raises(BadProfileError, match=r"attention in FP8 needs 32 tokens.*at least --resolution \d+ or --text"):
+        require_tokens(minima, INPUTS, DIGITS)
+
+
+def test_flux_needs_no_raise_for_fp8_attention() -> None:
+    found = make_profile(INPUTS, SYMBOLS, fp8_attention=True)
+    assert found == profile()
