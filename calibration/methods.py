@@ -38,5 +38,5 @@ def of_block(options: Options, family: Family) -> Method:
         case SVDQuant():
             from calibration.svdquant import svdquant
 
-            return svdquant(options.rank, options.smoothing, options.alpha_step)
+            return svdquant(options.rank, options.smoothing, options.alpha_step, family.rows)
     raise AssertionError(f"no function of a block for {options.name}")

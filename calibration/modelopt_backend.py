@@ -18,12 +18,15 @@ with warnings.catch_warnings():
     import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization import model_calib
+    from modelopt.torch.quantization.conversion import (
+        create_and_replace_svdquant_linear_on_the_fly as make_room_for_branches,
+    )
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
         is_registered_quant_backend,
         register_quant_backend,
     )
 
-__all__ = ["FP8", "NVFP4", "model_calib", "mto", "mtq"]
+__all__ = ["FP8", "NVFP4", "make_room_for_branches", "model_calib", "mto", "mtq"]
 
 BACKEND: Final = "fp4trt_nvfp4"
 

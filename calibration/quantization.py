@@ -319,8 +319,8 @@ def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str
     written = {shard.name: done.files[shard.name] for shard in planned}
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
-    rank = max(_branches(prepared).values(), default=0)
-    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats, rank)}
+    ranks = set(_branches(prepared).values())
+    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats, ranks)}
     written["config.json"] = write.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}

@@ -7,7 +7,7 @@ Source: ``modelopt.torch.export`` 0.47, ``process_layer_quant_config`` and ``con
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -34,15 +34,15 @@ _SVDQUANT: Final = {
 """And of one in NVFP4 with a low-rank branch."""
 
 
-def quantization_config(model: nn.Module, formats: Mapping[str, str], rank: int = 0) -> dict[str, Any]:
+def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Collection[int] = ()) -> dict[str, Any]:
     """Return the ``quantization_config`` of a model some of whose linears are in NVFP4 or FP8.
 
     Args:
         model: may be on the meta device.
         formats: module path to ``nvfp4``, ``fp8``, or ``bf16`` for a linear that is not quantized.
-        rank: of the low-rank branches that SVDQuant put beside the linears in NVFP4; 0 where it did not.
+        ranks: of the low-rank branches that SVDQuant put beside the linears in NVFP4; none where it did not.
     """
-    layers = {**_LAYERS, "nvfp4": _SVDQUANT} if rank else _LAYERS
+    layers = {**_LAYERS, "nvfp4": _SVDQUANT} if ranks else _LAYERS
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantized = {name: formats[name] for name in linears if formats.get(name, "bf16") != "bf16"}
     kinds = list(dict.fromkeys(quantized.values()))
@@ -55,9 +55,10 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], rank: int 
         }
         for index, kind in enumerate(kinds)
     }
-    if rank:  # of a mixed model ModelOpt does not say the rank
-        branch = {"has_zero_point": False, "pre_quant_scale": True} | ({} if mixed else {"lora_rank": rank})
-        groups[f"group_{kinds.index('nvfp4')}"] |= branch
+    if ranks:
+        told = not mixed and len(ranks) == 1  # ModelOpt knows one rank for all, and of a mixed model does not say it
+        rank = {"lora_rank": next(iter(ranks))} if told else {}
+        groups[f"group_{kinds.index('nvfp4')}"] |= {"has_zero_point": False, "pre_quant_scale": True, **rank}
     return {
         "config_groups": groups,
         **({"quantized_layers": {name: dict(layers[kind]) for name, kind in quantized.items()}} if mixed else {}),

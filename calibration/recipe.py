@@ -144,8 +144,9 @@ class SVDQuant(_Strict):
     """A low-rank branch in 16 bit, and in FP4 what it leaves of the weight (see :mod:`calibration.svdquant`).
 
     Attributes:
-        rank: of the branch, one for each group of linears that read the same input.
-        smoothing: whether the inputs are scaled by channel first, with an exponent that is searched for each group.
+        rank: of the branch for each linear; linears that read the same input pool theirs.
+        smoothing: whether the inputs, but for the modulations', are scaled by channel first, with an exponent that is
+            searched for each group.
         alpha_step: of the grid of exponents from 0 to 1; the smaller, the longer the search.
     """
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def require_rank(rank: int, groups: Sequence[Sequence[str]], shapes: Mapping[str
     """Refuse a rank that a group of linears does not have.
 
     Args:
-        rank: of the low-rank branch.
+        rank: for each linear of a group.
         groups: module paths of the linears that read the same input.
         shapes: of their weights, [N, K].
 
@@ -40,20 +39,23 @@ def require_rank(rank: int, groups: Sequence[Sequence[str]], shapes: Mapping[str
     """
     for group in groups:
         rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
-        if rank > min(rows, columns):
+        if rank * len(group) > min(rows, columns):
+            together = "" if len(group) == 1 else f" with the {len(group) - 1} that read the same input"
             raise BadRecipe(
-                f"method.rank is {rank}, and {group[0]} is a matrix of {rows} x {columns}; "
-                f"expected at most {min(rows, columns)}"
+                f"method.rank is {rank}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
+                f"expected at most {min(rows, columns) // len(group)}"
             )
 
 
-def svdquant(rank: int, smoothing: bool, alpha_step: float) -> Method:
+def svdquant(rank: int, smoothing: bool, alpha_step: float, rows: Callable[[str], int]) -> Method:
     """Return what quantizes a block with SVDQuant.
 
     Args:
-        rank: of the low-rank branch, one for each group of linears that read the same input.
-        smoothing: scale the inputs by channel first.
+        rank: of the low-rank branch for each linear; linears that read the same input pool theirs.
+        smoothing: scale the inputs by channel first, except where a picture has but one row: TensorRT then quantizes
+            once what the modulations of all blocks read, and nothing is lost (measured).
         alpha_step: of the grid of exponents from 0 to 1 that the smoothing is chosen from.
+        rows: (module path) to how many rows a picture's input of that linear has.
     """
 
     def quantize(task: BlockTask) -> BlockResult:
@@ -64,8 +66,14 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float) -> Method:
         inner = {path: path.removeprefix(f"{task.path}.") for path in task.linears}
         with torch.no_grad():
             wholes = [fuse(task.module, [inner[path] for path in group]) for group in groups]
-            plain = [inner[path] for path in in_fp8]
-            _calibrate(task, [whole.path for whole in wholes], plain, rank, smoothing, alpha_step)
+            paths = [whole.path for whole in wholes]
+            _prepare(task.module, {**dict.fromkeys(paths, "nvfp4"), **{inner[path]: "fp8" for path in in_fp8}})
+            smoothed = [whole.path for whole, group in zip(wholes, groups, strict=True) if rows(group[0]) > 1]
+            if smoothing and smoothed:
+                _smooth(task, smoothed, alpha_step)
+            for group, path in zip(groups, paths, strict=True):
+                _split(task.module.get_submodule(path), rank * len(group))
+            _measure(task)
             for group, whole in zip(groups, wholes, strict=True):
                 linear = task.module.get_submodule(whole.path)
                 tensors |= _tensors(linear, group, whole)
@@ -77,30 +85,53 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float) -> Method:
     return quantize
 
 
-def _calibrate(
-    task: BlockTask, paths: Sequence[str], in_fp8: Sequence[str], rank: int, smoothing: bool, alpha_step: float
-) -> None:
-    """Let ModelOpt smooth, split and measure the linears at these paths of the block, and measure those in FP8."""
-    from calibration.modelopt_backend import FP8, NVFP4, model_calib, mtq
+# ModelOpt's own ``svdquant`` does the next four in one, with one rank for all linears and a fixed grid.
+
+
+def _prepare(block: nn.Module, formats: Mapping[str, str]) -> None:
+    """Give the linears of a block ModelOpt's quantizers of their formats, and room for a low-rank branch."""
+    from calibration.modelopt_backend import FP8, NVFP4, make_room_for_branches, mtq
 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for path, attributes in {**dict.fromkeys(paths, NVFP4), **dict.fromkeys(in_fp8, FP8)}.items():
-        names = (f"{path}.{kind}_quantizer" for kind in ("input", "weight"))
+    for path, kind in formats.items():
+        names = (f"{path}.{quantizer}_quantizer" for quantizer in ("input", "weight"))
+        attributes = NVFP4 if kind == "nvfp4" else FP8
         entries += [{"quantizer_name": name, "cfg": attributes, "enable": True} for name in names]
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it is at
+        mtq.quantize(block, {"quant_cfg": entries, "algorithm": None})
+        make_room_for_branches(block)
 
-    def forward(_: nn.Module) -> None:
-        task.run()
 
-    skipped = list(in_fp8)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it tells what it is at
-        warnings.simplefilter("ignore")
-        mtq.quantize(task.module, {"quant_cfg": entries, "algorithm": None})
-        # Not by the algorithm's name: its config has no alpha_step, which the function takes.
-        if smoothing:
-            model_calib.svdquant(task.module, forward, lowrank=rank, skip_layers=skipped, alpha_step=alpha_step)
-        else:  # without inputs ModelOpt leaves smoothing out, and the inputs' maxima
-            model_calib.svdquant(task.module, None, lowrank=rank, skip_layers=skipped)
-            model_calib.max_calibrate(task.module, forward)
+def _smooth(task: BlockTask, paths: Sequence[str], alpha_step: float) -> None:
+    """Let AWQ-lite choose the smoothing of some of the quantized linears, and scale their weights for it."""
+    from calibration.modelopt_backend import model_calib
+
+    found: dict[str, Any] = {n: module for n, module in task.module.named_modules() if n.endswith("_quantizer")}
+    others = [module for n, module in found.items() if n.rpartition(".")[0] not in paths and module.is_enabled]
+    for quantizer in others:
+        quantizer.disable()
+    with contextlib.redirect_stdout(io.StringIO()):
+        model_calib.awq(task.module, lambda _: task.run(), "awq_lite", alpha_step=alpha_step)
+    for quantizer in others:
+        quantizer.enable()
+
+
+def _split(linear: Any, rank: int) -> None:
+    """Take the largest singular directions of a smoothed weight out of it, into its branch."""
+    from calibration.modelopt_backend import model_calib
+
+    b, a = model_calib.svd(linear.weight.data, rank)
+    linear.weight_quantizer.svdquant_lora_a, linear.weight_quantizer.svdquant_lora_b = a, b
+    linear.weight.data.sub_(b @ a)
+    linear.weight_quantizer.reset_amax()
+    linear.input_quantizer.reset_amax()
+
+
+def _measure(task: BlockTask) -> None:
+    """Measure the maxima of what is left of the weights, and of the smoothed inputs."""
+    from calibration.modelopt_backend import model_calib
+
+    model_calib.max_calibrate(task.module, lambda _: task.run())
 
 
 def _fp8_tensors(linear: Any, path: str) -> dict[str, torch.Tensor]:

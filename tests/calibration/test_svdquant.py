@@ -37,6 +37,10 @@ def _inputs(count: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def _rows(path: str) -> int:
+    return 1 if "norm" in path else 16
+
+
 def _quantized(smoothing: bool) -> tuple[BlockTask, BlockResult, nn.Module]:
     """Quantize a block of the built-in model; return it as ModelOpt has it, the result, and the block as it was."""
     block = load_transformer().get_submodule(BLOCK).to(torch.bfloat16)
@@ -49,7 +53,7 @@ def _quantized(smoothing: bool) -> tuple[BlockTask, BlockResult, nn.Module]:
 
     groups = (MERGED, ALONE)
     task = BlockTask(BLOCK, block, {path: "nvfp4" for group in groups for path in group}, groups, run)
-    return task, svdquant(rank=8, smoothing=smoothing, alpha_step=0.5)(task), plain
+    return task, svdquant(rank=8, smoothing=smoothing, alpha_step=0.5, rows=_rows)(task), plain
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["smoothed", "not smoothed"])
@@ -66,8 +70,8 @@ def _loaded(plain: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         state = {"bias": linear.bias, **{kind: value for kind, value in held.items() if "weight" not in kind}}
         codes = nvfp4.unpack_codes(held["weight"])
         state["weight"] = nvfp4.dequantize(codes, held["weight_scale"], held["weight_scale_2"]).bfloat16()
-        smoothed = "pre_quant_scale" in held
-        new = SVDQuantLinear(linear.in_features, linear.out_features, bias=True, rank=8, smoothing=smoothed)
+        smoothed, rank = "pre_quant_scale" in held, len(held["svdquant_lora_a"])
+        new = SVDQuantLinear(linear.in_features, linear.out_features, bias=True, rank=rank, smoothing=smoothed)
         new.load_state_dict(state, assign=True)
         block.set_submodule(path.removeprefix(f"{BLOCK}."), new)
     return block
@@ -164,7 +168,7 @@ def test_linears_in_fp8_are_measured_and_left_without_a_branch() -> None:
                 block(**call)
 
     task = BlockTask(BLOCK, block, {modulation: "fp8", ALONE[0]: "nvfp4"}, ((modulation,), ALONE), run)
-    tensors = svdquant(rank=4, smoothing=True, alpha_step=0.5)(task).tensors
+    tensors = svdquant(rank=4, smoothing=True, alpha_step=0.5, rows=_rows)(task).tensors
     kept = {name.removeprefix(f"{modulation}."): value for name, value in tensors.items() if modulation in name}
     assert kept.keys() == {"weight", "weight_scale", "input_scale"}
     assert kept["weight_scale"] == original.weight.abs().amax().float() / 448
@@ -177,15 +181,17 @@ def test_linears_in_fp8_are_measured_and_left_without_a_branch() -> None:
 def test_a_checkpoint_tells_its_branches(svdquant_checkpoint: Path) -> None:
     checkpoint = read(svdquant_checkpoint)
     assert len(checkpoint.quantized) == 52
-    assert {checkpoint.rank(path) for path in checkpoint.quantized} == {8}
-    assert all(checkpoint.is_smoothed(path) for path in checkpoint.quantized)
+    ranks = {path: 8 * len(group) for group in checkpoint.groups for path in group}
+    assert {path: checkpoint.rank(path) for path in checkpoint.quantized} == ranks
+    modulations = {path for path in checkpoint.quantized if ".norm" in path}
+    assert {path for path in checkpoint.quantized if not checkpoint.is_smoothed(path)} == modulations
     manifest = load_json(svdquant_checkpoint / "fp4trt.json")
     assert manifest["quantized"]["svdquant"] == manifest["quantized"]["nvfp4"] == list(checkpoint.quantized)
     assert manifest["recipe"]["method"] == {"name": "svdquant", "rank": 8, "smoothing": True, "alpha_step": 0.1}
     assert set(manifest["blocks"]) == set(checkpoint.family.blocks(checkpoint.config))
     config = checkpoint.config["quantization_config"]
     assert config["quant_algo"] == "NVFP4_SVD"
-    assert config["config_groups"]["group_0"]["lora_rank"] == 8
+    assert "lora_rank" not in config["config_groups"]["group_0"]  # which would be one for all
 
 
 def test_it_follows_the_model_more_closely_than_plain_rounding(
@@ -202,7 +208,7 @@ def test_it_follows_the_model_more_closely_than_plain_rounding(
     ("change", "message"),
     [
         (lambda tensors: tensors.pop("svdquant_lora_b"), "half of the branch"),
-        (lambda tensors: tensors.update(svdquant_lora_b=tensors["svdquant_lora_b"][:, :-1]), r"expected \[128, 8\]"),
+        (lambda tensors: tensors.update(svdquant_lora_b=tensors["svdquant_lora_b"][:, :-1]), r"expected \[128, 32\]"),
         (lambda tensors: tensors.update(pre_quant_scale=tensors["pre_quant_scale"][:-1]), r"expected \[128\]"),
         (lambda tensors: [tensors.pop(f"svdquant_lora_{kind}") for kind in "ab"], "which its fp4trt.json promises"),
     ],

@@ -42,7 +42,8 @@ def test_a_group_shares_smoothing_and_first_product_and_each_member_adds_its_own
 def test_a_branch_points_into_the_checkpoint(graph: Graph, svdquant_digits: Path) -> None:
     held = read_header(svdquant_digits / WEIGHTS)
     factors = [name for name in graph.initializers if "svdquant" in name or "pre_quant" in name]
-    assert len(factors) == 52 + 2 * 32  # a second factor for each linear, the rest for each group
+    # a second factor for each linear, a first one for each group, a smoothing for each but the 8 modulations
+    assert len(factors) == 52 + 32 + 24
     for name in factors:
         place = {entry.key: entry.value for entry in graph.initializers[name].external_data}
         assert (place["location"], int(place["offset"])) == (WEIGHTS, held[name].offset)
@@ -59,7 +60,7 @@ def test_members_that_differ_stay_apart(svdquant_digits: Path, tmp_path: Path) -
     assert [branch.factor for branch in (to_q, to_k, to_v, proj_mlp)] == [GROUP[index] for index in (0, 1, 2, 0)]
     assert [group_leaders(checkpoint)[path] for path in GROUP] == list(GROUP)
     untouched = branches(read(svdquant_digits))
-    assert {untouched[path] for path in GROUP} == {Branch(GROUP[0], GROUP[0], 8)}
+    assert {untouched[path] for path in GROUP} == {Branch(GROUP[0], GROUP[0], 32)}
 
 
 def test_what_stays_apart_gets_a_smoothing_and_a_first_product_of_its_own() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import fp4trt
 from onnx_functions.inspect import describe
+from onnx_functions.safetensors_header import tensors_in_folder
 from onnx_functions.validation import validate
 from trt_build import build
 
@@ -51,12 +52,13 @@ def test_build_and_inspect_tell_what_the_branches_cost(
     assert fp4trt.run(["build", str(svdquant_digits), "-o", built["engine"]]) == 0
     assert f"low-rank branches of 52 linears: {built['branch']['bytes']:,} bytes" in capsys.readouterr().out
     checkpoint, engine = describe(svdquant_digits), describe(built["engine"])
-    # rank 8: 52 weights of 128 columns, 7808 rows in all, two of them of 512 columns, four of 640
-    assert checkpoint["branches"] == {"linears": 52, "ranks": [8], "smoothed": 52, "bytes": 397312}
+    stored = tensors_in_folder(svdquant_digits)
+    nbytes = sum(tensor.nbytes for name, tensor in stored.items() if "svdquant" in name or "pre_quant" in name)
+    assert checkpoint["branches"] == {"linears": 52, "ranks": [8, 24, 32], "smoothed": 44, "bytes": nbytes}
     assert checkpoint["graph"]["branches"]["bytes"] == built["branch"]["bytes"]
     assert len(checkpoint["graph"]["linears"]) == 62
     assert engine["branch"] == built["branch"]
     assert fp4trt.run(["inspect", str(svdquant_digits)]) == 0
-    assert "52 low-rank branches of rank 8, 52 smoothed inputs" in capsys.readouterr().out
+    assert "52 low-rank branches of rank 8 and 24 and 32, 44 smoothed inputs" in capsys.readouterr().out
     assert fp4trt.run(["inspect", built["engine"]]) == 0
     assert "64 of" in capsys.readouterr().out
