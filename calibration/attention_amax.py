@@ -46,13 +46,14 @@ class OperandAmax(TorchFunctionMode):
     """While it is entered, measures what attention is given; computes nothing otherwise.
 
     Args:
-        attentions: module paths in the order in which they run; the same order is expected again and again. Where there
-            are none, nothing is measured.
+        attentions: module paths in the order in which they run; the same order is expected again and again. With none
+            it measures nothing.
     """
 
     def __init__(self, attentions: Sequence[str]) -> None:
         super().__init__()
-        self._attentions, self._next = attentions, itertools.cycle(attentions)
+        self._watches = bool(attentions)
+        self._next = itertools.cycle(attentions)
         self._found: dict[str, torch.Tensor] = {}
 
     @property
@@ -63,7 +64,7 @@ class OperandAmax(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is ATTENTION and self._attentions:
+        if func is ATTENTION and self._watches:
             given = dict(zip(_OPERANDS, args, strict=False)) | (kwargs or {})
             for operand, name in zip(operands_of([next(self._next)]), _OPERANDS, strict=True):
                 largest = given[name].abs().amax().float()  # NaN stays

@@ -171,3 +171,10 @@ def test_old_maxima_and_a_recipe_with_attention_in_fp8_are_one_clear_line(
     assert "no amax for transformer_blocks.0.attn.q" in line
     assert "attention: bf16" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_where_no_attention_is_to_be_in_fp8_nothing_is_measured() -> None:
+    x = torch.ones(1, 1, 4, 8)
+    with OperandAmax(()) as watched:
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    assert watched.amax == {}
