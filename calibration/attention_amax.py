@@ -62,9 +62,9 @@ class OperandAmax(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is ATTENTION:
+        if func is ATTENTION and (attention := next(self._next, None)) is not None:  # None where none is asked for
             given = dict(zip(_OPERANDS, args, strict=False)) | (kwargs or {})
-            for operand, name in zip(operands_of([next(self._next)]), _OPERANDS, strict=True):
+            for operand, name in zip(operands_of([attention]), _OPERANDS, strict=True):
                 largest = given[name].abs().amax().float()  # NaN stays
                 self._found[operand] = torch.maximum(largest, self._found.get(operand, largest))
         return func(*args, **(kwargs or {}))
