@@ -40,7 +40,8 @@ def test_every_linear_runs_in_fp4_and_every_group_is_one_gemm(built: dict[str, A
 
 def test_a_branch_costs_two_kernels_a_group_though_nothing_is_concatenated(built: dict[str, Any]) -> None:
     branch = built["branch"]
-    assert (branch["linears"], branch["kernels"]) == (52, 2 * GROUPS)
+    # The eight modulations read one input, so that their first products are one.
+    assert (branch["linears"], branch["kernels"]) == (52, 2 * GROUPS - 7)
     assert built["kernels"] > 200
     manifest = json.loads(Path(built["manifest"]).read_text(encoding="utf-8"))
     assert manifest["branch"] == branch
@@ -61,4 +62,4 @@ def test_build_and_inspect_tell_what_the_branches_cost(
     assert fp4trt.run(["inspect", str(svdquant_digits)]) == 0
     assert "52 low-rank branches of rank 8 and 24 and 32, 44 smoothed inputs" in capsys.readouterr().out
     assert fp4trt.run(["inspect", built["engine"]]) == 0
-    assert "64 of" in capsys.readouterr().out
+    assert "57 of" in capsys.readouterr().out
