@@ -46,12 +46,13 @@ class OperandAmax(TorchFunctionMode):
     """While it is entered, measures what attention is given; computes nothing otherwise.
 
     Args:
-        attentions: module paths in the order in which they run; the same order is expected again and again.
+        attentions: module paths in the order in which they run; the same order is expected again and again. Where there
+            are none, nothing is measured.
     """
 
     def __init__(self, attentions: Sequence[str]) -> None:
         super().__init__()
-        self._next = itertools.cycle(attentions)
+        self._attentions, self._next = attentions, itertools.cycle(attentions)
         self._found: dict[str, torch.Tensor] = {}
 
     @property
@@ -62,7 +63,7 @@ class OperandAmax(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is ATTENTION:
+        if func is ATTENTION and self._attentions:
             given = dict(zip(_OPERANDS, args, strict=False)) | (kwargs or {})
             for operand, name in zip(operands_of([next(self._next)]), _OPERANDS, strict=True):
                 largest = given[name].abs().amax().float()  # NaN stays

@@ -1,0 +1,61 @@
+"""A preset's whole way, on a cut of the built-in model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Walk = Callable[[str], None]
+
+
+@pytest.fixture(scope="session")
+def short_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with the first of its double and the first of its single blocks: trained weights."""
+    from diffusers import FluxTransformer2DModel
+
+    from calibration.source import load_json, load_source
+
+    config = load_json(digits / "config.json") | {"num_layers": 1, "num_single_layers": 1}
+    model = FluxTransformer2DModel.from_config(config)
+    wanted = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in load_source(digits).state_dict().items() if name in wanted})
+    folder = tmp_path_factory.mktemp("short") / "digits"
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def walk(short_digits: Path, tmp_path: Path) -> Walk:
+    """Return what takes a preset from the checkpoint to an engine, and checks every promise on the way."""
+
+    def check(name: str) -> None:
+        from calibration import quantize
+        from calibration.recipe import load_recipe
+        from exporter import export
+        from onnx_functions import validate
+        from trt_build import build
+
+        recipe = load_recipe(name)
+        quantized = quantize(short_digits, tmp_path / "fp4", name)
+        assert quantized["recipe"] == name
+        export(tmp_path / "fp4")
+        report = validate(tmp_path / "fp4")
+        assert report.passed, [gate.line for gate in report.gates if not gate.passed]
+        engine = build(tmp_path / "fp4", gpu="rtx5090")
+        assert recipe.formats.default == "nvfp4"
+        assert not recipe.formats.rules
+        assert engine["fp4_linears"] == engine["quantized_linears"] == 14 + 6
+        assert engine["lost"] == []
+        merged = {frozenset(gemm["linears"]) for gemm in engine["gemms"]}
+        block, single = "transformer_blocks.0.attn", "single_transformer_blocks.0"
+        for expected in (
+            [f"{block}.to_q", f"{block}.to_k", f"{block}.to_v"],
+            [f"{block}.add_q_proj", f"{block}.add_k_proj", f"{block}.add_v_proj"],
+            [*(f"{single}.attn.to_{one}" for one in "qkv"), f"{single}.proj_mlp"],
+        ):
+            assert frozenset(expected) in merged, expected
+        assert engine["fp4_gemms"] <= 10 + 3
+
+    return check
