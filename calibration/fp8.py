@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from calibration.straight_through import straight_through
+
 __all__ = [
     "E4M3_MAX",
     "codes_by_bits",
@@ -101,11 +103,13 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Quantize and dequantize: ``dequantize(quantize(x, scale), scale)`` in ``x``'s dtype; NaN stays NaN.
 
+    A gradient goes straight through.
+
     Args:
         x: BF16, FP16 or FP32, any shape.
         scale: FP32, 0-d, above 0.
     """
-    return dequantize(_codes(x, scale), scale).to(x.dtype)
+    return straight_through(x, lambda value: dequantize(_codes(value, scale), scale).to(value.dtype))
 
 
 def codes_by_bits(scale: torch.Tensor) -> npt.NDArray[np.uint8]:

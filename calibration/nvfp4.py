@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from calibration.straight_through import straight_through
+
 __all__ = [
     "BLOCK_SIZE",
     "E2M1_MAX",
@@ -167,10 +169,16 @@ def dequantize(codes: torch.Tensor, block_scales: torch.Tensor, scale: torch.Ten
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Quantize and dequantize: ``dequantize(*quantize(x, scale), scale)`` in ``x``'s dtype, without the codes.
 
+    A gradient goes straight through.
+
     Args:
         x: BF16, FP16 or FP32, shape [..., K], K a multiple of 16.
         scale: the FP32 global scale, 0-d, above 0.
     """
+    return straight_through(x, lambda value: _rounded(value, scale))
+
+
+def _rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     blocks = _blocks(x)
     return values_under(blocks, _block_scales(blocks, scale).float() * scale).flatten(-2).to(x.dtype)
 

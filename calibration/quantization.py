@@ -252,7 +252,7 @@ def _trained(
     first = load_recipe(options.start)
     if isinstance(first.method, QAT):
         raise BadRecipe(f"{plain.recipe.name} starts from {first.name}, which trains too; expected one that does not")
-    first = first.model_copy(update={"formats": plain.recipe.formats})
+    first = first.model_copy(update={"formats": plain.recipe.formats, "attention": plain.recipe.attention})
     captured = captured_from(plain.folder, calibration)
     recipe = {**plain.recipe.resolved(), "start": first.resolved()}
 

@@ -78,8 +78,8 @@ class QAT(_Strict):
     """Quantization-aware training by distillation from the plain model (see :mod:`calibration.qat`).
 
     Attributes:
-        start: the recipe, a preset's name or a file, whose method makes the checkpoint to start from; the formats are
-            those of this recipe.
+        start: the recipe, a preset's name or a file, whose method makes the checkpoint to start from; formats and
+            attention are those of this recipe.
         learn: ``all`` of each NVFP4 linear, or its ``biases`` alone: a calibration by gradients, which leaves codes and
             scales as they are.
         steps: of training.

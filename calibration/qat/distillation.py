@@ -17,9 +17,9 @@ from calibration.alone import alone
 from calibration.block_calibration import identity_of, require_device
 from calibration.checkpoint import Checkpoint, read
 from calibration.dataset import Inputs
-from calibration.errors import OutputExists
+from calibration.errors import BadRecipe, OutputExists
 from calibration.qat.loss_curve import write_losses
-from calibration.qat.student import make_student, student_tensors
+from calibration.qat.student import make_student, student_linears, student_tensors
 from calibration.qat.training import train
 from calibration.recipe import QAT
 from calibration.safetensors_file import DTYPE_BYTES, StoredTensor, bytes_of, plan_of, read_header, write
@@ -103,6 +103,10 @@ def _train(
 ) -> None:
     _, stored = empty_source(folder)
     student = make_student(start, lambda name: finite_tensor(folder, name, stored[name]))
+    if not any(student_linears(student)):
+        raise BadRecipe(
+            f"{start.recipe} leaves no linear in plain NVFP4, and no other is trained; expected one like nvfp4-ptq"
+        )
     teacher = load_source(folder, torch.float32)
     state, losses = train(student, teacher, calls, start.family, config, options, work, device)
     if processes.is_main():

@@ -1,41 +1,23 @@
 """The student: a quantized checkpoint whose weights are rounded anew at every call, under full-precision masters.
 
 The scales are the checkpoint's and stay: the global ones, because merged linears share them, and those of the blocks,
-because a method may have chosen them. A gradient goes straight through the rounding (Bengio et al. 2013,
-arXiv:1308.3432), of weights and of activations. What the student computes with is what :func:`student_tensors` stores.
+because a method may have chosen them. A gradient goes straight through every rounding. What the student computes with
+is what :func:`student_tensors` stores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from calibration import fp8, nvfp4
+from calibration import nvfp4
 from calibration.checkpoint import Checkpoint, load
-from calibration.fp8_linear import FP8Linear
 from calibration.nvfp4_linear import NVFP4Linear
+from calibration.straight_through import straight_through
 
 __all__ = ["StudentLinear", "make_student", "student_linears", "student_tensors"]
-
-
-class _Rounded(torch.autograd.Function):
-    """``rounded(value)`` forwards, the gradient of ``value`` itself backwards."""
-
-    @staticmethod
-    def forward(_: Any, value: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return rounded(value)
-
-    @staticmethod
-    def backward(_: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0], None
-
-
-def _straight_through(value: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    result: torch.Tensor = _Rounded.apply(value, rounded)  # type: ignore[no-untyped-call]
-    return result
 
 
 class StudentLinear(nn.Module):
@@ -71,9 +53,9 @@ class StudentLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``input`` [..., K] to [..., N]."""
-        weight = _straight_through(self.weight, self.rounded)
-        bias = None if self.bias is None else _straight_through(self.bias, _as_bfloat16)
-        quantized = _straight_through(input, lambda value: nvfp4.fake_quantize(value, self.input_scale))
+        weight = straight_through(self.weight, self.rounded)
+        bias = None if self.bias is None else straight_through(self.bias, _as_bfloat16)
+        quantized = nvfp4.fake_quantize(input, self.input_scale)
         return nn.functional.linear(quantized, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
 
     def scales(self) -> torch.Tensor:
@@ -87,28 +69,6 @@ class StudentLinear(nn.Module):
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight as it is stored, dequantized, FP32 [N, K]."""
         return nvfp4.dequantize(self.codes(weight), self.scales(), self.global_scale)
-
-
-class FrozenFP8Linear(nn.Module):
-    """An FP8 linear, which stays as it is; the gradient goes straight through the rounding of its input.
-
-    Attributes:
-        weight: [N, K], dequantized.
-        bias: [N], or None.
-        input_scale: FP32 scale of the activation, 0-d.
-    """
-
-    input_scale: torch.Tensor
-
-    def __init__(self, linear: FP8Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.register_buffer("input_scale", linear.input_scale)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map ``input`` [..., K] to [..., N]."""
-        quantized = _straight_through(input, lambda value: fp8.fake_quantize(value, self.input_scale))
-        return nn.functional.linear(quantized, self.weight, self.bias)
 
 
 def _codes(weight: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -133,9 +93,7 @@ def make_student(checkpoint: Checkpoint, plain: Callable[[str], torch.Tensor]) -
     """
     model = load(checkpoint.directory, torch.float32)
     for path, linear in list(model.named_modules()):
-        if isinstance(linear, FP8Linear):
-            model.set_submodule(path, FrozenFP8Linear(linear))
-        if type(linear) is not NVFP4Linear:
+        if type(linear) is not NVFP4Linear:  # what computes otherwise, or more, stays as it is
             continue
         scales, global_scale = checkpoint.tensor(f"{path}.weight_scale"), checkpoint.tensor(f"{path}.weight_scale_2")
         codes, original = nvfp4.unpack_codes(checkpoint.tensor(f"{path}.weight")), plain(f"{path}.weight").float()

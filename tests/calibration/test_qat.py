@@ -23,8 +23,9 @@ from calibration.digits.sampling import capture
 from calibration.errors import BadInputs, BadRecipe
 from calibration.fp8_linear import FP8Linear
 from calibration.models import family_of
+from calibration.nvfp4_linear import NVFP4Linear
 from calibration.qat import distillation
-from calibration.qat.student import FrozenFP8Linear, StudentLinear, make_student, student_linears, student_tensors
+from calibration.qat.student import StudentLinear, make_student, student_linears, student_tensors
 from calibration.qat.training import learning_rate, train
 from calibration.qat.trajectories import Trajectories
 from calibration.quantization import quantize
@@ -118,14 +119,29 @@ def test_the_gradient_goes_straight_through_every_rounding(start):
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_an_fp8_linear_stays_as_it_is_and_lets_the_gradient_through():
-    random = torch.Generator().manual_seed(0)
-    stored = FP8Linear(32, 8, bias=True).requires_grad_(False)
-    stored.input_scale.fill_(0.01)
-    frozen, given = FrozenFP8Linear(stored), torch.randn(3, 32, generator=random).requires_grad_()
-    assert torch.equal(frozen(given), stored(given))
-    frozen(given).sum().backward()
-    assert torch.equal(given.grad, stored.weight.sum(0).expand(3, -1))
+@pytest.mark.parametrize("kind", [FP8Linear, NVFP4Linear])
+def test_a_linear_that_stays_as_it_is_lets_the_gradient_through(kind):
+    linear = kind(32, 8, bias=True).requires_grad_(False)
+    linear.input_scale.fill_(0.01)
+    given = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    output = linear(given)
+    assert torch.equal(output, linear(given.detach()))
+    output.sum().backward()
+    assert torch.equal(given.grad, linear.weight.sum(0).expand(3, -1))
+
+
+def test_attention_and_linears_in_fp8_stay_and_the_nvfp4_ones_learn(digits, calls, tmp_path):
+    (tmp_path / "mixed.yaml").write_text(
+        (RECIPE % (2, 4)) + "attention: fp8\nformats: {rules: [{linears: '*.norm*.linear', format: fp8}]}\n"
+    )
+    quantize("digits", tmp_path / "qat", tmp_path / "mixed.yaml")
+    checkpoint = read(tmp_path / "qat")
+    plain = tensors_of(digits)
+    student = make_student(checkpoint, lambda name: plain[name].tensor())
+    assert len(list(student_linears(student))) == 52 - len(checkpoint.fp8) < 52
+    assert torch.equal(answer(student, calls[1]), answer(load(tmp_path / "qat", torch.float32), calls[1]))
+    student(**{name: value.float() for name, value in calls[1].items()})[0].square().mean().backward()
+    assert all(linear.weight.grad.abs().max() > 0 for _, linear in student_linears(student))
 
 
 def test_what_the_student_computes_is_what_is_stored(trained, calls):
@@ -264,6 +280,14 @@ def test_a_batch_that_does_not_split_over_the_processes_is_refused(digits, start
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(BadRecipe, match="batch 4 does not split over 3 processes"):
         losses_of(digits, start, calls, tmp_path)
+
+
+def test_a_start_that_leaves_nothing_to_train_is_refused(tmp_path, capfd):
+    (tmp_path / "branches.yaml").write_text((RECIPE % (2, 4)).replace("nvfp4-ptq", "svdquant-r8"))
+    command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "branches.yaml")]
+    assert fp4trt.run(command) == 2
+    assert "svdquant-r8 leaves no linear in plain NVFP4" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["branches.yaml"]
 
 
 def test_training_that_starts_from_training_is_refused(tmp_path, capfd):
