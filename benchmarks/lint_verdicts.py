@@ -11,25 +11,36 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "onnx_functions")]
 
 from lint_damage import Damaged  # noqa: E402
-from lint_mutations_meant import MUTATIONS  # noqa: E402
+from lint_mutations_fp8 import MUTATIONS  # noqa: E402
 from lint_table import verdict  # noqa: E402
 
 from calibration import quantize  # noqa: E402
 from exporter import export  # noqa: E402
 from trt_build.graph import read_graph  # noqa: E402
 
+RECIPE = {
+    "name": "modulation-in-fp8",
+    "method": {"name": "ptq"},
+    "formats": {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]},
+}
+
 
 def main(names: list[str]) -> int:
     """Build each mutation, or those named; exit status 1 when the table says otherwise."""
     found, wrong = {}, 0
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "digits"
-        quantize("digits", source)
-        export(source)
+        sources = {"fp4": Path(folder) / "digits", "fp8": Path(folder) / "digits-fp8"}
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(json.dumps(RECIPE), encoding="utf-8")
+        quantize("digits", sources["fp4"])
+        quantize("digits", sources["fp8"], recipe)
+        for source in sources.values():
+            export(source)
         for mutation in MUTATIONS:
             if names and mutation.name not in names:
                 continue
             with tempfile.TemporaryDirectory(dir=folder) as place:
+                source = sources[mutation.base]
                 graph = Damaged.copy(source, Path(place) / "model")
                 mutation.apply(graph)
                 found[mutation.name] = verdict(graph.save(), read_graph(source))

@@ -119,9 +119,10 @@ def quantize(
     from calibration.quantization import quantize as run
 
     result = run(source, output, recipe, calibration, modelopt_state, trust, force, device)
-    attention = f" and {result['fp8_attentions']} attentions" if result["fp8_attentions"] else ""
+    in_fp8 = f", {result['fp8_linears']} of them to FP8" if result["fp8_linears"] else ""
+    in_fp8 += f", and {result['fp8_attentions']} attentions" if result["fp8_attentions"] else ""
     click.echo(
-        f"quantized {result['quantized_linears']} linears{attention} ({result['recipe']}): "
+        f"quantized {result['quantized_linears']} linears{in_fp8} ({result['recipe']}): "
         f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
     )
     if cost := result["sharing_cost"]:

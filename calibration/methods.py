@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from calibration import quality
+from calibration.models import Family
 from calibration.preparation import Method
-from calibration.recipe import PTQ
+from calibration.recipe import PTQ, Quality
 from calibration.recipe import Method as Options
 
 __all__ = ["needs_activations", "of_block"]
@@ -14,6 +16,9 @@ def needs_activations(options: Options) -> bool:
     return not isinstance(options, PTQ)
 
 
-def of_block(options: Options) -> Method:
-    """Return what quantizes a block by a method that needs activations."""
+def of_block(options: Options, family: Family) -> Method:
+    """Return what quantizes a block of a family's models by a method that needs activations."""
+    match options:
+        case Quality():
+            return lambda task: quality.quantize_block(task, options, family.modulated(task.path))
     raise AssertionError(f"no function of a block for {options.name}")

@@ -36,6 +36,7 @@ __all__ = [
     "quantize",
     "quantize_reference",
     "unpack_codes",
+    "values_under",
 ]
 
 BLOCK_SIZE: Final = 16
@@ -171,11 +172,15 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         scale: the FP32 global scale, 0-d, above 0.
     """
     blocks = _blocks(x)
-    d = _block_scales(blocks, scale).float() * scale
-    q = _scaled(blocks, d)
+    return values_under(blocks, _block_scales(blocks, scale).float() * scale).flatten(-2).to(x.dtype)
+
+
+def values_under(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """Return what :func:`codes_under` stands for, dequantized: FP32, of ``x``'s shape."""
+    q = _scaled(x, d)
     a = q.abs()
     value = (2 * a.clamp(max=2)).round() / 2 + (a - 2).clamp(0, 2).round() + 2 * ((a - 4) / 2).clamp(0, 1).round()
-    return (torch.copysign(value, q) * d).flatten(-2).to(x.dtype)
+    return torch.copysign(value, q) * d
 
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:

@@ -134,8 +134,8 @@ def prepared_by_block(
                 linears = {path: formats[path] for group in inside for path in group}
                 result = method(BlockTask(block, module, linears, inside, run))
                 run.require()
-            scales = attention_scales(run.operands.amax, attentions)
-            _save(_file(finished, block), {**result.tensors, **scales})
+                scales = attention_scales(run.operands.amax, attentions)
+                _save(_file(finished, block), {**result.tensors, **scales})
             finished.finish(block, dict(result.figures))
             progress.update(1)
         tensors = {name: place for block in blocks for name, place in read_header(_file(finished, block)).items()}

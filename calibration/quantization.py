@@ -210,7 +210,7 @@ def _prepared(
 ) -> Iterator[_Given]:
     """Run a plain checkpoint on captured inputs, and let the recipe's method quantize each block on its own."""
     captured = captured_from(plain.folder, calibration)
-    method = methods.of_block(plain.recipe.method)
+    method = methods.of_block(plain.recipe.method, plain.family)
     recipe = plain.recipe.resolved()
     task = (plain.folder, captured.calls, plain.formats, method, recipe, work, device, plain.fp8_attentions)
     with prepared_by_block(*task) as prepared:
@@ -315,7 +315,7 @@ def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
         "family": plain.family.name,
         "recipe": plain.recipe.resolved(),
         "quantized": {kind: paths for kind in ("nvfp4", "fp8") if (paths := plain.of_format(kind))},
-        "groups": plain.groups,
+        "groups": plain.quantized_groups,
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
     }
@@ -389,7 +389,7 @@ def _summary(directory: Path, plain: _Plain, manifest: Mapping[str, Any]) -> dic
         "quantized_linears": len(plain.paths) + len(plain.of_format("fp8")),
         "fp8_linears": len(plain.of_format("fp8")),
         "fp8_attentions": len(plain.fp8_attentions),
-        "groups": len(manifest["groups"]),
+        "groups": len(plain.groups),
         "bytes": size(directory),
         "source_bytes": size(plain.folder),
         "sharing_cost": manifest.get("sharing_cost"),

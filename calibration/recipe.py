@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +22,7 @@ __all__ = [
     "PTQ",
     "FormatRules",
     "Method",
+    "Quality",
     "Recipe",
     "Rule",
     "linear_formats",
@@ -74,10 +75,38 @@ class PTQ(_Strict):
     name: Literal["ptq"]
 
 
-METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ}
+class Quality(_Strict):
+    """Folds, GPTQ with a search of the block scales, coordinate descent, bias correction: no cost at run time.
+
+    Attributes:
+        shift_fold: take the mean of every channel out of the inputs behind adaptive norms.
+        smooth_fold: scale channels there so that weights and inputs share the burden.
+        gptq: round with feedback and a search of the block scales.
+        descent_sweeps: of coordinate descent afterwards, at most; 0 for none.
+        bias_correction: let the biases take up what the mean of the output has lost.
+        sequential: quantize each group of linears for what the quantized ones before it in its block give; one run over
+            the calibration data for every group, in place of one for all.
+        damping: of the second moments' diagonal, relative to its mean.
+        input_headroom: factor on the largest magnitude that was seen of an input.
+        rows_per_call: tokens of every captured call that second moments are taken of, at most.
+    """
+
+    name: Literal["quality"]
+    shift_fold: bool = True
+    smooth_fold: bool = True
+    gptq: bool = True
+    descent_sweeps: int = Field(default=4, ge=0)
+    bias_correction: bool = True
+    sequential: bool = True
+    damping: float = Field(default=0.01, gt=0, lt=1)
+    input_headroom: float = Field(default=1.5, ge=1, le=64)
+    rows_per_call: int = Field(default=1024, ge=1)
+
+
+METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality}
 """Name of a method to its options."""
 
-Method = PTQ
+Method = Annotated[PTQ | Quality, Field(discriminator="name")]
 
 
 class Recipe(_Strict):

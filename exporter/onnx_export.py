@@ -199,7 +199,7 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
             "fp4trt.recipe": checkpoint.recipe if checkpoint.is_quantized else "none",
             "fp4trt.scale_dtype": scale_dtype,
             "fp4trt.linears": json.dumps(linears),
-            "fp4trt.groups": json.dumps(checkpoint.groups),
+            "fp4trt.groups": json.dumps(checkpoint.groups_of([*checkpoint.quantized, *checkpoint.fp8])),
             "fp4trt.symbols": json.dumps(symbols),
         }
     )

@@ -12,7 +12,7 @@ from onnx_functions.file_input import what_it_lacks
 from onnx_functions.inspect_attention import of_engine, of_tensors
 from onnx_functions.json_file import object_of, read_object, strings
 from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
-from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4
+from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4, is_quantized
 
 __all__ = ["describe"]
 
@@ -76,7 +76,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     missing = _missing_scales(tensors)
     linears = list(_stored_linears(tensors, missing))
     found = {linear.path: linear.format for linear in linears}
-    quantized = any(is_fp4(kind) for kind in found.values())
+    quantized = any(is_quantized(kind) for kind in found.values())
+    promised = {kind: manifest.quantized(kind) for kind in ("nvfp4", "fp8")} if manifest else {}
     return {
         "kind": "quantized checkpoint" if quantized else "checkpoint",
         "path": str(folder.resolve()),
@@ -84,7 +85,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": manifest.recipe if manifest else None,
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "tensors": len(tensors),
-        "promise": compare({"nvfp4": manifest.nvfp4}, found, missing) if manifest else None,
+        "promise": compare(promised, found, missing) if manifest else None,
         "attention": of_tensors(tensors.keys(), manifest.fp8_attentions if manifest else None),
         **coverage(linears, manifest.groups if manifest else ()),
         "versions": manifest.versions if manifest else {},
@@ -183,14 +184,18 @@ def _engine_linears(manifest: Mapping[str, Any]) -> list[StoredLinear]:
 
 
 def _engine_promise(manifest: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return what was promised in FP4 against the GEMMs; None for a manifest that names no linears."""
+    """Return what was promised in FP4 and FP8 against the GEMMs; None for a manifest that names no linears."""
     request = object_of(manifest.get("request", {}), "request")
     if "gemms" not in manifest:
         return None
     lost = {str(item.get("linear")): str(item.get("reason")) for item in _objects(manifest, "lost")}
     # Without the list of names, a promised linear is one that has an FP4 GEMM or was reported lost.
     covered = [path for path, kind in found.items() if is_fp4(kind)]
-    return compare({"nvfp4": strings(request.get("promised_fp4", [*covered, *lost]), "promised_fp4")}, found, lost)
+    promised = {
+        "nvfp4": strings(request.get("promised_fp4", [*covered, *lost]), "promised_fp4"),
+        "fp8": strings(request.get("promised_fp8", []), "promised_fp8"),
+    }
+    return compare(promised, found, lost)
 
 
 def _objects(manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

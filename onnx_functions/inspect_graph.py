@@ -31,7 +31,10 @@ _SUFFIX: Final = re.compile(r"/(MatMul|Gemm)(_\d+)?$")
 
 @dataclass(frozen=True)
 class _Found:
-    """A linear of the graph, its activation quantizer and its weight's global scale ("" without them)."""
+    """A linear of the graph, its activation quantizer and its weight's global scale ("" without them).
+
+    In FP8 linears share the quantizer alone.
+    """
 
     linear: StoredLinear
     quantizer: str
@@ -67,7 +70,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         "missing_files": missing,
         "inputs": [_value(value) for value in model.graph.input],
         "outputs": [_value(value) for value in model.graph.output],
-        "activation_quantizers": len(subject.activations),
+        "activation_quantizers": len(subject.activations) + len(subject.fp8_quantizers),
         "placeholders": _placeholders(subject),
         "promise": _promise(subject, found, groups),
         "attention": inspect_attention.of_graph(subject),
@@ -102,12 +105,14 @@ def _linears(subject: Subject, sizes: Mapping[str, int]) -> Iterator[_Found]:
                 flips += integer(attributes_of(node), "transB" if index else "transA", 0)
                 rows, columns = subject.dims(source)
                 shape = (rows, columns) if flips % 2 == index else (columns, rows)
-                quantizer = subject.quantizer_of(node.input[1 - index])
+                activation = node.input[1 - index]
+                quantizer = subject.quantizer_of(activation) or subject.fp8_quantizer_of(activation)
                 kind = _format(subject, source, chains.get(source), quantizer is not None, marked)
                 chain = chains.get(source)
                 nbytes = sizes[source] + (sizes.get(chain.block_scales, 0) if chain else 0)
                 reads = quantizer.output[0] if quantizer is not None else ""
-                yield _Found(StoredLinear(path, kind, shape, nbytes), reads, chain.global_scale if chain else "")
+                scale = chain.global_scale if chain else "each its own" if kind == "fp8" else ""
+                yield _Found(StoredLinear(path, kind, shape, nbytes), reads, scale)
                 break
 
 
@@ -142,6 +147,8 @@ def _format(subject: Subject, source: str, chain: WeightChain | None, quantized:
     kind = FORMAT_OF.get(name, name.lower())
     if marked:
         return f"{kind} marked"
+    if kind == "fp8" and not quantized:
+        return "fp8 weight-only"
     if kind != "nvfp4":
         return kind
     if chain is None or chain.scales is None:

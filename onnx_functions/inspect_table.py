@@ -128,6 +128,8 @@ def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield _entry("FP4 GEMMs", found.get("fp4_gemms"))
     covered = f"{found.get('fp4_linears')} of {found.get('quantized_linears')} ({found['fp4_coverage']:.0%})"
     yield _entry("linears in FP4", covered)
+    if found.get("fp8_linears"):
+        yield _entry("linears in FP8", f"{found['fp8_linears']}, by {found.get('fp8_gemms')} GEMMs")
 
 
 def _plain(value: Any) -> str:

@@ -7,7 +7,7 @@ following its inputs, so that a graph whose wires are crossed is read as crossed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "Quantizer",
     "declared_groups",
     "declared_symbols",
+    "gives_fp8",
     "metadata_of",
     "promised_linears",
 ]
@@ -171,16 +172,11 @@ class Graph:
     def quantizer(self, tensor: str) -> Quantizer | None:
         """Return the activation quantizer whose dequantized codes `tensor` is, None where there is none."""
         node = self.producer.get(self.source(tensor))
-        if node is not None and node.op_type == FP8_QUANTIZER and self._gives_fp8(node):
+        if node is not None and node.op_type == FP8_QUANTIZER and gives_fp8(node, self.initializers):
             return Quantizer(node.name, node.input[0], node.input[1], node.output[0], None)
         if node is None or node.domain != TRT_DOMAIN or node.op_type != QUANTIZER:
             return None
         return Quantizer(node.name, node.input[0], node.input[1], node.output[0], node.output[1])
-
-    def _gives_fp8(self, node: NodeProto) -> bool:
-        kind = next((attribute.i for attribute in node.attribute if attribute.name == "output_dtype"), 0)
-        zero = self.initializers.get(node.input[2]) if len(node.input) > 2 else None
-        return TensorProto.FLOAT8E4M3FN in (kind, zero.data_type if zero is not None else 0)
 
     def linear(self, path: str) -> Linear:
         """Return the linear of a module path.
@@ -242,6 +238,13 @@ class Graph:
     def _bias_add(self, path: str, matmul: NodeProto) -> NodeProto | None:
         add = self.nodes.get(f"{path}/Add")
         return add if add is not None and matmul.output[0] in add.input else None
+
+
+def gives_fp8(quantizer: NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    """Whether a QuantizeLinear gives E4M3, by its attribute or by the type of its zero point."""
+    kind = next((attribute.i for attribute in quantizer.attribute if attribute.name == "output_dtype"), 0)
+    zero = constants.get(quantizer.input[2]) if len(quantizer.input) > 2 else None
+    return TensorProto.FLOAT8E4M3FN in (kind, zero.data_type if zero is not None else 0)
 
 
 _TRANSPARENT = {"Cast", "DequantizeLinear", "Transpose", "Identity"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-__all__ = ["FORMAT_OF", "StoredLinear", "compare", "coverage", "is_fp4"]
+__all__ = ["FORMAT_OF", "StoredLinear", "compare", "coverage", "is_fp4", "is_quantized"]
 
 FORMAT_OF: Final[Mapping[str, str]] = {
     "U8": "nvfp4",
@@ -40,6 +40,11 @@ def is_fp4(kind: str) -> bool:
     return kind.startswith(("nvfp4", "fp4"))
 
 
+def is_quantized(kind: str) -> bool:
+    """Return whether a format stores its weights in FP4 or FP8."""
+    return is_fp4(kind) or kind.startswith("fp8")
+
+
 def coverage(linears: Sequence[StoredLinear], groups: Iterable[Sequence[str]]) -> dict[str, Any]:
     """Return formats, FP4 coverage, groups of more than one, and the linears themselves, as JSON holds them.
 
@@ -70,8 +75,8 @@ def compare(
     """Hold what an artifact promises of its linears against what was found.
 
     Args:
-        promised: format to module paths. A linear that no format names may be anything but FP4, unless other
-            formats than FP4 are promised too: then it should not be there.
+        promised: format to module paths. A linear that no format names may be anything but FP4 and FP8, unless formats
+            of 16 bit are promised too: then it should not be there.
         found: module path to format.
         reasons: why a linear is not what it was to be, where that is known.
 
@@ -80,8 +85,8 @@ def compare(
         one or the other has no such linear), and the reason where one is known.
     """
     wanted = {path: kind for kind, paths in promised.items() for path in paths}
-    whole = any(not is_fp4(kind) for kind in promised)
-    unnamed = [path for path, kind in found.items() if path not in wanted and (whole or is_fp4(kind))]
+    whole = any(not is_quantized(kind) for kind in promised)
+    unnamed = [path for path, kind in found.items() if path not in wanted and (whole or is_quantized(kind))]
     differing = [
         {"path": path, "promised": wanted.get(path), "found": found.get(path)}
         | ({"reason": reasons[path]} if reasons and path in reasons else {})

@@ -136,6 +136,8 @@ def _validate(
     graph = read_graph(Path(model).absolute())  # a link stays: weights lie beside it
     if graph.uses_fp4:
         require_format(targets, "nvfp4")
+    if graph.promised_fp8:
+        require_format(targets, "fp8")
     fp8_attention = bool(graph.promised_attentions)
     shapes = make_profile(graph.input_shapes, graph.symbols, **profile, fp8_attention=fp8_attention)
     if fp8_attention and not allow_slow:
@@ -198,6 +200,7 @@ def _request(plan: _Plan, version: str) -> dict[str, Any]:
         weight_streaming=plan.weight_streaming,
         promised_fp4=plan.graph.promised_fp4,
         promised_attentions=plan.graph.promised_attentions,
+        promised_fp8=plan.graph.promised_fp8,
     )
 
 
@@ -221,7 +224,7 @@ def _build_and_publish(
         layers = parse_layers(event["layers"])
         coverage, attentions = measure_coverage(plan.graph, layers), measure_attentions(plan.graph, layers)
         if not allow_slow:
-            require_coverage(coverage.lost, len(coverage.promised))
+            require_coverage(coverage.lost, coverage.quantized_linears)
             require_attentions(attentions.lost, len(attentions.promised))
         result = {
             "engine_bytes": event["bytes"],
@@ -241,7 +244,8 @@ def _build_and_publish(
 
 
 def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: float) -> dict[str, Any]:
-    kept = ("engine_bytes", "engine_sha256", "fp4_gemms", "fp4_linears", "quantized_linears", "gemms", "lost")
+    counts = ("fp4_gemms", "fp4_linears", "fp8_gemms", "fp8_linears", "quantized_linears")
+    kept = ("engine_bytes", "engine_sha256", *counts, "gemms", "lost")
     attention = ("fp8_attentions", "quantized_attentions", "lost_attentions")
     return {
         "engine": str(plan.engine),

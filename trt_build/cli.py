@@ -76,7 +76,10 @@ def _summary(result: dict[str, Any]) -> str:
     size = result["engine_bytes"] / 1e6
     capabilities = ", ".join(result["compute_capabilities"])
     promised = result["quantized_linears"]
-    covered = f"{result['fp4_gemms']} FP4 GEMMs cover {result['fp4_linears']} of {promised} quantized linears"
+    covered = f"{result['fp4_gemms']} FP4 GEMMs cover {result['fp4_linears']}"
+    if result["fp8_gemms"]:
+        covered += f" and {result['fp8_gemms']} FP8 GEMMs {result['fp8_linears']}"
+    covered += f" of {promised} quantized linears"
     coverage = covered if promised else "nothing promises FP4 GEMMs of this graph"
     if result["quantized_attentions"]:
         coverage += (

@@ -1,54 +1,78 @@
-"""Did every linear that the graph promises in FP4 get an FP4 GEMM, and if not, why?"""
+"""Did every linear that the graph promises in FP4 or FP8 get such a GEMM, and if not, why?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import onnx
 
+from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER
 from trt_build.errors import CoverageError
 from trt_build.graph import Graph
 from trt_build.layer_info import Gemm, Layer, find_gemms
 
 __all__ = ["Coverage", "SixteenBit", "measure_coverage", "require_coverage"]
 
+_QUANTIZERS: Final = {"nvfp4": QUANTIZER, "fp8": FP8_QUANTIZER}
+_NAMES: Final = {"nvfp4": "FP4", "fp8": "FP8"}
+
 
 @dataclass(frozen=True)
 class SixteenBit:
-    """A linear that no FP4 GEMM computes, the kernel that does (None where none was found), and why."""
+    """A linear that no GEMM of its format computes, the kernel that does (None where none was found), and why.
+
+    `promised` is that format, `nvfp4` or `fp8`; None for a linear that is not quantized.
+    """
 
     linear: str
     kernel: str | None
     reason: str
+    promised: str | None = None
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The kernels of an engine's linears; `lost` are promised in FP4 and run in 16 bit."""
+    """The kernels of an engine's linears; `lost` are promised in FP4 or FP8 and run in something else.
+
+    `promised` is by format.
+    """
 
     gemms: tuple[Gemm, ...]
-    promised: tuple[str, ...]
+    promised: Mapping[str, tuple[str, ...]]
     lost: tuple[SixteenBit, ...]
     kept: tuple[SixteenBit, ...]
 
     @property
     def fp4_gemms(self) -> int:
         """Kernels that multiply FP4."""
-        return sum(gemm.format == "nvfp4" for gemm in self.gemms)
+        return self._gemms("nvfp4")
 
     @property
     def fp4_linears(self) -> int:
         """Promised linears that run in them."""
-        return len(self.promised) - len(self.lost)
+        return self._covered("nvfp4")
+
+    @property
+    def quantized_linears(self) -> int:
+        """Linears that are promised in FP4 or FP8."""
+        return sum(map(len, self.promised.values()))
+
+    def _gemms(self, kind: str) -> int:
+        return sum(gemm.format == kind for gemm in self.gemms)
+
+    def _covered(self, kind: str) -> int:
+        return len(self.promised[kind]) - sum(item.promised == kind for item in self.lost)
 
     def summary(self) -> dict[str, Any]:
         """Return the JSON form that the engine's manifest holds."""
         return {
             "fp4_gemms": self.fp4_gemms,
             "fp4_linears": self.fp4_linears,
-            "quantized_linears": len(self.promised),
+            "fp8_gemms": self._gemms("fp8"),
+            "fp8_linears": self._covered("fp8"),
+            "quantized_linears": self.quantized_linears,
             "gemms": [{"kernel": g.kernel, "format": g.format, "linears": list(g.linears)} for g in self.gemms],
             "lost": [vars(item) for item in self.lost],
             "sixteen_bit": [vars(item) for item in self.kept],
@@ -73,17 +97,22 @@ def measure_coverage(graph: Graph, layers: Iterable[Layer]) -> Coverage:
         Gemm(gemm.kernel, gemm.format, tuple(sorted((linears[name] for name in gemm.linears), key=order.index)))
         for gemm in find_gemms(layers, linears.keys())
     )
-    covered = {linear for gemm in gemms if gemm.format == "nvfp4" for linear in gemm.linears}
+    covered = {(linear, gemm.format) for gemm in gemms for linear in gemm.linears}
     kernels = {linear: gemm for gemm in gemms for linear in gemm.linears}
-    lost = (path for path in graph.promised_fp4 if path not in covered)
+    promised = {"nvfp4": graph.promised_fp4, "fp8": graph.promised_fp8}
     return Coverage(
         gemms,
-        graph.promised_fp4,
-        tuple(SixteenBit(path, _kernel(kernels.get(path)), _why_lost(graph, path)) for path in lost),
+        promised,
+        tuple(
+            SixteenBit(path, _kernel(kernels.get(path)), _why_lost(graph, path, kind), kind)
+            for kind, paths in promised.items()
+            for path in paths
+            if (path, kind) not in covered
+        ),
         tuple(
             SixteenBit(path, _kernel(kernels.get(path)), _why_kept(graph, path))
             for path in graph.other_linears
-            if path not in covered
+            if not covered & {(path, kind) for kind in promised}
         ),
     )
 
@@ -94,9 +123,10 @@ def require_coverage(lost: Iterable[SixteenBit], promised: int) -> None:
     if not lost:
         return
     names = ", ".join(item.linear for item in lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+    formats = " and ".join(name for kind, name in _NAMES.items() if any(item.promised == kind for item in lost))
     raise CoverageError(
-        f"{len(lost)} of {promised} linears promised in FP4 would run in 16 bit: {names} ({lost[0].reason}); "
-        "repair the graph, or pass --allow-slow"
+        f"{len(lost)} of {promised} linears promised in {formats or 'FP4'} would run in 16 bit: {names} "
+        f"({lost[0].reason}); repair the graph, or pass --allow-slow"
     )
 
 
@@ -107,25 +137,31 @@ def _kernel(gemm: Gemm | None) -> str | None:
 def _why_kept(graph: Graph, path: str) -> str:
     if path in graph.fp4_weights:
         return "weight-only: its weight is FP4, its input is not quantized"
+    if path in graph.fp8_weights:
+        return "weight-only: its weight is FP8, its input is not quantized"
     return "the graph does not quantize it"
 
 
-def _why_lost(graph: Graph, path: str) -> str:
+def _why_lost(graph: Graph, path: str, kind: str) -> str:
     product = graph.products.get(path)
     if product is None:
         return f"the graph has no node {path}/MatMul"
     activation = graph.chain(product.input[0])
-    if not activation or activation[-1].op_type != "TRT_FP4DynamicQuantize":
+    quantizer = _QUANTIZERS[kind]
+    if not activation or activation[-1].op_type != quantizer:
         source = f"{activation[-1].op_type} {activation[-1].name!r}" if activation else repr(product.input[0])
-        return f"its input comes from {source}, not from a TRT_FP4DynamicQuantize"
-    return _weight_fault(graph, product) or "the builder chose another kernel"
+        return f"its input comes from {source}, not from a {quantizer}"
+    return _weight_fault(graph, product, kind) or "the builder chose another kernel"
 
 
-def _weight_fault(graph: Graph, product: onnx.NodeProto) -> str | None:
+def _weight_fault(graph: Graph, product: onnx.NodeProto, kind: str) -> str | None:
     weight = graph.chain(product.input[1])
-    if graph.stored(product.input[1]) is None:
+    stored = graph.stored(product.input[1])
+    if stored is None:
         source = f"{weight[-1].op_type} {weight[-1].name!r}" if weight else repr(product.input[1])
         return f"{source} stands between its weight and the product"
+    if kind == "fp8":
+        return None if stored.data_type == onnx.TensorProto.FLOAT8E4M3FN else "its weight is not stored in FP8"
     dequantize = next((node for node in weight if node.op_type == "DequantizeLinear"), None)
     if dequantize is None:
         return "its weight is not dequantized from FP4"

@@ -16,7 +16,7 @@ from onnx_functions.checkpoint_manifest import CheckpointManifest, read_checkpoi
 from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.external_data import Span, load_graph, span_of
 from onnx_functions.file_input import what_it_lacks
-from onnx_functions.linears import QUANTIZER, declared_symbols, metadata_of, promised_linears
+from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER, declared_symbols, metadata_of, promised_linears
 from onnx_functions.linears import Graph as Index
 from trt_build.errors import BadModelError
 from trt_build.profiles import InputShape
@@ -64,25 +64,38 @@ class Graph:
         pattern: then its stored codes promise nothing.
         """
         weights = self.fp4_weights if "fp4trt.linears" in self.metadata or self._quantizes_activations else ()
-        promised = (
-            *self.declared_linears.get("nvfp4", ()),
-            *(self._manifest.nvfp4 if self._manifest else ()),
-            *weights,
-        )
+        promised = (*self.declared_linears.get("nvfp4", ()), *self._manifest_linears("nvfp4"), *weights)
         return tuple(dict.fromkeys(promised))
+
+    @cached_property
+    def promised_fp8(self) -> tuple[str, ...]:
+        """Linears that must run as FP8 GEMMs: by the metadata, the manifest, and each weight stored in FP8.
+
+        Without metadata those only whose activation is quantized to FP8 too; the others are weight-only.
+        """
+        declared = "fp4trt.linears" in self.metadata
+        weights = (path for path in self.fp8_weights if declared or self._reads_fp8(self.products[path]))
+        promised = (*self.declared_linears.get("fp8", ()), *self._manifest_linears("fp8"), *weights)
+        return tuple(path for path in dict.fromkeys(promised) if path not in set(self.promised_fp4))
 
     @cached_property
     def fp4_weights(self) -> tuple[str, ...]:
         """Linears whose weight is stored as FP4 codes."""
-        return tuple(path for path, node in self.products.items() if self._weight_is_fp4(node))
+        return self._with_weights(onnx.TensorProto.FLOAT4E2M1)
+
+    @cached_property
+    def fp8_weights(self) -> tuple[str, ...]:
+        """Linears whose weight is stored in FP8."""
+        return self._with_weights(onnx.TensorProto.FLOAT8E4M3FN)
 
     @cached_property
     def other_linears(self) -> tuple[str, ...]:
-        """Linears that nothing promises in FP4."""
+        """Linears that nothing promises in FP4 or FP8."""
         declared = (path for paths in self.declared_linears.values() for path in paths)
         constant = (path for path, node in self.products.items() if self.stored(node.input[1]) is not None)
         found = declared if "fp4trt.linears" in self.metadata else constant
-        return tuple(path for path in dict.fromkeys(found) if path not in set(self.promised_fp4))
+        promised = {*self.promised_fp4, *self.promised_fp8}
+        return tuple(path for path in dict.fromkeys(found) if path not in promised)
 
     @cached_property
     def declared_linears(self) -> dict[str, list[str]]:
@@ -125,6 +138,9 @@ class Graph:
     def _manifest(self) -> CheckpointManifest | None:
         with _of_model(self.path):
             return read_checkpoint_manifest(self.path.parent)
+
+    def _manifest_linears(self, kind: str) -> tuple[str, ...]:
+        return self._manifest.quantized(kind) if self._manifest else ()
 
     @property
     def _quantizes_activations(self) -> bool:
@@ -176,9 +192,13 @@ class Graph:
         nodes = self.chain(tensor)
         return self.initializers.get(nodes[-1].input[0] if nodes and nodes[-1].input else tensor)
 
-    def _weight_is_fp4(self, product: onnx.NodeProto) -> bool:
-        weight = self.stored(product.input[1])
-        return weight is not None and weight.data_type == onnx.TensorProto.FLOAT4E2M1
+    def _with_weights(self, data_type: int) -> tuple[str, ...]:
+        stored = ((path, self.stored(node.input[1])) for path, node in self.products.items())
+        return tuple(path for path, weight in stored if weight is not None and weight.data_type == data_type)
+
+    def _reads_fp8(self, product: onnx.NodeProto) -> bool:
+        above = self.chain(product.input[0])
+        return bool(above) and above[-1].op_type == FP8_QUANTIZER
 
 
 def read_graph(path: Path) -> Graph:

@@ -20,7 +20,8 @@ _LAYER = re.compile(
 )
 _DATA_TYPE = re.compile(r"Datatype: (\w+)")
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_FP4 = "FP4E2M1"
+_FORMATS = {"FP4E2M1": "nvfp4", "FP8": "fp8"}
+"""TensorRT's data types of which both operands of a product may be."""
 _PRODUCT_KINDS = ("gemm", "runtime_fusion")
 
 
@@ -36,14 +37,21 @@ class Layer:
     onnx_nodes: tuple[str, ...]
 
     @property
-    def is_fp4_gemm(self) -> bool:
-        """Both operands FP4: a kernel with FP4 only among its constants unpacks weights to 16 bit."""
-        return _FP4 in self.inputs and (_FP4 in self.constants or self.inputs.count(_FP4) > 1)
+    def gemm_format(self) -> str | None:
+        """`nvfp4` or `fp8` where both operands are in it; None for any other kernel.
+
+        One with such a type only among its constants unpacks weights to 16 bit; so does a fused kernel with both
+        operands in FP8 (measured with scales along the sum), which is why in FP8 only a plain GEMM counts.
+        """
+        for kind, name in _FORMATS.items():
+            if kind in self.inputs and (kind in self.constants or self.inputs.count(kind) > 1):
+                return name if name == "nvfp4" or self.kind == "gemm" else None
+        return None
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """A kernel that computes linears: `format` is "nvfp4" or TensorRT's name of the activation's type."""
+    """A kernel that computes linears: `format` is "nvfp4", "fp8" or TensorRT's name of the activation's type."""
 
     kernel: str
     format: str
@@ -72,11 +80,16 @@ def find_gemms(layers: Iterable[Layer], products: Collection[str]) -> tuple[Gemm
     it computes nothing and is left out, as is the one that unpacks FP4 weights to 16 bit.
     """
     return tuple(
-        Gemm(layer.name, "nvfp4" if layer.is_fp4_gemm else layer.inputs[0].lower(), names)
+        Gemm(layer.name, layer.gemm_format or _sixteen_bit(layer), names)
         for layer in layers
-        if (layer.is_fp4_gemm or (layer.kind in _PRODUCT_KINDS and layer.inputs))
+        if (layer.gemm_format == "nvfp4" or (layer.kind in _PRODUCT_KINDS and layer.inputs))
         and (names := tuple(node for node in layer.onnx_nodes if node in products))
     )
+
+
+def _sixteen_bit(layer: Layer) -> str:
+    """Return what a kernel that is no GEMM of FP4 or FP8 computes in: what it reads, or what it unpacks that to."""
+    return (layer.outputs[0] if layer.inputs[0] in _FORMATS and layer.outputs else layer.inputs[0]).lower()
 
 
 def _layer(match: re.Match[str]) -> Layer:

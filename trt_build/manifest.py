@@ -61,6 +61,7 @@ def make_request(
     profile: dict[str, list[list[int]]],
     weight_streaming: bool,
     promised_fp4: Sequence[str],
+    promised_fp8: Sequence[str],
     promised_attentions: Sequence[str],
 ) -> dict[str, Any]:
     """Return all that decides an engine's bytes and the verdict on it; equal requests are answered by one engine."""
@@ -72,6 +73,7 @@ def make_request(
         "tensorrt_version": tensorrt_version,
         "profile": profile,
         "promised_fp4": list(promised_fp4),
+        "promised_fp8": list(promised_fp8),
         "promised_attentions": list(promised_attentions),
         "flags": {"strongly_typed": True, "weight_streaming": weight_streaming},
     }

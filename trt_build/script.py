@@ -36,7 +36,9 @@ import tensorrt as trt
 HERE = Path(__file__).resolve().parent
 ONNX = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / $onnx
 ENGINE = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / $engine
-PROMISED_FP4 = $promised
+PROMISED = {  # the type of both operands, as TensorRT's layer information has it: linears
+$promised
+}
 PROMISED_ATTENTIONS = $attentions  # name: the two products that one kernel is to compute in FP8
 PROFILE = {  # input: minimum, optimum and maximum shape
 $profile
@@ -78,9 +80,12 @@ def main():
     partial.write_bytes(plan)
     os.replace(partial, ENGINE)
     kernels = [line for line in log.layers.splitlines() if line.startswith("Name: ")]
-    fp4 = [k for k in kernels if "FP4" in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
-    gemms = [k for k in fp4 if "FP4" in k.partition("Constants: [")[2].partition("], Outputs:")[0]]
-    lost = [name for name in PROMISED_FP4 if not any(f"[ONNX Layer: {name}/MatMul]" in k for k in gemms)]
+    counts, lost = {}, []
+    for kind, names in PROMISED.items():
+        read = [k for k in kernels if kind in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
+        gemms = [k for k in read if kind in k.partition("Constants: [")[2].partition("], Outputs:")[0]]
+        counts[kind.lower() + "_gemms"] = len(gemms)
+        lost += [name for name in names if not any(f"[ONNX Layer: {name}/MatMul]" in k for k in gemms)]
     result = {"engine": str(ENGINE), "engine_bytes": ENGINE.stat().st_size, "tensorrt": trt.__version__}
     if not kernels:
         sys.exit(json.dumps(result) + " warning: no layer information, so FP4 coverage is unknown")
@@ -90,9 +95,9 @@ def main():
         for name, products in PROMISED_ATTENTIONS.items()
         if not any(all(f"[ONNX Layer: {product}]" in k for product in products) for k in fp8)
     ]
-    print(json.dumps({**result, "fp4_gemms": len(gemms), "lost": lost, "lost_attentions": apart}))
+    print(json.dumps({**result, **counts, "lost": lost, "lost_attentions": apart}))
     if lost:
-        sys.exit(f"error: {len(lost)} of {len(PROMISED_FP4)} linears run in 16 bit")
+        sys.exit(f"error: {len(lost)} of {sum(map(len, PROMISED.values()))} linears run in 16 bit")
     if apart:
         sys.exit(f"error: {len(apart)} of {len(PROMISED_ATTENTIONS)} attentions do not run as one kernel in FP8")
 
@@ -123,6 +128,7 @@ def script_of(
         name: [found[name].scores.name, found[name].output.name] if name in found else [f"{name}/Attention"]
         for name in graph.promised_attentions
     }
+    promised = {"FP4": graph.promised_fp4, "FP8": graph.promised_fp8}
     rows = (f"    {name!r}: {shapes!r}," for name, shapes in profile.inputs.items())
     return _TEMPLATE.substitute(
         engine_name=engine.name,
@@ -131,7 +137,7 @@ def script_of(
         capability=target.compute_capability,
         onnx=repr(_relative(graph.path, path.parent)),
         engine=repr(engine.name),
-        promised=repr(list(graph.promised_fp4)),
+        promised="\n".join(f"    {kind!r}: {list(names)!r}," for kind, names in promised.items()),
         attentions=repr(attentions),
         profile="\n".join(rows),
         weight_streaming=weight_streaming,

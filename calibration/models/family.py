@@ -12,7 +12,7 @@ from calibration.nvfp4 import BLOCK_SIZE
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Config", "Family", "Symbol", "require_blocks_of_16"]
+__all__ = ["Config", "Family", "Modulated", "Symbol", "require_blocks_of_16"]
 
 Config = Mapping[str, Any]
 
@@ -47,6 +47,24 @@ class Symbol:
 
 
 @dataclass(frozen=True)
+class Modulated:
+    """Linears whose input is ``norm(x) * (1 + scale) + shift``, where a linear computes scale and shift.
+
+    Attributes:
+        modulation: path of that linear in its block.
+        chunks: into how many equal parts its output is split.
+        shift, scale: which of them these are.
+        consumers: paths in the block of the linears that read the result, and nothing else does.
+    """
+
+    modulation: str
+    chunks: int
+    shift: int
+    scale: int
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of diffusion transformers, as data.
 
@@ -66,6 +84,7 @@ class Family:
         outputs: names of the outputs.
         stream: module path of a quantized linear to whose tokens it reads, as names of symbols joined by ``+``, such as
             ``L+T``; empty where it reads one vector.
+        modulated: module path of a block to its linears behind an adaptive norm.
     """
 
     name: str
@@ -80,6 +99,7 @@ class Family:
     symbols: Mapping[str, Symbol]
     outputs: tuple[str, ...]
     stream: Callable[[str], str]
+    modulated: Callable[[str], tuple[Modulated, ...]]
 
     def quantized(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the quantized linears, in graph order."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from calibration.models.family import Config, Family, Symbol
+from calibration.models.family import Config, Family, Modulated, Symbol
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLUX", "attentions", "example_inputs", "groups", "input_shapes", "problem", "stream"]
+__all__ = ["FLUX", "attentions", "example_inputs", "groups", "input_shapes", "modulated", "problem", "stream"]
 
 DOUBLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
     ("norm1.linear",),
@@ -79,6 +79,18 @@ def stream(path: str) -> str:
     if path.startswith("single_transformer_blocks."):
         return "L+T"
     return "T" if name.startswith(("attn.add_", "attn.to_add_out", "ff_context.")) else "L"
+
+
+def modulated(block: str) -> tuple[Modulated, ...]:
+    """Return the linears of a block behind AdaLayerNormZero, or behind the MLP's norm, which it modulates too."""
+    if block.startswith("single_transformer_blocks."):
+        return (Modulated("norm.linear", 3, 0, 1, SINGLE_BLOCK[1]),)
+    return (
+        Modulated("norm1.linear", 6, 0, 1, DOUBLE_BLOCK[2]),
+        Modulated("norm1.linear", 6, 3, 4, DOUBLE_BLOCK[6]),
+        Modulated("norm1_context.linear", 6, 0, 1, DOUBLE_BLOCK[3]),
+        Modulated("norm1_context.linear", 6, 3, 4, DOUBLE_BLOCK[8]),
+    )
 
 
 def input_shapes(config: Config) -> dict[str, tuple[str | int, ...]]:
@@ -151,4 +163,5 @@ FLUX: Final = Family(
     },
     outputs=("latent",),
     stream=stream,
+    modulated=modulated,
 )

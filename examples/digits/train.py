@@ -104,9 +104,9 @@ def train_classifier(digits: Digits, seed: int) -> nn.Sequential:
     return classifier.eval()
 
 
-def build_transformer() -> Any:
+def build_transformer(heads: int) -> Any:
     """Return the untrained transformer; zero modulation and output make every block start as the identity."""
-    model: Any = FluxTransformer2DModel(**CONFIG)  # type: ignore[no-untyped-call]
+    model: Any = FluxTransformer2DModel(**{**CONFIG, "num_attention_heads": heads})  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         modulation = "norm" in name and ".linear." in name
         if modulation or name.startswith("proj_out."):
@@ -146,11 +146,11 @@ def flow_loss(
     return functional.mse_loss(velocity.float(), noise - clean)
 
 
-def train_transformer(digits: Digits, seed: int, steps: int) -> Any:
+def train_transformer(digits: Digits, seed: int, steps: int, heads: int) -> Any:
     """Train the transformer and return the moving average of its weights, rounded to BF16."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = build_transformer().train()
+    model = build_transformer(heads).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
@@ -196,11 +196,11 @@ def measure(directory: Path, classifier: nn.Module, digits: Digits) -> dict[str,
     }
 
 
-def write_model(directory: Path, seed: int, steps: int) -> dict[str, Any]:
+def write_model(directory: Path, seed: int, steps: int, heads: int) -> dict[str, Any]:
     """Train both networks, write them with what was measured into ``directory``, and return the latter."""
     digits = load_images()
     classifier = train_classifier(digits, seed)
-    train_transformer(digits, seed, steps).save_pretrained(directory)
+    train_transformer(digits, seed, steps, heads).save_pretrained(directory)
     state = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     save_file(state, directory / FILE_NAME)
     metrics = measure(directory, classifier, digits)
@@ -216,8 +216,15 @@ def write_model(directory: Path, seed: int, steps: int) -> dict[str, Any]:
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("build/digits"), show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=1900, show_default=True, help="Training steps of 64 images.")
+@click.option(
+    "--heads",
+    type=click.IntRange(1),
+    default=CONFIG["num_attention_heads"],
+    show_default=True,
+    help="Attention heads, each 64 wide; another number makes another model, to try a recipe on.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output directory.")
-def main(output: Path, seed: int, steps: int, force: bool) -> None:
+def main(output: Path, seed: int, steps: int, heads: int, force: bool) -> None:
     """Train the digits model and its classifier into a new directory.
 
     \b
@@ -233,7 +240,7 @@ def main(output: Path, seed: int, steps: int, force: bool) -> None:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    metrics = write_model(partial, seed, steps)
+    metrics = write_model(partial, seed, steps, heads)
     if output.exists():
         shutil.rmtree(output)
     partial.replace(output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Final
 
 from onnx import NodeProto, TensorProto
@@ -74,6 +74,7 @@ def plain_weight_values(subject: Subject) -> Iterator[Hit]:
     """
     scales = {name for chain in subject.weights for name in (chain.block_scales, subject.constant(chain.global_scale))}
     scales |= {subject.constant(chain.scale) for chain in subject.activations}
+    scales |= {subject.constant(product.scale) for product in subject.fp8_products}
     for name, values in subject.values.items():
         dims = subject.dims(name)
         if name in scales or not dims or math.prod(dims) == 1:
@@ -121,14 +122,19 @@ def _bad_scale(subject: Subject, node: NodeProto, tensor: str) -> Iterator[Hit]:
         yield Hit(f"the global scale is {shown}; expected a positive number", name_of(node), name)
 
 
+def _dequantizes(node: NodeProto, tensors: Container[str]) -> bool:
+    return node.op_type == "DequantizeLinear" and bool(node.input) and node.input[0] in tensors
+
+
 def _is_multiplied(subject: Subject, tensor: str) -> bool:
-    """Whether a matrix product reads a tensor, through casts and transposes."""
+    """Whether a matrix product reads a tensor, through casts, transposes and dequantization."""
     waiting, seen = [tensor], {tensor}
     while waiting:
         for node in subject.graph.consumers.get(waiting.pop(), ()):
             if node.op_type in ("MatMul", "Gemm"):
                 return True
-            if node.op_type in ("Cast", "Identity", "Transpose") and node.output and node.output[0] not in seen:
+            passes = node.op_type in ("Cast", "Identity", "Transpose") or _dequantizes(node, seen)
+            if passes and node.output and node.output[0] not in seen:
                 seen.add(node.output[0])
                 waiting.append(node.output[0])
     return False

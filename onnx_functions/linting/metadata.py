@@ -79,7 +79,7 @@ def _json(text: str) -> Any:
 def _recipe(subject: Subject, text: str) -> Iterator[str]:
     if not text.strip():
         yield "the recipe has no name; expected one, or none"
-    elif (text == "none") == subject.has_fp4:
+    elif (text == "none") == (subject.has_fp4 or bool(subject.fp8_products)):
         yield f"the recipe is {text!r}, and the graph holds {'FP4' if subject.has_fp4 else 'no FP4'}"
     elif not _RECIPE.fullmatch(text):
         yield f"the recipe {text!r} is no name of one; expected small letters, digits, dots and dashes"
@@ -111,6 +111,8 @@ def _linears(subject: Subject, text: str) -> Iterator[str]:
             yield f"{path} is promised {count} times"
     if not subject.promised.get("nvfp4") and subject.weights:
         yield "no linear is promised in nvfp4, but the graph holds FP4 weights"
+    if not subject.promised.get("fp8") and subject.fp8_products:
+        yield "no linear is promised in fp8, but the graph holds FP8 weights"
 
 
 def _attention(_: Subject, text: str) -> Iterator[str]:
@@ -130,10 +132,10 @@ def _groups(subject: Subject, text: str) -> Iterator[str]:
     except TypeError as error:
         yield str(error)
         return
-    quantized = set(subject.promised.get("nvfp4", ()))
+    quantized = {path for kind in ("nvfp4", "fp8") for path in subject.promised.get(kind, ())}
     for path, count in Counter(members).items():
         if path not in quantized:
-            yield f"{path} is in a group, but not promised in nvfp4"
+            yield f"{path} is in a group, but not promised in nvfp4 or fp8"
         elif count > 1:
             yield f"{path} is in {count} groups"
 

@@ -73,30 +73,52 @@ def promised_fp4(subject: Subject) -> Iterator[Hit]:
                 yield Hit(f"{found}; promised in FP4", name_of(node), source)
 
 
+@rule("promised-fp8", "slow", "quantize it again, or export again: the promise is in the metadata")
+def promised_fp8(subject: Subject) -> Iterator[Hit]:
+    """A linear that is promised in FP8 and whose weight is stored in 16 bit.
+
+    Source: measured: built without a word.
+    """
+    quantized = {name_of(product.node) for product in subject.fp8_products}
+    quantized |= {name_of(product.node) for product in subject.products}  # another rule's
+    for path in subject.promised.get("fp8", ()):
+        node = product_of(subject, path)
+        if node is not None and name_of(node) not in quantized:
+            source = subject.graph.source(node.input[1]) if len(node.input) > 1 else ""
+            stored = subject.constants.get(source)
+            found = f"its weight is {type_name(stored.data_type)}" if stored is not None else "its weight is not FP8"
+            yield Hit(f"{found}; promised in FP8", name_of(node), source)
+
+
 @rule("promised-sixteen-bit", "wrong", "export again: the promise is in the metadata")
 def promised_sixteen_bit(subject: Subject) -> Iterator[Hit]:
-    """A linear that is promised in 16 bit and whose weight is FP4: quality was not measured so.
+    """A linear that is promised in 16 bit and whose weight is FP4 or FP8, or FP4 in place of FP8: not measured so.
 
     Source: embedders and the output layer are kept in 16 bit for their effect on quality.
     """
-    quantized = {name_of(product.node): product.chain.codes for product in subject.products}
+    quantized = {name_of(product.node): ("fp8", product.codes) for product in subject.fp8_products}
+    quantized |= {name_of(product.node): ("nvfp4", product.chain.codes) for product in subject.products}
     for kind, paths in subject.promised.items():
         for path in paths if kind != "nvfp4" else ():
             node = product_of(subject, path)
-            if node is not None and name_of(node) in quantized:
-                yield Hit(f"its weight is FP4; promised as {kind}", name_of(node), quantized[name_of(node)])
+            stored, codes = quantized.get(name_of(node), (kind, "")) if node is not None else (kind, "")
+            if node is not None and stored != kind:
+                name = "FP4" if stored == "nvfp4" else "FP8"
+                yield Hit(f"its weight is {name}; promised as {kind}", name_of(node), codes)
 
 
 @rule("unpromised-fp4", "wrong", "export again: the promise is in the metadata")
 def unpromised_fp4(subject: Subject) -> Iterator[Hit]:
-    """A product of an FP4 weight in a graph whose promise does not list it: nothing is held against that linear.
+    """A product of an FP4 or FP8 weight in a graph whose promise does not list it: nothing is held against that linear.
 
     Source: fp4trt export lists every linear; what is left out escapes the rules of the promise.
     """
     listed = {f"{path}/{kind}" for paths in subject.promised.values() for path in paths for kind in ("MatMul", "Gemm")}
-    for product in subject.products if listed else ():
-        if product.node.op_type in ("MatMul", "Gemm") and product.node.name not in listed:
-            yield Hit("multiplies by an FP4 weight, and is not promised", name_of(product.node), product.chain.codes)
+    found = [(product.node, "FP4", product.chain.codes) for product in subject.products]
+    found += [(product.node, "FP8", product.codes) for product in subject.fp8_products]
+    for node, kind, codes in found if listed else ():
+        if node.op_type in ("MatMul", "Gemm") and node.name not in listed:
+            yield Hit(f"multiplies by an {kind} weight, and is not promised", name_of(node), codes)
 
 
 @rule("contract-names", "wrong", "rename or reorder, or export again")
@@ -154,6 +176,7 @@ def contract_dims(subject: Subject) -> Iterator[Hit]:
 RULES = (
     promised_linear,
     promised_fp4,
+    promised_fp8,
     promised_sixteen_bit,
     unpromised_fp4,
     contract_names,

@@ -9,7 +9,7 @@ from typing import Final
 from onnx import NodeProto
 
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Product, Subject
+from onnx_functions.linting.subject import FP8Product, Product, Subject
 
 __all__ = ["RULES", "product_of"]
 
@@ -85,16 +85,17 @@ class _Read:
 
 def _strangers(subject: Subject, parts: tuple[str, ...]) -> Iterator[Hit]:
     """Yield each promised linear that reads something else as one of these parts, though its own is there."""
-    products = {id(product.node): product for product in subject.products}
+    products: dict[int, Product | FP8Product] = {id(product.node): product for product in subject.products}
+    products |= {id(product.node): product for product in subject.fp8_products}
     first = _first_members(subject)
     promised = dict.fromkeys(path for paths in subject.promised.values() for path in paths)
-    fp4 = set(subject.promised.get("nvfp4", ()))
+    quantized = {path for kind in ("nvfp4", "fp8") for path in subject.promised.get(kind, ())}
     for path in promised:
         node = product_of(subject, path)
         if node is None:
             continue
         product = products.get(id(node))
-        fallen = product is None and path in fp4  # a rule of its own
+        fallen = product is None and path in quantized  # a rule of its own
         for read in _reads(subject, node, product):
             if read.part not in parts:
                 continue
@@ -116,23 +117,29 @@ def _first_members(subject: Subject) -> dict[str, str]:
     return {str(path): str(group[0]) for group in lists for path in group}
 
 
-def _reads(subject: Subject, node: NodeProto, product: Product | None) -> Iterator[_Read]:
+def _reads(subject: Subject, node: NodeProto, product: Product | FP8Product | None) -> Iterator[_Read]:
     """Yield what a product reads, as far as it can be followed to constants."""
     if product is None:
         source = subject.constant(subject.graph.source(node.input[1]))
         if source:
             yield _Read("weight", source)
     else:
-        chain = product.chain
-        parts = {"weight": chain.codes}
-        if chain.scales is not None:
-            parts |= {"weight_scale": chain.block_scales, "weight_scale_2": chain.global_scale}
+        parts = _parts_of(product)
         yield from (_Read(part, constant) for part, name in parts.items() if (constant := subject.constant(name)))
-    quantizer = subject.quantizer_of(node.input[0])
+    quantizer = subject.quantizer_of(node.input[0]) or subject.fp8_quantizer_of(node.input[0])
     scale = subject.constant(quantizer.input[1]) if quantizer is not None else ""
     if scale:
         yield _Read("input_scale", scale)
     yield _Read("bias", _bias(subject, node))
+
+
+def _parts_of(product: Product | FP8Product) -> dict[str, str]:
+    """Return the tensors that a product's weight is made of, by the checkpoint's names for such."""
+    if isinstance(product, FP8Product):
+        return {"weight": product.codes, "weight_scale": product.scale}
+    chain = product.chain
+    scales = {"weight_scale": chain.block_scales, "weight_scale_2": chain.global_scale}
+    return {"weight": chain.codes, **(scales if chain.scales is not None else {})}
 
 
 def _count_readers(subject: Subject, tensor: str) -> int:

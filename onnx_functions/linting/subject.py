@@ -16,12 +16,21 @@ from onnx import NodeProto, TensorProto
 from onnx_functions.element_types import attributes_of
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.external_data import BadSpan, Span, nbytes_of, span_of
-from onnx_functions.linears import QUANTIZER, Graph, metadata_of
+from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER, Graph, gives_fp8, metadata_of
 from onnx_functions.linting.shapes import Shapes
 from onnx_functions.linting.values import Values, read_values
 from onnx_functions.safetensors_header import HeldTensor, tensors_in_file
 
-__all__ = ["ActivationChain", "Product", "Subject", "WeightChain", "exchanges_axes", "integer", "name_of"]
+__all__ = [
+    "ActivationChain",
+    "FP8Product",
+    "Product",
+    "Subject",
+    "WeightChain",
+    "exchanges_axes",
+    "integer",
+    "name_of",
+]
 
 PASS_THROUGH = ("Cast", "Identity", "Transpose")
 
@@ -67,6 +76,18 @@ class Product:
     index: int
     transposed: int
     chain: WeightChain
+
+
+@dataclass(frozen=True)
+class FP8Product:
+    """What reads an FP8 weight that `values` dequantizes under `scale`; `transposed` as in `Product`."""
+
+    node: NodeProto
+    index: int
+    transposed: int
+    values: NodeProto
+    codes: str
+    scale: str
 
 
 @dataclass(frozen=True)
@@ -185,6 +206,30 @@ class Subject:
             for chain in self.weights
             for node, index, transposed in self._readers(chain.values.output[0], 0)
         )
+
+    @cached_property
+    def fp8_products(self) -> tuple[FP8Product, ...]:
+        """What reads the FP8 weights; not the block scales of FP4, which dequantize codes."""
+        found = []
+        for values in self.model.graph.node:
+            codes = self.constant(values.input[0]) if values.op_type == "DequantizeLinear" else ""
+            if not codes or self.constants[codes].data_type != TensorProto.FLOAT8E4M3FN:
+                continue
+            for node, index, transposed in self._readers(values.output[0], 0):
+                if (node.op_type, index) != ("DequantizeLinear", 1):
+                    found.append(FP8Product(node, index, transposed, values, codes, values.input[1]))
+        return tuple(found)
+
+    @cached_property
+    def fp8_quantizers(self) -> tuple[NodeProto, ...]:
+        """The QuantizeLinear nodes that give FP8."""
+        nodes = (node for node in self.model.graph.node if node.op_type == FP8_QUANTIZER)
+        return tuple(node for node in nodes if gives_fp8(node, self.constants))
+
+    def fp8_quantizer_of(self, tensor: str) -> NodeProto | None:
+        """Return the QuantizeLinear to FP8 whose dequantized codes a tensor is, None where there is none."""
+        node = self.graph.producer.get(self.graph.source(tensor))
+        return node if node is not None and any(node is found for found in self.fp8_quantizers) else None
 
     def constant(self, tensor: str) -> str:
         """Return the constant that a tensor is, through Identity nodes; "" where it is none."""

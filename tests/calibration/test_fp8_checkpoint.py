@@ -17,14 +17,17 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import fp8, shards
+from calibration import fp8, methods, nvfp4, shards
 from calibration.checkpoint import MANIFEST, WEIGHTS, load, read
+from calibration.dataset import save_inputs
 from calibration.errors import BadCheckpoint
 from calibration.fp8_linear import FP8Linear
 from calibration.modelopt_backend import FP8, NVFP4, mto, mtq
 from calibration.models import family_of
 from calibration.nvfp4_linear import NVFP4Linear
+from calibration.preparation import BlockResult, BlockTask
 from calibration.quantization import quantize
+from calibration.recipe import load_recipe
 from calibration.safetensors_file import TensorPlan, read_header, sha256_of, write
 from calibration.source import load_json, load_source, tensors_of
 
@@ -129,26 +132,29 @@ def test_a_modelopt_state_of_both_formats_gives_the_same_checkpoint(
     assert float((ours - wanted).norm() / wanted.norm()) < 0.05
 
 
+def _mixed(tiny_flux: Callable[..., Path], folder: Path) -> tuple[Path, Path, dict[str, float]]:
+    """Return a tiny FLUX, a recipe with its groups in FP8, FP4 and 16 bit in turn, and maxima, in amax.json too."""
+    flux = tiny_flux(folder / "flux", num_layers=2, num_single_layers=2)
+    config = load_json(flux / "config.json")
+    family, kinds = family_of(config), itertools.cycle(["fp8", "nvfp4", "bf16"])
+    groups = zip(family.groups(config), kinds, strict=False)
+    rules = [{"linears": path, "format": kind} for group, kind in groups for path in group]
+    recipe = {"name": "mixed", "method": {"name": "ptq"}, "formats": {"rules": rules}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    amax = {path: 1 + index / 7 for index, path in enumerate(family.quantized(config))}
+    (folder / "amax.json").write_text(json.dumps(amax), encoding="utf-8")
+    return flux, folder / "recipe.yaml", amax
+
+
 def test_what_is_written_does_not_depend_on_shards(
     tiny_flux: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every group of a tiny FLUX in another format, q/k/v in FP8 too, in one file and in many."""
-    flux = tiny_flux(tmp_path / "flux", num_layers=2, num_single_layers=2)
-    family, config = family_of(load_json(flux / "config.json")), load_json(flux / "config.json")
-    kinds = itertools.cycle(["fp8", "nvfp4", "bf16"])
-    rules = [
-        {"linears": path, "format": kind}
-        for group, kind in zip(family.groups(config), kinds, strict=False)
-        for path in group
-    ]
-    recipe = {"name": "mixed", "method": {"name": "ptq"}, "formats": {"rules": rules}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    amax = {path: 1 + index / 7 for index, path in enumerate(family.quantized(config))}
-    (tmp_path / "amax.json").write_text(json.dumps(amax), encoding="utf-8")
-    quantize(flux, tmp_path / "one", tmp_path / "recipe.yaml", tmp_path / "amax.json")
+    flux, recipe, amax = _mixed(tiny_flux, tmp_path)
+    quantize(flux, tmp_path / "one", recipe, tmp_path / "amax.json")
     plan = shards.plan_shards
     monkeypatch.setattr(shards, "plan_shards", lambda *given: plan(*given, limit=24_000))
-    quantize(flux, tmp_path / "many", tmp_path / "recipe.yaml", tmp_path / "amax.json")
+    quantize(flux, tmp_path / "many", recipe, tmp_path / "amax.json")
     one, many = read(tmp_path / "one"), read(tmp_path / "many")
     assert len({tensor.file for tensor in many.tensors.values()}) > 2
     assert one.tensors.keys() == many.tensors.keys()
@@ -166,8 +172,8 @@ def test_what_is_written_does_not_depend_on_shards(
             )
             assert one.raw(f"{path}.weight_scale") == scale
             assert one.raw(f"{path}.input_scale") == np.float32(max(amax[other] for other in group)) / np.float32(448)
-    assert set(one.manifest["quantized"]) == {"nvfp4", "fp8"}
-    assert set(one.quantized) == {rule["linears"] for rule in rules if rule["format"] == "nvfp4"}
+    assert one.manifest["quantized"] == {"nvfp4": list(one.quantized), "fp8": list(one.fp8)}
+    assert load_recipe(recipe).formats.rules[0].format == "fp8"
 
 
 def test_a_resumed_run_knows_what_each_tensor_of_the_source_became(fp8_digits: Path, digits: Path) -> None:
@@ -175,3 +181,40 @@ def test_a_resumed_run_knows_what_each_tensor_of_the_source_became(fp8_digits: P
     groups = checkpoint.family.groups(checkpoint.config)
     results = shards.results_of(tensors_of(digits), groups, fp8=checkpoint.fp8)
     assert sorted(results) == sorted(checkpoint.tensors)
+
+
+def test_what_a_method_prepared_in_both_formats_is_kept_as_it_is(
+    tiny_flux: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method that rounds each block as the one pass does gives the same files, and the same maxima."""
+    flux, recipe, amax = _mixed(tiny_flux, tmp_path)
+
+    def rounded(task: BlockTask) -> BlockResult:
+        task.run()
+        tensors: dict[str, torch.Tensor] = {}
+        for group in task.groups:
+            weights = {path: task.linear(path).weight.detach() for path in group}
+            largest = max(weight.abs().max().float() for weight in weights.values())
+            given = max(amax[path] for path in group)
+            for path, weight in weights.items():
+                if task.linears[path] == "fp8":
+                    scale, read = fp8.tensor_scale(weight.abs().max().float()), fp8.tensor_scale(given)
+                    tensors |= {f"{path}.weight": fp8.quantize(weight, scale), f"{path}.weight_scale": scale}
+                else:
+                    scale, read = nvfp4.global_scale(largest), nvfp4.global_scale(given)
+                    codes, tensors[f"{path}.weight_scale"] = nvfp4.quantize(weight, scale)
+                    tensors |= {f"{path}.weight": nvfp4.pack_codes(codes), f"{path}.weight_scale_2": scale}
+                tensors[f"{path}.input_scale"] = read
+        return BlockResult(tensors)
+
+    quantize(flux, tmp_path / "packed", recipe, tmp_path / "amax.json")
+    config = load_json(flux / "config.json")
+    call = family_of(config).example_inputs(config, 1, 16, 8, 0, torch.bfloat16)
+    save_inputs(tmp_path / "inputs.safetensors", [call])
+    monkeypatch.setattr(methods, "needs_activations", lambda _: True)
+    monkeypatch.setattr(methods, "of_block", lambda _: rounded)
+    quantize(flux, tmp_path / "prepared", recipe, tmp_path / "inputs.safetensors")
+    assert sha256_of(tmp_path / "prepared" / WEIGHTS) == sha256_of(tmp_path / "packed" / WEIGHTS)
+    packed, prepared = (read(tmp_path / name).manifest["amax"] for name in ("packed", "prepared"))
+    assert packed.keys() == prepared.keys()
+    assert all(prepared[name] == pytest.approx(value, rel=1e-6) for name, value in packed.items())

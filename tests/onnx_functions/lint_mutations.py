@@ -22,23 +22,26 @@ __all__ = ["MUTATIONS", "Mutation"]
 
 @dataclass(frozen=True)
 class Mutation:
-    """One way to damage a graph."""
+    """One way to damage a graph: of the built-in model all in FP4, or with its modulation in FP8 (`base` is fp8)."""
 
     name: str
     rule: str
     where: str
     tensorrt: str
     apply: Callable[[Damaged], None]
+    base: str = "fp4"
 
 
 MUTATIONS: list[Mutation] = []
 
 
-def mutation(rule: str, where: str, tensorrt: str) -> Callable[[Callable[[Damaged], None]], Callable[[Damaged], None]]:
+def mutation(
+    rule: str, where: str, tensorrt: str, base: str = "fp4"
+) -> Callable[[Callable[[Damaged], None]], Callable[[Damaged], None]]:
     """Add a function to the table; its name, read as words, says what it does."""
 
     def add(function: Callable[[Damaged], None]) -> Callable[[Damaged], None]:
-        MUTATIONS.append(Mutation(function.__name__.replace("_", " "), rule, where, tensorrt, function))
+        MUTATIONS.append(Mutation(function.__name__.replace("_", " "), rule, where, tensorrt, function, base))
         return function
 
     return add

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from lint_damage import Damaged
 from lint_mutations import DEEP, MODULATION, OUT, TRT, Mutation
-from lint_mutations_meant import MUTATIONS
+from lint_mutations_fp8 import MUTATIONS
 from onnx import helper
 
 import fp4trt
@@ -35,12 +35,22 @@ BUILT = (
     "quantizer in the empty domain",
     "weight axis 0",
     "block scales transposed",
+    "an fp8 activation dequantized with another scale",
 )
 """Mutations that the tests build, of each verdict; benchmarks/lint_verdicts.py builds all."""
 
 
+@pytest.fixture(scope="module")
+def untouched(quantized_digits: Path, fp8_digits: Path) -> dict[str, Path]:
+    """What the mutations start from, by their base."""
+    return {"fp4": quantized_digits, "fp8": fp8_digits}
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_mutation_is_found_by_its_rule_which_names_the_place(mutation: Mutation, damaged: Damaged) -> None:
+def test_a_mutation_is_found_by_its_rule_which_names_the_place(
+    mutation: Mutation, untouched: dict[str, Path], tmp_path: Path
+) -> None:
+    damaged = Damaged.copy(untouched[mutation.base], tmp_path / "model")
     mutation.apply(damaged)
     report = lint(damaged.save())
     found = [finding for finding in report.findings if finding.rule == mutation.rule]
@@ -60,11 +70,14 @@ def test_the_table_in_the_documentation_is_that_of_the_code() -> None:
     assert lint_table.page(text) == text, "run tests/onnx_functions/lint_table.py"
 
 
-def test_an_untouched_export_has_no_finding(quantized_digits: Path, bfloat16_digits: Path, tmp_path: Path) -> None:
+def test_an_untouched_export_has_no_finding(
+    quantized_digits: Path, bfloat16_digits: Path, fp8_digits: Path, tmp_path: Path
+) -> None:
     from exporter import export
 
     assert lint(quantized_digits).findings == ()
     assert lint(bfloat16_digits).findings == ()
+    assert lint(fp8_digits).findings == ()
     export(quantized_digits, tmp_path / "copied.onnx", copy_weights=True)
     assert lint(tmp_path / "copied.onnx").findings == ()
     export("digits", tmp_path / "plain.onnx", precision="bf16")
@@ -175,10 +188,12 @@ def test_an_export_that_the_lint_refuses_leaves_nothing(copy_of_digits: Path) ->
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_tensorrt_does_what_the_table_says(name: str, damaged: Damaged, quantized_digits: Path) -> None:
+def test_tensorrt_does_what_the_table_says(name: str, untouched: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
+    source = untouched[BY_NAME[name].base]
+    damaged = Damaged.copy(source, tmp_path / "model")
     BY_NAME[name].apply(damaged)
-    assert lint_table.verdict(damaged.save(), read_graph(quantized_digits)) == BY_NAME[name].tensorrt
+    assert lint_table.verdict(damaged.save(), read_graph(source)) == BY_NAME[name].tensorrt
 
 
 @pytest.mark.parametrize("text", ['{"nvfp4": null}', "{}", "null", "[" * 5000])

@@ -12,6 +12,7 @@ import pytest
 import fp4trt
 from calibration import quantize
 from calibration.dataset import load_inputs, save_inputs
+from onnx_functions.validation import validate
 from trt_build import build
 
 ROOT = Path(fp4trt.__file__).parent
@@ -39,6 +40,24 @@ def test_bfloat16_scales_build_with_full_coverage_too(bfloat16_digits: Path, tmp
     result = build(bfloat16_digits, gpu="rtx5090", output=tmp_path / "digits.engine")
     assert _covers_everything(result)
     assert result["fp4_gemms"] <= 10 * DOUBLE_BLOCKS + 3 * SINGLE_BLOCKS
+
+
+def test_a_recipe_of_fp4_and_fp8_gives_a_graph_that_passes_every_gate_and_an_engine_with_both(
+    fp8_digits: Path, tmp_path: Path
+) -> None:
+    """The modulation is in FP8: 8 of a double block's 10 groups and 2 of a single block's 3 are left in FP4."""
+    report = validate(fp8_digits)
+    assert [gate.detail for gate in report.failures] == []
+    assert not [gate.name for gate in report.gates if gate.was_skipped]
+    result = build(fp8_digits, gpu="rtx5090", output=tmp_path / "digits.engine")
+    assert result["lost"] == []
+    assert (result["fp4_linears"], result["fp8_linears"], result["quantized_linears"]) == (44, 8, 52)
+    assert (result["fp4_gemms"], result["fp8_gemms"]) == (8 * DOUBLE_BLOCKS + 2 * SINGLE_BLOCKS, 8)
+    merged = {tuple(gemm["linears"]) for gemm in result["gemms"] if len(gemm["linears"]) > 1}
+    for index in range(DOUBLE_BLOCKS):
+        attention = f"transformer_blocks.{index}.attn"
+        assert tuple(f"{attention}.to_{name}" for name in "qkv") in merged
+        assert tuple(f"{attention}.add_{name}_proj" for name in "qkv") in merged
 
 
 def test_requantizing_with_other_data_misses_the_cache(copy_of_digits: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verdict on a graph with linears in FP8: whole it passes, and what is wrong with one is found and named."""
+"""What `validate` and `inspect` say of a graph with linears in FP8, and of one with which something is wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from lint_damage import WEIGHTS, Damaged
 from onnx import TensorProto
 
+from onnx_functions.inspect import describe
+from onnx_functions.inspect_table import table, tree_table
 from onnx_functions.linears import Graph, promised_linears
 from onnx_functions.promise_gate import promise_gate
 from onnx_functions.torch_reference import open_reference
@@ -40,7 +42,7 @@ def test_weights_quantizers_and_linears_of_both_formats_pass_every_gate(fp8_digi
     assert failures(report) == {}
     told = details(report)
     assert told["promise"] == "62 linears, 44 of them in FP4 and 8 of them in FP8, as promised"
-    assert told["quantizers"].endswith("of 10 quantizers differ")
+    assert told["quantizers"].endswith("of 16 quantizers differ")
     assert {row.path: row.differing_codes for row in report.linears if row.path in (FIRST, IN_FP4)} == {
         FIRST: 0,
         IN_FP4: 0,
@@ -107,3 +109,44 @@ def test_a_zero_point_says_that_a_quantizer_gives_fp8_as_well_as_the_attribute_d
     assert found is not None
     assert (found.format, found.node) == ("fp8", quantizer)
     assert (in_fp8.path.parent / WEIGHTS).is_file()
+
+
+def test_a_checkpoint_and_its_graph_are_described_with_both_formats(fp8_digits: Path) -> None:
+    checkpoint, graph = describe(fp8_digits), describe(fp8_digits / "model.onnx")
+    for found in (checkpoint, graph):
+        counts = {kind: entry["linears"] for kind, entry in found["formats"].items()}
+        assert counts == {"nvfp4": 44, "fp8": 8, "bf16": 10}
+        assert found["promise"]["differing"] == []
+        assert found["group_count"] == 32
+        assert "  every linear is as promised" in table(found)
+    assert graph["promise"]["lost_groups"] == []
+    assert graph["activation_quantizers"] == 32
+    assert any("norm1.linear" not in line and " fp8 " in line for line in tree_table(checkpoint))
+    assert found["fp4_linears"] == 44
+
+
+def test_an_fp8_linear_that_reads_its_input_in_16_bit_is_described_as_weight_only(in_fp8: Damaged) -> None:
+    in_fp8.node(f"{FIRST}/MatMul").input[0] = Graph(in_fp8.model).linear(FIRST).input
+    (differing,) = describe(in_fp8.save())["promise"]["differing"]
+    assert differing == {"path": FIRST, "promised": "fp8", "found": "fp8 weight-only"}
+
+
+def test_an_engine_is_described_with_what_it_promises_in_fp8(tmp_path: Path) -> None:
+    manifest = {
+        "kind": "fp4trt engine",
+        "request": {"promised_fp4": ["a"], "promised_fp8": ["b", "c"]},
+        "gemms": [
+            {"format": kind, "linears": [name]} for kind, name in (("nvfp4", "a"), ("fp8", "b"), ("bfloat16", "c"))
+        ],
+        "lost": [{"linear": "c", "kernel": "k", "reason": "the builder chose another kernel", "promised": "fp8"}],
+        "fp4_gemms": 1,
+        "fp4_linears": 1,
+        "fp8_gemms": 1,
+        "fp8_linears": 1,
+        "quantized_linears": 3,
+    }
+    (tmp_path / "e.json").write_text(json.dumps(manifest), encoding="utf-8")
+    found = describe(tmp_path / "e.json")
+    reason = "the builder chose another kernel"
+    assert found["promise"]["differing"] == [{"path": "c", "promised": "fp8", "found": "bf16", "reason": reason}]
+    assert any(line.endswith("1, by 1 GEMMs") for line in table(found))

@@ -1,0 +1,144 @@
+"""What enters some modules while they run: per channel, and as second moments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Channels", "Moments", "observe_channels", "observe_moments"]
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Channels:
+    """Sums over the rows of an input, FP32 [K].
+
+    Attributes:
+        count: of rows.
+        total: sum of each channel.
+        square: sum of its squares.
+        amax: its largest magnitude.
+        rows: some of the rows, FP32 [n, K], evenly from every call.
+    """
+
+    count: int
+    total: torch.Tensor
+    square: torch.Tensor
+    amax: torch.Tensor
+    rows: list[torch.Tensor]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of each channel."""
+        return self.total / self.count
+
+    def shifted(self) -> Channels:
+        """Return the same with the mean taken out of every channel; its largest magnitude is then that of the rows."""
+        rows = [rows - self.mean for rows in self.rows]
+        amax = torch.cat(rows).abs().amax(dim=0)
+        square = (self.square - self.count * self.mean.square()).clamp_min(0)
+        return Channels(self.count, torch.zeros_like(self.total), square, amax, rows)
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root of each channel's mean square."""
+        return (self.square / self.count).sqrt()
+
+
+@dataclass
+class Moments:
+    """Sums over the rows of an input, as it enters and as the quantizer gives it on.
+
+    Attributes:
+        count: of rows.
+        total: sum of the input, FP32 [K].
+        rounded: sum of the quantized input, FP32 [K].
+        product: sum of ``x x^T`` of the quantized input, FP32 [K, K].
+    """
+
+    count: int
+    total: torch.Tensor
+    rounded: torch.Tensor
+    product: torch.Tensor
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Mean of ``(x - mean) (x - mean)^T`` of the quantized input: the mean is what a bias takes care of."""
+        mean = self.rounded / self.count
+        return self.product / self.count - torch.outer(mean, mean)
+
+
+@contextlib.contextmanager
+def observe_channels(modules: Mapping[str, nn.Module], kept: int) -> Iterator[dict[str, Channels]]:
+    """Add up what enters some modules while the ``with`` statement runs them.
+
+    Args:
+        modules: name to module, called with one tensor [..., K].
+        kept: rows to keep of each call.
+    """
+    found: dict[str, Channels] = {}
+
+    def add(name: str, rows: torch.Tensor) -> None:
+        some = rows[torch.linspace(0, len(rows) - 1, min(kept, len(rows)), device=rows.device).long()]
+        total, square, amax = rows.sum(dim=0), rows.square().sum(dim=0), rows.abs().amax(dim=0)
+        if name not in found:
+            found[name] = Channels(len(rows), total, square, amax, [some])
+            return
+        channels = found[name]
+        channels.count += len(rows)
+        channels.total += total
+        channels.square += square
+        channels.amax = torch.maximum(channels.amax, amax)
+        channels.rows.append(some)
+
+    with _watching(modules, add):
+        yield found
+
+
+@contextlib.contextmanager
+def observe_moments(
+    modules: Mapping[str, nn.Module], quantize: Mapping[str, Transform], most: int
+) -> Iterator[dict[str, Moments]]:
+    """Add up second moments of what enters some modules while the ``with`` statement runs them.
+
+    Args:
+        modules: name to module, called with one tensor [..., K].
+        quantize: name to what rounds its input.
+        most: rows to use of each call, evenly spread.
+    """
+    found: dict[str, Moments] = {}
+
+    def add(name: str, rows: torch.Tensor) -> None:
+        rows = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]
+        rounded = quantize[name](rows)
+        if name not in found:
+            empty = rows.new_zeros(rows.shape[1])
+            found[name] = Moments(0, empty, empty.clone(), rows.new_zeros(rows.shape[1], rows.shape[1]))
+        moments = found[name]
+        moments.count += len(rows)
+        moments.total += rows.sum(dim=0)
+        moments.rounded += rounded.sum(dim=0)
+        moments.product.addmm_(rounded.T, rounded)
+
+    with _watching(modules, add):
+        yield found
+
+
+@contextlib.contextmanager
+def _watching(modules: Mapping[str, nn.Module], add: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    def hook(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        add(name, args[0].detach().reshape(-1, args[0].shape[-1]).float())
+
+    handles = [module.register_forward_pre_hook(partial(hook, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

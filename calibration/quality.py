@@ -1,0 +1,163 @@
+"""The method ``quality``: the best NVFP4 weights for a block that calibration data can find, at no cost at run time.
+
+1. Folds (:mod:`calibration.folds`) move constants and factors of channels out of the activations.
+2. GPTQ with a search of the block scales, then coordinate descent (:mod:`calibration.gptq`), choose codes and scales
+   for the activations that will be there: quantized ones.
+3. The bias takes up what the mean of the output has lost.
+
+Every linear is looked at in the order of the graph, behind those that are quantized already (``sequential``), or all of
+a block at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from calibration import gptq, nvfp4, ptq
+from calibration.folds import fold_block
+from calibration.input_statistics import Channels, Moments, observe_channels, observe_moments
+from calibration.models.family import Modulated
+from calibration.preparation import BlockResult, BlockTask
+from calibration.recipe import Quality
+
+__all__ = ["quantize_block"]
+
+_ROWS: Final = 64
+"""Of each call, to choose factors by."""
+
+Group = tuple[str, ...]
+
+
+def quantize_block(task: BlockTask, options: Quality, modulated: Sequence[Modulated]) -> BlockResult:
+    """Return a block in NVFP4.
+
+    Args:
+        task: the block.
+        options: of the recipe's method.
+        modulated: the block's linears behind adaptive norms.
+    """
+    with torch.no_grad():
+        work = _Work(task, options)
+        work.fold(modulated)
+        work.measure()
+        for stage in work.stages():
+            work.quantize(stage)
+    return BlockResult(work.tensors, work.figures)
+
+
+@dataclass
+class _Work:
+    """One block while it is quantized; ``tensors`` and ``figures`` become the result."""
+
+    task: BlockTask
+    options: Quality
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    channels: dict[str, Channels] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+
+    def linear(self, path: str) -> nn.Linear:
+        linear = self.task.linear(path)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def fold(self, modulated: Sequence[Modulated]) -> None:
+        """Fold what the recipe wants, and keep all parameters that this may change."""
+        if not (self.options.shift_fold or self.options.smooth_fold) or not modulated:
+            return
+        block = self.task.module
+        first = {place.consumers[0]: block.get_submodule(place.consumers[0]) for place in modulated}
+        with observe_channels(first, _ROWS) as seen:
+            self.task.run()
+        exponents = fold_block(block, modulated, seen, self.options.shift_fold, self.options.smooth_fold)
+        self.figures |= {f"{self.task.path}.{path}": {"smooth_exponent": value} for path, value in exponents.items()}
+        for place in modulated:
+            for path in (place.modulation, *place.consumers):
+                for leaf, value in block.get_submodule(path).named_parameters():
+                    self.tensors[f"{self.task.path}.{path}.{leaf}"] = value
+
+    def measure(self) -> None:
+        """Measure what enters each group while nothing is quantized: its largest magnitude, and its mean."""
+        with observe_channels({group[0]: self.linear(group[0]) for group in self.task.groups}, 0) as self.channels:
+            self.task.run()
+
+    def stages(self) -> Iterator[tuple[Group, ...]]:
+        """Yield the groups that are quantized after one run."""
+        yield from ((group,) for group in self.task.groups) if self.options.sequential else (self.task.groups,)
+
+    def quantize(self, stage: Sequence[Group]) -> None:
+        """Quantize some groups for what enters them now."""
+        scales = {group[0]: self.input_scale(group) for group in stage}
+        quantizers = {path: _Quantizer(scale) for path, scale in scales.items()}
+        watched = {group[0]: self.linear(group[0]) for group in stage}
+        with observe_moments(watched, quantizers, self.options.rows_per_call) as found:
+            self.task.run()
+        for group in stage:
+            self.quantize_group(group, found.pop(group[0]), scales[group[0]])
+
+    def input_scale(self, group: Group) -> torch.Tensor:
+        """Return the global scale of a group's input, with the headroom that the recipe wants."""
+        amax = float(self.channels[group[0]].amax.max())
+        checked = ptq.checked({group[0]: amax * self.options.input_headroom}, group[:1])
+        return nvfp4.global_scale(checked[group[0]])
+
+    def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
+        """Quantize linears that share their scales."""
+        own = {path: float(self.linear(path).weight.abs().max()) for path in group}
+        scale = nvfp4.global_scale(max(ptq.checked_weights(own).values())).to(moments.product.device)
+        covariance = moments.covariance
+        covariance.diagonal().add_(self.options.damping * covariance.diagonal().mean())
+        wanted_mean = self.channels[group[0]].mean
+        for path in group:
+            linear = self.linear(path)
+            weight = linear.weight.float()
+            rounded = self.rounded(weight, covariance, scale)
+            self.note(path, weight, rounded, covariance, scale)
+            codes, block_scales = rounded.stored(scale)
+            self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, block_scales
+            self.tensors[f"{path}.weight_scale_2"] = scale
+            self.tensors[f"{path}.input_scale"] = input_scale
+            if self.options.bias_correction and linear.bias is not None:
+                lost = weight @ wanted_mean - rounded.values @ (moments.rounded / moments.count)
+                linear.bias.copy_(linear.bias.float() + lost)
+                self.tensors[f"{path}.bias"] = linear.bias
+            linear.weight.copy_(rounded.values)
+            linear.register_forward_pre_hook(_Quantizer(input_scale.to(scale.device)).hook)
+
+    def rounded(self, weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor) -> gptq.Rounded:
+        rounded = gptq.round_with_feedback(weight, moments, scale) if self.options.gptq else gptq.plain(weight, scale)
+        if self.options.descent_sweeps:
+            rounded = gptq.descend(weight, moments, scale, rounded, self.options.descent_sweeps)
+        return rounded
+
+    def note(
+        self, path: str, weight: torch.Tensor, rounded: gptq.Rounded, moments: torch.Tensor, scale: torch.Tensor
+    ) -> None:
+        """Note by how much the output is wrong, relative to itself, and would be after plain rounding."""
+        power = gptq.error(torch.zeros_like(weight), weight, moments)
+        plain = gptq.plain(weight, scale)
+        figures = {
+            "error": (gptq.error(rounded.values, weight, moments) / power) ** 0.5,
+            "plain_error": (gptq.error(plain.values, weight, moments) / power) ** 0.5,
+            "changed": float((rounded.values != plain.values).float().mean()),
+        }
+        self.figures[path] = {**self.figures.get(path, {}), **figures}
+
+
+@dataclass(frozen=True)
+class _Quantizer:
+    """Rounds an input to NVFP4 under a global scale."""
+
+    scale: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return nvfp4.fake_quantize(x, self.scale.to(x.device))
+
+    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Round what enters a linear that is quantized already."""
+        return (self(args[0]),)

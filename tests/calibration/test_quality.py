@@ -1,0 +1,106 @@
+"""The method ``quality``: better than plain rounding, as it says itself, and the same bytes after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fp4trt
+from calibration.checkpoint import MANIFEST, WEIGHTS, load
+from calibration.dataset import load_inputs, save_inputs
+from calibration.digits.model import load_transformer
+from calibration.quantization import quantize
+from calibration.safetensors_file import sha256_of
+from calibration.source import load_json
+
+
+@pytest.fixture(scope="module")
+def inputs(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fifth of the built-in captured inputs, over the whole schedule."""
+    path = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
+    save_inputs(path, list(load_inputs(quantized_digits / "calibration" / "inputs.safetensors")[:10]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that takes one run for each block."""
+    path = tmp_path_factory.mktemp("recipe") / "quick.yaml"
+    method = {"name": "quality", "sequential": False, "descent_sweeps": 1}
+    path.write_text(yaml.safe_dump({"name": "quick", "method": method}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(inputs: Path, quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quality") / "fp4"
+    quantize("digits", directory, quick, inputs)
+    return directory
+
+
+def _velocity_error(model: torch.nn.Module, quantized_digits: Path) -> float:
+    calls = load_inputs(quantized_digits / "calibration" / "inputs.safetensors")[20:30]  # not calibrated on
+    reference, wrong, power = load_transformer(), 0.0, 0.0
+    with torch.inference_mode():
+        for call in calls:
+            given = {name: value.float() for name, value in call.items()}
+            wanted = reference(**given, return_dict=False)[0]
+            wrong += float((model(**given, return_dict=False)[0] - wanted).square().sum())
+            power += float(wanted.square().sum())
+    return (wrong / power) ** 0.5
+
+
+def test_the_model_is_better_than_after_plain_rounding_on_data_that_calibration_has_not_seen(
+    result: Path, quantized_digits: Path
+) -> None:
+    plain, ours = (_velocity_error(load(path, torch.float32), quantized_digits) for path in (quantized_digits, result))
+    assert ours < 0.9 * plain
+
+
+def test_every_linear_says_by_how_much_its_output_is_better(result: Path) -> None:
+    manifest = load_json(result / MANIFEST)
+    figures = [entry for block in manifest["blocks"].values() for entry in block.values() if "error" in entry]
+    assert len(figures) == len(manifest["quantized"]["nvfp4"])
+    for entry in figures:
+        assert entry["changed"] > 0.01
+        assert entry["error"] < entry["plain_error"]
+
+
+def test_scales_are_shared_in_a_group_and_those_of_the_manifest(result: Path) -> None:
+    from calibration.checkpoint import read
+
+    checkpoint = read(result)
+    for group in checkpoint.groups:
+        for leaf in ("weight_scale_2", "input_scale"):
+            assert len({float(checkpoint.raw(f"{path}.{leaf}")) for path in group}) == 1
+    amax = checkpoint.manifest["amax"]
+    for path in checkpoint.quantized:
+        for quantizer, leaf in (("weight_quantizer", "weight_scale_2"), ("input_quantizer", "input_scale")):
+            assert amax[f"{path}.{quantizer}"] / 2688 == pytest.approx(
+                float(checkpoint.raw(f"{path}.{leaf}")), rel=1e-6
+            )
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(
+    result: Path, inputs: Path, quick: Path, tmp_path: Path, kill_after: Callable[..., None]
+) -> None:
+    command = ["quantize", "digits", "-o", tmp_path / "fp4", "--recipe", quick, "--calibration", inputs]
+    kill_after(3, *command)
+    kept = tmp_path / "fp4.calibration.partial"
+    assert len(list(kept.glob("*.safetensors"))) == 3
+    assert fp4trt.run([str(argument) for argument in command]) == 0
+    for name in (WEIGHTS, MANIFEST, "config.json"):
+        assert sha256_of(tmp_path / "fp4" / name) == sha256_of(result / name), name
+    assert not kept.exists()
+
+
+def test_maxima_alone_are_refused_in_one_line(quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantize", "digits", "-o", tmp_path / "fp4", "--recipe", quick, "--calibration", "amax.json"]
+    assert fp4trt.run([str(argument) for argument in command]) == 2
+    message = capsys.readouterr().err
+    assert "needs captured inputs" in message
+    assert message.count("\n") == 1

@@ -1,0 +1,177 @@
+"""FP8 GEMMs counted as promised, and every way to lose one without a word from the builder, with the reason given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import trt_build
+from trt_build import builder
+from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
+from trt_build.errors import CoverageError, UnsupportedFormatError
+from trt_build.graph import read_graph
+from trt_build.layer_info import Layer
+
+pytest.importorskip("tensorrt_rtx")
+
+WIDTH, RANDOM = 128, np.random.default_rng(0)
+
+
+class FP8Graph:
+    """Two linears, `up` and `down`, over x [B, L, 128]."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.metadata = {"fp4trt.linears": '{"fp8": ["up", "down"]}'}
+
+    def store(self, name: str, values: Any, dtype: Any, kind: int) -> str:
+        array = np.asarray(values, np.float32).astype(dtype)
+        self.initializers.append(helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True))
+        return name
+
+    def node(self, name: str, op: str, *inputs: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [f"{name}:y"], name, **attributes))
+        return f"{name}:y"
+
+    def linear(self, path: str, x: str) -> str:
+        weight = self.store(
+            f"{path}.weight",
+            RANDOM.standard_normal((WIDTH, WIDTH)),
+            ml_dtypes.float8_e4m3fn,
+            TensorProto.FLOAT8E4M3FN,
+        )
+        scales = [self.store(f"{path}.{kind}", 0.01, np.float32, TensorProto.FLOAT) for kind in ("ws", "xs")]
+        codes = self.node(
+            f"{path}/input/QuantizeLinear", "QuantizeLinear", x, scales[1], output_dtype=int(TensorProto.FLOAT8E4M3FN)
+        )
+        kind = int(TensorProto.BFLOAT16)
+        read = self.node(f"{path}/input/DequantizeLinear", "DequantizeLinear", codes, scales[1], output_dtype=kind)
+        wide = self.node(f"{path}/weight/DequantizeLinear", "DequantizeLinear", weight, scales[0], output_dtype=kind)
+        turned = self.node(f"{path}/Transpose", "Transpose", wide, perm=[1, 0])
+        return self.node(f"{path}/MatMul", "MatMul", read, turned)
+
+    def find(self, name: str) -> onnx.NodeProto:
+        return next(node for node in self.nodes if node.name == name)
+
+    def save(self, path: Path) -> Path:
+        value = helper.make_tensor_value_info
+        graph = helper.make_graph(
+            self.nodes,
+            "graph",
+            [value("x", TensorProto.BFLOAT16, ["B", "L", WIDTH])],
+            [value(self.nodes[-1].output[0], TensorProto.BFLOAT16, ["B", "L", WIDTH])],
+            self.initializers,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+        helper.set_model_props(model, self.metadata)
+        onnx.save(model, path)
+        return path
+
+
+@pytest.fixture
+def graph() -> FP8Graph:
+    made = FP8Graph()
+    hidden = made.node("act", "Gelu", made.linear("up", "x"), approximate="tanh")
+    made.linear("down", hidden)
+    return made
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[FP8Graph], dict[str, Any]]:
+    """Return what builds a graph that the lint is not asked about."""
+    monkeypatch.setattr(builder, "_lint", lambda *_, **__: iter(()))
+
+    def build(graph: FP8Graph, gpu: str = "rtx5090") -> dict[str, Any]:
+        shapes = ["x=1x16x128:1x64x128:2x128x128"]
+        return trt_build.build(graph.save(tmp_path / "model.onnx"), gpu=gpu, shapes=shapes, allow_slow=True)
+
+    return build
+
+
+def leave_the_activation_in_16_bit(graph: FP8Graph) -> None:
+    graph.find("up/MatMul").input[0] = "x"
+
+
+def scale_the_weight_along_the_sum(graph: FP8Graph) -> None:
+    scales = numpy_helper.from_array(np.linspace(0.01, 0.02, WIDTH, dtype=np.float32), "wide")
+    graph.initializers.append(scales)
+    graph.find("up/weight/DequantizeLinear").input[1] = "wide"
+
+
+def multiply_the_weight_by_a_vector(graph: FP8Graph) -> None:
+    factors = graph.store("factors", np.linspace(0.5, 1, WIDTH), ml_dtypes.bfloat16, TensorProto.BFLOAT16)
+    turned = graph.find("up/Transpose")
+    at = graph.nodes.index(turned)
+    graph.nodes.insert(at, helper.make_node("Mul", [turned.input[0], factors], ["scaled"], "smooth"))
+    turned.input[0] = "scaled"
+
+
+def store_the_weight_in_16_bit(graph: FP8Graph) -> None:
+    graph.store("sixteen", np.ones((WIDTH, WIDTH)), ml_dtypes.bfloat16, TensorProto.BFLOAT16)
+    graph.find("up/Transpose").input[0] = "sixteen"
+
+
+def test_each_promised_linear_that_gets_an_fp8_gemm_is_counted(
+    graph: FP8Graph, built: Callable[..., dict[str, Any]]
+) -> None:
+    result = built(graph)
+    assert (result["fp8_gemms"], result["fp8_linears"], result["quantized_linears"]) == (2, 2, 2)
+    assert (result["fp4_gemms"], result["fp4_linears"], result["lost"]) == (0, 0, [])
+    assert {gemm["format"] for gemm in result["gemms"]} == {"fp8"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (leave_the_activation_in_16_bit, "its input comes from 'x', not from a QuantizeLinear"),
+        (scale_the_weight_along_the_sum, "the builder chose another kernel"),
+        (multiply_the_weight_by_a_vector, "Mul 'smooth' stands between its weight and the product"),
+        (store_the_weight_in_16_bit, "its weight is not stored in FP8"),
+    ],
+)
+def test_a_lost_fp8_gemm_is_found_and_the_reason_given(
+    graph: FP8Graph,
+    built: Callable[..., dict[str, Any]],
+    spoil: Callable[[FP8Graph], None],
+    reason: str,
+) -> None:
+    spoil(graph)
+    result = built(graph)
+    assert result["fp8_linears"] == 1
+    (lost,) = result["lost"]
+    assert (lost["linear"], lost["promised"], lost["reason"]) == ("up", "fp8", reason)
+    with pytest.raises(CoverageError, match=r"^1 of 2 linears promised in FP8 would run in 16 bit: up \("):
+        require_coverage([SixteenBit(**lost)], result["quantized_linears"])
+
+
+def test_without_a_promise_fp8_weights_count_only_where_their_activation_is_quantized(
+    graph: FP8Graph, built: Callable[..., dict[str, Any]]
+) -> None:
+    graph.metadata = {}
+    leave_the_activation_in_16_bit(graph)
+    result = built(graph)
+    assert (result["fp8_linears"], result["quantized_linears"], result["lost"]) == (1, 1, [])
+    (kept,) = result["sixteen_bit"]
+    assert (kept["linear"], kept["reason"]) == ("up", "weight-only: its weight is FP8, its input is not quantized")
+
+
+def test_a_gpu_without_fp8_is_refused_and_an_ada_one_is_not(
+    graph: FP8Graph, built: Callable[..., dict[str, Any]]
+) -> None:
+    with pytest.raises(UnsupportedFormatError, match=r"the graph is FP8, which rtx3090 \(SM86\) cannot compute"):
+        built(graph, gpu="rtx3090")
+    assert built(graph, gpu="rtx4090")["fp8_linears"] == 2
+
+
+def test_a_linear_promised_in_fp8_that_runs_in_fp4_is_lost_too(graph: FP8Graph, tmp_path: Path) -> None:
+    other = Layer("k", "gemm", ("FP4E2M1",), ("FP4E2M1",), ("BFloat16",), ("up/MatMul", "down/MatMul"))
+    found = measure_coverage(read_graph(graph.save(tmp_path / "model.onnx")), [other])
+    assert [item.linear for item in found.lost] == ["up", "down"]
