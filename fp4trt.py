@@ -191,7 +191,10 @@ def _with_status(callback: Callable[..., Any] | None) -> Callable[..., int]:
 
     def call(*, as_json: bool, **values: Any) -> int:
         assert callback is not None
-        if as_json:
+        if os.environ.get("RANK", "0") != "0":  # of several processes of `accelerate launch` the first one speaks
+            with contextlib.redirect_stdout(io.StringIO()):
+                result = callback(**values)
+        elif as_json:
             with _stdout_to_stderr():
                 result = callback(**values)
             click.echo(json.dumps(_finite(result or {}), allow_nan=False, default=os.fspath))

@@ -3,7 +3,9 @@
 A folder in ModelOpt's unified layout: for a quantized linear X, ``X.weight`` U8 [N, K/2] (two E2M1 codes a byte),
 ``X.weight_scale`` F8_E4M3 [N, K/16], ``X.weight_scale_2`` and ``X.input_scale`` F32 scalars (amax / (6 * 448)); for
 one in FP8 ``X.weight`` F8_E4M3 [N, K], ``X.weight_scale`` and ``X.input_scale`` F32 scalars (amax / 448); for an
-attention A in FP8 ``A.q_scale``, ``A.k_scale`` and ``A.v_scale``, likewise; and the rest as diffusers has it.
+attention A in FP8 ``A.q_scale``, ``A.k_scale`` and ``A.v_scale``, likewise; and the rest as diffusers has it. Where
+SVDQuant made an NVFP4 weight, its codes are of what the low-rank branch leaves; that is ``X.svdquant_lora_a`` [rank,
+K], ``X.svdquant_lora_b`` [N, rank] and, with smoothing, ``X.pre_quant_scale`` [K].
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from calibration.models import Family, family_of
 from calibration.nvfp4_linear import NVFP4Linear
 from calibration.safetensors_file import StoredTensor
 from calibration.source import load_json, model_class, tensors_of
+from calibration.svdquant_linear import SVDQuantLinear
 
 __all__ = [
+    "BRANCH",
     "FP8_SCALES",
     "MANIFEST",
     "SCALES",
+    "SMOOTHING",
     "WEIGHTS",
     "Checkpoint",
     "empty_model",
@@ -46,6 +51,10 @@ WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 MANIFEST: Final = "fp4trt.json"
 SCALES: Final = ("weight_scale", "weight_scale_2", "input_scale")
 """What a linear in NVFP4 has beside its weight (and bias)."""
+BRANCH: Final = ("svdquant_lora_a", "svdquant_lora_b")
+"""What one has besides where SVDQuant made it, [rank, K] and [N, rank]."""
+SMOOTHING: Final = "pre_quant_scale"
+"""What one has besides where its input is scaled by channel, [K]."""
 FP8_SCALES: Final = ("weight_scale", "input_scale")
 """What a linear in FP8 has beside its weight (and bias)."""
 
@@ -105,6 +114,15 @@ class Checkpoint:
         """Module paths of the attentions whose products are in FP8, in graph order."""
         paths = self.family.attentions(self.config)
         return tuple(path for path in paths if f"{path}.{fp8_attention.SCALES[0]}" in self.tensors)
+
+    def rank(self, path: str) -> int:
+        """Return the rank of a quantized linear's low-rank branch, 0 without one."""
+        factor = self.tensors.get(f"{path}.{BRANCH[0]}")
+        return factor.shape[0] if factor is not None else 0
+
+    def is_smoothed(self, path: str) -> bool:
+        """Whether the input of a quantized linear is scaled by channel first."""
+        return f"{path}.{SMOOTHING}" in self.tensors
 
     @property
     def recipe(self) -> str:
@@ -172,14 +190,18 @@ def read(directory: str | Path) -> Checkpoint:
         raise BadCheckpoint(
             f"{folder} holds no NVFP4 weights; expected a quantized checkpoint: run fp4trt quantize first"
         )
-    for kind, name, found in (("nvfp4", "NVFP4", checkpoint.quantized), ("fp8", "FP8", checkpoint.fp8)):
+    branched = [path for path in checkpoint.quantized if checkpoint.rank(path)]
+    for kind, name, found in (
+        ("nvfp4", "NVFP4 weights", checkpoint.quantized),
+        ("fp8", "FP8 weights", checkpoint.fp8),
+        ("svdquant", "low-rank branch", branched),
+    ):
         for path in manifest.get("quantized", {}).get(kind, []):
             if path not in found:
-                raise BadCheckpoint(
-                    f"{folder} has no {name} weights for {path}, which its {MANIFEST} promises; quantize again"
-                )
+                raise BadCheckpoint(f"{folder} has no {name} for {path}, which its {MANIFEST} promises; quantize again")
     for path in checkpoint.quantized:
         _check_linear(checkpoint, path)
+        _check_branch(checkpoint, path)
     for path in checkpoint.fp8:
         _check_fp8_linear(checkpoint, path)
     for path in (*checkpoint.fp8_attentions, *manifest.get("attention", {}).get("fp8", [])):
@@ -200,6 +222,20 @@ def _check_linear(checkpoint: Checkpoint, path: str) -> None:
             f"{path} has codes {codes.dtype}{list(codes.shape)} and block scales {scales.dtype}{list(scales.shape)}; "
             f"expected U8 [N, K/2] and F8_E4M3 [N, K/{nvfp4.BLOCK_SIZE}]"
         )
+
+
+def _check_branch(checkpoint: Checkpoint, path: str) -> None:
+    rows, packed = checkpoint.tensors[f"{path}.weight"].shape
+    rank = checkpoint.rank(path)
+    wanted = dict(zip(BRANCH, ((rank, packed * 2), (rows, rank)), strict=True)) | {SMOOTHING: (packed * 2,)}
+    found = {kind: checkpoint.tensors[name] for kind in wanted if (name := f"{path}.{kind}") in checkpoint.tensors}
+    for kind, tensor in found.items():
+        if tensor.shape != wanted[kind] or tensor.dtype not in ("BF16", "F16", "F32"):
+            raise BadCheckpoint(
+                f"{path}.{kind} is {tensor.dtype}{list(tensor.shape)}; expected {list(wanted[kind])} in 16 bit"
+            )
+    if len(found.keys() & set(BRANCH)) == 1:
+        raise BadCheckpoint(f"{checkpoint.directory} has half of the branch of {path}; expected {' and '.join(BRANCH)}")
 
 
 def _check_fp8_linear(checkpoint: Checkpoint, path: str) -> None:
@@ -230,9 +266,9 @@ def _check_attention(checkpoint: Checkpoint, path: str) -> None:
 def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
     """Load a quantized checkpoint as its diffusers class, in eval mode, on the CPU.
 
-    Every quantized linear becomes an :class:`NVFP4Linear` or :class:`FP8Linear`, and attentions in FP8 compute as
-    :class:`calibration.fp8_attention.FP8Attention`; in BF16 the model computes what fake quantization computes, bit for
-    bit.
+    Every quantized linear becomes an :class:`NVFP4Linear`, an :class:`SVDQuantLinear` or an :class:`FP8Linear`, and
+    attentions in FP8 compute as :class:`calibration.fp8_attention.FP8Attention`; in BF16 the model computes what fake
+    quantization computes, bit for bit.
 
     Args:
         directory: the checkpoint.
@@ -256,7 +292,9 @@ def empty_model(checkpoint: Checkpoint, quantize_activations: bool = True) -> nn
         kinds: dict[str, type[NVFP4Linear | FP8Linear]] = dict.fromkeys(checkpoint.quantized, NVFP4Linear)
         for path, kind in {**kinds, **dict.fromkeys(checkpoint.fp8, FP8Linear)}.items():
             linear = model.get_submodule(path)
-            replacement = kind(linear.in_features, linear.out_features, linear.bias is not None)
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            rank, smoothing = checkpoint.rank(path), checkpoint.is_smoothed(path)
+            replacement = SVDQuantLinear(*sizes, rank, smoothing) if rank or smoothing else kind(*sizes)
             replacement.quantize_activations = quantize_activations
             model.set_submodule(path, replacement)
         for path in checkpoint.fp8_attentions if quantize_activations else ():

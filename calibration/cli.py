@@ -84,7 +84,10 @@ def recipes(name: str | None) -> dict[str, Any]:
 @click.command()
 @click.argument("source")
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
-@click.option("--recipe", default="nvfp4-ptq", show_default=True, help="A name of fp4trt recipes, or a YAML file.")
+@click.option(
+    "--recipe",
+    help="A name of fp4trt recipes, or a YAML file.  [default: nvfp4-quality; nvfp4-ptq where only maxima are given]",
+)
 @click.option(
     "--calibration",
     type=_PATH,
@@ -98,7 +101,7 @@ def recipes(name: str | None) -> dict[str, Any]:
 def quantize(
     source: str,
     output: Path,
-    recipe: str,
+    recipe: str | None,
     calibration: tuple[Path, ...],
     modelopt_state: Path | None,
     trust: bool,
@@ -120,9 +123,9 @@ def quantize(
 
     result = run(source, output, recipe, calibration, modelopt_state, trust, force, device)
     in_fp8 = f", {result['fp8_linears']} of them to FP8" if result["fp8_linears"] else ""
-    in_fp8 += f", and {result['fp8_attentions']} attentions" if result["fp8_attentions"] else ""
+    attention = f" and {result['fp8_attentions']} attentions" if result["fp8_attentions"] else ""
     click.echo(
-        f"quantized {result['quantized_linears']} linears{in_fp8} ({result['recipe']}): "
+        f"quantized {result['quantized_linears']} linears{in_fp8}{attention} ({result['recipe']}): "
         f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
     )
     if cost := result["sharing_cost"]:

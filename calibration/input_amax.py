@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import click
 
-from calibration import ptq
+from calibration import processes, ptq
 from calibration.attention_amax import operands_of
 from calibration.block_calibration import measured_by_block
 from calibration.dataset import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
@@ -93,8 +93,10 @@ def calibrate(
     config = load_json(folder / "config.json")
     family = family_of(config)
     with _measured(folder, inputs, prompts, sampling, save_inputs_to, work, device) as measured:
-        write_json(work / output.name, {METADATA: dict(measured.described), **measured.amax})
-        os.replace(work / output.name, output)
+        if processes.is_main():
+            write_json(work / output.name, {METADATA: dict(measured.described), **measured.amax})
+            os.replace(work / output.name, output)
+    processes.wait(device)
     return {
         "amax": str(output.resolve()),
         "inputs": str(Path(save_inputs_to).resolve()) if save_inputs_to is not None else None,
@@ -203,8 +205,9 @@ def _measured(
 ) -> Iterator[Calibration]:
     """Run the model on captured inputs, or on what its pipeline makes of prompts."""
     captured = _captured(folder, inputs, prompts, sampling, save_inputs_to)
-    with measured_by_block(folder, captured.calls, work, device) as amax:
-        yield replace(captured, amax=amax)
+    calls, own = processes.share(captured.calls), processes.own_folder(work)
+    with measured_by_block(folder, calls, own, device) as amax:
+        yield replace(captured, amax=processes.largest(amax, device))
 
 
 def _captured(
@@ -228,7 +231,7 @@ def _captured(
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
     check_inputs(calls, family, config)
-    if save_inputs_to is not None:
+    if save_inputs_to is not None and processes.is_main():
         save_inputs(save_inputs_to, calls)
     described |= {"calls": len(calls), "family": family.name}
     if warning := partial_schedule(calls):

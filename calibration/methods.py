@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from calibration import quality
 from calibration.models import Family
 from calibration.preparation import Method
-from calibration.recipe import PTQ, Quality
+from calibration.recipe import PTQ, Quality, SVDQuant
 from calibration.recipe import Method as Options
 
-__all__ = ["needs_activations", "of_block"]
+__all__ = ["needs_activations", "of_block", "require_fit"]
 
 
 def needs_activations(options: Options) -> bool:
@@ -16,9 +18,25 @@ def needs_activations(options: Options) -> bool:
     return not isinstance(options, PTQ)
 
 
+def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse options that linears of these shapes cannot have.
+
+    Raises:
+        BadRecipe: naming the linear.
+    """
+    if isinstance(options, SVDQuant):
+        from calibration.svdquant import require_rank
+
+        require_rank(options.rank, groups, shapes)
+
+
 def of_block(options: Options, family: Family) -> Method:
     """Return what quantizes a block of a family's models by a method that needs activations."""
     match options:
         case Quality():
             return lambda task: quality.quantize_block(task, options, family.modulated(task.path))
+        case SVDQuant():
+            from calibration.svdquant import svdquant
+
+            return svdquant(options.rank, options.smoothing, options.alpha_step, family.rows)
     raise AssertionError(f"no function of a block for {options.name}")

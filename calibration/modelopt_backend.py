@@ -17,12 +17,16 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization import model_calib
+    from modelopt.torch.quantization.conversion import (
+        create_and_replace_svdquant_linear_on_the_fly as make_room_for_branches,
+    )
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
         is_registered_quant_backend,
         register_quant_backend,
     )
 
-__all__ = ["FP8", "NVFP4", "mto", "mtq"]
+__all__ = ["FP8", "NVFP4", "make_room_for_branches", "model_calib", "mto", "mtq"]
 
 BACKEND: Final = "fp4trt_nvfp4"
 
@@ -40,7 +44,9 @@ logging.getLogger("modelopt").setLevel(logging.ERROR)
 
 
 def _fake_quantize(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
-    return nvfp4.fake_quantize(inputs, nvfp4.global_scale(quantizer.amax.float()))
+    # While AWQ-lite tries scales on a weight, that has no amax yet; ModelOpt's own kernel then takes the input's.
+    amax = inputs.abs().amax() if quantizer.amax is None else quantizer.amax
+    return nvfp4.fake_quantize(inputs, nvfp4.global_scale(amax.float()))
 
 
 if not is_registered_quant_backend(BACKEND):

@@ -1,8 +1,8 @@
-"""The method ``quality``: the best NVFP4 weights for a block that calibration data can find, at no cost at run time.
+"""The method ``quality``: the best weights for a block that calibration data can find, at no cost at run time.
 
 1. Folds (:mod:`calibration.folds`) move constants and factors of channels out of the activations.
 2. GPTQ with a search of the block scales, then coordinate descent (:mod:`calibration.gptq`), choose codes and scales
-   for the activations that will be there: quantized ones.
+   for the activations that will be there: quantized ones. In FP8 they are rounded to nearest.
 3. The bias takes up what the mean of the output has lost.
 
 Every linear is looked at in the order of the graph, behind those that are quantized already (``sequential``), or all of
@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from calibration import gptq, nvfp4, ptq
+from calibration import fp8, gptq, nvfp4, ptq
 from calibration.folds import fold_block
 from calibration.input_statistics import Channels, Moments, observe_channels, observe_moments
 from calibration.models.family import Modulated
@@ -34,7 +34,7 @@ Group = tuple[str, ...]
 
 
 def quantize_block(task: BlockTask, options: Quality, modulated: Sequence[Modulated]) -> BlockResult:
-    """Return a block in NVFP4.
+    """Return a block in NVFP4, and in FP8 where its linears are to be.
 
     Args:
         task: the block.
@@ -93,41 +93,65 @@ class _Work:
     def quantize(self, stage: Sequence[Group]) -> None:
         """Quantize some groups for what enters them now."""
         scales = {group[0]: self.input_scale(group) for group in stage}
-        quantizers = {path: _Quantizer(scale) for path, scale in scales.items()}
+        quantizers = {path: _Quantizer(scale, self.task.linears[path]) for path, scale in scales.items()}
         watched = {group[0]: self.linear(group[0]) for group in stage}
         with observe_moments(watched, quantizers, self.options.rows_per_call) as found:
             self.task.run()
         for group in stage:
-            self.quantize_group(group, found.pop(group[0]), scales[group[0]])
+            in_fp8 = self.task.linears[group[0]] == "fp8"
+            quantize = self.quantize_group_to_fp8 if in_fp8 else self.quantize_group
+            quantize(group, found.pop(group[0]), scales[group[0]])
 
     def input_scale(self, group: Group) -> torch.Tensor:
-        """Return the global scale of a group's input, with the headroom that the recipe wants."""
+        """Return the scale of a group's input, in NVFP4 the global one, with the headroom that the recipe wants."""
         amax = float(self.channels[group[0]].amax.max())
         checked = ptq.checked({group[0]: amax * self.options.input_headroom}, group[:1])
-        return nvfp4.global_scale(checked[group[0]])
+        in_fp8 = self.task.linears[group[0]] == "fp8"
+        return (fp8.tensor_scale if in_fp8 else nvfp4.global_scale)(checked[group[0]])
 
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
-        """Quantize linears that share their scales."""
+        """Quantize linears to NVFP4 that share their scales."""
         own = {path: float(self.linear(path).weight.abs().max()) for path in group}
         scale = nvfp4.global_scale(max(ptq.checked_weights(own).values())).to(moments.product.device)
         covariance = moments.covariance
         covariance.diagonal().add_(self.options.damping * covariance.diagonal().mean())
-        wanted_mean = self.channels[group[0]].mean
         for path in group:
-            linear = self.linear(path)
-            weight = linear.weight.float()
+            weight = self.linear(path).weight.float()
             rounded = self.rounded(weight, covariance, scale)
             self.note(path, weight, rounded, covariance, scale)
             codes, block_scales = rounded.stored(scale)
             self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, block_scales
             self.tensors[f"{path}.weight_scale_2"] = scale
-            self.tensors[f"{path}.input_scale"] = input_scale
-            if self.options.bias_correction and linear.bias is not None:
-                lost = weight @ wanted_mean - rounded.values @ (moments.rounded / moments.count)
-                linear.bias.copy_(linear.bias.float() + lost)
-                self.tensors[f"{path}.bias"] = linear.bias
-            linear.weight.copy_(rounded.values)
-            linear.register_forward_pre_hook(_Quantizer(input_scale.to(scale.device)).hook)
+            self.settle(path, weight, rounded.values, group, moments, input_scale)
+
+    def quantize_group_to_fp8(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
+        """Round linears that read the same input to FP8, each under a scale of its own."""
+        for path in group:
+            weight = self.linear(path).weight.float()
+            amax = ptq.checked_weights({path: float(weight.abs().max())})[path]
+            scale = fp8.tensor_scale(amax).to(weight.device)
+            codes = fp8.quantize(weight, scale)
+            self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, scale
+            self.settle(path, weight, fp8.dequantize(codes, scale), group, moments, input_scale)
+
+    def settle(
+        self,
+        path: str,
+        weight: torch.Tensor,
+        values: torch.Tensor,
+        group: Group,
+        moments: Moments,
+        input_scale: torch.Tensor,
+    ) -> None:
+        """Let a linear compute with its rounded weight on its rounded input, for those behind it; correct its bias."""
+        linear = self.linear(path)
+        self.tensors[f"{path}.input_scale"] = input_scale
+        if self.options.bias_correction and linear.bias is not None:
+            lost = weight @ self.channels[group[0]].mean - values @ (moments.rounded / moments.count)
+            linear.bias.copy_(linear.bias.float() + lost)
+            self.tensors[f"{path}.bias"] = linear.bias
+        linear.weight.copy_(values)
+        linear.register_forward_pre_hook(_Quantizer(input_scale.to(values.device), self.task.linears[path]).hook)
 
     def rounded(self, weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor) -> gptq.Rounded:
         rounded = gptq.round_with_feedback(weight, moments, scale) if self.options.gptq else gptq.plain(weight, scale)
@@ -151,12 +175,13 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Quantizer:
-    """Rounds an input to NVFP4 under a global scale."""
+    """Rounds an input to a format, under its scale (in NVFP4 the global one)."""
 
     scale: torch.Tensor
+    format: str
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return nvfp4.fake_quantize(x, self.scale.to(x.device))
+        return (fp8 if self.format == "fp8" else nvfp4).fake_quantize(x, self.scale.to(x.device))
 
     def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Round what enters a linear that is quantized already."""

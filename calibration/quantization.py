@@ -19,11 +19,11 @@ from typing import Any, Final
 import click
 from torch import nn
 
-from calibration import methods, nvfp4, shards, sharing, write
+from calibration import methods, nvfp4, processes, shards, sharing, write
 from calibration.block_calibration import require_device
-from calibration.checkpoint import MANIFEST
+from calibration.checkpoint import BRANCH, MANIFEST, load_manifest
 from calibration.dataset import save_inputs
-from calibration.errors import BadInputs, TooLittleSpace
+from calibration.errors import BadInputs, BadRecipe, TooLittleSpace
 from calibration.fp8_attention import SCALES, attention_scales
 from calibration.input_amax import Calibration, calibration_from, captured_from
 from calibration.models import Family, family_of
@@ -31,7 +31,7 @@ from calibration.models.family import require_blocks_of_16
 from calibration.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
 from calibration.preparation import Prepared, prepared_by_block
 from calibration.quantization_config import quantization_config
-from calibration.recipe import DEFAULT_RECIPE, Recipe, linear_formats, load_recipe
+from calibration.recipe import QAT, Recipe, linear_formats, load_recipe
 from calibration.safetensors_file import StoredTensor, hold, sha256_of
 from calibration.source import (
     empty_source,
@@ -108,11 +108,15 @@ class _Given:
         calibrated: the maxima of the linears' inputs, of those that are packed in the pass, and what they come from.
         prepared: what a method has decided that looks at the model's activations.
         done: what is known of the weights from elsewhere; None where their files are to be read.
+        kept: files that go into the result's folder ``training``, by name.
+        training: what the manifest says of a training.
     """
 
     calibrated: Calibration
     prepared: Prepared = field(default_factory=Prepared)
     done: Done | None = None
+    kept: Mapping[str, Path] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self, plain: _Plain) -> str:
         """Return what tells the result from any other before a weight was read; empty where nothing is to be read."""
@@ -126,14 +130,14 @@ class _Given:
             dict(self.calibrated.amax),
             dict(self.calibrated.described),
         ]
-        parts += [self.prepared.figures, files, _versions(), _LAYOUT]
+        parts += [self.prepared.figures, self.training, files, _versions(), _LAYOUT]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def quantize(
     source: str | Path,
     output: str | Path,
-    recipe: str | Path = DEFAULT_RECIPE,
+    recipe: str | Path | Recipe | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
     modelopt_state: str | Path | None = None,
     trust: bool = False,
@@ -149,7 +153,9 @@ def quantize(
     Args:
         source: BF16 checkpoint (see :func:`calibration.source.find_source`).
         output: folder of the result, written as ``OUTPUT.partial`` and renamed.
-        recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`).
+        recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`), or what was read; None for
+            the best that the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with maxima or a
+            state.
         calibration: maxima (``.json``), or several files of them to be merged, or captured inputs
             (``.safetensors``); None for the built-in model's words.
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here.
@@ -164,7 +170,10 @@ def quantize(
         BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear, Untrusted: naming
             what is wrong.
     """
-    chosen = load_recipe(recipe)
+    if isinstance(recipe, Recipe):
+        chosen = recipe
+    else:
+        chosen = load_recipe(recipe or _usual_recipe(calibration, modelopt_state))
     if calibration and modelopt_state is not None:
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
     require_device(device)
@@ -176,13 +185,29 @@ def quantize(
     if modelopt_state is not None:
         plain, restored = _restored(plain, modelopt_state, trust)
         given_by = contextlib.nullcontext(restored)
+    elif isinstance(chosen.method, QAT):
+        training = directory.with_name(f"{directory.name}.training.partial")
+        given_by = _trained(plain, chosen.method, calibration or None, training, device)
     elif methods.needs_activations(chosen.method):
+        if not processes.is_main():  # goes block by block in one process
+            processes.wait(device)
+            return _summary(directory, plain, load_manifest(directory / MANIFEST))
         given_by = _prepared(plain, calibration or None, work, device)
     else:
         given_by = _calibrated(plain, calibration or None, work, device)
-    with given_by as given, write.replacing(directory, force, given.identity(plain)) as partial:
-        manifest = _write(partial, plain, given, device)
-    return _summary(directory, plain, manifest)
+    with given_by as given:
+        if processes.is_main():
+            with write.replacing(directory, force, given.identity(plain)) as partial:
+                _write(partial, plain, given, device)
+    processes.wait(device)
+    return _summary(directory, plain, load_manifest(directory / MANIFEST))
+
+
+def _usual_recipe(calibration: str | Path | Sequence[str | Path] | None, modelopt_state: str | Path | None) -> str:
+    """Return the preset that makes the most of what is there: maxima allow no more than rounding to nearest."""
+    files = [Path(path) for path in ([calibration] if isinstance(calibration, str | Path) else calibration or ())]
+    only_maxima = modelopt_state is not None or len(files) > 1 or any(path.suffix == ".json" for path in files)
+    return "nvfp4-ptq" if only_maxima else "nvfp4-quality"
 
 
 @contextlib.contextmanager
@@ -217,6 +242,27 @@ def _prepared(
         yield _Given(captured, prepared)
 
 
+@contextlib.contextmanager
+def _trained(
+    plain: _Plain, options: QAT, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
+) -> Iterator[_Given]:
+    """Quantize a plain checkpoint by the recipe to start from, and train what comes of it."""
+    from calibration.qat.distillation import trained
+
+    first = load_recipe(options.start)
+    if isinstance(first.method, QAT):
+        raise BadRecipe(f"{plain.recipe.name} starts from {first.name}, which trains too; expected one that does not")
+    first = first.model_copy(update={"formats": plain.recipe.formats})
+    captured = captured_from(plain.folder, calibration)
+    recipe = {**plain.recipe.resolved(), "start": first.resolved()}
+
+    def begin(directory: Path) -> None:
+        quantize(plain.folder, directory, first, calibration, device=device)
+
+    with trained(plain.folder, captured.calls, options, recipe, begin, work, device) as result:
+        yield _Given(captured, Prepared(result.tensors), kept=result.files, training=result.figures)
+
+
 def _restored(plain: _Plain, modelopt_state: str | Path, trust: bool) -> tuple[_Plain, _Given]:
     """Take weights and maxima from a ModelOpt state of a plain checkpoint's model, which is held in memory for that."""
     from calibration.modelopt_state import maxima, restore
@@ -244,7 +290,9 @@ def _checked(folder: Path, recipe: Recipe) -> _Plain:
         if kind == "nvfp4":
             require_blocks_of_16(path, shapes[path][1])
     ordered = {name: stored[name] for name in model.state_dict()}
-    return _Plain(folder, config, family, model, ordered, recipe, formats)
+    plain = _Plain(folder, config, family, model, ordered, recipe, formats)
+    methods.require_fit(recipe.method, plain.groups, shapes)
+    return plain
 
 
 def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str, Any]:
@@ -271,9 +319,10 @@ def _write(partial: Path, plain: _Plain, given: _Given, device: str) -> dict[str
     written = {shard.name: done.files[shard.name] for shard in planned}
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
-    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats)}
+    ranks = set(_branches(prepared).values())
+    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats, ranks)}
     written["config.json"] = write.write_json(partial / "config.json", config)
-    written |= _keep_calibration(partial, given.calibrated)
+    written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
     common = own | sharing.shared(own, [group for group in packed if group[0] not in fp8])
     manifest = {
@@ -310,18 +359,28 @@ def _amax(
 
 def _description(plain: _Plain, given: _Given) -> dict[str, Any]:
     """Return what the manifest says of the quantization itself."""
+    formats = {kind: plain.of_format(kind) for kind in ("nvfp4", "fp8")}
+    formats["svdquant"] = tuple(_branches(given.prepared.tensors))
     described = {
         "format": 1,
         "family": plain.family.name,
         "recipe": plain.recipe.resolved(),
-        "quantized": {kind: paths for kind in ("nvfp4", "fp8") if (paths := plain.of_format(kind))},
+        "quantized": {kind: paths for kind, paths in formats.items() if paths},
         "groups": plain.quantized_groups,
         "calibration": dict(given.calibrated.described),
         "versions": _versions(),
     }
+    if given.training:
+        described["training"] = dict(given.training)
     if plain.fp8_attentions:
         described["attention"] = {"fp8": plain.fp8_attentions}
     return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
+
+
+def _branches(prepared: Mapping[str, StoredTensor]) -> dict[str, int]:
+    """Return the linears that a low-rank branch was prepared for, and its rank."""
+    factors = {name.rpartition("."): tensor.shape for name, tensor in prepared.items()}
+    return {path: shape[0] for (path, _, leaf), shape in factors.items() if leaf == BRANCH[0]}
 
 
 def _foresee(folder: Path, reads: int, needed: int) -> None:
@@ -372,6 +431,15 @@ def _keep_calibration(partial: Path, calibrated: Calibration) -> dict[str, str]:
     kept.parent.mkdir(exist_ok=True)
     save_inputs(kept, calibrated.calls)
     return {"calibration/inputs.safetensors": sha256_of(kept)}
+
+
+def _keep_training(partial: Path, files: Mapping[str, Path]) -> dict[str, str]:
+    """Keep what tells how a training went."""
+    kept = {f"training/{name}": file for name, file in files.items()}
+    for name, file in kept.items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, partial / name)
+    return {name: sha256_of(partial / name) for name in kept}
 
 
 def _versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ Source: ``modelopt.torch.export`` 0.47, ``process_layer_quant_config`` and ``con
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -25,20 +25,29 @@ _LAYERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "fp8": {"quant_algo": "FP8"},
 }
 """What ModelOpt says of one linear of a mixed model."""
+_SVDQUANT: Final = {
+    "quant_algo": "NVFP4_SVD",
+    "group_size": nvfp4.BLOCK_SIZE,
+    "has_zero_point": False,
+    "pre_quant_scale": True,
+}
+"""And of one in NVFP4 with a low-rank branch."""
 
 
-def quantization_config(model: nn.Module, formats: Mapping[str, str]) -> dict[str, Any]:
+def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Collection[int] = ()) -> dict[str, Any]:
     """Return the ``quantization_config`` of a model some of whose linears are in NVFP4 or FP8.
 
     Args:
         model: may be on the meta device.
         formats: module path to ``nvfp4``, ``fp8``, or ``bf16`` for a linear that is not quantized.
+        ranks: of the low-rank branches that SVDQuant put beside the linears in NVFP4; none where it did not.
     """
+    layers = {**_LAYERS, "nvfp4": _SVDQUANT} if ranks else _LAYERS
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantized = {name: formats[name] for name in linears if formats.get(name, "bf16") != "bf16"}
     kinds = list(dict.fromkeys(quantized.values()))
     mixed = len(kinds) > 1
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         f"group_{index}": {
             "input_activations": dict(_OPERANDS[kind]),
             "weights": dict(_OPERANDS[kind]),
@@ -46,12 +55,16 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str]) -> dict[st
         }
         for index, kind in enumerate(kinds)
     }
+    if ranks:
+        told = not mixed and len(ranks) == 1  # ModelOpt knows one rank for all, and of a mixed model does not say it
+        rank = {"lora_rank": next(iter(ranks))} if told else {}
+        groups[f"group_{kinds.index('nvfp4')}"] |= {"has_zero_point": False, "pre_quant_scale": True, **rank}
     return {
         "config_groups": groups,
-        **({"quantized_layers": {name: dict(_LAYERS[kind]) for name, kind in quantized.items()}} if mixed else {}),
+        **({"quantized_layers": {name: dict(layers[kind]) for name, kind in quantized.items()}} if mixed else {}),
         # Of a mixed model ModelOpt names the linears that are quantized, and none that are not.
         "ignore": [] if mixed else sorted({_pattern(name, quantized) for name in linears if name not in quantized}),
-        "quant_algo": "MIXED_PRECISION" if mixed else _LAYERS[kinds[0]]["quant_algo"],
+        "quant_algo": "MIXED_PRECISION" if mixed else layers[kinds[0]]["quant_algo"],
         "producer": {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")},
         "quant_method": "modelopt",
     }

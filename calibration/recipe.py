@@ -17,20 +17,19 @@ from calibration.errors import BadRecipe
 from calibration.models import Family
 
 __all__ = [
-    "DEFAULT_RECIPE",
     "METHODS",
     "PTQ",
+    "QAT",
     "FormatRules",
     "Method",
     "Quality",
     "Recipe",
     "Rule",
+    "SVDQuant",
     "linear_formats",
     "load_recipe",
     "preset_names",
 ]
-
-DEFAULT_RECIPE: Final = "nvfp4-ptq"
 
 _FOLDER: Final = Path(__file__).resolve().parent / "recipes"
 
@@ -75,6 +74,44 @@ class PTQ(_Strict):
     name: Literal["ptq"]
 
 
+class QAT(_Strict):
+    """Quantization-aware training by distillation from the plain model (see :mod:`calibration.qat`).
+
+    Attributes:
+        start: the recipe, a preset's name or a file, whose method makes the checkpoint to start from; the formats are
+            those of this recipe.
+        learn: ``all`` of each NVFP4 linear, or its ``biases`` alone: a calibration by gradients, which leaves codes and
+            scales as they are.
+        steps: of training.
+        learning_rate: its largest.
+        batch: images of a step, over all processes.
+        warm_up: steps of it.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        block_loss: weight of the blocks' mean relative error beside the velocity's mean squared error; 0 leaves it out.
+        data: ``trajectories`` for states on the teacher's ways from fresh noise at random times, with the text of the
+            captured calls; ``captured`` for the captured states themselves.
+        visits: states of each way.
+        gradient_checkpointing: compute each block again in the backward pass, to save memory.
+        seed: of the data.
+    """
+
+    name: Literal["qat"]
+    start: str = "nvfp4-quality"
+    learn: Literal["all", "biases"] = "all"
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    batch: int = Field(default=64, gt=0)
+    warm_up: int = Field(default=20, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    block_loss: float = Field(default=0.0, ge=0)
+    data: Literal["trajectories", "captured"] = "trajectories"
+    visits: int = Field(default=10, gt=0)
+    gradient_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0)
+
+
 class Quality(_Strict):
     """Folds, GPTQ with a search of the block scales, coordinate descent, bias correction: no cost at run time.
 
@@ -103,10 +140,26 @@ class Quality(_Strict):
     rows_per_call: int = Field(default=1024, ge=1)
 
 
-METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality}
+class SVDQuant(_Strict):
+    """A low-rank branch in 16 bit, and in FP4 what it leaves of the weight (see :mod:`calibration.svdquant`).
+
+    Attributes:
+        rank: of the branch for each linear; linears that read the same input pool theirs.
+        smoothing: whether the inputs, but for the modulations', are scaled by channel first, with an exponent that is
+            searched for each group.
+        alpha_step: of the grid of exponents from 0 to 1; the smaller, the longer the search.
+    """
+
+    name: Literal["svdquant"]
+    rank: int = Field(default=32, ge=1)
+    smoothing: bool = True
+    alpha_step: float = Field(default=0.1, gt=0, le=1)
+
+
+METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality, "svdquant": SVDQuant, "qat": QAT}
 """Name of a method to its options."""
 
-Method = Annotated[PTQ | Quality, Field(discriminator="name")]
+Method = Annotated[PTQ | Quality | SVDQuant | QAT, Field(discriminator="name")]
 
 
 class Recipe(_Strict):

@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 import click
 import onnx_ir as ir
 
-from calibration.checkpoint import Checkpoint, read
+from calibration.checkpoint import BRANCH, SMOOTHING, Checkpoint, read
 from calibration.source import BUILT_IN, find_source
 from exporter import external_weights, plain_checkpoint
 from exporter.errors import BadGraph, WrongPrecision
 from exporter.existing_results import refuse_existing_results
 from exporter.lint_gate import passed_lint
+from exporter.passes.add_branches import Branch, add_branches
 from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
 from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
@@ -28,7 +29,7 @@ from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
 from exporter.trace import OPSET, other_linears, trace, translate
 
-__all__ = ["IR_VERSION", "Precision", "export", "graph_of", "graph_path", "group_leaders"]
+__all__ = ["IR_VERSION", "Precision", "branches", "export", "graph_of", "graph_path", "group_leaders"]
 
 Precision = Literal["nvfp4", "bf16"]
 
@@ -134,6 +135,7 @@ def graph_of(
     fold_constants(model)
     stamp_blocks(model, _stacks(checkpoint))
     drop_placeholders(model, [*checkpoint.quantized, *checkpoint.fp8])
+    add_branches(model, branches(checkpoint))
     fp8_quantize(model, {path: leaders.get(path, path) for path in checkpoint.fp8})
     double_dequantize(model, leaders, scale_dtype)
     fp8_attention(model, checkpoint.fp8_attentions)
@@ -174,10 +176,8 @@ def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
     """
     leaders = {}
     for group in checkpoint.groups:
-        scales = {
-            (float(checkpoint.raw(f"{path}.weight_scale_2")), float(checkpoint.raw(f"{path}.input_scale")))
-            for path in group
-        }
+        kinds = ("weight_scale_2", "input_scale", SMOOTHING)
+        scales = {tuple(_bytes(checkpoint, f"{path}.{kind}") for kind in kinds) for path in group}
         for path in group:
             leaders[path] = group[0] if len(scales) == 1 else path
     for group in checkpoint.groups_of(checkpoint.fp8):
@@ -185,6 +185,25 @@ def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
         for path in group:
             leaders[path] = first.setdefault(float(checkpoint.raw(f"{path}.input_scale")), path)
     return leaders
+
+
+def branches(checkpoint: Checkpoint) -> dict[str, Branch]:
+    """Return what the linears have that SVDQuant or AWQ made, tensors that are equal in a group standing for all."""
+    found = {}
+    for group in checkpoint.groups:
+        first: dict[tuple[bytes, ...], str] = {}
+        for path in group:
+            rank, scale = checkpoint.rank(path), _bytes(checkpoint, f"{path}.{SMOOTHING}")
+            smoothing = first.setdefault((scale,), path) if scale else None
+            factor = first.setdefault((scale, _bytes(checkpoint, f"{path}.{BRANCH[0]}")), path)
+            if rank or smoothing:
+                found[path] = Branch(smoothing, factor, rank)
+    return found
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
+    """Return a tensor's bytes; none where there is no such tensor."""
+    return checkpoint.raw(name).tobytes() if name in checkpoint.tensors else b""
 
 
 def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None:

@@ -22,6 +22,7 @@ class CheckpointManifest:
     Attributes:
         family: of the model.
         recipe: name of the recipe.
+        method: name of its method.
         nvfp4: module paths of the linears that it has in NVFP4.
         fp8: of those that it has in FP8.
         fp8_attentions: module paths of the attentions whose products are in FP8.
@@ -32,6 +33,7 @@ class CheckpointManifest:
 
     family: str | None
     recipe: str | None
+    method: str | None
     nvfp4: tuple[str, ...]
     fp8: tuple[str, ...]
     fp8_attentions: tuple[str, ...]
@@ -55,9 +57,11 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
         return None
     value = read_object(path)
     try:
+        recipe = object_of(value.get("recipe", {}), "recipe")
         return CheckpointManifest(
             family=value.get("family"),
-            recipe=object_of(value.get("recipe", {}), "recipe").get("name"),
+            recipe=recipe.get("name"),
+            method=method.get("name") if isinstance(method := recipe.get("method"), dict) else None,
             nvfp4=strings(object_of(value.get("quantized", {}), "quantized").get("nvfp4", []), "quantized.nvfp4"),
             fp8=strings(object_of(value.get("quantized", {}), "quantized").get("fp8", []), "quantized.fp8"),
             fp8_attentions=strings(object_of(value.get("attention", {}), "attention").get("fp8", []), "attention.fp8"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from onnx_functions.branches import described_branches
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.file_input import what_it_lacks
@@ -88,6 +89,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "promise": compare(promised, found, missing) if manifest else None,
         "attention": of_tensors(tensors.keys(), manifest.fp8_attentions if manifest else None),
         **coverage(linears, manifest.groups if manifest else ()),
+        "branches": described_branches({name: (tensor.shape, tensor.nbytes) for name, tensor in tensors.items()}),
         "versions": manifest.versions if manifest else {},
         "onnx": str(graph.resolve()) if graph.is_file() else None,
         "graph": _onnx(graph) if graph.is_file() else None,

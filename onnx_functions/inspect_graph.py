@@ -14,6 +14,7 @@ from typing import Any, Final
 from onnx import NodeProto
 
 from onnx_functions import inspect_attention
+from onnx_functions.branches import described_branches, is_factor
 from onnx_functions.element_types import attributes_of
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, type_name
 from onnx_functions.linears import declared_groups, promised_linears
@@ -75,6 +76,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         "promise": _promise(subject, found, groups),
         "attention": inspect_attention.of_graph(subject),
         **covered,
+        "branches": described_branches({name: (subject.dims(name), size) for name, size in sizes.items()}),
     }
 
 
@@ -99,6 +101,8 @@ def _linears(subject: Subject, sizes: Mapping[str, int]) -> Iterator[_Found]:
             continue
         for index in (1, 0):
             source, flips, marked = _weight(subject, node.input[index])
+            if is_factor(subject.owner(source) if source else ""):
+                break  # of a low-rank branch, which is no linear of its own
             if source and len(subject.constants[source].dims) == 2:
                 path = _path(node, source, taken)
                 taken.add(path)

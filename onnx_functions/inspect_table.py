@@ -62,6 +62,12 @@ def _stored_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {kind:{width}} {entry['linears']:8} {entry['parameters']:14,} {size:>12}"
     share = f"{found['fp4_coverage']:.1%} of the linears' parameters"
     yield f"  FP4 covers {share} ({found['fp4_linears']} linears)"
+    if branches := found.get("branches"):
+        ranks = " and ".join(map(str, branches["ranks"]))
+        yield (
+            f"  SVDQuant: {branches['linears']} low-rank branches{f' of rank {ranks}' if ranks else ''}, "
+            f"{branches['smoothed']} smoothed inputs: {_size(branches['bytes'])} beside them"
+        )
 
 
 def _group_lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -130,6 +136,9 @@ def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield _entry("linears in FP4", covered)
     if found.get("fp8_linears"):
         yield _entry("linears in FP8", f"{found['fp8_linears']}, by {found.get('fp8_gemms')} GEMMs")
+    if branch := found.get("branch"):
+        cost = f"{branch.get('kernels')} of {found.get('kernels')} kernels, {_size(int(branch.get('bytes') or 0))}"
+        yield _entry("low-rank branches", cost)
 
 
 def _plain(value: Any) -> str:

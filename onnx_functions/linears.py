@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 from onnx import NodeProto, TensorProto
 
+from onnx_functions.branches import Branch, find_branch, find_smoothing
 from onnx_functions.errors import BadGraph
 from onnx_functions.json_file import lists_of_strings, object_of, strings
 from onnx_functions.library import TRT_DOMAIN
@@ -68,12 +69,15 @@ class Linear:
         matmul: name of its MatMul (or Gemm) node.
         activation: the tensor that reaches the MatMul, after any dequantization.
         weight: the tensor [K, N] that reaches it.
-        input: the tensor [..., K] before any quantization.
-        output: the tensor [..., N] after the bias, where there is one.
+        input: the tensor [..., K] before any smoothing and quantization.
+        output: the tensor [..., N] after branch and bias, where there are any.
         add: name of the node that adds the bias, None without one.
         bias: the tensor that is added.
         quantizer: the activation quantizer, None in a 16-bit linear.
         weight_source: the initializer at the far end of the weight's chain: codes or a 16-bit weight.
+        smoothing: the initializer that its input is multiplied by, None without one.
+        smoother: name of the node that does that.
+        branch: the low-rank branch that is added to the product, None without one.
     """
 
     path: str
@@ -86,6 +90,27 @@ class Linear:
     bias: str | None
     quantizer: Quantizer | None
     weight_source: str
+    smoothing: str | None = None
+    smoother: str | None = None
+    branch: Branch | None = None
+
+    @property
+    def head(self) -> str:
+        """The node that stands for the linear's beginning: its quantizer, or its product."""
+        return self.quantizer.node if self.quantizer else self.matmul
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The nodes that read its input."""
+        if self.smoother is not None:
+            return (self.smoother,)
+        return (self.head,) if self.branch is None else (self.head, self.branch.products[0])
+
+    @property
+    def computing(self) -> tuple[str, ...]:
+        """The nodes that multiply and add, after any quantization."""
+        branch = () if self.branch is None else (*self.branch.products, self.branch.add)
+        return (self.matmul, *branch) if self.add is None else (self.matmul, *branch, self.add)
 
 
 def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
@@ -193,22 +218,31 @@ class Graph:
         source = self.source(weight)
         if source not in self.initializers:
             raise BadGraph(f"node {node.name} reads {weight} as its weight, which comes from no initializer")
-        add = self._bias_add(path, node)
+        branch = find_branch(path, node, self.nodes, self.producer, self.initializers)
+        product = branch.output if branch else node.output[0]
+        add = self._bias_add(path, product)
         bias = node.input[2] if len(node.input) > 2 else None
         if add is not None:
-            bias = next(name for name in add.input if name != node.output[0])
+            bias = next(name for name in add.input if name != product)
         quantizer = self.quantizer(activation)
+        enters = quantizer.input if quantizer else activation
+        smoother = find_smoothing(enters, self.producer, self.initializers)
+        if branch is not None and branch.input != enters:
+            raise BadGraph(f"node {branch.products[0]} reads {branch.input}, the quantizer of {path} {enters}")
         return Linear(
             path,
             node.name,
             activation,
             weight,
-            quantizer.input if quantizer else activation,
-            add.output[0] if add is not None else node.output[0],
+            smoother.input[0] if smoother is not None else enters,
+            add.output[0] if add is not None else product,
             add.name if add is not None else None,
             bias,
             quantizer,
             source,
+            smoother.input[1] if smoother is not None else None,
+            smoother.name if smoother is not None else None,
+            branch,
         )
 
     def weight_scale(self, linear: Linear) -> str:
@@ -235,9 +269,9 @@ class Graph:
             for path in paths:
                 yield self.linear(path)
 
-    def _bias_add(self, path: str, matmul: NodeProto) -> NodeProto | None:
+    def _bias_add(self, path: str, product: str) -> NodeProto | None:
         add = self.nodes.get(f"{path}/Add")
-        return add if add is not None and matmul.output[0] in add.input else None
+        return add if add is not None and product in add.input else None
 
 
 def gives_fp8(quantizer: NodeProto, constants: Mapping[str, TensorProto]) -> bool:

@@ -144,23 +144,24 @@ def teacher_forced(model: onnx.ModelProto, linears: Sequence[Linear]) -> onnx.Mo
 
     Inputs, FP32 [..., K]: `NODE:x` for every quantizer NODE of the linears (for a linear without one its
     MatMul). Outputs, FP32: every quantizer's codes [..., K] as E2M1 or E4M3 values and, in NVFP4, its
-    block scales [..., K / 16], then every linear's product [..., N] with its bias, which is not rounded to BF16 while
-    its operands are.
+    block scales [..., K / 16], then every linear's product [..., N] with branch and bias, which is not rounded to BF16
+    while its operands are.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     nodes = {node.name: node for node in copy.graph.node}
     inputs, codes = {}, {}
     for linear in linears:
-        head = linear.quantizer.node if linear.quantizer else linear.matmul
+        head = linear.head
         if head not in inputs:
             inputs[head] = f"{head}:x"
-            nodes[head].input[0] = inputs[head]
             copy.graph.input.append(helper.make_tensor_value_info(inputs[head], TensorProto.BFLOAT16, None))
+        for name in linear.entries:
+            nodes[name].input[0] = inputs[head]
         if linear.quantizer:
             given = (linear.quantizer.codes, linear.quantizer.block_scales)
             codes.update(dict.fromkeys(name for name in given if name))
-    exact = {name for linear in linears for name in (linear.matmul, linear.add) if name}
+    exact = {name for linear in linears for name in linear.computing}
     piece = cut(copy, {name: name for name in inputs.values()}, [*codes, *(linear.output for linear in linears)])
     return simulate(piece, exact=exact)
 

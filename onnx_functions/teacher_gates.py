@@ -94,7 +94,7 @@ def compare_block(
 ) -> Iterator[TeacherForced]:
     """Run some linears in ONNX Runtime, each on the reference's input; compare codes, scales, products."""
     session = runtime_session(teacher_forced(model, linears), directory)
-    feeds = {f"{head_of(linear)}:x": teacher.inputs[linear.path] for linear in linears}
+    feeds = {f"{linear.head}:x": teacher.inputs[linear.path] for linear in linears}
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, feeds), strict=True))
     counted: dict[str, tuple[int, int]] = {}
@@ -107,11 +107,6 @@ def compare_block(
         error = relative_l2(found[linear.output], teacher.product(linear.path, x))
         module_error = relative_l2(found[linear.output], teacher.outputs[linear.path])
         yield TeacherForced(linear, compared, differing, error, module_error)
-
-
-def head_of(linear: Linear) -> str:
-    """Return the node that the teacher's input enters."""
-    return linear.quantizer.node if linear.quantizer else linear.matmul
 
 
 def _differing(

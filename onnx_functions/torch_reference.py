@@ -21,7 +21,7 @@ from torch import nn
 
 from calibration import fp8, nvfp4
 from calibration.block_runner import BlockRunner, Outputs
-from calibration.checkpoint import Checkpoint, empty_model, read, reader
+from calibration.checkpoint import BRANCH, SMOOTHING, Checkpoint, empty_model, read, reader
 from calibration.errors import BadCheckpoint
 from calibration.fp8 import E4M3_MAX
 from calibration.fp8_attention import MODULE as FP8_ATTENTION
@@ -304,9 +304,12 @@ def teacher_of(
     """
     index = Graph(graph)
     scales: dict[str, np.float32] = {}
+    smoothings: dict[str, FloatArray] = {}
     for linear in linears:
         if linear.quantizer is None:
             continue
+        if (smoothing := _smoothing(linear, held, index, folder)) is not None:
+            smoothings[linear.path] = smoothing
         stored = held.checkpoint.tensors.get(f"{linear.path}.input_scale")
         # A 16-bit reference knows no activation scales: then the graph's own are taken.
         own = index.initializers.get(linear.quantizer.scale)
@@ -315,20 +318,40 @@ def teacher_of(
         value = held.raw(f"{linear.path}.input_scale") if stored else array_of(own, folder) if own else None
         scales[linear.path] = np.float32(np.asarray(value).reshape(()))
 
+    def smoothed(path: str, x: FloatArray) -> FloatArray:
+        return _round(x * smoothings[path]) if path in smoothings else x
+
     def quantize(path: str, x: FloatArray) -> tuple[FloatArray, ...]:
         if held.formats.get(path) == "fp8":
             return (_quantize_fp8(x, scales[path]),)
-        codes, scale_bytes = _quantize(x, scales[path])
+        codes, scale_bytes = _quantize(smoothed(path, x), scales[path])
         return weight_gates.E2M1[codes], scale_bytes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
     def product(path: str, x: FloatArray) -> FloatArray:
-        if held.quantized and path in scales:
-            x = held.requantized(path, x, scales[path])
         bias = f"{path}.bias"
-        added = torch.from_numpy(_round(held.raw(bias))) if bias in held.checkpoint.tensors else None
-        weight = torch.from_numpy(held.weight(path))
-        return nn.functional.linear(torch.from_numpy(np.ascontiguousarray(x)), weight, added).numpy()
+        added = _round(held.raw(bias)) if bias in held.checkpoint.tensors else None
+        if not held.quantized or path not in scales:
+            return _multiply(x, held.weight(path), added)
+        x = smoothed(path, x)
+        result = _multiply(held.requantized(path, x, scales[path]), held.weight(path), added)
+        if not held.checkpoint.rank(path):
+            return result
+        a, b = (_round(held.raw(f"{path}.{factor}")) for factor in BRANCH)
+        return result + _multiply(_multiply(x, a), b)
 
     inputs = {path: value for (path, which), value in values.items() if which == "input"}
     outputs = {path: value for (path, which), value in values.items() if which == "output"}
     return Teacher(inputs, quantize, product, outputs)
+
+
+def _multiply(x: npt.NDArray[Any], weight: FloatArray, bias: FloatArray | None = None) -> FloatArray:
+    """Return ``x @ weight.T + bias`` in FP32."""
+    added = None if bias is None else torch.from_numpy(bias)
+    return nn.functional.linear(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(weight), added).numpy()
+
+
+def _smoothing(linear: Linear, held: Reference, index: Graph, folder: Path) -> FloatArray | None:
+    """Return what the input of a linear is multiplied by, as the reference has it, or, in 16 bit, as the graph has."""
+    if held.quantized:
+        return _round(held.raw(f"{linear.path}.{SMOOTHING}")) if held.checkpoint.is_smoothed(linear.path) else None
+    return None if linear.smoothing is None else _round(array_of(index.initializers[linear.smoothing], folder))

@@ -21,6 +21,7 @@ from onnx_functions import structure_gates, teacher_gates, weight_gates
 from onnx_functions.attention_gates import attention_gates, attention_promise_gate
 from onnx_functions.block_gates import ByBlock, Task, check_by_block, structure_by_block
 from onnx_functions.block_selection import chosen_blocks, token_counts
+from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import load_graph, span_of
 from onnx_functions.file_output import partial_path
@@ -45,6 +46,9 @@ in."""
 TINY: Final = (1, 4, 3)
 
 MODEL: Final = "model.onnx"
+
+_PTQ: Final = "nvfp4-ptq"
+"""The recipe of a graph without its manifest that is known to round to nearest."""
 
 WHOLE_BYTES: Final = 6
 """Of memory for each weight that a run of the whole graph may need: 4 were measured on 2 billion weights and a few
@@ -217,7 +221,9 @@ def _weight_gates(subject: _Subject) -> Iterator[Gate]:
         yield from (size, bias)
 
     yield from guarded("weight error", errors)
-    if metadata_of(graph).get("fp4trt.recipe") == "nvfp4-ptq":
+    manifest = read_checkpoint_manifest(folder)
+    rounds_to_nearest = manifest.method == "ptq" if manifest else metadata_of(graph).get("fp4trt.recipe") == _PTQ
+    if rounds_to_nearest:
         requantized = held.requantized
         yield from guarded(
             "rounded weights", lambda: [weight_gates.rounded_weights_gate(graph, folder, held, quantized, requantized)]

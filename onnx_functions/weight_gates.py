@@ -15,11 +15,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
+from onnx_functions.branches import FACTORS, SMOOTHING, effective_weight
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.cut import cut
 from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import array_of, span_of
-from onnx_functions.linears import Graph, Linear
+from onnx_functions.linears import Graph, Linear, declared_groups
 from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.verdict import FloatArray, Gate, gate_of_offenders, relative_l2, skipped
 
@@ -171,14 +172,14 @@ def _diagnosis(linear: Linear, found: FloatArray, same_shape: Sequence[Linear], 
 def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Reference) -> Gate:
     """Check every initializer that carries a checkpoint tensor's name: codes, scales, biases, norms.
 
-    A checkpoint tensor that the graph does not hold is named too, save the scales that a merged group shares.
+    A checkpoint tensor that the graph does not hold is named too, save what a merged group shares.
     """
     graph, names = Graph(model), set(reference.names)
     offenders, checked = [], 0
     for name in reference.names:
         tensor = graph.initializers.get(name)
         if tensor is None:
-            if not name.endswith((".input_scale", ".weight_scale_2")):
+            if not name.endswith((".input_scale", ".weight_scale_2")) and not _is_shared(name, graph, reference):
                 offenders.append((name, "is in the checkpoint but not in the graph"))
             continue
         try:
@@ -200,6 +201,16 @@ def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Refe
 
 def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _is_shared(name: str, graph: Graph, reference: Reference) -> bool:
+    """Whether another linear of the group has the same tensor in the graph, and the same bytes in the checkpoint."""
+    path, _, leaf = name.rpartition(".")
+    if leaf not in (FACTORS[0], SMOOTHING):
+        return False
+    group = next((group for group in declared_groups(graph.model) if path in group), [])
+    others = (f"{other}.{leaf}" for other in group if f"{other}.{leaf}" in graph.initializers)
+    return any(np.array_equal(_bytes(reference.raw(name)), _bytes(reference.raw(other))) for other in others)
 
 
 def _biases(graph: Graph) -> Iterator[tuple[str, str]]:
@@ -225,15 +236,16 @@ def _bad_scales(graph: Graph, directory: Path) -> Iterator[tuple[str, str]]:
 def quantization_gates(
     model: onnx.ModelProto, directory: Path, reference: Reference, linears: Sequence[Linear]
 ) -> tuple[Gate, Gate, Mapping[str, tuple[float, float]]]:
-    """Check quantized weights against the 16-bit weights that they were made of.
+    """Check quantized weights, with what stands beside them, against the 16-bit weights that they were made of.
 
     Returns:
         The gate on the relative L2 error, the gate on the scale bias <w, w_q> / <w, w> - 1, and (error, bias)
         of each linear by path.
     """
     errors, large, biased = {}, [], []
-    stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    for linear, found in graph_weights(model, directory, linears):
+    initializers = Graph(model).initializers
+    for linear, residual in graph_weights(model, directory, linears):
+        found = effective_weight(residual, linear.branch, linear.smoothing, initializers, directory)
         expected = reference.weight(linear.path)
         if found.shape != expected.shape:
             large.append((f"{linear.path}.weight", f"shape {list(found.shape)}, expected {list(expected.shape)}"))
@@ -242,7 +254,8 @@ def quantization_gates(
         w = expected.astype(np.float64).reshape(-1)
         bias = float(np.dot(w, found.reshape(-1)) / max(np.dot(w, w), 1e-30)) - 1
         errors[linear.path] = (error, bias)
-        limit = FP8_ERROR_LIMIT if stored[linear.weight_source] == TensorProto.FLOAT8E4M3FN else WEIGHT_ERROR_LIMIT
+        is_fp8 = initializers[linear.weight_source].data_type == TensorProto.FLOAT8E4M3FN
+        limit = FP8_ERROR_LIMIT if is_fp8 else WEIGHT_ERROR_LIMIT
         if not error <= limit:
             large.append((f"{linear.path}.weight", f"relative L2 error {error:.3g}"))
         if not abs(bias) <= SCALE_BIAS_LIMIT:
@@ -267,7 +280,7 @@ def rounded_weights_gate(
 ) -> Gate:
     """Check that every weight is the reference's, rounded under the graph's own global scale.
 
-    Only plain rounding promises this (recipe `nvfp4-ptq`). It finds a single flipped code, which no norm
+    Only plain rounding promises this (the method `ptq`). It finds a single flipped code, which no norm
     would.
 
     Args:

@@ -76,12 +76,12 @@ def digits() -> Path:
 
 @pytest.fixture(scope="session")
 def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model quantized with the default recipe and exported; not to be changed."""
+    """The built-in model after plain post-training quantization, exported; not to be changed."""
     from calibration import quantize
     from exporter import export
 
     directory = tmp_path_factory.mktemp("quantized") / "digits-fp4"
-    quantize("digits", directory)
+    quantize("digits", directory, "nvfp4-ptq")
     export(directory)
     return directory
 
@@ -112,6 +112,30 @@ def bfloat16_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFac
     directory = tmp_path_factory.mktemp("bfloat16") / "digits-fp4"
     shutil.copytree(quantized_digits, directory)
     export(directory, scale_dtype="bfloat16", force=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def svdquant_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model quantized by SVDQuant on a few of its calls, not exported; not to be changed."""
+    from calibration import quantize
+    from calibration.dataset import save_inputs
+    from calibration.digits.model import load_transformer
+    from calibration.digits.sampling import capture
+
+    folder = tmp_path_factory.mktemp("svdquant")
+    save_inputs(folder / "inputs.safetensors", capture(load_transformer(), seeds=(0,), steps=5))
+    quantize("digits", folder / "digits-svdquant", "svdquant-r8", folder / "inputs.safetensors")
+    return folder / "digits-svdquant"
+
+
+@pytest.fixture(scope="session")
+def svdquant_digits(svdquant_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, exported; not to be changed."""
+    from exporter import export
+
+    directory = shutil.copytree(svdquant_checkpoint, tmp_path_factory.mktemp("exported") / "digits-svdquant")
+    export(directory)
     return directory
 
 

@@ -15,6 +15,7 @@ from onnx_functions.file_output import partial_path
 from onnx_functions.linting import require_clean
 from trt_build import manifest
 from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
+from trt_build.branch_cost import branch_cost
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.errors import BackendMissingError
 from trt_build.graph import Graph, read_graph
@@ -91,8 +92,9 @@ def build(
     Returns:
         engine, manifest (absolute paths), engine_bytes, engine_sha256, fp4_gemms, fp4_linears,
         quantized_linears, gemms, lost, fp8_attentions (kernels), quantized_attentions (what is promised),
-        lost_attentions, sixteen_bit, gpus, compute_capabilities, profile (minimum, optimum and
-        maximum of each symbol), shapes (the same of each input), cached, seconds.
+        lost_attentions, sixteen_bit, kernels (all of the engine's), branch (what SVDQuant's cost, see
+        trt_build.branch_cost; None without any), gpus, compute_capabilities, profile (minimum, optimum and maximum of
+        each symbol), shapes (the same of each input), cached, seconds.
 
     Raises:
         LintError: the graph would be built wrongly, or slowly without `allow_slow`.
@@ -199,8 +201,8 @@ def _request(plan: _Plan, version: str) -> dict[str, Any]:
         profile={name: [list(shape) for shape in shapes] for name, shapes in plan.profile.inputs.items()},
         weight_streaming=plan.weight_streaming,
         promised_fp4=plan.graph.promised_fp4,
-        promised_attentions=plan.graph.promised_attentions,
         promised_fp8=plan.graph.promised_fp8,
+        promised_attentions=plan.graph.promised_attentions,
     )
 
 
@@ -230,8 +232,10 @@ def _build_and_publish(
             "engine_bytes": event["bytes"],
             "engine_sha256": event["sha256"],
             "symbols": {name: list(extent) for name, extent in plan.profile.symbols.items()},
+            "kernels": len(layers),
             **coverage.summary(),
             **attentions.summary(),
+            "branch": branch_cost(plan.graph, layers),
         }
         content = manifest.write_manifest(plan.engine, request, result)
         os.replace(partial, plan.engine)
@@ -251,6 +255,7 @@ def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: floa
         "engine": str(plan.engine),
         "manifest": str(manifest.manifest_path(plan.engine)),
         **{key: content[key] for key in (*kept, *attention, "sixteen_bit")},
+        **{key: content.get(key) for key in ("kernels", "branch")},
         "gpus": [target.name for target in plan.targets],
         "compute_capabilities": plan.compute_capabilities,
         "profile": {name: list(extent) for name, extent in plan.profile.symbols.items()},

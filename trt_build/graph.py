@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from onnx_functions.attentions import Attention, find_attentions, promised_attentions
+from onnx_functions.branches import BRANCH_ADD, is_factor
 from onnx_functions.checkpoint_manifest import CheckpointManifest, read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.external_data import Span, load_graph, span_of
@@ -51,9 +52,22 @@ class Graph:
 
     @cached_property
     def products(self) -> dict[str, onnx.NodeProto]:
-        """Matrix products by the linear they belong to (the node's name without its "/MatMul")."""
+        """Matrix products by the linear they belong to (the node's name without its "/MatMul"), branches apart."""
+        branches = set(self.branch_products)
         nodes = (node for node in self.model.graph.node if node.op_type in ("MatMul", "Gemm"))
-        return {_linear_of(node.name): node for node in nodes if node.name}
+        return {_linear_of(node.name): node for node in nodes if node.name and node.name not in branches}
+
+    @cached_property
+    def branch_products(self) -> tuple[str, ...]:
+        """Names of the products by the low-rank factors of SVDQuant."""
+        nodes = (node for node in self.model.graph.node if node.op_type == "MatMul")
+        return tuple(node.name for node in nodes if self._is_branch(node))
+
+    @property
+    def branched(self) -> tuple[str, ...]:
+        """Linears that a low-rank branch is added to."""
+        adds = (node.name for node in self.model.graph.node if node.name.endswith(BRANCH_ADD))
+        return tuple(name.removesuffix(BRANCH_ADD) for name in adds)
 
     @cached_property
     def promised_fp4(self) -> tuple[str, ...]:
@@ -117,6 +131,9 @@ class Graph:
         with _of_model(self.path):
             return declared_symbols(self.model)
 
+    def _manifest_linears(self, kind: str) -> tuple[str, ...]:
+        return self._manifest.quantized(kind) if self._manifest else ()
+
     @cached_property
     def attentions(self) -> dict[str, Attention]:
         """The attentions that are written out as two products, by module path."""
@@ -138,9 +155,6 @@ class Graph:
     def _manifest(self) -> CheckpointManifest | None:
         with _of_model(self.path):
             return read_checkpoint_manifest(self.path.parent)
-
-    def _manifest_linears(self, kind: str) -> tuple[str, ...]:
-        return self._manifest.quantized(kind) if self._manifest else ()
 
     @property
     def _quantizes_activations(self) -> bool:
@@ -191,6 +205,10 @@ class Graph:
         """Return the initializer that a tensor is a cast, moved or dequantized form of."""
         nodes = self.chain(tensor)
         return self.initializers.get(nodes[-1].input[0] if nodes and nodes[-1].input else tensor)
+
+    def _is_branch(self, product: onnx.NodeProto) -> bool:
+        factor = self.stored(product.input[1])
+        return factor is not None and is_factor(factor.name)
 
     def _with_weights(self, data_type: int) -> tuple[str, ...]:
         stored = ((path, self.stored(node.input[1])) for path, node in self.products.items())

@@ -59,7 +59,7 @@ def exported(folder: Path, size: str) -> Path:
     """Write a quantized checkpoint with its graph below a folder and return it; `digits` is the built-in model."""
     if size == "digits":
         result = folder / size
-        fp4trt("quantize", size, "-o", result)
+        fp4trt("quantize", size, "-o", result, "--recipe", "nvfp4-ptq")
     else:
         result = quantized(folder, Size.parse(size))
     fp4trt("export", result)

@@ -14,8 +14,9 @@ __all__ = ["demo"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option("--gpu", default="rtx5090", show_default=True, help="The GPU to build an engine for.")
 @click.option("--images", default=500, show_default=True, type=click.IntRange(1), help="Digits to draw and compare.")
+@click.option("--recipe", default="nvfp4-ptq", show_default=True, help="Of the artifact; others are compared with it.")
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
-def demo(output: Path, gpu: str, images: int, force: bool) -> dict[str, Any]:
+def demo(output: Path, gpu: str, images: int, recipe: str, force: bool) -> dict[str, Any]:
     """Walk the whole road on the built-in model: quantize, export, validate, build, and compare pictures.
 
     Needs no network and no GPU. Leaves the quantized checkpoint, model.onnx, the validation report, the engine and a
@@ -24,11 +25,12 @@ def demo(output: Path, gpu: str, images: int, force: bool) -> dict[str, Any]:
     \b
     Example:
       fp4trt demo -o build/demo
+      fp4trt demo -o build/best --recipe nvfp4-quality
     """
     from calibration.digits.demo import demo as run
     from calibration.digits.demo import table
 
-    result = run(output, gpu, images, force)
+    result = run(output, gpu, images, force, recipe)
     click.echo("")
     click.echo(table(result))
     click.echo(f"\nall of it is in {output}; the picture is {result['grid']}")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,10 @@ __all__ = ["demo", "table"]
 
 GRID: Final = "digits.png"
 SUMMARY: Final = "demo.json"
-_NAME: Final = "NVFP4"
+OTHERS: Final = "others"
+
+RECIPES: Final = ("nvfp4-ptq", "nvfp4-quality")
+"""The first is the artifact unless another is asked for; the others are rows beside it."""
 
 _PATIENCE_SECONDS: Final = 3.0
 _INTERRUPTED: Final = 2
@@ -34,7 +39,9 @@ EVALUATION_SEED: Final = 1000
 """Of the starting noise; calibration takes seeds 0 to 3."""
 
 
-def demo(directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool = False) -> dict[str, Any]:
+def demo(
+    directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool = False, recipe: str = RECIPES[0]
+) -> dict[str, Any]:
     """Walk the road and return what the command prints as JSON.
 
     Args:
@@ -43,6 +50,7 @@ def demo(directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool =
         gpu: the target of the engine.
         images: how many digits to draw with each model for accuracy, PSNR and velocity error.
         force: replace an earlier result.
+        recipe: of the artifact; the models of :data:`RECIPES` are only drawn with, to compare.
 
     Raises:
         OutputExists: the directory holds something that fp4trt did not write.
@@ -51,10 +59,11 @@ def demo(directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool =
     # A model this small is slower on two threads than on one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with replacing(directory, force) as partial:
-        result = _walk(partial / directory.name, gpu, images)
+        result = _walk(partial / directory.name, gpu, images, recipe)
         for path in (partial / directory.name).iterdir():
             os.replace(path, partial / path.name)
         (partial / directory.name).rmdir()
+        shutil.rmtree(partial / OTHERS)
     return {
         **result,
         "checkpoint": str(directory.resolve()),
@@ -62,13 +71,21 @@ def demo(directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool =
     }
 
 
-def _walk(directory: Path, gpu: str, images: int) -> dict[str, Any]:
+def _walk(directory: Path, gpu: str, images: int, recipe: str) -> dict[str, Any]:
     """Run every stage into a folder; paths in the result are relative to it."""
-    quantized = _run("quantize", BUILT_IN, "-o", str(directory))
+    quantized = _run("quantize", BUILT_IN, "-o", str(directory), "--recipe", recipe)
     exported = _run("export", str(directory))
     validation = _run("validate", str(directory), may_fail=True)
     built = _run("build", str(directory), "--gpu", gpu)
-    quality = _measure(directory, images)
+    sizes = {quantized["recipe"]: quantized["bytes"]}
+    folders = {quantized["recipe"]: directory}
+    for other in RECIPES:
+        if other not in folders:
+            folders[other] = directory.parent / OTHERS / other
+            sizes[other] = _run("quantize", BUILT_IN, "-o", str(folders[other]), "--recipe", other)["bytes"]
+    quality = _measure(folders, directory / GRID, images)
+    for name, figures in quality["recipes"].items():
+        figures["bytes"] = sizes[name]
     result = {
         "onnx": Path(exported["onnx"]).name,
         "engine": Path(built["engine"]).name,
@@ -76,7 +93,7 @@ def _walk(directory: Path, gpu: str, images: int) -> dict[str, Any]:
         "report": "validation/report.html",
         "validation": {"passed": validation["passed"], "gates": validation["gates"]},
         "bf16_bytes": quantized["source_bytes"],
-        "nvfp4_bytes": quantized["bytes"],
+        "recipe": quantized["recipe"],
         "quantized_linears": quantized["quantized_linears"],
         "sharing_cost": quantized["sharing_cost"],
         "gpu": gpu,
@@ -122,8 +139,8 @@ def _completed(command: list[str]) -> tuple[int, str]:
         return stage.returncode, printed
 
 
-def _measure(directory: Path, images: int) -> dict[str, Any]:
-    """Compare both models on prompts and noise that calibration has not seen, and draw some of the digits."""
+def _measure(folders: Mapping[str, Path], picture: Path, images: int) -> dict[str, Any]:
+    """Compare all models on prompts and noise that calibration has not seen, and draw some of the digits."""
     import torch
 
     from calibration.checkpoint import load
@@ -133,15 +150,16 @@ def _measure(directory: Path, images: int) -> dict[str, Any]:
     from calibration.digits.quality import compare
 
     click.echo(f"drawing {images} digits with each model")
-    reference, quantized = load_transformer(), load(directory, torch.float32)
-    models = {_NAME: quantized}
+    reference = load_transformer()
+    models = {name: load(folder, torch.float32) for name, folder in folders.items()}
     compared = compare(reference, models, (EVALUATION_SEED,), images)
-    grid(reference, models, directory / GRID, seed=EVALUATION_SEED)
+    grid(reference, models, picture, seed=EVALUATION_SEED)
+    metrics = {"accuracy": "recognised", "psnr_db": "psnr_db", "velocity_error": "velocity_error"}
     return {
         "accuracy_bf16": estimate(compared.reference["recognised"]).mean,
-        "accuracy_nvfp4": compared.estimate(_NAME, "recognised").mean,
-        "psnr_db": compared.estimate(_NAME, "psnr_db").mean,
-        "velocity_error": compared.estimate(_NAME, "velocity_error").mean,
+        "recipes": {
+            name: {key: compared.estimate(name, metric).mean for key, metric in metrics.items()} for name in models
+        },
         "images": images,
     }
 
@@ -149,17 +167,22 @@ def _measure(directory: Path, images: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Return the demo's one table: what was before, what is after."""
     verdict = "passed" if result["validation"]["passed"] else "FAILED"
-    rows = [
-        ("", "BF16", "NVFP4"),
-        ("checkpoint, bytes", f"{result['bf16_bytes']:,}", f"{result['nvfp4_bytes']:,}"),
-        ("digits recognised", f"{result['accuracy_bf16']:.1%}", f"{result['accuracy_nvfp4']:.1%}"),
-        ("image PSNR", "", f"{result['psnr_db']:.1f} dB"),
-        ("velocity error", "", f"{result['velocity_error']:.3f}"),
+    recipes: dict[str, dict[str, float]] = result["recipes"]
+    rows: list[tuple[str, ...]] = [
+        ("", "BF16", *recipes),
+        ("checkpoint, bytes", f"{result['bf16_bytes']:,}", *(f"{each['bytes']:,}" for each in recipes.values())),
+        ("digits recognised", f"{result['accuracy_bf16']:.1%}", *(f"{e['accuracy']:.1%}" for e in recipes.values())),
+        ("image PSNR", "", *(f"{each['psnr_db']:.1f} dB" for each in recipes.values())),
+        ("velocity error", "", *(f"{each['velocity_error']:.3f}" for each in recipes.values())),
         ("validation of the graph", "", verdict),
         (f"engine for {result['gpu']}, bytes", "", f"{result['engine_bytes']:,}"),
         ("FP4 GEMMs", "", str(result["fp4_gemms"])),
         ("linears they cover", "", f"{result['fp4_linears']} of {result['quantized_linears']}"),
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[1]), *lines[1:]])
+    full = [(*row, *("" for _ in range(len(rows[0]) - len(row)))) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{'>' if index else '<'}{widths[index]}}" for index, cell in enumerate(row)).rstrip()
+        for row in full
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

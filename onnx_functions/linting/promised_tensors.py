@@ -8,6 +8,8 @@ from typing import Final
 
 from onnx import NodeProto
 
+from onnx_functions.branches import BRANCH_ADD, FACTORS, SMOOTHING, find_branch, find_smoothing
+from onnx_functions.errors import BadGraph
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import FP8Product, Product, Subject
 
@@ -66,7 +68,38 @@ def module_tensor(subject: Subject) -> Iterator[Hit]:
                 yield Hit(f"reads {owner}.{part}; expected {module}.{part}", node.name, tensor)
 
 
-RULES = (promised_weight, promised_scale, promised_bias, module_tensor)
+@rule("promised-branch", "wrong", "let each linear read its own branch and smoothing: export again")
+def promised_branch(subject: Subject) -> Iterator[Hit]:
+    """A promised linear X that does without a branch or a smoothing that is stored for it, or has another linear's.
+
+    X.svdquant_lora_b has to be its own; X.svdquant_lora_a and X.pre_quant_scale may be those of another member of its
+    group. Source: measured: TensorRT-RTX takes what is there, and every product is wrong by the branch.
+    """
+    groups, graph = _groups_of(subject), subject.graph
+    for path in subject.promised.get("nvfp4", ()):
+        node = product_of(subject, path)
+        quantizer = subject.quantizer_of(node.input[0]) if node is not None else None
+        if node is None or quantizer is None:
+            continue  # rules of their own
+        enters = quantizer.input[0]
+        try:
+            branch = find_branch(path, node, graph.nodes, graph.producer, graph.initializers)
+        except BadGraph as error:
+            yield Hit(str(error), node.name)
+            continue
+        if branch is not None and branch.input != enters:
+            yield Hit(f"reads {branch.input}, the quantizer {enters}", branch.products[0], branch.factors[0])
+        smoother = find_smoothing(enters, graph.producer, graph.initializers)
+        reads = {SMOOTHING: smoother.input[1] if smoother is not None else ""}
+        reads |= zip(FACTORS, branch.factors if branch is not None else ("", ""), strict=True)
+        for part, tensor in reads.items():
+            owners = [path] if part == FACTORS[1] else [path, *groups.get(path, ())]
+            wanted = [f"{owner}.{part}" for owner in owners]
+            if (tensor or subject.known.intersection(wanted)) and subject.owner(tensor) not in wanted:
+                yield Hit(f"reads {tensor or 'none'}; expected {wanted[0]}", node.name, tensor or wanted[0])
+
+
+RULES = (promised_weight, promised_scale, promised_bias, promised_branch, module_tensor)
 
 
 def product_of(subject: Subject, path: str) -> NodeProto | None:
@@ -112,9 +145,14 @@ def _strangers(subject: Subject, parts: tuple[str, ...]) -> Iterator[Hit]:
 
 
 def _first_members(subject: Subject) -> dict[str, str]:
+    return {path: group[0] for path, group in _groups_of(subject).items()}
+
+
+def _groups_of(subject: Subject) -> dict[str, list[str]]:
+    """Return the declared group of each linear."""
     groups = subject.declared("fp4trt.groups")
     lists = [group for group in groups if isinstance(group, list) and group] if isinstance(groups, list) else []
-    return {str(path): str(group[0]) for group in lists for path in group}
+    return {str(path): [str(member) for member in group] for group in lists for path in group}
 
 
 def _reads(subject: Subject, node: NodeProto, product: Product | FP8Product | None) -> Iterator[_Read]:
@@ -158,9 +196,12 @@ def _bias(subject: Subject, node: NodeProto) -> str:
     """Return the constant that is added to a product, "" where none is."""
     if node.op_type == "Gemm" and len(node.input) > 2:
         return subject.constant(node.input[2])
-    for reader in subject.graph.consumers.get(node.output[0], ()):
-        if reader.op_type == "Add":
-            other = [name for name in reader.input if name != node.output[0]]
+    tensors = [node.output[0]]
+    for tensor in tensors:
+        for reader in subject.graph.consumers.get(tensor, ()):
+            other = [name for name in reader.input if name != tensor] if reader.op_type == "Add" else []
             if other and (constant := subject.constant(other[0])):
                 return constant
+            if other and reader.name.endswith(BRANCH_ADD):
+                tensors.append(reader.output[0])
     return ""

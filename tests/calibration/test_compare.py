@@ -29,7 +29,7 @@ SMALL = ("--images", "10", "--steps", "2", "--seeds", "1000,1001")
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good") / "good"
-    quantize("digits", folder)
+    quantize("digits", folder, "nvfp4-ptq")
     return folder
 
 

@@ -13,7 +13,7 @@ import fp4trt
 
 KEYS = {
     "checkpoint", "onnx", "engine", "validation", "engine_bytes", "fp4_gemms", "fp4_linears", "quantized_linears",
-    "accuracy_bf16", "accuracy_nvfp4", "psnr_db", "velocity_error",
+    "accuracy_bf16", "recipe", "recipes",
 }  # fmt: skip
 
 
@@ -33,10 +33,15 @@ def test_the_demo_tells_everything_and_keeps_the_promise(result: dict[str, objec
     assert result["validation"]["passed"] is True  # type: ignore[index]
     assert result["fp4_linears"] == result["quantized_linears"] == 14 * 2 + 6 * 4
     assert result["fp4_gemms"] <= 10 * 2 + 3 * 4  # type: ignore[operator]
-    assert result["psnr_db"] >= 34  # type: ignore[operator]
-    assert result["velocity_error"] < 0.08  # type: ignore[operator]
     assert result["accuracy_bf16"] >= 0.95  # type: ignore[operator]
-    assert result["accuracy_nvfp4"] >= 0.95  # type: ignore[operator]
+    assert result["recipe"] == "nvfp4-ptq"
+    plain, best = (result["recipes"][name] for name in ("nvfp4-ptq", "nvfp4-quality"))  # type: ignore[index]
+    assert plain["psnr_db"] >= 34
+    assert best["psnr_db"] >= plain["psnr_db"] + 3.5
+    assert best["velocity_error"] < 0.8 * plain["velocity_error"] < 0.064
+    for each in (plain, best):
+        assert each["accuracy"] >= 0.95
+        assert each["bytes"] < 0.4 * result["bf16_bytes"]  # type: ignore[operator]
 
 
 def test_the_demo_leaves_every_artifact_where_it_says(result: dict[str, object]) -> None:

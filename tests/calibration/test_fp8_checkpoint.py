@@ -212,7 +212,7 @@ def test_what_a_method_prepared_in_both_formats_is_kept_as_it_is(
     call = family_of(config).example_inputs(config, 1, 16, 8, 0, torch.bfloat16)
     save_inputs(tmp_path / "inputs.safetensors", [call])
     monkeypatch.setattr(methods, "needs_activations", lambda _: True)
-    monkeypatch.setattr(methods, "of_block", lambda _: rounded)
+    monkeypatch.setattr(methods, "of_block", lambda *_: rounded)
     quantize(flux, tmp_path / "prepared", recipe, tmp_path / "inputs.safetensors")
     assert sha256_of(tmp_path / "prepared" / WEIGHTS) == sha256_of(tmp_path / "packed" / WEIGHTS)
     packed, prepared = (read(tmp_path / name).manifest["amax"] for name in ("packed", "prepared"))

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import fp4trt
-from calibration.checkpoint import MANIFEST, WEIGHTS, load
+from calibration.checkpoint import MANIFEST, WEIGHTS, load, read
 from calibration.dataset import load_inputs, save_inputs
 from calibration.digits.model import load_transformer
 from calibration.quantization import quantize
@@ -61,6 +61,22 @@ def test_the_model_is_better_than_after_plain_rounding_on_data_that_calibration_
     assert ours < 0.9 * plain
 
 
+def test_the_modulation_in_fp8_makes_it_better_still(
+    result: Path, inputs: Path, quantized_digits: Path, tmp_path: Path
+) -> None:
+    method = {"name": "quality", "sequential": False, "descent_sweeps": 1}
+    rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "mixed", "method": method, "formats": rules}), encoding="utf-8")
+    quantize("digits", tmp_path / "mixed", recipe, inputs)
+    mixed = read(tmp_path / "mixed")
+    assert (len(mixed.quantized), len(mixed.fp8)) == (44, 8)
+    for path in mixed.fp8:  # the largest magnitude is the largest code's
+        assert float(mixed.tensor(f"{path}.weight").float().abs().max()) == 448
+    ours, in_fp4 = (_velocity_error(load(path, torch.float32), quantized_digits) for path in (mixed.directory, result))
+    assert ours < in_fp4
+
+
 def test_every_linear_says_by_how_much_its_output_is_better(result: Path) -> None:
     manifest = load_json(result / MANIFEST)
     figures = [entry for block in manifest["blocks"].values() for entry in block.values() if "error" in entry]
@@ -71,8 +87,6 @@ def test_every_linear_says_by_how_much_its_output_is_better(result: Path) -> Non
 
 
 def test_scales_are_shared_in_a_group_and_those_of_the_manifest(result: Path) -> None:
-    from calibration.checkpoint import read
-
     checkpoint = read(result)
     for group in checkpoint.groups:
         for leaf in ("weight_scale_2", "input_scale"):

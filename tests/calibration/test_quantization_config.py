@@ -70,3 +70,19 @@ def test_it_is_modelopts_for_models_of_fp8_and_of_both_formats(
     config = quantization_config(ours, formats)
     assert config == _modelopts(theirs, quantized)
     assert config["quant_algo"] == ("FP8" if seed is None else "MIXED_PRECISION")
+
+
+def test_with_branches_it_is_modelopts_for_svdquant(tiny_flux: MakeFlux, tmp_path: Path) -> None:
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    model, _, paths = _models(tiny_flux(tmp_path / "flux"))
+    ours = quantization_config(model, dict.fromkeys(paths, "nvfp4"), ranks={32})
+    described = {"quant_algo": "NVFP4_SVD", "group_size": 16, "exclude_modules": ours["ignore"], "lora_rank": 32}
+    theirs = convert_hf_quant_config_format({"producer": ours["producer"], "quantization": described})
+    assert ours == theirs
+
+    formats = dict.fromkeys(paths[:4], "fp8") | dict.fromkeys(paths[4:], "nvfp4")
+    mixed = quantization_config(model, formats, ranks={32})
+    details = {"quant_algo": "MIXED_PRECISION", "quantized_layers": mixed["quantized_layers"], "exclude_modules": []}
+    assert mixed["quantized_layers"][paths[-1]]["quant_algo"] == "NVFP4_SVD"
+    assert mixed == convert_hf_quant_config_format({"producer": ours["producer"], "quantization": details})

@@ -125,7 +125,7 @@ def test_calibration_data_of_a_part_of_the_schedule_give_a_warning_that_the_mani
 ) -> None:
     calls = load_inputs(quantized_digits / "calibration" / "inputs.safetensors")
     save_inputs(tmp_path / "inputs.safetensors", [call for call in calls if float(call["timestep"][0]) > 0.5])
-    quantize("digits", tmp_path / "out", calibration=tmp_path / "inputs.safetensors")
+    quantize("digits", tmp_path / "out", "nvfp4-ptq", tmp_path / "inputs.safetensors")
     (warning,) = load_json(tmp_path / "out" / "fp4trt.json")["calibration"]["warnings"]
     assert "no step between timestep 0.00 and 0.60" in warning
     assert f"warning: {warning}\n" in capsys.readouterr().err

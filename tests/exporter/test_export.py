@@ -234,7 +234,7 @@ def test_schnell_has_no_guidance_input(tiny_flux: Callable[..., Path], tmp_path:
     source = tiny_flux(tmp_path / "schnell", guidance_embeds=False)
     config = load_json(source / "config.json")
     save_inputs(tmp_path / "inputs.safetensors", [family_of(config).example_inputs(config, 1, 4, 4, 0, torch.bfloat16)])
-    quantize(source, tmp_path / "fp4", calibration=tmp_path / "inputs.safetensors")
+    quantize(source, tmp_path / "fp4", "nvfp4-ptq", tmp_path / "inputs.safetensors")
     export(tmp_path / "fp4")
     assert lint(tmp_path / "fp4").findings == ()
     model = onnx.load(tmp_path / "fp4" / "model.onnx", load_external_data=False)

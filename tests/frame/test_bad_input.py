@@ -152,7 +152,7 @@ def _commands(quantized_digits: Path) -> dict[str, list[object]]:
     inputs = quantized_digits / "calibration" / "inputs.safetensors"
     return {
         "calibrate": ["calibrate", "digits", "--inputs", inputs],
-        "quantize": ["quantize", "digits", "--calibration", inputs],
+        "quantize": ["quantize", "digits", "--recipe", "nvfp4-ptq", "--calibration", inputs],
         "export": ["export", quantized_digits],
         "build": ["build", quantized_digits],
         "validate": ["validate", quantized_digits],

@@ -59,6 +59,13 @@ def test_json_is_one_object_on_stdout_and_every_other_writer_moves_to_stderr(mon
     assert sorted(err.splitlines()) == ["from a child", "from a native library", "from click", "from print"]
 
 
+def test_of_several_processes_only_the_first_speaks(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    for arguments in ((), ("--json",)):
+        assert run_fake(monkeypatch, lambda size: click.echo("a line") or {"passed": False}, *arguments) == 1
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_writer_that_kept_the_stdout_stream_is_moved_too():
     script = """if True:
         import sys, types, click, fp4trt

@@ -45,6 +45,16 @@ def an_activation_scale_inside_the_graph(graph: Damaged) -> None:
     _inline(graph, f"{OUT}.input_scale", (), np.float32(3).tobytes())
 
 
+# What stands beside a product
+
+
+@mutation("promised-branch", f"{OUT}/MatMul", "accepted")
+def the_smoothing_of_another_linear(graph: Damaged) -> None:
+    name, ones = f"{MODULATION}.pre_quant_scale", b"\x80\x3f" * 128
+    graph.model.graph.initializer.append(helper.make_tensor(name, TensorProto.BFLOAT16, [128], ones, raw=True))
+    graph.between(f"{OUT}/TRT_FP4DynamicQuantize", 0, "Mul", name)
+
+
 # What is dequantized and does not arrive
 
 

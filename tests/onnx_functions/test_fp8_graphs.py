@@ -52,6 +52,7 @@ def test_weights_quantizers_and_linears_of_both_formats_pass_every_gate(fp8_digi
 def test_against_the_16_bit_model_the_error_of_fp8_is_measured_and_bounded(fp8_digits: Path, digits: Path) -> None:
     report = validate(fp8_digits, digits, level="blocks", blocks="1")
     assert failures(report) == {}
+    assert details(report)["rounded weights"].endswith("codes are those nearest to the reference")
     errors = {row.path: row.weight_error for row in report.linears}
     assert errors[FIRST] == pytest.approx(0.027, abs=0.004)
     assert errors[IN_FP4] > 0.08

@@ -1,0 +1,343 @@
+"""Quantization-aware training: the student, what it is asked, the loop, and the checkpoint that comes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fp4trt
+from calibration import processes
+from calibration.checkpoint import WEIGHTS, load, read
+from calibration.digits.model import load_transformer
+from calibration.digits.quality import compare
+from calibration.digits.sampling import capture
+from calibration.errors import BadInputs, BadRecipe
+from calibration.fp8_linear import FP8Linear
+from calibration.models import family_of
+from calibration.qat import distillation
+from calibration.qat.student import FrozenFP8Linear, StudentLinear, make_student, student_linears, student_tensors
+from calibration.qat.training import learning_rate, train
+from calibration.qat.trajectories import Trajectories
+from calibration.quantization import quantize
+from calibration.recipe import QAT
+from calibration.source import load_json, tensors_of
+
+ROOT = Path(fp4trt.__file__).parent
+RECIPE = """
+name: short
+method: {name: qat, start: nvfp4-ptq, steps: %d, learning_rate: 0.0002, batch: %d, warm_up: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "ptq"
+    quantize("digits", folder, "nvfp4-ptq")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calls(digits: Path) -> list[dict[str, torch.Tensor]]:
+    return capture(load_transformer(dtype=torch.bfloat16), seeds=(0,), steps=4, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A checkpoint that was trained for some steps, and the student that it is of."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "short.yaml").write_text(RECIPE % (12, 20))
+    students = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = distillation.train
+        patch.setattr(distillation, "train", lambda student, *rest: students.append(student) or real(student, *rest))
+        quantize("digits", folder / "qat", folder / "short.yaml")
+    return folder / "qat", students[0].eval()
+
+
+def of_digits(digits: Path, start: Path) -> nn.Module:
+    stored = tensors_of(digits)
+    return make_student(read(start), lambda name: stored[name].tensor())
+
+
+def answer(model: nn.Module, call: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**{name: value.float() for name, value in call.items()}, return_dict=False)[0]
+
+
+def test_the_student_begins_as_exactly_what_it_starts_from(digits, start, calls):
+    student = of_digits(digits, start)
+    assert torch.equal(answer(student, calls[1]), answer(load(start, torch.float32), calls[1]))
+    learning = dict(student_linears(student))
+    assert len(learning) == 52
+    stored = tensors_of(digits)
+    for path, linear in learning.items():
+        assert torch.equal(linear.weight.detach(), stored[f"{path}.weight"].tensor().float()), path
+
+
+def test_a_code_that_a_method_chose_otherwise_is_kept(digits, start):
+    path = "transformer_blocks.0.ff.net.2"
+    checkpoint = read(start)
+    stored = tensors_of(digits)
+    other = -stored[f"{path}.weight"].tensor()
+    student = make_student(
+        checkpoint, lambda name: other if name == f"{path}.weight" else stored[name].tensor()
+    ).get_submodule(path)
+    assert torch.equal(student.rounded(student.weight.detach()), checkpoint.weight(path))
+
+
+def test_the_gradient_goes_straight_through_every_rounding(start):
+    random = torch.Generator().manual_seed(0)
+    path, checkpoint = "transformer_blocks.0.ff.net.2", read(start)
+    scales = [checkpoint.tensor(f"{path}.{name}") for name in ("weight_scale", "weight_scale_2", "input_scale")]
+    bias = checkpoint.tensor(f"{path}.bias").float() * 1.001
+    linear = StudentLinear(checkpoint.weight(path), bias, *scales)
+    given = torch.randn(3, linear.weight.shape[1], generator=random).requires_grad_()
+    output = linear(given)
+    output.square().sum().backward()
+    from calibration import nvfp4
+
+    plain = [
+        linear.rounded(linear.weight.detach()), linear.bias.detach().bfloat16().float(),
+        nvfp4.fake_quantize(given.detach(), scales[2]),
+    ]  # fmt: skip
+    for value in plain:
+        value.requires_grad_()
+    expected = nn.functional.linear(plain[2], plain[0], plain[1])
+    expected.square().sum().backward()
+    assert torch.equal(output, expected)
+    for ours, theirs in zip((linear.weight, linear.bias, given), plain, strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_an_fp8_linear_stays_as_it_is_and_lets_the_gradient_through():
+    random = torch.Generator().manual_seed(0)
+    stored = FP8Linear(32, 8, bias=True).requires_grad_(False)
+    stored.input_scale.fill_(0.01)
+    frozen, given = FrozenFP8Linear(stored), torch.randn(3, 32, generator=random).requires_grad_()
+    assert torch.equal(frozen(given), stored(given))
+    frozen(given).sum().backward()
+    assert torch.equal(given.grad, stored.weight.sum(0).expand(3, -1))
+
+
+def test_what_the_student_computes_is_what_is_stored(trained, calls):
+    folder, student = trained
+    stored = load(folder, torch.float32)
+    for call in calls[:2]:
+        assert torch.equal(answer(student, call), answer(stored, call))
+
+
+def test_training_brings_the_student_nearer_to_its_teacher(trained, start):
+    folder, _ = trained
+    losses = json.loads((folder / "training" / "loss.json").read_text())["velocity"]
+    assert len(losses) == 12
+    models = {"qat": load(folder, torch.float32), "ptq": load(start, torch.float32)}
+    found = compare(load_transformer(), models, (1000,), 20, steps=5)
+    assert found.difference("qat", "ptq", "velocity_error").high < 0
+
+
+def test_the_manifest_tells_how_it_was_trained_and_the_curve_is_kept(trained):
+    folder, _ = trained
+    manifest = load_json(folder / "fp4trt.json")
+    assert manifest["recipe"]["method"]["learning_rate"] == 0.0002
+    assert manifest["training"]["start"]["name"] == "nvfp4-ptq"
+    assert manifest["training"]["velocity_loss"]["last"] > 0
+    assert {"training/loss.json", "training/loss.png"} <= manifest["files"].keys()
+    assert (folder / "training" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.parent.glob("*.partial"))
+
+
+def test_global_scales_and_groups_are_those_it_started_from(trained, start):
+    after, before = read(trained[0]), read(start)
+    changed = 0
+    for path in before.quantized:
+        for kind in ("weight_scale", "weight_scale_2", "input_scale"):
+            one, other = (each.tensor(f"{path}.{kind}") for each in (before, after))
+            assert torch.equal(one.float(), other.float()), path
+        changed += int((before.tensor(f"{path}.weight") != after.tensor(f"{path}.weight")).sum())
+    assert changed > 1000
+
+
+_KILLED = """
+import os, signal, sys
+from calibration.qat import training
+import fp4trt
+
+training._REST_S = training._SHARE = 0
+keep = training._Loop._keep
+
+
+def keep_and_die(self, done):
+    keep(self, done)
+    if done == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+training._Loop._keep = keep_and_die
+sys.exit(fp4trt.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(trained, tmp_path, capfd):
+    (tmp_path / "short.yaml").write_text(RECIPE % (12, 20))
+    command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *command], cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert fp4trt.run(command) == 0
+    assert "going on: 7 of 12 steps are done" in capfd.readouterr().err
+    for name in (WEIGHTS, "fp4trt.json", "training/loss.json", "training/loss.png"):
+        assert (tmp_path / "qat" / name).read_bytes() == (trained[0] / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["qat", "short.yaml"]
+
+
+def test_two_processes_calibrate_to_the_same_maxima_as_one_and_train(start, tmp_path):
+    (tmp_path / "short.yaml").write_text(RECIPE % (2, 4))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(port)]
+    command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "fp4trt", *command],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    after, before = read(tmp_path / "qat"), read(start)
+    for path in before.quantized:
+        assert torch.equal(after.tensor(f"{path}.input_scale"), before.tensor(f"{path}.input_scale")), path
+    assert any(
+        not torch.equal(after.tensor(f"{path}.weight"), before.tensor(f"{path}.weight")) for path in before.quantized
+    )
+    assert len(load_json(tmp_path / "qat" / "training" / "loss.json")["velocity"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["qat", "short.yaml"]
+
+
+def test_each_process_takes_its_share(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert list(processes.share(range(5))) == [1, 3]
+    assert list(processes.share(range(1))) == [0]
+    assert not processes.is_main()
+
+
+def options(**changes: object) -> QAT:
+    return QAT(**{"name": "qat", "steps": 2, "learning_rate": 1e-3, "batch": 4, "warm_up": 0, **changes})
+
+
+def losses_of(digits: Path, start: Path, calls, work: Path, **changes: object) -> tuple[dict, dict]:
+    config = load_json(digits / "config.json")
+    student, teacher = of_digits(digits, start), load_transformer()
+    state, losses = train(student, teacher, calls, family_of(config), config, options(**changes), work)
+    return student_tensors(student, state), losses
+
+
+def test_the_blocks_features_can_take_part_and_checkpointing_changes_nothing(digits, start, calls, tmp_path):
+    plain, losses = losses_of(digits, start, calls, tmp_path, block_loss=0.1)
+    again, same = losses_of(digits, start, calls, tmp_path, block_loss=0.1, gradient_checkpointing=True)
+    assert 0 < losses["blocks"][0] < 0.1
+    assert same["blocks"] == pytest.approx(losses["blocks"])
+    differing = sum(int((plain[name] != again[name]).sum()) for name in plain if name.endswith(".weight"))
+    assert differing < 100
+
+
+def test_accelerates_own_configuration_decides_about_precision(digits, start, calls, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    _, exact = losses_of(digits, start, calls, tmp_path)
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    _, mixed = losses_of(digits, start, calls, tmp_path)
+    AcceleratorState._reset_state(True)
+    assert exact["velocity"] != mixed["velocity"] == pytest.approx(exact["velocity"], rel=0.5)
+
+
+def test_a_batch_that_does_not_split_over_the_processes_is_refused(digits, start, calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(BadRecipe, match="batch 4 does not split over 3 processes"):
+        losses_of(digits, start, calls, tmp_path)
+
+
+def test_training_that_starts_from_training_is_refused(tmp_path, capfd):
+    (tmp_path / "twice.yaml").write_text((RECIPE % (2, 4)).replace("nvfp4-ptq", "nvfp4-qat"))
+    command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "twice.yaml")]
+    assert fp4trt.run(command) == 2
+    assert "short starts from nvfp4-qat, which trains too" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["twice.yaml"]
+
+
+def walker(calls, config, **changes: object) -> Trajectories:
+    """Ways of a teacher that always answers 2."""
+    given = {"batch": 6, "visits": 5, "seed": (0, 0), "synthesise": True, **changes}
+    answer = lambda inputs: torch.full(inputs["hidden_states"].shape, 2.0)  # noqa: E731
+    return Trajectories(answer, calls, family_of(config), config, **given)
+
+
+def test_states_lie_on_the_teachers_way_at_random_times(digits, calls):
+    config = load_json(digits / "config.json")
+    rounds = [walker(calls, config).states(step) for step in range(5)]
+    times = torch.cat([one.inputs["timestep"].float() for one in rounds])
+    states = torch.cat([one.inputs["hidden_states"].float() for one in rounds])
+    assert times.min() >= 0.25  # the last captured time of four steps
+    assert (times == 1).sum() == 6
+    assert len(times.unique()) > 15
+    # With a constant velocity, going back to time 1 gives the noise that each way began with: five states of each.
+    noise = states + 2 * (1 - times.reshape(-1, 1, 1))
+    ways = {tuple((row.flatten()[:3] * 4).round().tolist()) for row in noise}
+    assert len(ways) <= 18  # 6, but for rounding of BF16 states
+    assert noise.std() == pytest.approx(1, abs=0.1)
+    assert all(torch.equal(one.answers, torch.full_like(one.answers, 2)) for one in rounds)
+
+
+def test_a_step_has_the_same_states_whatever_was_asked_before(digits, calls):
+    config = load_json(digits / "config.json")
+    one, other = walker(calls, config), walker(calls, config)
+    one.states(0)
+    assert torch.equal(one.states(7).inputs["hidden_states"], other.states(7).inputs["hidden_states"])
+    apart = walker(calls, config, seed=(0, 1)).states(7)
+    assert not torch.equal(one.states(7).inputs["hidden_states"], apart.inputs["hidden_states"])
+
+
+def test_captured_states_can_be_taken_as_they_are(digits, calls):
+    config = load_json(digits / "config.json")
+    states = walker(calls, config, synthesise=False).states(3)
+    known = torch.cat([call["hidden_states"] for call in calls])
+    assert all(any(torch.equal(row, one) for one in known) for row in states.inputs["hidden_states"])
+
+
+def test_a_model_whose_state_is_more_than_noise_is_refused(digits, calls):
+    config = {**load_json(digits / "config.json"), "out_channels": 8}
+    with pytest.raises(BadInputs, match="takes 16 channels and answers 8"):
+        walker(calls, config)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    chosen = options(steps=100, warm_up=10, learning_rate=1.0)
+    rates = [learning_rate(step, chosen) for step in range(100)]
+    assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
+    assert 0 <= rates[-1] < 0.001
+
+
+def test_where_the_biases_alone_learn_every_code_and_scale_stays(digits, start, calls, tmp_path):
+    student, teacher = of_digits(digits, start), load_transformer()
+    config = load_json(digits / "config.json")
+    state, losses = train(student, teacher, calls, family_of(config), config, options(learn="biases"), tmp_path)
+    before, after = student_tensors(student, of_digits(digits, start).state_dict()), student_tensors(student, state)
+    changed = {name for name, value in after.items() if not torch.equal(_bits(value), _bits(before[name]))}
+    assert len(losses["velocity"]) == 2
+    assert changed
+    assert all(name.endswith(".bias") for name in changed)
+
+
+def _bits(value):
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)
