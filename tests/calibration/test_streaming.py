@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration import checkpoint, one_pass, quantization, shards, write
+from calibration import checkpoint, one_pass, result_files, shards, write
 from calibration.block_checkpoint import finished_blocks
 from calibration.errors import BadCheckpoint, OutputExists, TooLittleSpace
 from calibration.input_amax import METADATA
@@ -229,7 +229,7 @@ def test_the_bar_reaches_its_end_in_a_run_that_goes_on_too(
     source, told = _reshard(flux, tmp_path / "resharded"), list[int]()
     _kill(source, tmp_path / "killed", amax)
     _small_shards(monkeypatch)
-    monkeypatch.setattr(quantization, "_bar", lambda _: contextlib.nullcontext(told.append))
+    monkeypatch.setattr(result_files, "_bar", lambda _: contextlib.nullcontext(told.append))
     wanted = 2 * sum(value.nbytes for value in load_file(flux / checkpoint.WEIGHTS).values())
     for name in ("killed", "whole"):
         told.clear()
