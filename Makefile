@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/fp4trt demo -o build/demo --force
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calibration.attention_amax import operands_of
 from calibration.dataset import load_inputs
 from calibration.errors import BadInputs
 from calibration.input_amax import METADATA, calibrate
@@ -30,7 +31,8 @@ def test_a_pipelines_prompts_are_sampled_over_the_whole_schedule(pipeline: Path,
     assert result["calls"] == 2 * 3
     amax = json.loads((tmp_path / "amax.json").read_text())
     config = load_json(pipeline / "transformer" / "config.json")
-    assert list(amax) == sorted([METADATA, *family_of(config).quantized(config)])
+    family = family_of(config)
+    assert list(amax) == sorted([METADATA, *family.quantized(config), *operands_of(family.attentions(config))])
     calls = load_inputs(tmp_path / "inputs.safetensors")
     times = [float(call["timestep"][0]) for call in calls[:3]]
     assert times[0] == 1.0
