@@ -95,4 +95,8 @@ def _export_graph(source: Path, output: Path, force: bool, allow_slow: bool) -> 
 
 
 def _linears(result: dict[str, Any]) -> str:
-    return "all linears in BF16" if result["precision"] == "bf16" else f"{result['quantized_linears']} linears in NVFP4"
+    if result["precision"] == "bf16":
+        return "all linears in BF16"
+    in_fp8 = result["fp8_linears"]
+    text = f"{result['quantized_linears'] - in_fp8} linears in NVFP4"
+    return f"{text}, {in_fp8} in FP8" if in_fp8 else text
