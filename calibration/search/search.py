@@ -222,9 +222,10 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
             wanted = reference.outputs(task.some, {}, bar.update)
         model = Mixture(plain.folder, changed, quantized, task.device)
         stack.enter_context(model.loaded())
-        base = relative_error(model.outputs(task.some, {}, bar.update), wanted)
+        folded = relative_error(model.outputs(task.some, {}, bar.update), wanted)
         keep = lambda errors: write.note_progress(partial, {"errors": errors})  # noqa: E731
         errors = measure_groups(model, groups, task.some, wanted, finished.get("errors", {}), keep, bar.update)
+        base = folded or min(min(found.values()) for found in errors.values())
         sensitivity = Sensitivity(groups_of(plain.family, plain.config, shapes, _beyond(errors, base)), base)
 
         def measure(point: Point) -> Point:
@@ -258,7 +259,7 @@ def _folded(task: _Task, work: Path) -> Iterator[Mapping[str, StoredTensor]]:
 
 
 def _beyond(errors: Errors, base: float) -> Errors:
-    """Return errors beyond that of the plain linears."""
+    """Return errors beyond that which any change of the model has, because it rounds otherwise in 16 bit."""
     less = {first: {kind: max(0.0, value - base) for kind, value in found.items()} for first, found in errors.items()}
     return {first: {**found, "bf16": 0.0} for first, found in less.items()}
 

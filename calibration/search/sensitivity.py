@@ -28,7 +28,7 @@ class Group:
         parameters: of their weights.
         flops: for one picture of the family's default size.
         errors: format to the squared error of the model's output, relative to its own square, when these linears alone
-            are quantized, beyond what the plain model has.
+            are quantized, beyond the sensitivity's base.
     """
 
     linears: tuple[str, ...]
@@ -43,7 +43,8 @@ class Sensitivity:
 
     Attributes:
         groups: in graph order.
-        base: squared relative error of the output with no linear quantized: that of folds, rounded to 16 bit.
+        base: squared relative error of the output with no linear quantized: that of folds, which are rounded to 16 bit;
+            without any, the least that exchanging a group's linears gives, which is that of rounding otherwise.
     """
 
     groups: tuple[Group, ...]
