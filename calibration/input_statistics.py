@@ -60,13 +60,17 @@ class Moments:
         count: of rows.
         total: sum of the input, FP32 [K].
         rounded: sum of the quantized input, FP32 [K].
-        product: sum of ``x x^T`` of the quantized input, FP32 [K, K].
+        product: sum of ``q q^T`` of the quantized input, FP32 [K, K].
+        cross: sum of ``x q^T`` of the input and the quantized input, FP32 [K, K], where it was asked for.
+        plain: sum of ``x x^T`` of the input, FP32 [K, K], where it was asked for.
     """
 
     count: int
     total: torch.Tensor
     rounded: torch.Tensor
     product: torch.Tensor
+    cross: torch.Tensor | None = None
+    plain: torch.Tensor | None = None
 
     @property
     def covariance(self) -> torch.Tensor:
@@ -104,7 +108,7 @@ def observe_channels(modules: Mapping[str, nn.Module], kept: int) -> Iterator[di
 
 @contextlib.contextmanager
 def observe_moments(
-    modules: Mapping[str, nn.Module], quantize: Mapping[str, Transform], most: int
+    modules: Mapping[str, nn.Module], quantize: Mapping[str, Transform], most: int, with_cross: bool = False
 ) -> Iterator[dict[str, Moments]]:
     """Add up second moments of what enters some modules while the ``with`` statement runs them.
 
@@ -112,6 +116,7 @@ def observe_moments(
         modules: name to module, called with one tensor [..., K].
         quantize: name to what rounds its input.
         most: rows to use of each call, evenly spread.
+        with_cross: add up ``cross`` and ``plain`` too.
     """
     found: dict[str, Moments] = {}
 
@@ -120,12 +125,17 @@ def observe_moments(
         rounded = quantize[name](rows)
         if name not in found:
             empty = rows.new_zeros(rows.shape[1])
-            found[name] = Moments(0, empty, empty.clone(), rows.new_zeros(rows.shape[1], rows.shape[1]))
+            square = rows.new_zeros(rows.shape[1], rows.shape[1])
+            more = (square.clone(), square.clone()) if with_cross else ()
+            found[name] = Moments(0, empty, empty.clone(), square, *more)
         moments = found[name]
         moments.count += len(rows)
         moments.total += rows.sum(dim=0)
         moments.rounded += rounded.sum(dim=0)
         moments.product.addmm_(rounded.T, rounded)
+        if moments.cross is not None and moments.plain is not None:
+            moments.cross.addmm_(rows.T, rounded)
+            moments.plain.addmm_(rows.T, rows)
 
     with _watching(modules, add):
         yield found

@@ -1,8 +1,9 @@
 """The method ``quality``: the best weights for a block that calibration data can find, at no cost at run time.
 
 1. Folds (:mod:`calibration.folds`) move constants and factors of channels out of the activations.
-2. GPTQ with a search of the block scales, then coordinate descent (:mod:`calibration.gptq`), choose codes and scales
-   for the activations that will be there: quantized ones. In FP8 they are rounded to nearest.
+2. The weight goes a part of the way to the one that makes the best of a rounded input (:mod:`calibration.wiener`); GPTQ
+   with a search of the block scales, then coordinate descent (:mod:`calibration.gptq`), choose codes and scales for the
+   activations that will be there: quantized ones. In FP8 they are rounded to nearest.
 3. The bias takes up what the mean of the output has lost.
 
 Every linear is looked at in the order of the graph, behind those that are quantized already (``sequential``), or all of
@@ -24,6 +25,7 @@ from calibration.input_statistics import Channels, Moments, observe_channels, ob
 from calibration.models.family import Modulated
 from calibration.preparation import BlockResult, BlockTask
 from calibration.recipe import Quality
+from calibration.wiener import wiener_target
 
 __all__ = ["quantize_block"]
 
@@ -95,7 +97,7 @@ class _Work:
         scales = {group[0]: self.input_scale(group) for group in stage}
         quantizers = {path: _Quantizer(scale, self.task.linears[path]) for path, scale in scales.items()}
         watched = {group[0]: self.linear(group[0]) for group in stage}
-        with observe_moments(watched, quantizers, self.options.rows_per_call) as found:
+        with observe_moments(watched, quantizers, self.options.rows_per_call, self.options.wiener > 0) as found:
             self.task.run()
         for group in stage:
             in_fp8 = self.task.linears[group[0]] == "fp8"
@@ -111,14 +113,18 @@ class _Work:
 
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""
-        own = {path: float(self.linear(path).weight.abs().max()) for path in group}
+        options = self.options
+        weights = {path: self.linear(path).weight.float() for path in group}
+        targets = {
+            path: wiener_target(weight, moments, options.wiener, options.damping) for path, weight in weights.items()
+        }
+        own = {path: float(target.abs().max()) for path, target in targets.items()}
         scale = nvfp4.global_scale(max(ptq.checked_weights(own).values())).to(moments.product.device)
         covariance = moments.covariance
-        covariance.diagonal().add_(self.options.damping * covariance.diagonal().mean())
-        for path in group:
-            weight = self.linear(path).weight.float()
-            rounded = self.rounded(weight, covariance, scale)
-            self.note(path, weight, rounded, covariance, scale)
+        covariance.diagonal().add_(options.damping * covariance.diagonal().mean())
+        for path, weight in weights.items():
+            rounded = self.rounded(targets[path], covariance, scale)
+            self.note(path, targets[path], rounded, covariance, scale)
             codes, block_scales = rounded.stored(scale)
             self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, block_scales
             self.tensors[f"{path}.weight_scale_2"] = scale

@@ -126,6 +126,8 @@ class Quality(_Strict):
         smooth_fold: scale channels there so that weights and inputs share the burden.
         gptq: round with feedback and a search of the block scales.
         descent_sweeps: of coordinate descent afterwards, at most; 0 for none.
+        wiener: share of the way from a weight to the one that makes the best of an input rounded to FP4, which is gone
+            before it is rounded itself (see :mod:`calibration.wiener`).
         bias_correction: let the biases take up what the mean of the output has lost.
         sequential: quantize each group of linears for what the quantized ones before it in its block give; one run over
             the calibration data for every group, in place of one for all.
@@ -139,6 +141,7 @@ class Quality(_Strict):
     smooth_fold: bool = True
     gptq: bool = True
     descent_sweeps: int = Field(default=4, ge=0)
+    wiener: float = Field(default=0.3, ge=0, le=1)
     bias_correction: bool = True
     sequential: bool = True
     damping: float = Field(default=0.01, gt=0, lt=1)
