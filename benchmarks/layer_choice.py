@@ -175,7 +175,7 @@ def main() -> None:
                     }
                 )
     notes = [
-        f"Relative error (%) of the model's output on {len(calls)} captured calls, of which the search has seen {CALLS}.",
+        f"Relative error, %, of the model's output on {len(calls)} captured calls; the search has seen {CALLS}.",
         f"`budget` is of bytes, beyond NVFP4, where all in FP8 cost 100 %; BF16 is {(16 - 4.5) / 3.5:.1f} times FP8.",
         "`search core-s` includes quantizing the model twice by the recipe, and measuring the frontier.",
     ]
