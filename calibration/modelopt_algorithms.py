@@ -134,7 +134,7 @@ class _Before:
     """A linear as it was, and what entered it.
 
     Attributes:
-        weight: FP32 [N, K].
+        weight: [N, K].
         input: of the plain model.
     """
 
@@ -150,18 +150,16 @@ class _Before:
             under the same global scale gives, looked at before any smoothing.
         """
         x = torch.cat(self.input.rows)
-        scale = weight_scales(linear)[1]
-        smoothing = linear.input_quantizer.pre_quant_scale
-        values = linear.weight_quantizer(linear.weight).float()
-        entering = linear.input_quantizer(x.to(linear.weight.dtype)).float()
-        own = nvfp4.fake_quantize(self.weight, nvfp4.global_scale(self.weight.abs().max()))
-        rounded = nvfp4.fake_quantize(x, nvfp4.global_scale(self.input.amax.max()))
-        wanted = x @ self.weight.T
+        smoothing, kind = linear.input_quantizer.pre_quant_scale, self.weight.dtype
+        values, entering = linear.weight_quantizer(linear.weight).float(), linear.input_quantizer(x.to(kind)).float()
+        plain = nvfp4.fake_quantize(self.weight, nvfp4.global_scale(self.weight.float().abs().max())).float()
+        plain_input = nvfp4.fake_quantize(x.to(kind), nvfp4.global_scale(self.input.amax.max())).float()
+        wanted = x @ self.weight.float().T
         unsmoothed = values if smoothing is None else values * smoothing.float().reshape(-1)
-        same_scale = nvfp4.fake_quantize(self.weight, scale).to(linear.weight.dtype).float()
+        same_scale = nvfp4.fake_quantize(self.weight, weight_scales(linear)[1]).float()
         return {
             "error": float((entering @ values.T - wanted).norm() / wanted.norm()),
-            "plain_error": float((rounded @ own.T - wanted).norm() / wanted.norm()),
+            "plain_error": float((plain_input @ plain.T - wanted).norm() / wanted.norm()),
             "changed": float((unsmoothed != same_scale).float().mean()),
         }
 
@@ -171,4 +169,4 @@ def _observed(task: BlockTask, paths: Sequence[str]) -> dict[str, _Before]:
     linears: dict[str, Any] = {path: task.module.get_submodule(path) for path in paths}
     with observe_channels(linears, _ROWS) as seen:
         task.run()
-    return {path: _Before(linear.weight.float(), seen[path]) for path, linear in linears.items()}
+    return {path: _Before(linear.weight.detach().clone(), seen[path]) for path, linear in linears.items()}
