@@ -7,6 +7,7 @@ dict. What is the same for all of them happens here, once: `--json`, one-line er
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import copy
 import importlib
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ class Entry:
 COMMANDS: dict[str, Entry] = {
     "calibrate": Entry("calibration.cli:calibrate", "Measure activation ranges over the denoising schedule."),
     "recipes": Entry("calibration.cli:recipes", "List the ways to quantize, or show one."),
+    "search": Entry("calibration.search.cli:search", "Find the linears that FP8 or BF16 is best spent on."),
     "quantize": Entry("calibration.cli:quantize", "Turn a 16-bit checkpoint into an NVFP4 checkpoint."),
     "export": Entry("exporter.cli:export", "Turn a quantized checkpoint into an ONNX graph for TensorRT."),
     "validate": Entry("onnx_functions.cli:validate", "Check the numerics of a graph against its checkpoint."),
@@ -75,6 +78,8 @@ EXTRAS: dict[str, str] = {
 
 _PIPE_CLOSED: Final = 141
 """What a shell reports of a program that wrote into a closed pipe: 128 and the number of SIGPIPE."""
+
+_SOON_S: Final = 0.05
 
 
 class _Failure(Exception):
@@ -154,6 +159,7 @@ def _run(arguments: Sequence[str] | None) -> tuple[int, bool]:
 
 def main() -> NoReturn:
     """Entry point of the `fp4trt` script and of `python -m fp4trt`."""
+    sys.unraisablehook = _hear_interrupt
     status, abruptly = _run(None)
     if abruptly:
         # Python ends a process by the signal itself, whatever was done about it, when the interrupt went through
@@ -162,6 +168,14 @@ def main() -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _hear_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Let Ctrl-C be heard that came while some object was being deleted: Python would show it, and go on."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(_SOON_S, _thread.interrupt_main).start()  # raised in here, it would be lost again
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _forget_stdout() -> None:

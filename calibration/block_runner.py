@@ -76,7 +76,7 @@ class BlockRunner:
         for index, block in enumerate(blocks):
             module = model.get_submodule(block)
             module.forward = partial(self._forward, index, module.forward)
-        self._wanted = 0
+        self._wanted, self._leave = 0, True
         self._before: Outputs = ()
 
     @contextlib.contextmanager
@@ -97,7 +97,7 @@ class BlockRunner:
             call: the model's inputs.
             before: what the block before it returned for this call; empty for the first.
         """
-        self._wanted, self._before = self._blocks.index(block), self._on_device(before)
+        self._wanted, self._leave, self._before = self._blocks.index(block), True, self._on_device(before)
         try:
             self._call(call)
         except _Reached as reached:
@@ -108,9 +108,17 @@ class BlockRunner:
             raise AssertionError(f"{block} returns other tensors than the block before it: not supported")
         return outputs
 
-    def finish(self, call: Inputs, before: Outputs) -> torch.Tensor:
-        """Return what the model makes of the last block's outputs."""
-        self._wanted, self._before = len(self._blocks), self._on_device(before)
+    def finish(self, call: Inputs, before: Outputs, block: str | None = None) -> torch.Tensor:
+        """Return what the model makes of the last block's outputs.
+
+        Args:
+            call: the model's inputs.
+            before: what the last block returned for this call.
+            block: begin with this one, for which ``before`` is what the block before it returned, empty for the first;
+                it and all behind it have to be loaded.
+        """
+        self._wanted = len(self._blocks) if block is None else self._blocks.index(block)
+        self._leave, self._before = False, self._on_device(before)
         return self._call(call)[0].cpu()
 
     def _call(self, call: Inputs) -> Any:
@@ -124,4 +132,6 @@ class BlockRunner:
         if index < self._wanted:
             return self._before if len(self._before) > 1 else self._before[0]
         result = forward(*args, **kwargs)
+        if not self._leave:
+            return result
         raise _Reached(result if isinstance(result, tuple) else (result,))

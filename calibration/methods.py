@@ -10,12 +10,17 @@ from calibration.preparation import Method
 from calibration.recipe import PTQ, ModelOpt, Quality, SVDQuant
 from calibration.recipe import Method as Options
 
-__all__ = ["needs_activations", "of_block", "require_fit"]
+__all__ = ["changes_plain_linears", "needs_activations", "of_block", "require_fit"]
 
 
 def needs_activations(options: Options) -> bool:
     """Whether a method runs the model on captured inputs, or does with the maxima of the linears' inputs."""
     return not isinstance(options, PTQ)
+
+
+def changes_plain_linears(options: Options) -> bool:
+    """Whether a method changes linears that stay in 16 bit too, as folds do."""
+    return isinstance(options, Quality) and (options.shift_fold or options.smooth_fold)
 
 
 def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:

@@ -6,7 +6,7 @@ What of a recipe concerns numerics is in the result's manifest, so that a checkp
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -46,11 +46,11 @@ class Rule(_Strict):
     """One format for the linears whose module path a pattern matches.
 
     Attributes:
-        linears: a shell pattern, such as ``*.norm*.linear``, held against the whole path.
+        linears: a shell pattern, such as ``*.norm*.linear``, held against the whole path; or a list of them.
         format: for them.
     """
 
-    linears: str
+    linears: str | tuple[str, ...]
     format: Format
 
 
@@ -67,6 +67,12 @@ class FormatRules(_Strict):
     default: Format = "nvfp4"
     min_size: int = Field(default=0, ge=0)
     rules: tuple[Rule, ...] = ()
+
+    def by_pattern(self) -> Iterator[tuple[str, str]]:
+        """Yield each pattern with its format."""
+        for rule in self.rules:
+            for pattern in (rule.linears,) if isinstance(rule.linears, str) else rule.linears:
+                yield pattern, rule.format
 
 
 class PTQ(_Strict):
@@ -277,20 +283,20 @@ def linear_formats(
     """
     paths = family.quantized(config)
     chosen: dict[str, tuple[str, str]] = {}
-    for rule in rules.rules:
-        matching = [path for path in paths if fnmatch.fnmatchcase(path, rule.linears)]
+    for pattern, kind in rules.by_pattern():
+        matching = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
         if not matching:
             raise BadRecipe(
-                f"the rule for {rule.linears!r} matches no linear that {family.name} can quantize; "
+                f"the rule for {pattern!r} matches no linear that {family.name} can quantize; "
                 f"expected a pattern such as {paths[0]!r}: fp4trt inspect lists them"
             )
         for path in matching:
             if path in chosen:
                 raise BadRecipe(
-                    f"two rules name {path}: {chosen[path][0]!r} ({chosen[path][1]}) and {rule.linears!r} "
-                    f"({rule.format}); expected one rule for a linear"
+                    f"two rules name {path}: {chosen[path][0]!r} ({chosen[path][1]}) and {pattern!r} "
+                    f"({kind}); expected one rule for a linear"
                 )
-            chosen[path] = (rule.linears, rule.format)
+            chosen[path] = (pattern, kind)
     small = {path for path in paths if min(*shapes[path], family.rows(path)) < rules.min_size}
     usual = {path: "bf16" if path in small else rules.default for path in paths}
     formats = {path: chosen[path][1] if path in chosen else usual[path] for path in paths}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -90,6 +91,20 @@ def test_a_run_by_block_gives_the_models_own_output_and_holds_one_block(digits: 
                 assert there == {block}
         found = runner.finish(call, outputs)
         assert torch.equal(found, load_source(digits)(**call, return_dict=False)[0])
+
+
+def test_a_run_from_a_block_on_gives_the_models_own_output(digits: Path, inputs: Path) -> None:
+    config = load_json(digits / "config.json")
+    blocks, call = family_of(config).blocks(config), load_inputs(inputs)[0]
+    model, stored = empty_source(digits)
+    runner = BlockRunner(model, blocks, lambda name: stored[name].tensor())
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for block in blocks:
+            stack.enter_context(runner.loaded(block))
+        wanted, outputs = load_source(digits)(**call, return_dict=False)[0], ()
+        for block in blocks:
+            assert torch.equal(runner.finish(call, outputs, block), wanted)
+            outputs = runner.run(block, call, outputs)
 
 
 def test_each_weight_is_read_once_whatever_the_number_of_calls(

@@ -46,6 +46,7 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
         ({"formats": {"defalt": "bf16"}}, "there is no key formats.defalt; expected one of: default, min_size, rules"),
         ({"formats": {"default": "int3"}}, "formats.default is 'int3'"),
         ({"formats": {"rules": [{"linear": "*"}]}}, "formats.rules.0.linears is missing"),
+        ({"formats": {"rules": [{"linears": 3, "format": "fp8"}]}}, "formats.rules.0.linears"),
         ({"attention": "int8"}, "attention is 'int8'"),
         ({"name": "No Name"}, "name is 'No Name'"),
     ],

@@ -391,6 +391,37 @@ def test_ctrl_c_ends_the_demo_in_one_line_whoever_hears_of_it(to_all: bool, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+_INTERRUPTED_WHILE_DELETING = """
+import os, signal, sys, time
+import click, fp4trt
+
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        [None for _ in range(1000)]
+
+@click.command()
+def command():
+    Deleted()
+    time.sleep(1)
+    print("went on")
+
+sys.modules["room"] = type(sys)("room")
+sys.modules["room"].command = command
+fp4trt.COMMANDS["command"] = fp4trt.Entry("room:command", "")
+sys.argv = ["fp4trt", "command"]
+fp4trt.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal as a POSIX terminal does")
+def test_ctrl_c_is_heard_while_an_object_is_deleted() -> None:
+    command = [sys.executable, "-c", _INTERRUPTED_WHILE_DELETING]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fp4trt command: error: interrupted\n"
+
+
 def _interrupted(arguments: list[str], shown: str, to_all: bool = False) -> tuple[int, str]:
     """Run a command, press Ctrl-C soon after it has shown some words; return its status and what it printed.
 

@@ -1,0 +1,75 @@
+"""The command ``fp4trt search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["search"]
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
+@click.option(
+    "--fp8-budget",
+    "budget",
+    type=click.FloatRange(0, 4),
+    required=True,
+    help="What may be spent beyond NVFP4; 1 is what all linears in FP8 cost.",
+)
+@click.option(
+    "--of",
+    type=click.Choice(["flops", "bytes", "both"]),
+    default="both",
+    show_default=True,
+    help="What the budget is of; both: neither FLOPs nor bytes may exceed it.",
+)
+@click.option(
+    "--recipe", default="nvfp4-quality", show_default=True, help="A name of fp4trt recipes, or a YAML file: the method."
+)
+@click.option("--calibration", type=_PATH, help="Captured inputs (.safetensors) of fp4trt calibrate --save-inputs.")
+@click.option("--bf16/--no-bf16", default=True, show_default=True, help="Whether linears may stay in 16 bit.")
+@click.option(
+    "--calls", type=click.IntRange(1), default=16, show_default=True, help="Captured calls to measure on, at most."
+)
+@click.option("--sensitivity", type=_PATH, help="search.json of an earlier search: choose again without measuring.")
+@click.option("--force", is_flag=True, help="Replace an earlier result.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
+def search(
+    source: str,
+    output: Path,
+    budget: float,
+    of: str,
+    recipe: str,
+    calibration: Path | None,
+    bf16: bool,
+    calls: int,
+    sensitivity: Path | None,
+    force: bool,
+    device: str,
+) -> dict[str, Any]:
+    """Choose NVFP4, FP8 or BF16 for each linear by measurement, and write the choice as a recipe.
+
+    SOURCE is a diffusers checkpoint in BF16, or "digits" for the built-in model. What counts is the error of the
+    model's output; linears that TensorRT runs as one GEMM are taken together. The model is in memory; a command that
+    was killed goes on after the last block that it had measured.
+
+    \b
+    Example:
+      fp4trt search digits -o search --fp8-budget 0.2
+      fp4trt quantize digits -o digits-mixed --recipe search/recipe.yaml
+      fp4trt search digits -o search-less --fp8-budget 0.1 --sensitivity search/search.json
+    """
+    from calibration.search.search import search as run
+
+    result = run(source, output, budget, of, recipe, calibration, bf16, calls, sensitivity, force, device)
+    click.echo(result.pop("table"))
+    click.echo(f"\nthe recipe is in {output}: fp4trt quantize {source} --recipe {output / 'recipe.yaml'} -o ...")
+    return result

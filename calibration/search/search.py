@@ -1,0 +1,290 @@
+"""``fp4trt search``: measure what each linear costs the model's output, and spend a budget where it buys most."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import yaml
+
+from calibration import methods, write
+from calibration.block_calibration import identity_of, require_device
+from calibration.checkpoint import MANIFEST, Checkpoint, read
+from calibration.dataset import Inputs
+from calibration.errors import BadCheckpoint, BadInputs, BadRecipe
+from calibration.input_amax import captured_from
+from calibration.plain import Plain, checked
+from calibration.preparation import prepared_by_block
+from calibration.quantization import quantize
+from calibration.recipe import QAT, FormatRules, Recipe, Rule, load_recipe
+from calibration.safetensors_file import StoredTensor
+from calibration.search.frontier import BUDGETS, Point, draw, frontier, table
+from calibration.search.measurement import Errors, measure_groups, relative_error, runs_of, spread
+from calibration.search.mixture import Mixture, Quantized
+from calibration.search.sensitivity import BITS, Sensitivity, groups_of
+from calibration.source import find_source, load_json
+
+__all__ = ["DATA", "PICTURE", "RECIPE", "search"]
+
+DATA: Final = "search.json"
+RECIPE: Final = "recipe.yaml"
+PICTURE: Final = "frontier.png"
+FORMAT: Final = "fp4trt search 1"
+"""What tells our search.json from another."""
+
+_ALONE: Final = ("nvfp4", "fp8")
+"""Formats that a whole checkpoint is made in, to take linears from."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is searched.
+
+    Attributes:
+        plain: the checkpoint, with the recipe whose method chooses values.
+        recipe: what the result is written for: the same, or one that trains from there.
+        calibration: captured inputs, as the user gave them.
+        calls: all of them.
+        some: those that errors are measured on.
+        device: where to compute.
+    """
+
+    plain: Plain
+    recipe: Recipe
+    calibration: str | Path | None
+    calls: Sequence[Inputs]
+    some: Sequence[Inputs]
+    device: str
+
+    def identity(self) -> str:
+        """Return what tells measurements from those of another model, method or data."""
+        run = identity_of(self.plain.folder, self.plain.config, self.calls, self.device)
+        parts = [FORMAT, run, self.plain.recipe.resolved(), len(self.some)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def search(
+    source: str | Path,
+    output: str | Path,
+    budget: float,
+    of: str = "both",
+    recipe: str | Path = "nvfp4-quality",
+    calibration: str | Path | None = None,
+    bf16: bool = True,
+    calls: int = 16,
+    sensitivity: str | Path | None = None,
+    force: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Choose NVFP4, FP8 or BF16 for each group of linears, and write the choice as a recipe.
+
+    The model is quantized by the recipe's method twice, to NVFP4 and to FP8; then each group's linears are put into the
+    plain model alone, and the error of the model's output is what the group costs. The model is in memory for that. A
+    run that is killed goes on after the block that it had measured last.
+
+    Args:
+        source: BF16 checkpoint (see :func:`calibration.source.find_source`).
+        output: folder of the result: recipe.yaml, search.json and, with matplotlib, frontier.png.
+        budget: what may be spent beyond NVFP4; all linears in FP8 cost 1.
+        of: ``flops``, ``bytes``, or ``both``: neither may exceed the budget.
+        recipe: whose method and attention; it may name no formats, which are to be chosen.
+        calibration: captured inputs (``.safetensors``); None for the built-in model's words.
+        bf16: whether linears may stay in 16 bit.
+        calls: captured calls to measure on, at most, spread over the schedule.
+        sensitivity: search.json of an earlier search, in place of measuring again.
+        force: replace an earlier result.
+        device: where to compute, ``cpu`` or ``cuda``.
+
+    Returns:
+        What the command prints as JSON: search.json, and where the files are; and the table for people.
+
+    Raises:
+        BadRecipe, BadCheckpoint, BadInputs, OutputExists: naming what is wrong.
+    """
+    require_device(device)
+    directory, folder = Path(output), find_source(source)
+    chosen = load_recipe(recipe)
+    ours = (DATA, RECIPE, PICTURE) if _is_search(directory) else ()
+    write.refuse_foreign(directory, force, ours)
+    plain = checked(folder, _without_training(chosen))
+    formats = tuple(BITS) if bf16 else _ALONE
+    if sensitivity is not None:
+        found = _sensitivity_of(Path(sensitivity), plain)
+        identity, measured_on = "", 0
+    else:
+        captured = captured_from(folder, calibration).calls
+        task = _Task(plain, chosen, calibration, captured, spread(captured, calls), device)
+        identity, measured_on = task.identity(), len(task.some)
+    with write.replacing(directory, force, identity, ours) as partial:
+        if sensitivity is not None:
+            points = frontier(found, {*BUDGETS, budget}, of, formats)
+        else:
+            with _measured(task, partial, runs=len({*BUDGETS, budget})) as (found, measure):
+                points = [measure(point) for point in frontier(found, {*BUDGETS, budget}, of, formats)]
+            for kind in _ALONE:
+                shutil.rmtree(partial / kind)
+        point = next(point for point in points if point.budget == budget)
+        result = {
+            "format": FORMAT,
+            "recipe": chosen.resolved(),
+            "budget": budget,
+            "of": of,
+            "calls": measured_on,
+            "sensitivity": found.as_dict(),
+            "frontier": [asdict(point) for point in points],
+        }
+        write.write_json(partial / DATA, result)
+        _write_recipe(partial / RECIPE, _recipe(chosen, found, point, of))
+        drawn = draw(found, points, point, partial / PICTURE)
+    files = {"data": DATA, "recipe_file": RECIPE, **({"picture": PICTURE} if drawn else {})}
+    return {
+        **result,
+        **{key: str((directory / name).resolve()) for key, name in files.items()},
+        "table": table(points, budget),
+    }
+
+
+def _is_search(directory: Path) -> bool:
+    """Whether a folder holds a result of ours."""
+    try:
+        return load_json(directory / DATA).get("format") == FORMAT
+    except (BadCheckpoint, OSError):
+        return False
+
+
+def _without_training(recipe: Recipe) -> Recipe:
+    """Return the recipe whose method chooses values: of one that trains, that which it starts from.
+
+    Raises:
+        BadRecipe: it chooses formats itself.
+    """
+    if recipe.formats != FormatRules():
+        raise BadRecipe(f"{recipe.name} says which linears get which format; expected a recipe that leaves that open")
+    if isinstance(recipe.method, QAT):
+        start = load_recipe(recipe.method.start)
+        return start.model_copy(update={"formats": FormatRules(), "attention": "bf16"})
+    return recipe.model_copy(update={"attention": "bf16"})
+
+
+def _sensitivity_of(file: Path, plain: Plain) -> Sensitivity:
+    """Read what an earlier search measured.
+
+    Raises:
+        BadInputs: it is of another model or another method.
+    """
+    try:
+        earlier = load_json(file)
+    except BadCheckpoint:
+        raise BadInputs(f"{file} is no JSON file; expected the search.json of an earlier fp4trt search") from None
+    if earlier.get("format") != FORMAT:
+        raise BadInputs(f"{file} was not written by fp4trt search; expected its search.json")
+    try:
+        found = Sensitivity.from_dict(earlier.get("sensitivity", {}))
+        method = _without_training(Recipe.model_validate(earlier["recipe"])).method
+    except (BadInputs, KeyError, ValueError) as error:
+        raise BadInputs(f"{file} is damaged ({' '.join(str(error).split())}); measure again") from None
+    if tuple(group.linears for group in found.groups) != plain.family.groups(plain.config):
+        raise BadInputs(f"{file} is of a model with other linears; expected a search of this one: measure again")
+    if method != plain.recipe.method:
+        raise BadInputs(f"{file} was measured with the method {method.name}; expected {plain.recipe.method}")
+    return found
+
+
+@contextlib.contextmanager
+def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivity, Callable[[Point], Point]]]:
+    """Measure every group; give the result, and what measures a choice.
+
+    Args:
+        task: what is searched.
+        partial: folder for what is finished.
+        runs: choices that will be measured.
+    """
+    finished = write.progress_of(partial)
+    write.note_progress(partial, {"errors": {}, **finished})
+    plain = task.plain
+    quantized = {kind: Quantized(_uniform(task, partial / kind, kind)) for kind in _ALONE}
+    groups = plain.family.groups(plain.config)
+    shapes = {path: plain.stored[f"{path}.weight"].shape for path in plain.formats}
+    total = (2 + runs) * len(task.some) + runs_of(groups, len(task.some))
+    with contextlib.ExitStack() as stack:
+        changed = stack.enter_context(_folded(task, partial / "folds"))
+        bar = stack.enter_context(click.progressbar(length=total, label="measuring", file=sys.stderr, show_eta=True))
+        reference = Mixture(plain.folder, {}, {}, task.device)
+        with reference.loaded():
+            wanted = reference.outputs(task.some, {}, bar.update)
+        model = Mixture(plain.folder, changed, quantized, task.device)
+        stack.enter_context(model.loaded())
+        folded = relative_error(model.outputs(task.some, {}, bar.update), wanted)
+        keep = lambda errors: write.note_progress(partial, {"errors": errors})  # noqa: E731
+        errors = measure_groups(model, groups, task.some, wanted, finished.get("errors", {}), keep, bar.update)
+        base = folded or min(min(found.values()) for found in errors.values())
+        sensitivity = Sensitivity(groups_of(plain.family, plain.config, shapes, _beyond(errors, base)), base)
+
+        def measure(point: Point) -> Point:
+            formats = {path: point.formats[group[0]] for group in groups for path in group}
+            outputs = model.outputs(task.some, formats, bar.update)
+            return replace(point, measured=relative_error(outputs, wanted) ** 0.5)
+
+        yield sensitivity, measure
+
+
+def _uniform(task: _Task, directory: Path, kind: str) -> Checkpoint:
+    """Return the checkpoint with all linears in one format, which the recipe's method chooses the values of."""
+    if not (directory / MANIFEST).is_file():
+        recipe = task.plain.recipe.model_copy(update={"formats": FormatRules.model_validate({"default": kind})})
+        quantize(task.plain.folder, directory, recipe, task.calibration, device=task.device)
+    return read(directory)
+
+
+@contextlib.contextmanager
+def _folded(task: _Task, work: Path) -> Iterator[Mapping[str, StoredTensor]]:
+    """Give what the method makes of linears that stay in 16 bit, by name."""
+    options = task.plain.recipe.method
+    if not methods.changes_plain_linears(options):
+        yield {}
+        return
+    method = methods.of_block(options, task.plain.family)
+    formats = dict.fromkeys(task.plain.formats, "bf16")
+    recipe = task.plain.recipe.resolved()
+    with prepared_by_block(task.plain.folder, task.calls, formats, method, recipe, work, task.device) as prepared:
+        yield prepared.tensors
+
+
+def _beyond(errors: Errors, base: float) -> Errors:
+    """Return errors beyond that which any change of the model has, because it rounds otherwise in 16 bit."""
+    less = {first: {kind: max(0.0, value - base) for kind, value in found.items()} for first, found in errors.items()}
+    return {first: {**found, "bf16": 0.0} for first, found in less.items()}
+
+
+def _recipe(base: Recipe, sensitivity: Sensitivity, point: Point, of: str) -> Recipe:
+    """Return the recipe with the formats of a choice."""
+    named = {
+        kind: tuple(path for g in sensitivity.groups if point.formats[g.linears[0]] == kind for path in g.linears)
+        for kind in BITS
+    }
+    rules = [Rule.model_validate({"linears": named[kind], "format": kind}) for kind in ("fp8", "bf16") if named[kind]]
+    share = f"{100 * point.budget:g} %"
+    spent = {"flops": "FLOPs", "bytes": "bytes", "both": "FLOPs and bytes"}[of]
+    fp8, kept, count = len(named["fp8"]), len(named["bf16"]), sum(map(len, named.values()))
+    text = f"{base.name} with {fp8} of {count} linears in FP8 and {kept} in BF16, where these spare the output most: "
+    return base.model_copy(
+        update={
+            "name": f"{base.name}-{of}-{100 * point.budget:g}",
+            "description": f"{text}{share} of what all in FP8 cost in {spent}.",
+            "formats": FormatRules(rules=tuple(rules)),
+        }
+    )
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    """Write a recipe so that quantize takes it."""
+    path.write_text(yaml.safe_dump(recipe.described(), sort_keys=False, width=100), encoding="utf-8")
+    load_recipe(path)

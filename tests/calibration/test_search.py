@@ -1,0 +1,201 @@
+"""A budget goes where it spares the model's output most: by the definition, by measurement, and as a recipe."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fp4trt
+from calibration.checkpoint import load, read
+from calibration.errors import BadInputs, BadRecipe
+from calibration.input_amax import captured_from
+from calibration.models import family_of
+from calibration.quantization import quantize
+from calibration.recipe import FormatRules, load_recipe
+from calibration.search import search as room
+from calibration.search.allocation import UNITS, allocate
+from calibration.search.frontier import frontier
+from calibration.search.measurement import relative_error, spread
+from calibration.search.search import DATA, PICTURE, RECIPE, search
+from calibration.search.sensitivity import BITS, Group, Sensitivity
+from calibration.source import load_json, load_source
+
+CALLS = 4
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search on the built-in model by plain PTQ, a fifth of what FP8 costs; not to be changed."""
+    folder = tmp_path_factory.mktemp("search") / "found"
+    search("digits", folder, 0.2, recipe="nvfp4-ptq", calls=CALLS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(searched: Path) -> Sensitivity:
+    return Sensitivity.from_dict(load_json(searched / DATA)["sensitivity"])
+
+
+def _random(groups: int, seed: int) -> Sensitivity:
+    draw = random.Random(seed)
+    made = []
+    for index in range(groups):
+        error = draw.lognormvariate(-8, 1.5)
+        size = draw.randint(1, 400)
+        errors = {"nvfp4": error, "fp8": error * draw.uniform(0.02, 0.5), "bf16": 0.0}
+        made.append(Group((f"linear{index}",), 64 * size, size * draw.choice((2, 512)), errors))
+    return Sensitivity(tuple(made))
+
+
+@pytest.mark.parametrize("of", UNITS)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_choice_within_the_budget_has_a_smaller_error(of: str, seed: int) -> None:
+    sensitivity = _random(7, seed)
+    names = [group.linears[0] for group in sensitivity.groups]
+    choices = [dict(zip(names, kinds, strict=True)) for kinds in itertools.product(BITS, repeat=len(names))]
+    for budget in (0.0, 0.07, 0.3, 1.0, 4.0):
+        within = [each for each in choices if all(sensitivity.spent(each, unit) <= budget for unit in UNITS[of])]
+        best = min(map(sensitivity.predicted, within))
+        chosen = allocate(sensitivity, budget, of)
+        assert sensitivity.predicted(chosen) == pytest.approx(best, rel=1e-5)
+        assert all(sensitivity.spent(chosen, unit) <= budget + 1e-6 for unit in UNITS[of])
+
+
+def test_a_budget_of_one_pays_for_everything_in_fp8() -> None:
+    sensitivity = _random(9, 0)
+    every = dict.fromkeys((group.linears[0] for group in sensitivity.groups), "fp8")
+    assert [sensitivity.spent(every, unit) for unit in ("flops", "bytes")] == pytest.approx([1, 1])
+    assert set(allocate(sensitivity, 1, "both", ("nvfp4", "fp8")).values()) == {"fp8"}
+    assert set(allocate(sensitivity, 4).values()) == {"bf16"}
+
+
+def test_the_error_of_a_group_is_that_of_the_whole_model_with_its_linears_exchanged(
+    found: Sensitivity, digits: Path, tmp_path: Path
+) -> None:
+    calls = spread(captured_from(digits, None).calls, CALLS)
+    plain = load_source(digits)
+    checkpoints = {}
+    for kind in ("nvfp4", "fp8"):
+        formats = FormatRules.model_validate({"default": kind})
+        quantize(digits, tmp_path / kind, load_recipe("nvfp4-ptq").model_copy(update={"formats": formats}))
+        checkpoints[kind] = load(tmp_path / kind)
+    with torch.no_grad():
+        wanted = [plain(**call, return_dict=False)[0] for call in calls]
+        for group in (found.groups[2], found.groups[-2]):
+            for kind, checkpoint in checkpoints.items():
+                model = load_source(digits)
+                for path in group.linears:
+                    model.set_submodule(path, checkpoint.get_submodule(path))
+                outputs = [model(**call, return_dict=False)[0] for call in calls]
+                assert group.errors[kind] == relative_error(outputs, wanted) - found.base > 0
+
+
+def test_what_the_groups_add_up_to_is_what_the_mixture_has(searched: Path) -> None:
+    points = load_json(searched / DATA)["frontier"]
+    assert [point["budget"] for point in points] == sorted(point["budget"] for point in points)
+    for point in points:
+        assert point["predicted"] == pytest.approx(point["measured"], rel=0.25)
+        assert max(point["flops"], point["bytes"]) <= point["budget"] + 1e-6
+    assert points[-1]["measured"] < 0.5 * points[0]["measured"]
+
+
+def test_the_choice_is_better_than_others_of_its_price(found: Sensitivity) -> None:
+    """By prediction, which the test before holds to what is measured."""
+    (best,) = frontier(found, [0.2], "both", tuple(BITS))
+    groups, draw = list(found.groups), random.Random(0)
+    for _ in range(50):
+        draw.shuffle(groups)
+        formats = dict.fromkeys((group.linears[0] for group in groups), "nvfp4")
+        for group in groups:
+            tried = {**formats, group.linears[0]: "fp8"}
+            if max(found.spent(tried, unit) for unit in UNITS["both"]) <= 0.2:
+                formats = tried
+        assert found.predicted(formats) > best.predicted
+
+
+def test_the_recipe_quantizes_as_it_was_chosen(searched: Path, digits: Path, tmp_path: Path) -> None:
+    result = load_json(searched / DATA)
+    chosen = next(point for point in result["frontier"] if point["budget"] == result["budget"])["formats"]
+    quantize("digits", tmp_path / "mixed", searched / RECIPE)
+    checkpoint = read(tmp_path / "mixed")
+    stored = {**dict.fromkeys(checkpoint.quantized, "nvfp4"), **dict.fromkeys(checkpoint.fp8, "fp8")}
+    config = load_json(digits / "config.json")
+    for group in family_of(config).groups(config):
+        assert {stored.get(path, "bf16") for path in group} == {chosen[group[0]]}
+    assert checkpoint.manifest["recipe"]["name"] == "nvfp4-ptq-both-20"
+    assert sorted(path.name for path in searched.iterdir()) == sorted((DATA, RECIPE, PICTURE))
+
+
+def test_another_budget_needs_no_other_measurement(searched: Path, tmp_path: Path) -> None:
+    search("digits", tmp_path / "same", 0.2, recipe="nvfp4-ptq", sensitivity=searched / DATA)
+    assert (tmp_path / "same" / RECIPE).read_bytes() == (searched / RECIPE).read_bytes()
+    search("digits", tmp_path / "less", 0.05, "flops", "nvfp4-ptq", bf16=False, sensitivity=searched / DATA)
+    rules = yaml.safe_load((tmp_path / "less" / RECIPE).read_text())["formats"]["rules"]
+    assert [rule["format"] for rule in rules] == ["fp8"]
+
+
+def test_a_recipe_that_trains_is_searched_by_what_it_starts_from(searched: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "qat.yaml"
+    method = {"name": "qat", "start": "nvfp4-ptq", "steps": 10, "learning_rate": 1e-4}
+    recipe.write_text(yaml.safe_dump({"name": "mine", "method": method, "attention": "fp8"}))
+    search("digits", tmp_path / "found", 0.2, recipe=recipe, sensitivity=searched / DATA)
+    written = load_recipe(tmp_path / "found" / RECIPE)
+    assert (written.method.name, written.attention) == ("qat", "fp8")
+    assert written.formats == load_recipe(searched / RECIPE).formats
+
+
+def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure, measured = room.relative_error, []
+    inner = "calibration.search.measurement.relative_error"
+
+    def interrupt(*of: object) -> float:
+        measured.append(of)
+        if len(measured) == 30:
+            raise KeyboardInterrupt
+        return measure(*of)
+
+    monkeypatch.setattr(inner, interrupt)
+    arguments = ("search", "digits", "-o", tmp_path / "found", "--fp8-budget", "0.2", "--recipe", "nvfp4-ptq")
+    assert fp4trt.run([*map(str, arguments), "--calls", str(CALLS)]) == 2
+    assert "keeps what is finished" in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
+    before = len(measured)
+    assert fp4trt.run([*map(str, arguments), "--calls", str(CALLS)]) == 0
+    groups = len(json.loads((searched / DATA).read_text())["sensitivity"]["groups"])
+    assert len(measured) - before == 2 * groups - 20  # the first block has ten
+    for name in (DATA, RECIPE):
+        assert (tmp_path / "found" / name).read_bytes() == (searched / name).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["found"]
+
+
+def test_what_cannot_be_searched_is_refused_in_one_line(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(expected: type[Exception], message: str, **options: object) -> None:
+        with pytest.raises(expected, match=message) as raised:
+            search("digits", tmp_path / "out", 0.2, **options)
+        assert "\n" not in str(raised.value)
+        assert list(tmp_path.glob("out*")) == []
+
+    refused(BadRecipe, "says which linears", recipe=searched / RECIPE)
+    refused(BadInputs, "was measured with the method ptq", sensitivity=searched / DATA)
+    refused(BadInputs, "was not written by fp4trt search", sensitivity=_json(tmp_path / "a.json", {}))
+    damaged = {**load_json(searched / DATA), "sensitivity": {"groups": [{"linears": ["x"]}], "base": 0}}
+    refused(BadInputs, "is damaged", recipe="nvfp4-ptq", sensitivity=_json(tmp_path / "b.json", damaged))
+    other = load_json(searched / DATA)
+    other["sensitivity"]["groups"].pop()
+    refused(BadInputs, "other linears", recipe="nvfp4-ptq", sensitivity=_json(tmp_path / "c.json", other))
+    refused(BadInputs, "needs captured inputs", calibration=_json(tmp_path / "amax.json", {}))
+
+
+def _json(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
