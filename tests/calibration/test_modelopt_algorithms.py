@@ -23,6 +23,7 @@ from calibration.errors import NoEffect
 from calibration.modelopt_algorithms import calibrated
 from calibration.preparation import BlockResult, BlockTask
 from calibration.recipe import ModelOpt
+from calibration.svdquant_linear import SVDQuantLinear
 
 BLOCK = "single_transformer_blocks.0"
 MODULATION = (f"{BLOCK}.norm.linear",)
@@ -110,6 +111,25 @@ def test_the_checkpoint_dequantizes_to_modelopts_fake_quantized_weight(algorithm
         assert torch.equal(torch.cat([done.weight(path) for path in group]).bfloat16(), expected)
         whole = linear.weight_quantizer(linear.weight.float())
         assert torch.equal(torch.cat([done.weight(path) for path in group]), whole)  # in FP32 too
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_loaded_block_computes_what_modelopts_does_bit_for_bit(algorithm: str) -> None:
+    done = _done(algorithm)
+    block = copy.deepcopy(done.plain)
+    for path in (*MODULATION, *MERGED, *ALONE):
+        inner, held = path.removeprefix(f"{BLOCK}."), done.stored(path)
+        linear: Any = block.get_submodule(inner)
+        kept = {kind: held[kind] for kind in ("input_scale", "pre_quant_scale") if kind in held}
+        smoothing = "pre_quant_scale" in held
+        new = SVDQuantLinear(linear.in_features, linear.out_features, bias=True, rank=0, smoothing=smoothing)
+        new.load_state_dict({"weight": done.weight(path).bfloat16(), "bias": linear.bias, **kept}, assign=True)
+        block.set_submodule(inner, new)
+    call = _calls()[0][0]
+    with torch.no_grad():
+        for found, expected, plain in zip(*(one(**call) for one in (block, done.block, done.plain)), strict=True):
+            assert torch.equal(found, expected)
+            assert not torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
