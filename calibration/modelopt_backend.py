@@ -85,8 +85,8 @@ def _fake_quantize_static(
 ) -> torch.Tensor:
     """Quantize and dequantize under given magnitudes of blocks: ``static_blockwise_fp4_fake_quant`` of ModelOpt.
 
-    Its kernel is Triton's. In one thing it differs by up to two units of FP32's last place: it scales by ``1 / (448 /
-    amax)`` where the format multiplies the block scale by the global one, as TensorRT and we do.
+    That is a Triton kernel. It differs in one thing, by up to two units of FP32's last place and at ties of the block
+    scale: it scales by ``1 / (448 / amax)``, where the stored format has ``amax / 448`` (docs/quality.md).
 
     Args:
         inputs: FP32 or 16 bit, blocks of 16 one after another.
