@@ -11,6 +11,7 @@ __all__ = [
     "BadCheckpoint",
     "BadInputs",
     "BadRecipe",
+    "NoEffect",
     "OutputExists",
     "TooLittleSpace",
     "UnknownFamily",
@@ -39,6 +40,12 @@ class BadInputs(ValueError):
 
 class BadRecipe(ValueError):
     """A recipe is unknown, damaged, or not for this model."""
+
+    exit_code = 2
+
+
+class NoEffect(ValueError):
+    """A method was to change a model's weights, and has not."""
 
     exit_code = 2
 

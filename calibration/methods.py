@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from calibration import quality
 from calibration.models import Family
 from calibration.preparation import Method
-from calibration.recipe import PTQ, Quality, SVDQuant
+from calibration.recipe import PTQ, ModelOpt, Quality, SVDQuant
 from calibration.recipe import Method as Options
 
 __all__ = ["changes_plain_linears", "needs_activations", "of_block", "require_fit"]
@@ -44,4 +44,8 @@ def of_block(options: Options, family: Family) -> Method:
             from calibration.svdquant import svdquant
 
             return svdquant(options.rank, options.smoothing, options.alpha_step, family.rows)
+        case ModelOpt():
+            from calibration.modelopt_algorithms import calibrated
+
+            return calibrated(options.algorithm, family.rows)
     raise AssertionError(f"no function of a block for {options.name}")

@@ -51,9 +51,14 @@ _HUGE: Final = float(np.finfo(np.float32).max)
 """Stands in for a zero divisor: x / _HUGE rounds to a zero that keeps x's sign."""
 
 
-def global_scale(amax: torch.Tensor | float) -> torch.Tensor:
-    """Return the FP32 global scale ``amax / (6 * 448)``, shape of ``amax`` (0-d for a number)."""
-    return torch.as_tensor(amax, dtype=torch.float32) / (E2M1_MAX * E4M3_MAX)
+def global_scale(amax: torch.Tensor | float, largest: float = E4M3_MAX) -> torch.Tensor:
+    """Return the FP32 global scale ``amax / (6 * largest)``, shape of ``amax`` (0-d for a number).
+
+    Args:
+        amax: the largest magnitude.
+        largest: the block scale that it gets; less than 448 leaves room to enlarge scales.
+    """
+    return torch.as_tensor(amax, dtype=torch.float32) / (E2M1_MAX * largest)
 
 
 def quantize_reference(

@@ -14,23 +14,26 @@ from torch import nn
 
 from calibration import nvfp4
 
-__all__ = ["quantization_config"]
+__all__ = ["AWQ", "quantization_config"]
 
-_OPERANDS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "nvfp4": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": nvfp4.BLOCK_SIZE},
-    "fp8": {"dynamic": False, "num_bits": 8, "type": "float"},
+AWQ: Final = "nvfp4_awq"
+"""Format of a linear in NVFP4 whose input is scaled by channel, and that has no low-rank branch."""
+
+_NVFP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": nvfp4.BLOCK_SIZE}
+_FP8: Final = {"dynamic": False, "num_bits": 8, "type": "float"}
+_OPERANDS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+    "nvfp4": {"input_activations": _NVFP4, "weights": _NVFP4},
+    AWQ: {"input_activations": {**_NVFP4, "num_bits": 8}, "weights": _NVFP4},  # 8 is what ModelOpt writes; it means 4
+    "fp8": {"input_activations": _FP8, "weights": _FP8},
 }
+_SMOOTHED: Final = {"group_size": nvfp4.BLOCK_SIZE, "has_zero_point": False, "pre_quant_scale": True}
 _LAYERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "nvfp4": {"quant_algo": "NVFP4", "group_size": nvfp4.BLOCK_SIZE},
+    AWQ: {"quant_algo": "NVFP4_AWQ", **_SMOOTHED},
     "fp8": {"quant_algo": "FP8"},
 }
 """What ModelOpt says of one linear of a mixed model."""
-_SVDQUANT: Final = {
-    "quant_algo": "NVFP4_SVD",
-    "group_size": nvfp4.BLOCK_SIZE,
-    "has_zero_point": False,
-    "pre_quant_scale": True,
-}
+_SVDQUANT: Final = {"quant_algo": "NVFP4_SVD", **_SMOOTHED}
 """And of one in NVFP4 with a low-rank branch."""
 
 
@@ -39,7 +42,7 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
 
     Args:
         model: may be on the meta device.
-        formats: module path to ``nvfp4``, ``fp8``, or ``bf16`` for a linear that is not quantized.
+        formats: module path to ``nvfp4``, :data:`AWQ`, ``fp8``, or ``bf16`` for a linear that is not quantized.
         ranks: of the low-rank branches that SVDQuant put beside the linears in NVFP4; none where it did not.
     """
     layers = {**_LAYERS, "nvfp4": _SVDQUANT} if ranks else _LAYERS
@@ -49,8 +52,7 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
     mixed = len(kinds) > 1
     groups: dict[str, dict[str, Any]] = {
         f"group_{index}": {
-            "input_activations": dict(_OPERANDS[kind]),
-            "weights": dict(_OPERANDS[kind]),
+            **{operand: dict(described) for operand, described in _OPERANDS[kind].items()},
             "targets": sorted(name for name, found in quantized.items() if found == kind) if mixed else ["Linear"],
         }
         for index, kind in enumerate(kinds)
@@ -60,7 +62,7 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
         rank = {"lora_rank": next(iter(ranks))} if told else {}
         groups[f"group_{kinds.index('nvfp4')}"] |= {"has_zero_point": False, "pre_quant_scale": True, **rank}
     return {
-        "config_groups": groups,
+        **({} if kinds == [AWQ] else {"config_groups": groups}),  # then ModelOpt has none
         **({"quantized_layers": {name: dict(layers[kind]) for name, kind in quantized.items()}} if mixed else {}),
         # Of a mixed model ModelOpt names the linears that are quantized, and none that are not.
         "ignore": [] if mixed else sorted({_pattern(name, quantized) for name in linears if name not in quantized}),

@@ -22,6 +22,7 @@ __all__ = [
     "QAT",
     "FormatRules",
     "Method",
+    "ModelOpt",
     "Quality",
     "Recipe",
     "Rule",
@@ -165,10 +166,30 @@ class SVDQuant(_Strict):
     alpha_step: float = Field(default=0.1, gt=0, le=1)
 
 
-METHODS: Final[Mapping[str, type[BaseModel]]] = {"ptq": PTQ, "quality": Quality, "svdquant": SVDQuant, "qat": QAT}
+class ModelOpt(_Strict):
+    """One of ModelOpt's own calibrations, by its name there (see :mod:`calibration.modelopt_algorithms`).
+
+    Attributes:
+        algorithm: ``max`` rounds to nearest under each block's largest magnitude; ``mse`` searches a factor on that,
+            ``fp8_scale_sweep`` all 126 block scales, ``four_over_six`` between 6 and 4 as a block's largest code, each
+            for the nearest weights; ``local_hessian`` sweeps for the nearest output of each block of 16; ``gptq`` keeps
+            the scales and rounds with feedback; ``awq_lite`` scales the inputs by channel first, at run time too.
+    """
+
+    name: Literal["modelopt"]
+    algorithm: Literal["max", "mse", "fp8_scale_sweep", "four_over_six", "local_hessian", "awq_lite", "gptq"]
+
+
+METHODS: Final[Mapping[str, type[BaseModel]]] = {
+    "ptq": PTQ,
+    "quality": Quality,
+    "svdquant": SVDQuant,
+    "modelopt": ModelOpt,
+    "qat": QAT,
+}
 """Name of a method to its options."""
 
-Method = Annotated[PTQ | Quality | SVDQuant | QAT, Field(discriminator="name")]
+Method = Annotated[PTQ | Quality | SVDQuant | ModelOpt | QAT, Field(discriminator="name")]
 
 
 class Recipe(_Strict):

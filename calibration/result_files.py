@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from typing import Any, Final
 import click
 
 from calibration import nvfp4, shards, sharing, write
-from calibration.checkpoint import BRANCH, MANIFEST
+from calibration.checkpoint import BRANCH, MANIFEST, SMOOTHING
 from calibration.dataset import save_inputs
 from calibration.errors import TooLittleSpace
 from calibration.fp8_attention import SCALES
@@ -26,7 +26,7 @@ from calibration.input_amax import Calibration
 from calibration.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
 from calibration.plain import Plain
 from calibration.preparation import Prepared
-from calibration.quantization_config import quantization_config
+from calibration.quantization_config import AWQ, quantization_config
 from calibration.safetensors_file import StoredTensor, sha256_of
 from calibration.source import files_of
 
@@ -109,8 +109,10 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     written = {shard.name: done.files[shard.name] for shard in planned}
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
-    ranks = set(_branches(prepared).values())
-    config = {**plain.config, "quantization_config": quantization_config(plain.model, plain.formats, ranks)}
+    branches = _branches(prepared)
+    formats = {**plain.formats, **dict.fromkeys(_smoothed(prepared) - branches.keys(), AWQ)}
+    described = quantization_config(plain.model, formats, set(branches.values()))
+    config = {**plain.config, "quantization_config": described}
     written["config.json"] = write.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
@@ -171,6 +173,11 @@ def _branches(prepared: Mapping[str, StoredTensor]) -> dict[str, int]:
     """Return the linears that a low-rank branch was prepared for, and its rank."""
     factors = {name.rpartition("."): tensor.shape for name, tensor in prepared.items()}
     return {path: shape[0] for (path, _, leaf), shape in factors.items() if leaf == BRANCH[0]}
+
+
+def _smoothed(prepared: Iterable[str]) -> set[str]:
+    """Return the linears whose input is scaled by channel."""
+    return {path for path, _, leaf in (name.rpartition(".") for name in prepared) if leaf == SMOOTHING}
 
 
 def _foresee(folder: Path, reads: int, needed: int) -> None:

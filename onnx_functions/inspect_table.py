@@ -64,10 +64,8 @@ def _stored_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"  FP4 covers {share} ({found['fp4_linears']} linears)"
     if branches := found.get("branches"):
         ranks = " and ".join(map(str, branches["ranks"]))
-        yield (
-            f"  SVDQuant: {branches['linears']} low-rank branches{f' of rank {ranks}' if ranks else ''}, "
-            f"{branches['smoothed']} smoothed inputs: {_size(branches['bytes'])} beside them"
-        )
+        beside = f"SVDQuant: {branches['linears']} low-rank branches of rank {ranks}, " if ranks else "AWQ: "
+        yield f"  {beside}{branches['smoothed']} smoothed inputs: {_size(branches['bytes'])} beside them"
 
 
 def _group_lines(found: Mapping[str, Any]) -> Iterator[str]:

@@ -62,10 +62,8 @@ def build_command(model: Path, **options: Any) -> dict[str, Any]:
         result = build(model, on_progress=on_progress, on_line=on_line, **options)
     click.echo(_summary(result))
     if branch := result["branch"]:
-        click.echo(
-            f"  low-rank branches of {branch['linears']} linears: {branch['bytes']:,} bytes, {branch['kernels']} of "
-            f"{result['kernels']} kernels"
-        )
+        what = f"low-rank branches of {branch['linears']} linears" if branch["linears"] else "smoothed inputs"
+        click.echo(f"  {what}: {branch['bytes']:,} bytes, {branch['kernels']} of {result['kernels']} kernels")
     for item in result["lost"]:
         click.echo(f"  16 bit: {item['linear']}: {item['reason']}")
     for item in result["lost_attentions"]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from calibration.modelopt_backend import FP8, NVFP4, mtq
 from calibration.models import family_of
-from calibration.quantization_config import quantization_config
+from calibration.quantization_config import AWQ, quantization_config
 from calibration.source import load_json, model_class
 
 MakeFlux = Callable[..., Path]
@@ -31,9 +31,11 @@ def _modelopts(model: nn.Module, formats: Mapping[str, str]) -> Any:
     for path, form in formats.items():
         for kind in ("input_quantizer", "weight_quantizer"):
             quantizer: Any = model.get_submodule(f"{path}.{kind}")
-            attributes: dict[str, Any] = {"nvfp4": NVFP4, "fp8": FP8}[form]
+            attributes: dict[str, Any] = {"nvfp4": NVFP4, AWQ: NVFP4, "fp8": FP8}[form]
             quantizer.set_from_attribute_config(QuantizerAttributeConfig(**attributes, enable=True))
             quantizer.amax = torch.tensor(1.0)
+            if form == AWQ and kind == "input_quantizer":
+                quantizer.pre_quant_scale = torch.tensor(1.0)
     return convert_hf_quant_config_format(get_quant_config(model))
 
 
@@ -70,6 +72,20 @@ def test_it_is_modelopts_for_models_of_fp8_and_of_both_formats(
     config = quantization_config(ours, formats)
     assert config == _modelopts(theirs, quantized)
     assert config["quant_algo"] == ("FP8" if seed is None else "MIXED_PRECISION")
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_it_is_modelopts_for_smoothed_inputs_of_all_linears_and_of_some(
+    seed: int | None, tiny_flux: MakeFlux, tmp_path: Path
+) -> None:
+    ours, theirs, paths = _models(tiny_flux(tmp_path / "flux"))
+    chosen = random.Random(seed)
+    kinds = [AWQ] if seed is None else ["nvfp4", AWQ] if seed == 0 else ["nvfp4", AWQ, "fp8", "bf16"]
+    formats = {path: chosen.choice(kinds) for path in paths}
+    quantized = {path: kind for path, kind in formats.items() if kind != "bf16"}
+    config = quantization_config(ours, formats)
+    assert config == _modelopts(theirs, quantized)
+    assert config["quant_algo"] == ("NVFP4_AWQ" if seed is None else "MIXED_PRECISION")
 
 
 def test_with_branches_it_is_modelopts_for_svdquant(tiny_flux: MakeFlux, tmp_path: Path) -> None:

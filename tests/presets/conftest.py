@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-Walk = Callable[[str], None]
+Walk = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +27,26 @@ def short_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.fixture
-def walk(short_digits: Path, tmp_path: Path) -> Walk:
-    """Return what takes a preset from the checkpoint to an engine, and checks every promise on the way."""
+@pytest.fixture(scope="session")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few calls to calibrate on, over the whole schedule: what enters the cut model is what enters the whole one."""
+    from calibration.dataset import save_inputs
+    from calibration.digits.model import load_transformer
+    from calibration.digits.sampling import capture
 
-    def check(name: str) -> None:
+    file = tmp_path_factory.mktemp("captured") / "inputs.safetensors"
+    save_inputs(file, capture(load_transformer(), seeds=(0,), steps=5))
+    return file
+
+
+@pytest.fixture
+def walk(short_digits: Path, captured: Path, tmp_path: Path) -> Walk:
+    """Return what takes a preset from the checkpoint to an engine, and checks every promise on the way.
+
+    It returns what was built.
+    """
+
+    def check(name: str) -> dict[str, Any]:
         from calibration import quantize
         from calibration.recipe import load_recipe
         from exporter import export
@@ -38,7 +54,7 @@ def walk(short_digits: Path, tmp_path: Path) -> Walk:
         from trt_build import build
 
         recipe = load_recipe(name)
-        quantized = quantize(short_digits, tmp_path / "fp4", name)
+        quantized = quantize(short_digits, tmp_path / "fp4", name, captured)
         assert quantized["recipe"] == name
         export(tmp_path / "fp4")
         report = validate(tmp_path / "fp4")
@@ -57,5 +73,6 @@ def walk(short_digits: Path, tmp_path: Path) -> Walk:
         ):
             assert frozenset(expected) in merged, expected
         assert engine["fp4_gemms"] <= 10 + 3
+        return engine
 
     return check
