@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 __all__ = ["Channels", "Moments", "observe_channels", "observe_moments"]
+
+_TOGETHER: Final = 256
+"""Rows of a matrix of K columns that are computed at a time."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -68,11 +71,15 @@ class Moments:
     rounded: torch.Tensor
     product: torch.Tensor
 
-    @property
-    def covariance(self) -> torch.Tensor:
-        """Mean of ``(x - mean) (x - mean)^T`` of the quantized input: the mean is what a bias takes care of."""
+    def into_covariance(self) -> torch.Tensor:
+        """Return the mean of ``(x - mean) (x - mean)^T`` of the quantized input: the mean is what a bias takes care of.
+
+        It takes the product's place: at 15,360 channels each such matrix has a gigabyte.
+        """
         mean = self.rounded / self.count
-        return self.product / self.count - torch.outer(mean, mean)
+        for rows, own in zip(self.product.split(_TOGETHER), mean.split(_TOGETHER), strict=True):
+            rows.div_(self.count).sub_(torch.outer(own, mean))
+        return self.product
 
 
 @contextlib.contextmanager

@@ -30,6 +30,9 @@ __all__ = ["quantize_block"]
 _ROWS: Final = 64
 """Of each call, to choose factors by."""
 
+_NOTED: Final = 1024
+"""Rows of a weight, evenly, whose error is noted: more would take a third of all time where K is large."""
+
 Group = tuple[str, ...]
 
 
@@ -83,8 +86,9 @@ class _Work:
 
     def measure(self) -> None:
         """Measure what enters each group while nothing is quantized: its largest magnitude, and its mean."""
-        with observe_channels({group[0]: self.linear(group[0]) for group in self.task.groups}, 0) as self.channels:
-            self.task.run()
+        watched = {group[0]: self.linear(group[0]) for group in self.task.groups}
+        with observe_channels(watched, 0) as self.channels:
+            self.task.run(watched.values())
 
     def stages(self) -> Iterator[tuple[Group, ...]]:
         """Yield the groups that are quantized after one run."""
@@ -96,7 +100,7 @@ class _Work:
         quantizers = {path: _Quantizer(scale, self.task.linears[path]) for path, scale in scales.items()}
         watched = {group[0]: self.linear(group[0]) for group in stage}
         with observe_moments(watched, quantizers, self.options.rows_per_call) as found:
-            self.task.run()
+            self.task.run(watched.values())
         for group in stage:
             in_fp8 = self.task.linears[group[0]] == "fp8"
             quantize = self.quantize_group_to_fp8 if in_fp8 else self.quantize_group
@@ -113,11 +117,12 @@ class _Work:
         """Quantize linears to NVFP4 that share their scales."""
         own = {path: float(self.linear(path).weight.abs().max()) for path in group}
         scale = nvfp4.global_scale(max(ptq.checked_weights(own).values())).to(moments.product.device)
-        covariance = moments.covariance
+        covariance = moments.into_covariance()
         covariance.diagonal().add_(self.options.damping * covariance.diagonal().mean())
+        feedback = gptq.inverse_root(covariance) if self.options.gptq else None
         for path in group:
             weight = self.linear(path).weight.float()
-            rounded = self.rounded(weight, covariance, scale)
+            rounded = self.rounded(weight, covariance, feedback, scale)
             self.note(path, weight, rounded, covariance, scale)
             codes, block_scales = rounded.stored(scale)
             self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, block_scales
@@ -153,8 +158,13 @@ class _Work:
         linear.weight.copy_(values)
         linear.register_forward_pre_hook(_Quantizer(input_scale.to(values.device), self.task.linears[path]).hook)
 
-    def rounded(self, weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor) -> gptq.Rounded:
-        rounded = gptq.round_with_feedback(weight, moments, scale) if self.options.gptq else gptq.plain(weight, scale)
+    def rounded(
+        self, weight: torch.Tensor, moments: torch.Tensor, feedback: torch.Tensor | None, scale: torch.Tensor
+    ) -> gptq.Rounded:
+        if feedback is None:
+            rounded = gptq.plain(weight, scale)
+        else:
+            rounded = gptq.round_with_feedback(weight, feedback, scale)
         if self.options.descent_sweeps:
             rounded = gptq.descend(weight, moments, scale, rounded, self.options.descent_sweeps)
         return rounded
@@ -163,12 +173,14 @@ class _Work:
         self, path: str, weight: torch.Tensor, rounded: gptq.Rounded, moments: torch.Tensor, scale: torch.Tensor
     ) -> None:
         """Note by how much the output is wrong, relative to itself, and would be after plain rounding."""
-        power = gptq.error(torch.zeros_like(weight), weight, moments)
-        plain = gptq.plain(weight, scale)
+        plain = gptq.plain(weight, scale).values
+        changed = float((rounded.values != plain).float().mean())
+        wanted, found, plain = (each[:: max(1, len(weight) // _NOTED)] for each in (weight, rounded.values, plain))
+        power = gptq.error(torch.zeros_like(wanted), wanted, moments)
         figures = {
-            "error": (gptq.error(rounded.values, weight, moments) / power) ** 0.5,
-            "plain_error": (gptq.error(plain.values, weight, moments) / power) ** 0.5,
-            "changed": float((rounded.values != plain.values).float().mean()),
+            "error": (gptq.error(found, wanted, moments) / power) ** 0.5,
+            "plain_error": (gptq.error(plain, wanted, moments) / power) ** 0.5,
+            "changed": changed,
         }
         self.figures[path] = {**self.figures.get(path, {}), **figures}
 
