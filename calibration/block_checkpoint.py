@@ -10,19 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import click
-
-from calibration.alone import alone
 from calibration.block_runner import Outputs
-from calibration.errors import BadCheckpoint, OutputExists
+from calibration.errors import BadCheckpoint
 from calibration.safetensors_file import StoredTensor, TensorPlan, bytes_of, naming, plan_of
 from calibration.source import load_json
-from calibration.write import discard, write_json
+from calibration.work_folder import work_folder, write_mark
 
 __all__ = ["BlockCheckpoint", "finished_blocks"]
 
@@ -43,44 +40,13 @@ def finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockCheck
     Raises:
         OutputExists: the folder is there and is none of ours, or another command works in it.
     """
-    with alone(folder):
-        yield from _finished_blocks(folder, run)
-
-
-def _finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockCheckpoint]:
-    if folder.exists() and not _is_ours(folder):
-        raise OutputExists(f"{folder} is in the way and was not written by fp4trt; move it, or choose another --output")
     checkpoint = BlockCheckpoint(folder, json.loads(json.dumps(run)))
-    missing = [path for path in folder.parents if not path.exists()]
-    try:
-        if not checkpoint.resume():
-            discard(folder, STATE)
-            folder.mkdir(parents=True)
-            checkpoint.save()
+
+    def keeps() -> str:
+        return "the finished blocks" if checkpoint.results else ""
+
+    with work_folder(folder, STATE, checkpoint.resume, checkpoint.save, keeps):
         yield checkpoint
-    except (OSError, KeyboardInterrupt):
-        if not checkpoint.results:
-            _leave_nothing(folder, missing)
-        else:
-            click.echo(f"{folder} keeps the finished blocks: the same command goes on from there", err=True)
-        raise
-    except BaseException:
-        _leave_nothing(folder, missing)
-        raise
-    discard(folder, STATE)
-
-
-def _leave_nothing(folder: Path, made: Sequence[Path]) -> None:
-    """Remove a checkpoint, and the folders around it that were made for it."""
-    discard(folder, STATE)
-    for path in made:
-        with contextlib.suppress(OSError):  # of another's, or with something in it by now
-            path.rmdir()
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a killed run left this; the first thing that it writes is the state's ``.partial``."""
-    return (folder / STATE).is_file() or {path.name for path in folder.iterdir()} <= {f"{STATE}.partial"}
 
 
 @dataclass
@@ -128,9 +94,7 @@ class BlockCheckpoint:
         """Write what is finished."""
         calls = [[(stored.dtype, stored.shape) for stored in call] for call in self._calls]
         state = {"run": self.run, "order": list(self.results), "results": self.results, "calls": calls}
-        partial = self.folder / f"{STATE}.partial"
-        write_json(partial, state)
-        os.replace(partial, self.folder / STATE)
+        write_mark(self.folder, STATE, state)
 
     def resume(self) -> bool:
         """Take over what a killed run of the same kind left; return whether there was any."""

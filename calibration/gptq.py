@@ -17,9 +17,9 @@ from typing import Final
 
 import torch
 
-from calibration import nvfp4
+from calibration import column_rounding, nvfp4
 
-__all__ = ["Rounded", "descend", "error", "plain", "round_with_feedback"]
+__all__ = ["Rounded", "descend", "error", "inverse_root", "plain", "round_with_feedback"]
 
 _FEEDBACK_STEPS: Final = range(-6, 2)
 """Scales that are tried, in steps of E4M3 (about 9 % each) from the one that holds the block's largest weight."""
@@ -76,27 +76,40 @@ def error(rounded: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor) ->
     return float(((difference @ moments) * difference).sum())
 
 
-def round_with_feedback(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor) -> Rounded:
+def inverse_root(moments: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangle U with ``U^T U`` the inverse of ``moments``: what an error costs, and whom it is given.
+
+    Args:
+        moments: positive definite, FP32 [..., K, K]. Computed in FP64, which takes 16 K^2 bytes besides.
+
+    Returns:
+        FP32 [..., K, K].
+    """
+    matrix = torch.linalg.cholesky(moments.double())
+    matrix = torch.cholesky_inverse(matrix)
+    return torch.linalg.cholesky(matrix, upper=True).to(moments.dtype)
+
+
+def round_with_feedback(weight: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor) -> Rounded:
     """Round a weight column by column, giving each column's error to those that follow.
 
     Args:
         weight: FP32 [N, K], K a multiple of 16.
-        moments: positive definite, FP32 [K, K].
+        feedback: :func:`inverse_root` of the moments, FP32 [K, K].
         scale: the FP32 global scale, 0-d.
     """
     weight, size = weight.clone(), nvfp4.BLOCK_SIZE
     columns, rows = weight.shape[1], torch.arange(len(weight), device=weight.device)
-    feedback = _inverse_root(moments)
     values, scales = torch.empty_like(weight), weight.new_empty((len(weight), columns // size), dtype=torch.long)
     for begin in range(0, columns, size):
         end = begin + size
         block = weight[:, begin:end]
         usual = nvfp4.block_scales(block.abs().amax(dim=1), scale).view(torch.uint8).long()
         tried = _candidates(usual, _FEEDBACK_STEPS)
-        rounded, errors = _round_block(block, tried, feedback[begin:end, begin:end], scale)
+        rounded, errors = column_rounding.feed_back(block, _step(tried, scale), feedback[begin:end, begin:end])
         best = errors.square().sum(dim=-1).argmin(dim=0)
         values[:, begin:end], scales[:, begin // size] = rounded[best, rows], tried[best, rows]
-        weight[:, end:] -= errors[best, rows] @ feedback[begin:end, end:]
+        weight[:, end:].addmm_(errors[best, rows], feedback[begin:end, end:], alpha=-1)
     return Rounded(values, scales)
 
 
@@ -113,61 +126,47 @@ def descend(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, st
     size = nvfp4.BLOCK_SIZE
     values, scales = start.values.clone(), start.scales.clone()
     slope = (values - weight) @ moments
+    own = torch.stack([moments[i : i + size, i : i + size] for i in range(0, len(moments), size)])
+    feedback = inverse_root(own)
     for _ in range(sweeps):
         changed = False
-        for begin in range(0, weight.shape[1], size):
+        for block, begin in enumerate(range(0, weight.shape[1], size)):
             inside = slice(begin, begin + size)
             found, tried, better = _best_block(
-                values[:, inside], scales[:, begin // size], slope[:, inside], moments[inside, inside], scale
+                values[:, inside], scales[:, block], slope[:, inside], own[block], feedback[block], scale
             )
             if better.any():
                 changed = True
-                slope += (found - values[:, inside]) @ moments[inside]
-                values[:, inside], scales[:, begin // size] = found, tried
+                slope.addmm_(found - values[:, inside], moments[inside])
+                values[:, inside], scales[:, block] = found, tried
         if not changed:
             break
     return Rounded(values, scales)
 
 
 def _best_block(
-    values: torch.Tensor, scales: torch.Tensor, slope: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    slope: torch.Tensor,
+    moments: torch.Tensor,
+    feedback: torch.Tensor,
+    scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a block's values and scales, changed in the rows where that helps, and which rows these are."""
     rows = torch.arange(len(values), device=values.device)
     wanted = values - torch.linalg.solve(moments, slope, left=False)  # what would cost least, if it could be stored
     tried = _candidates(scales, _DESCENT_STEPS)
-    rounded, _ = _round_block(wanted, tried, _inverse_root(moments), scale)
+    rounded, _ = column_rounding.feed_back(wanted, _step(tried, scale), feedback)
     rounded, tried = torch.cat([rounded, values.unsqueeze(0)]), torch.cat([tried, scales.unsqueeze(0)])
     step = _step(tried, scale)
     gradient = (rounded - wanted) @ moments
-    for _ in range(_INNER_SWEEPS):
-        for column in range(values.shape[1]):
-            moved = nvfp4.values_under(rounded[..., column] - gradient[..., column] / moments[column, column], step)
-            gradient += (moved - rounded[..., column]).unsqueeze(-1) * moments[column]
-            rounded[..., column] = moved
+    column_rounding.descend(rounded, gradient, step, moments, _INNER_SWEEPS)
     costs = ((rounded - wanted) * gradient).sum(dim=-1)
     best = costs.argmin(dim=0)
     cost = (((values - wanted) @ moments) * (values - wanted)).sum(dim=-1)
     better = costs[best, rows] < cost * (1 - 1e-6)  # less is within what FP32 cannot tell
     found = torch.where(better.unsqueeze(-1), rounded[best, rows], values)
     return found, torch.where(better, tried[best, rows], scales), better
-
-
-def _round_block(
-    block: torch.Tensor, tried: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a block [N, 16] column by column under each of C scales [C, N].
-
-    Returns:
-        values [C, N, 16]; errors [C, N, 16] in the units of ``feedback``, whose squares add up to the cost.
-    """
-    left = block.expand(len(tried), *block.shape).clone()
-    values, errors, step = torch.empty_like(left), torch.empty_like(left), _step(tried, scale)
-    for column in range(block.shape[1]):
-        values[..., column] = nvfp4.values_under(left[..., column], step)
-        errors[..., column] = (left[..., column] - values[..., column]) / feedback[column, column]
-        left[..., column + 1 :] -= errors[..., column : column + 1] * feedback[column, column + 1 :]
-    return values, errors
 
 
 def _candidates(usual: torch.Tensor, steps: Sequence[int] | Iterable[int]) -> torch.Tensor:
@@ -178,9 +177,3 @@ def _candidates(usual: torch.Tensor, steps: Sequence[int] | Iterable[int]) -> to
 def _step(bits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return what one is worth under block scales of these bits: FP32, of their shape."""
     return bits.to(torch.uint8).view(torch.float8_e4m3fn).float() * scale
-
-
-def _inverse_root(moments: torch.Tensor) -> torch.Tensor:
-    """Return the upper triangle U with ``U^T U`` the inverse of ``moments``, in its type; computed in FP64."""
-    root = torch.linalg.cholesky(moments.double())
-    return torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).to(moments.dtype)

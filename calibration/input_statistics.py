@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 __all__ = ["Channels", "Moments", "observe_channels", "observe_moments"]
+
+_TOGETHER: Final = 256
+"""Rows of a matrix of K columns that are computed at a time."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -72,11 +75,31 @@ class Moments:
     cross: torch.Tensor | None = None
     plain: torch.Tensor | None = None
 
-    @property
-    def covariance(self) -> torch.Tensor:
-        """Mean of ``(x - mean) (x - mean)^T`` of the quantized input: the mean is what a bias takes care of."""
-        mean = self.rounded / self.count
-        return self.product / self.count - torch.outer(mean, mean)
+    def into_covariance(self) -> torch.Tensor:
+        """Return the mean of ``(q - mean) (q - mean)^T`` of the quantized input: the mean is what a bias takes care of.
+
+        It takes the product's place: at 15,360 channels each such matrix has a gigabyte.
+        """
+        return _center(self.product, self.count, self.rounded, self.rounded)
+
+    def into_plain_covariances(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same of ``x q^T`` and ``x x^T``, in the place of ``cross`` and ``plain``; once."""
+        assert self.cross is not None
+        assert self.plain is not None
+        of_x = (self.count, self.total)
+        return _center(self.cross, *of_x, self.rounded), _center(self.plain, *of_x, self.total)
+
+    def forget_plain(self) -> None:
+        """Let go what was added up of the input as it enters."""
+        self.cross = self.plain = None
+
+
+def _center(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Turn a sum of products into a covariance, in place; ``left`` and ``right`` are the sums of the factors."""
+    means = left / count, right / count
+    for rows, own in zip(product.split(_TOGETHER), means[0].split(_TOGETHER), strict=True):
+        rows.div_(count).sub_(torch.outer(own, means[1]))
+    return product
 
 
 @contextlib.contextmanager

@@ -13,8 +13,6 @@ instructions, and other threads run meanwhile.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from calibration import nvfp4
+from calibration.compiled import compiled
 
 __all__ = ["DevicePacker", "Packer"]
 
@@ -47,7 +46,7 @@ class Packer:
         largest = _values(np.arange(_FINITE, dtype=np.uint16))
         self._scale_codes = nvfp4.block_scales(largest, g).view(torch.uint8).numpy()
         self._thresholds = np.ascontiguousarray(_thresholds(g).T)
-        self._compiled = _compiled()
+        self._compiled = compiled(_pack)
 
     def pack(self, bits: npt.NDArray[np.uint16]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """Quantize rows of a weight; bit-identical to :func:`calibration.nvfp4.quantize_reference`.
@@ -65,17 +64,6 @@ class Packer:
         scales = np.empty(len(blocks), np.uint8)
         self._compiled(blocks, self._scale_codes, self._thresholds, codes, scales)
         return codes.reshape(rows, columns // 2), scales.reshape(rows, columns // nvfp4.BLOCK_SIZE)
-
-
-@functools.cache
-def _compiled() -> Callable[..., None]:
-    """Return :func:`_pack` as machine code, from Numba's cache where that can be written."""
-    import numba
-
-    try:
-        return numba.njit(nogil=True, cache=True)(_pack)
-    except RuntimeError:  # neither the folder of this file nor the user's own takes a cache
-        return numba.njit(nogil=True)(_pack)
 
 
 def _pack(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import click
 import torch
@@ -27,7 +27,14 @@ from calibration.models import family_of
 from calibration.safetensors_file import StoredTensor, bytes_of, plan_of, read_header, write
 from calibration.source import empty_source, finite_tensor, load_json
 
-__all__ = ["BlockResult", "BlockTask", "Method", "Prepared", "prepared_by_block"]
+__all__ = ["BlockResult", "BlockTask", "Method", "Prepared", "Run", "prepared_by_block"]
+
+
+class Run(Protocol):
+    """Runs a block on all captured calls."""
+
+    def __call__(self, wanted: Iterable[nn.Module] = ()) -> None:
+        """Run; a call may end where the wanted modules have been reached, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,14 @@ class BlockTask:
         linears: full module path to format (``nvfp4``, ...) of those that are quantized, in graph order.
         groups: those of them that read the same input and share their scales.
         run: runs the block on the inputs that it has in the plain model, for all captured calls; as often as wanted.
+            Given some of its modules, it need not go on in a call where these have been reached.
     """
 
     path: str
     module: nn.Module
     linears: Mapping[str, str]
     groups: tuple[tuple[str, ...], ...]
-    run: Callable[[], None]
+    run: Run
 
     def linear(self, path: str) -> nn.Module:
         """Return one of the block's modules by its full path."""
@@ -158,17 +166,46 @@ class _Run:
         self._keep, self._ran = keep, False
         self.operands = OperandAmax(attentions)
 
-    def __call__(self) -> None:
-        measures = contextlib.nullcontext() if self._ran else self.operands
-        with torch.no_grad(), measures:
+    def __call__(self, wanted: Iterable[nn.Module] = ()) -> None:
+        """Run; only what has run to its end once may be left as soon as what is wanted has been reached."""
+        if self._ran:
+            with torch.no_grad(), _left_behind(list(wanted)):
+                for index, call in enumerate(self._calls):
+                    with contextlib.suppress(_Enough):
+                        self._runner.run(self._block, call, self._finished.outputs(index))
+            return
+        with torch.no_grad(), self.operands:
             for index, call in enumerate(self._calls):
                 outputs = self._runner.run(self._block, call, self._finished.outputs(index))
-                if self._keep and not self._ran:
+                if self._keep:
                     self._finished.add(outputs)
         self._ran = True
 
     def require(self) -> None:
         assert self._ran, f"the method never ran {self._block}, so that the next block has no inputs"
+
+
+class _Enough(Exception):
+    """Leaves a block's forward where all that was wanted has been reached."""
+
+
+@contextlib.contextmanager
+def _left_behind(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Leave each call of a block when it has come to the last of some modules, whose other hooks have run by then."""
+    reached: set[nn.Module] = set()
+
+    def hook(module: nn.Module, _: tuple[Any, ...]) -> None:
+        reached.add(module)
+        if len(reached) == len(modules):
+            reached.clear()
+            raise _Enough
+
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _file(finished: BlockCheckpoint, block: str) -> Path:

@@ -25,12 +25,15 @@ from calibration.input_statistics import Channels, Moments, observe_channels, ob
 from calibration.models.family import Modulated
 from calibration.preparation import BlockResult, BlockTask
 from calibration.recipe import Quality
-from calibration.wiener import wiener_target
+from calibration.wiener import correlate, wiener_target
 
 __all__ = ["quantize_block"]
 
 _ROWS: Final = 64
 """Of each call, to choose factors by."""
+
+_NOTED: Final = 1024
+"""Rows of a weight, evenly, whose error is noted: more would take a third of all time where K is large."""
 
 Group = tuple[str, ...]
 
@@ -85,8 +88,9 @@ class _Work:
 
     def measure(self) -> None:
         """Measure what enters each group while nothing is quantized: its largest magnitude, and its mean."""
-        with observe_channels({group[0]: self.linear(group[0]) for group in self.task.groups}, 0) as self.channels:
-            self.task.run()
+        watched = {group[0]: self.linear(group[0]) for group in self.task.groups}
+        with observe_channels(watched, 0) as self.channels:
+            self.task.run(watched.values())
 
     def stages(self) -> Iterator[tuple[Group, ...]]:
         """Yield the groups that are quantized after one run."""
@@ -98,7 +102,7 @@ class _Work:
         quantizers = {path: _Quantizer(scale, self.task.linears[path]) for path, scale in scales.items()}
         watched = {group[0]: self.linear(group[0]) for group in stage}
         with observe_moments(watched, quantizers, self.options.rows_per_call, self.options.wiener > 0) as found:
-            self.task.run()
+            self.task.run(watched.values())
         for group in stage:
             in_fp8 = self.task.linears[group[0]] == "fp8"
             quantize = self.quantize_group_to_fp8 if in_fp8 else self.quantize_group
@@ -113,17 +117,24 @@ class _Work:
 
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""
-        options = self.options
         weights = {path: self.linear(path).weight.float() for path in group}
+        wanted = {}
+        if self.options.wiener:
+            plain = moments.into_plain_covariances()
+            wanted = {path: correlate(weight, *plain) for path, weight in weights.items()}
+            del plain
+            moments.forget_plain()
+        covariance = moments.into_covariance()
+        covariance.diagonal().add_(self.options.damping * covariance.diagonal().mean())
+        feedback = gptq.inverse_root(covariance)
         targets = {
-            path: wiener_target(weight, moments, options.wiener, options.damping) for path, weight in weights.items()
+            path: wiener_target(weight, wanted[path], feedback, self.options.wiener) if wanted else weight
+            for path, weight in weights.items()
         }
         own = {path: float(target.abs().max()) for path, target in targets.items()}
-        scale = nvfp4.global_scale(max(ptq.checked_weights(own).values())).to(moments.product.device)
-        covariance = moments.covariance
-        covariance.diagonal().add_(options.damping * covariance.diagonal().mean())
+        scale = nvfp4.global_scale(max(ptq.checked_weights(own).values())).to(covariance.device)
         for path, weight in weights.items():
-            rounded = self.rounded(targets[path], covariance, scale)
+            rounded = self.rounded(targets[path], covariance, feedback, scale)
             self.note(path, targets[path], rounded, covariance, scale)
             codes, block_scales = rounded.stored(scale)
             self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, block_scales
@@ -159,8 +170,10 @@ class _Work:
         linear.weight.copy_(values)
         linear.register_forward_pre_hook(_Quantizer(input_scale.to(values.device), self.task.linears[path]).hook)
 
-    def rounded(self, weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor) -> gptq.Rounded:
-        rounded = gptq.round_with_feedback(weight, moments, scale) if self.options.gptq else gptq.plain(weight, scale)
+    def rounded(
+        self, weight: torch.Tensor, moments: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor
+    ) -> gptq.Rounded:
+        rounded = gptq.round_with_feedback(weight, feedback, scale) if self.options.gptq else gptq.plain(weight, scale)
         if self.options.descent_sweeps:
             rounded = gptq.descend(weight, moments, scale, rounded, self.options.descent_sweeps)
         return rounded
@@ -169,12 +182,14 @@ class _Work:
         self, path: str, weight: torch.Tensor, rounded: gptq.Rounded, moments: torch.Tensor, scale: torch.Tensor
     ) -> None:
         """Note by how much the output is wrong, relative to itself, and would be after plain rounding."""
-        power = gptq.error(torch.zeros_like(weight), weight, moments)
-        plain = gptq.plain(weight, scale)
+        plain = gptq.plain(weight, scale).values
+        changed = float((rounded.values != plain).float().mean())
+        wanted, found, plain = (each[:: max(1, len(weight) // _NOTED)] for each in (weight, rounded.values, plain))
+        power = gptq.error(torch.zeros_like(wanted), wanted, moments)
         figures = {
-            "error": (gptq.error(rounded.values, weight, moments) / power) ** 0.5,
-            "plain_error": (gptq.error(plain.values, weight, moments) / power) ** 0.5,
-            "changed": float((rounded.values != plain.values).float().mean()),
+            "error": (gptq.error(found, wanted, moments) / power) ** 0.5,
+            "plain_error": (gptq.error(plain, wanted, moments) / power) ** 0.5,
+            "changed": changed,
         }
         self.figures[path] = {**self.figures.get(path, {}), **figures}
 

@@ -10,36 +10,50 @@ what it should be, has the slope 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from calibration.input_statistics import Moments
-
-__all__ = ["wiener_target"]
+__all__ = ["Correlated", "correlate", "wiener_target"]
 
 _SLOPES = (0.8, 1.25)
 """Within which a row is scaled; beyond them the statistics say nothing."""
 
 
-def wiener_target(weight: torch.Tensor, moments: Moments, share: float, damping: float) -> torch.Tensor:
+@dataclass(frozen=True)
+class Correlated:
+    """How the output that is wanted goes with the rounded input.
+
+    Attributes:
+        with_rounded: covariance of ``W x`` and ``q``, FP32 [N, K].
+        power: variance of ``W x``, FP32 [N].
+    """
+
+    with_rounded: torch.Tensor
+    power: torch.Tensor
+
+
+def correlate(weight: torch.Tensor, cross: torch.Tensor, plain: torch.Tensor) -> Correlated:
+    """Return what is to be known of the inputs for a weight.
+
+    Args:
+        weight: W, FP32 [N, K].
+        cross: covariance of ``x`` and ``q``, FP32 [K, K].
+        plain: of ``x`` and ``x``, FP32 [K, K].
+    """
+    return Correlated(weight @ cross, ((weight @ plain) * weight).sum(dim=1))
+
+
+def wiener_target(weight: torch.Tensor, wanted: Correlated, feedback: torch.Tensor, share: float) -> torch.Tensor:
     """Return the weight to be rounded, FP32 [N, K].
 
     Args:
         weight: W, FP32 [N, K].
-        moments: of the input, with ``cross`` and ``plain``.
+        wanted: of it.
+        feedback: :func:`calibration.gptq.inverse_root` of the covariance of ``q``, FP32 [K, K].
         share: of the way from W to the Wiener estimate, 0 to 1.
-        damping: of the second moments' diagonal, relative to its mean.
     """
-    if not share:
-        return weight
-    assert moments.cross is not None
-    assert moments.plain is not None
-    mean, rounded = moments.total / moments.count, moments.rounded / moments.count
-    cross = moments.cross / moments.count - torch.outer(mean, rounded)
-    plain = moments.plain / moments.count - torch.outer(mean, mean)
-    covariance = moments.covariance
-    covariance.diagonal().add_(damping * covariance.diagonal().mean())
-    root = torch.linalg.cholesky(covariance.double())
-    estimate = torch.cholesky_solve((weight @ cross).T.double(), root).T.float()
+    estimate = wanted.with_rounded @ feedback.T @ feedback
     target = weight + share * (estimate - weight)
-    slope = ((target @ cross.T) * weight).sum(dim=1) / ((weight @ plain) * weight).sum(dim=1)
+    slope = (target * wanted.with_rounded).sum(dim=1) / wanted.power
     return target / slope.nan_to_num(1.0).clamp(*_SLOPES).unsqueeze(1)

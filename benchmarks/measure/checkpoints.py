@@ -39,11 +39,22 @@ class Size:
 
 def plain(folder: Path, size: Size) -> tuple[Path, Path]:
     """Write a BF16 checkpoint below a folder; return it and the file of its maxima."""
+    source = _written(folder, size)
+    return source, source.parent / "amax.json"
+
+
+def plain_with_inputs(folder: Path, size: Size, calls: int, tokens: str) -> tuple[Path, Path]:
+    """Write a BF16 checkpoint below a folder; return it and a file of captured inputs, `tokens` being IMAGE,TEXT."""
+    source = _written(folder, size, "--calls", str(calls), "--tokens", tokens)
+    return source, source.parent / "inputs.safetensors"
+
+
+def _written(folder: Path, size: Size, *words: str) -> Path:
     print(f"writing {size}", file=sys.stderr)
     source = folder / str(size) / "flux"
     depth = ["--double", str(size.double), "--single", str(size.single), "--heads", str(size.heads)]
-    run([sys.executable, str(SYNTHETIC), str(source), *depth])
-    return source, source.parent / "amax.json"
+    run([sys.executable, str(SYNTHETIC), str(source), *depth, *words])
+    return source
 
 
 def quantized(folder: Path, size: Size) -> Path:

@@ -1,9 +1,10 @@
 """Run a command in a process of its own and say what it cost.
 
 A peak of memory belongs to a process, so whatever is measured gets a fresh one. It is the system's own high-water mark
-(VmHWM on Linux, the peak working set on Windows; elsewhere the largest size that was seen), asked every 20 ms of the
-command and of all the processes that it started, and added up over those that live at one time: never below the true
-peak of the whole tree, save for what the last 20 ms added.
+(VmHWM on Linux, the peak working set on Windows; elsewhere the largest size that was seen), asked of the command and of
+all the processes that it started, and added up over those that live at one time: never below the true peak of the whole
+tree, save for what was added after it was asked last. It is asked every 20 ms at first, and less often the longer the
+command runs (`SHARE` of the time that it has run), since asking takes a processor's time too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL = 0.02
+SHARE = 1 / 500
 
 
 class ChildFailed(RuntimeError):
@@ -79,6 +81,7 @@ class _Watch:
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
+        self._started = time.perf_counter()
         self._core_seconds: dict[int, float] = {}
         self._stopped = threading.Event()
         self._process = psutil.Process(pid)
@@ -94,7 +97,7 @@ class _Watch:
         self._thread.join()
 
     def _follow(self) -> None:
-        while not self._stopped.wait(INTERVAL):
+        while not self._stopped.wait(max(INTERVAL, SHARE * (time.perf_counter() - self._started))):
             try:
                 tree = [self._process, *self._process.children(recursive=True)]
             except psutil.NoSuchProcess:

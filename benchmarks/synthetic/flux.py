@@ -1,8 +1,9 @@
-"""Write a FLUX.1 checkpoint of any depth and width with seeded weights, and maxima to quantize it with.
+"""Write a FLUX.1 checkpoint of any depth and width with seeded weights, and what to quantize it with.
 
 `python benchmarks/synthetic/flux.py FOLDER --double 19 --single 38` writes FLUX.1-dev's 23.8 GB in three shards, as on
-the hub, and `FOLDER/../amax.json`. Every weight is normal with a standard deviation of its own, and one value in ten
-thousand is an outlier of up to thirty times that, so that no two layers have one amax and no table is hit twice alike.
+the hub, and `FOLDER/../amax.json`; with `--calls 4` also `inputs.safetensors`, the inputs of as many calls over the
+schedule. Every weight is normal with a standard deviation of its own, and one value in ten thousand is an outlier of up
+to thirty times that, so that no two layers have one amax and no table is hit twice alike.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from calibration.dataset import save_inputs  # noqa: E402
 from calibration.models import family_of  # noqa: E402
 from calibration.safetensors_file import TensorPlan, write  # noqa: E402
 from calibration.source import model_class  # noqa: E402
@@ -82,6 +84,16 @@ def write_amax(path: Path, config: dict[str, Any]) -> None:
     path.write_text(json.dumps({"__metadata__": {"data": "synthetic"}, **values}, indent=1))
 
 
+def write_inputs(path: Path, config: dict[str, Any], count: int, image_tokens: int, text_tokens: int) -> None:
+    """Write the inputs of some calls, evenly over the schedule; what they hold is random."""
+    family = family_of(config)
+    calls = []
+    for index in range(count):
+        call = family.example_inputs(config, 1, image_tokens, text_tokens, index, torch.bfloat16)
+        calls.append({**call, "timestep": torch.tensor([1 - (index + 0.5) / count], dtype=torch.bfloat16)})
+    save_inputs(path, calls)
+
+
 def _pieces(shard: Sequence[TensorPlan], bar: Any) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
     with ThreadPoolExecutor() as pool:
         for tensor in shard:
@@ -112,8 +124,13 @@ if __name__ == "__main__":
     parser.add_argument("--double", type=int, default=19)
     parser.add_argument("--single", type=int, default=38)
     parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--calls", type=int, default=0, help="captured inputs to write too")
+    parser.add_argument("--tokens", default="1024,512", help="IMAGE,TEXT of each")
     arguments = parser.parse_args()
     chosen = config_of(arguments.double, arguments.single, arguments.heads)
     parameters = write_checkpoint(arguments.folder, chosen)
     write_amax(arguments.folder.parent / "amax.json", chosen)
+    if arguments.calls:
+        counts = [int(word) for word in arguments.tokens.split(",")]
+        write_inputs(arguments.folder.parent / "inputs.safetensors", chosen, arguments.calls, counts[0], counts[1])
     print(f"{parameters / 1e9:.2f} B parameters -> {arguments.folder}")

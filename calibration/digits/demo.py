@@ -12,15 +12,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from calibration.digits.errors import StageFailed
+from calibration.recipe import load_recipe
 from calibration.source import BUILT_IN
-from calibration.write import replacing, write_json
+from calibration.write import note_progress, progress_of, replacing, write_json
 
 __all__ = ["demo", "table"]
 
@@ -28,21 +29,31 @@ GRID: Final = "digits.png"
 SUMMARY: Final = "demo.json"
 OTHERS: Final = "others"
 
-RECIPES: Final = ("nvfp4-ptq", "nvfp4-quality")
-"""The first is the artifact unless another is asked for; the others are rows beside it."""
+RECIPES: Final = ("nvfp4-ptq", "nvfp4-quality", "svdquant-r8")
+"""The first is the artifact unless another is asked for; the others are compared with it. Recipes that train take
+minutes: they have to be asked for."""
 
 _PATIENCE_SECONDS: Final = 3.0
 _INTERRUPTED: Final = 2
 """The status of a command that Ctrl-C ended."""
+
+_STAGES: Final = ("quantize", "export", "validate", "build")
 
 EVALUATION_SEED: Final = 1000
 """Of the starting noise; calibration takes seeds 0 to 3."""
 
 
 def demo(
-    directory: Path, gpu: str = "rtx5090", images: int = 500, force: bool = False, recipe: str = RECIPES[0]
+    directory: Path,
+    gpu: str = "rtx5090",
+    images: int = 500,
+    force: bool = False,
+    recipe: str = RECIPES[0],
+    rows: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Walk the road and return what the command prints as JSON.
+
+    A run that was killed once the artifact was there goes on with the recipe that it was at.
 
     Args:
         directory: becomes the quantized checkpoint, with ``model.onnx``, ``validation/``, the engine, ``digits.png``
@@ -51,15 +62,20 @@ def demo(
         images: how many digits to draw with each model for accuracy, PSNR and velocity error.
         force: replace an earlier result.
         recipe: of the artifact; the models of :data:`RECIPES` are only drawn with, to compare.
+        rows: recipes to compare besides.
 
     Raises:
+        BadRecipe: there is no such recipe.
         OutputExists: the directory holds something that fp4trt did not write.
         StageFailed: a command ended with an error, which it has printed; carries its exit status.
     """
     # A model this small is slower on two threads than on one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with replacing(directory, force) as partial:
-        result = _walk(partial / directory.name, gpu, images, recipe)
+    recipes = {load_recipe(name).name: name for name in (recipe, *RECIPES, *rows)}
+    identity = json.dumps({"gpu": gpu, "recipe": load_recipe(recipe).resolved()})
+    with replacing(directory, force, identity) as partial:
+        result = _walk(partial, partial / directory.name, gpu, images, recipes)
+        note_progress(partial, {})  # from here on there is nothing to go on from
         for path in (partial / directory.name).iterdir():
             os.replace(path, partial / path.name)
         (partial / directory.name).rmdir()
@@ -71,18 +87,34 @@ def demo(
     }
 
 
-def _walk(directory: Path, gpu: str, images: int, recipe: str) -> dict[str, Any]:
-    """Run every stage into a folder; paths in the result are relative to it."""
-    quantized = _run("quantize", BUILT_IN, "-o", str(directory), "--recipe", recipe)
-    exported = _run("export", str(directory))
-    validation = _run("validate", str(directory), may_fail=True)
-    built = _run("build", str(directory), "--gpu", gpu)
-    sizes = {quantized["recipe"]: quantized["bytes"]}
-    folders = {quantized["recipe"]: directory}
-    for other in RECIPES:
-        if other not in folders:
-            folders[other] = directory.parent / OTHERS / other
-            sizes[other] = _run("quantize", BUILT_IN, "-o", str(folders[other]), "--recipe", other)["bytes"]
+def _walk(partial: Path, directory: Path, gpu: str, images: int, recipes: Mapping[str, str]) -> dict[str, Any]:
+    """Run every stage that is not done yet; paths in the result are relative to ``directory``.
+
+    Args:
+        partial: where progress is noted.
+        directory: of the artifact, inside.
+        gpu: to build for.
+        images: to draw.
+        recipes: name to preset or file; the first is the artifact's.
+    """
+    first, *others = recipes
+    done = progress_of(partial)
+    if not done:
+        for left in (directory, partial / OTHERS):
+            shutil.rmtree(left, ignore_errors=True)
+        done = {"artifact": _artifact(directory, recipes[first], gpu), "rows": {}}
+        note_progress(partial, done)
+    quantized, exported, validation, built = (done["artifact"][name] for name in _STAGES)
+    folders, sizes = {first: directory}, {first: quantized["bytes"]}
+    for name in others:
+        folders[name] = partial / OTHERS / name
+        resolved = load_recipe(recipes[name]).resolved()
+        row = done["rows"].get(name, {})
+        if row.get("recipe") != resolved:
+            made = _run("quantize", BUILT_IN, "-o", str(folders[name]), "--recipe", recipes[name], "--force")
+            done["rows"][name] = row = {"recipe": resolved, "bytes": made["bytes"]}
+            note_progress(partial, done)
+        sizes[name] = row["bytes"]
     quality = _measure(folders, directory / GRID, images)
     for name, figures in quality["recipes"].items():
         figures["bytes"] = sizes[name]
@@ -103,6 +135,17 @@ def _walk(directory: Path, gpu: str, images: int, recipe: str) -> dict[str, Any]
     }
     write_json(directory / SUMMARY, result)
     return result
+
+
+def _artifact(directory: Path, recipe: str, gpu: str) -> dict[str, dict[str, Any]]:
+    """Take the artifact down the road; return what each stage says."""
+    words = {
+        "quantize": (BUILT_IN, "-o", str(directory), "--recipe", recipe),
+        "export": (str(directory),),
+        "validate": (str(directory),),
+        "build": (str(directory), "--gpu", gpu),
+    }
+    return {stage: _run(stage, *words[stage], may_fail=stage == "validate") for stage in _STAGES}
 
 
 def _run(*arguments: str, may_fail: bool = False) -> dict[str, Any]:

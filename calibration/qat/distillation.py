@@ -9,22 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import torch
 
 from calibration import processes
-from calibration.alone import alone
 from calibration.block_calibration import identity_of, require_device
 from calibration.checkpoint import Checkpoint, read
 from calibration.dataset import Inputs
-from calibration.errors import BadRecipe, OutputExists
+from calibration.errors import BadCheckpoint, BadRecipe
 from calibration.qat.loss_curve import write_losses
 from calibration.qat.student import make_student, student_linears, student_tensors
 from calibration.qat.training import train
 from calibration.recipe import QAT
 from calibration.safetensors_file import DTYPE_BYTES, StoredTensor, bytes_of, plan_of, read_header, write
 from calibration.source import empty_source, finite_tensor, load_json, load_source
-from calibration.write import discard, write_json
+from calibration.work_folder import work_folder, write_mark
 
 __all__ = ["Trained", "trained"]
 
@@ -139,31 +137,24 @@ def _kept(work: Path, identity: Mapping[str, Any], device: str) -> Iterator[None
         processes.wait(device)
         yield
         return
-    with alone(work):
-        mark = work / _MARK
-        if work.exists() and not mark.is_file() and any(work.iterdir()):
-            raise OutputExists(
-                f"{work} is in the way and was not written by fp4trt; move it, or choose another --output"
-            )
-        wanted = json.loads(json.dumps(identity))
-        if not (mark.is_file() and _holds(mark, wanted)):
-            discard(work, _MARK)
-            work.mkdir(parents=True, exist_ok=True)
-            write_json(mark, wanted)
+    wanted = json.loads(json.dumps(identity))
+
+    def resume() -> bool:
+        return _holds(work / _MARK, wanted)
+
+    def begin() -> None:
+        write_mark(work, _MARK, wanted)
+
+    def keeps() -> str:
+        return "the training" if (work / _MARK).is_file() else ""
+
+    with work_folder(work, _MARK, resume, begin, keeps):
         processes.wait(device)
-        try:
-            yield
-        except (OSError, KeyboardInterrupt):
-            click.echo(f"{work} keeps the training: the same command goes on from there", err=True)
-            raise
-        except BaseException:
-            discard(work, _MARK)
-            raise
-        discard(work, _MARK)
+        yield
 
 
 def _holds(mark: Path, wanted: Mapping[str, Any]) -> bool:
     try:
-        return bool(json.loads(mark.read_text(encoding="utf-8")) == wanted)
-    except ValueError:
+        return load_json(mark) == wanted
+    except BadCheckpoint:
         return False

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calibration import nvfp4, packing
+from calibration import nvfp4
 from calibration.bfloat16 import largest_magnitude
+from calibration.compiled import compiled
 from calibration.packing import DevicePacker, Packer
 
 SCALES = [float(np.float32(value)) for value in (1e-45, 1e-38, 2.3e-7, 0.02 / 2688, 1e-3, 1.0, 31.0, 1e30, 3e38)]
@@ -70,20 +71,20 @@ def test_more_blocks_than_are_packed_at_a_time_are_packed_alike() -> None:
 
 
 def test_it_packs_where_machine_code_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, asked = numba.njit, []
+    njit, asked = numba.njit, []
 
-    def nowhere(*functions: object, cache: bool = False, **options: bool) -> object:
+    def nowhere(*functions: object, cache: bool = False, **options: object) -> object:
         asked.append(cache)
         if cache:
             raise RuntimeError("cannot cache function '_pack': no locator available")
-        return compiled(*functions, **options)
+        return njit(*functions, **options)
 
     monkeypatch.setattr(numba, "njit", nowhere)
-    packing._compiled.cache_clear()
+    compiled.cache_clear()  # type: ignore[attr-defined]
     try:
         _assert_equal(np.arange(0x3F00, 0x3F40, dtype=np.uint16).reshape(2, 32), 0.01)
     finally:
-        packing._compiled.cache_clear()
+        compiled.cache_clear()  # type: ignore[attr-defined]
     assert asked == [True, False]
 
 

@@ -202,12 +202,25 @@ sys.exit(fp4trt.run(sys.argv[1:]))
 """
 
 
+_KILLED_BEFORE_ITS_MARK = """
+import os, signal, sys
+from calibration import work_folder
+import fp4trt
+
+work_folder.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(fp4trt.run(sys.argv[1:]))
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
 def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(trained, tmp_path, capfd):
     (tmp_path / "short.yaml").write_text(RECIPE % (12, 20))
     command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *command], cwd=ROOT, capture_output=True, check=False)
-    assert killed.returncode == -9, killed.stderr.decode()
+    for script, left in ((_KILLED_BEFORE_ITS_MARK, ["training.json.partial"]), (_KILLED, None)):
+        killed = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, capture_output=True, check=False)
+        assert killed.returncode == -9, killed.stderr.decode()
+        found = [path.name for path in (tmp_path / "qat.training.partial").iterdir()]
+        assert left is None or found == left
     assert fp4trt.run(command) == 0
     assert "going on: 7 of 12 steps are done" in capfd.readouterr().err
     for name in (WEIGHTS, "fp4trt.json", "training/loss.json", "training/loss.png"):

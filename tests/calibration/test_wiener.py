@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration import nvfp4
+from calibration import gptq, nvfp4
 from calibration.input_statistics import Moments, observe_moments
-from calibration.wiener import wiener_target
+from calibration.wiener import correlate, wiener_target
 
 ROWS, K, N = 4000, 64, 24
 
@@ -30,13 +30,20 @@ def weight() -> torch.Tensor:
     return torch.randn(N, K, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module")
-def moments(x: torch.Tensor) -> Moments:
+def _moments(x: torch.Tensor, q: torch.Tensor) -> Moments:
+    rounded = iter((q,))
     module = torch.nn.Linear(K, N)
-    round_input = {"": lambda rows: nvfp4.fake_quantize(rows, nvfp4.global_scale(x.abs().max()))}
-    with observe_moments({"": module}, round_input, ROWS, with_cross=True) as found, torch.no_grad():
+    with observe_moments({"": module}, {"": lambda _: next(rounded)}, ROWS, with_cross=True) as found, torch.no_grad():
         module(x)
     return found[""]
+
+
+def _target(weight: torch.Tensor, x: torch.Tensor, q: torch.Tensor, share: float, damping: float) -> torch.Tensor:
+    moments = _moments(x, q)
+    wanted = correlate(weight, *moments.into_plain_covariances())
+    covariance = moments.into_covariance()
+    covariance.diagonal().add_(damping * covariance.diagonal().mean())
+    return wiener_target(weight, wanted, gptq.inverse_root(covariance), share)
 
 
 def _centered(rows: torch.Tensor) -> torch.Tensor:
@@ -48,43 +55,31 @@ def _error(target: torch.Tensor, x: torch.Tensor, q: torch.Tensor, weight: torch
     return float((_centered(q) @ target.double().T - wanted).norm() / wanted.norm())
 
 
-def test_no_share_leaves_the_weight(moments: Moments, weight: torch.Tensor) -> None:
-    assert wiener_target(weight, moments, 0, 0.01) is weight
-
-
 def test_the_whole_way_is_the_regression_of_the_output_on_the_rounded_input(
-    x: torch.Tensor, q: torch.Tensor, moments: Moments, weight: torch.Tensor
+    x: torch.Tensor, q: torch.Tensor, weight: torch.Tensor
 ) -> None:
-    found = wiener_target(weight, moments, 1, 1e-9).double()
+    found = _target(weight, x, q, 1, 1e-6).double()
     regressed = torch.linalg.lstsq(_centered(q), _centered(x) @ weight.double().T).solution.T
     directions = (found / found.norm(dim=1, keepdim=True), regressed / regressed.norm(dim=1, keepdim=True))
     torch.testing.assert_close(*directions, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("share", [0.3, 1])
-def test_no_row_is_weakened(
-    share: float, x: torch.Tensor, q: torch.Tensor, moments: Moments, weight: torch.Tensor
-) -> None:
+def test_no_row_is_weakened(share: float, x: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> None:
     wanted = _centered(x) @ weight.double().T
-    given = _centered(q) @ wiener_target(weight, moments, share, 0.01).double().T
+    given = _centered(q) @ _target(weight, x, q, share, 0.01).double().T
     slopes = (given * wanted).sum(dim=0) / wanted.square().sum(dim=0)
     torch.testing.assert_close(slopes, torch.ones_like(slopes), atol=1e-4, rtol=0)
 
 
-def test_a_part_of_the_way_gives_a_part_of_the_gain(
-    x: torch.Tensor, q: torch.Tensor, moments: Moments, weight: torch.Tensor
-) -> None:
-    errors = [_error(wiener_target(weight, moments, share, 0.01), x, q, weight) for share in (0, 0.3, 1)]
-    assert errors[1] < 0.9 * errors[0]
-    assert errors[2] < errors[1]
+def test_a_part_of_the_way_gives_a_part_of_the_gain(x: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> None:
+    part, whole = (_error(_target(weight, x, q, share, 0.01), x, q, weight) for share in (0.3, 1))
+    assert part < 0.9 * _error(weight, x, q, weight)
+    assert whole < part
 
 
 def test_a_channel_that_is_always_zero_harms_nothing(x: torch.Tensor, weight: torch.Tensor) -> None:
-    module = torch.nn.Linear(K, N)
     dead = x.clone()
     dead[:, :16] = 0
-    with observe_moments({"": module}, {"": lambda rows: rows}, ROWS, with_cross=True) as found, torch.no_grad():
-        module(dead)
-    target = wiener_target(weight, found[""], 0.3, 0.01)
-    assert target.isfinite().all()
-    assert wiener_target(torch.zeros_like(weight), found[""], 0.3, 0.01).eq(0).all()
+    assert _target(weight, dead, dead, 0.3, 0.01).isfinite().all()
+    assert _target(torch.zeros_like(weight), dead, dead, 0.3, 0.01).eq(0).all()

@@ -1,0 +1,56 @@
+"""What a method that quantizes block by block is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from calibration.dataset import load_inputs
+from calibration.input_statistics import Moments, observe_moments
+from calibration.models.flux import FLUX
+from calibration.preparation import BlockResult, BlockTask, prepared_by_block
+from calibration.source import load_json
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def test_a_run_may_be_left_where_all_that_is_wanted_was_reached(
+    digits: Path, quantized_digits: Path, tmp_path: Path
+) -> None:
+    calls = load_inputs(quantized_digits / "calibration" / "inputs.safetensors")[::10]
+    formats = dict.fromkeys(FLUX.quantized(load_json(digits / "config.json")), "nvfp4")
+    seen: dict[str, list[int]] = {}
+
+    def method(task: BlockTask) -> BlockResult:
+        first, last = (task.linear(group[0]) for group in (task.groups[1], task.groups[-1]))
+        reached: list[int] = []
+        last.register_forward_pre_hook(lambda *_: reached.append(1))
+        task.run([first])  # the first goes to its end: the next block needs what comes of it
+        found: list[Moments] = []
+        for wanted in ([], [first]):
+            with observe_moments({"first": first}, {"first": _identity}, 1000) as moments:
+                task.run(wanted)
+            found.append(moments["first"])
+        assert torch.equal(found[0].product, found[1].product)
+        assert found[0].count == found[1].count
+        seen[task.path] = reached
+        return BlockResult({})
+
+    with prepared_by_block(digits, calls, formats, method, {}, tmp_path / "blocks"):
+        pass
+    assert {path: len(reached) for path, reached in seen.items()} == dict.fromkeys(seen, 2 * len(calls))
+    assert len(seen) == 6
+
+
+def test_moments_become_their_covariance_in_place() -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 700, generator=random) + 1
+    moments = Moments(50, rows.sum(dim=0), rows.sum(dim=0), rows.T @ rows)
+    mean = moments.rounded / 50
+    expected = moments.product / 50 - torch.outer(mean, mean)
+    found = moments.into_covariance()
+    assert torch.equal(found, expected)
+    assert found.data_ptr() == moments.product.data_ptr()
