@@ -73,9 +73,11 @@ def watch(stopwatch: Stopwatch) -> None:
     wrap(gptq, "round_with_feedback", "GPTQ")
     wrap(gptq, "descend", "descent")
     wrap(quality._Work, "note", "figures")
-    wrap(svdquant, "_smooth", "smoothing", closed=True)
+    wrap(quality, "correlate", "Wiener")
+    wrap(quality, "wiener_target", "Wiener")
+    wrap(svdquant, "smooth", "smoothing", closed=True)
     wrap(svdquant, "_split", "decomposition", closed=True)
-    wrap(svdquant, "_measure", "maxima", closed=True)
+    wrap(svdquant, "measure", "maxima", closed=True)
 
     watching = input_statistics._watching
     input_statistics._watching = lambda modules, add: watching(modules, stopwatch.stage("moments", add))

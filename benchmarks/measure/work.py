@@ -81,7 +81,10 @@ def _of_quality(options: Quality, found: Sequence[Group], data: Data, run: float
     fp32 = 0.0
     for group in found:
         rows = min(group.rows, options.rows_per_call) * data.calls
-        fp32 += 2 * rows * group.k**2 + group.n * group.k**2 * (1 + 2 * (1 + options.descent_sweeps))
+        of_rows, of_weights = 2, 1 + 2 * (1 + options.descent_sweeps)
+        if options.wiener:
+            of_rows, of_weights = 3 * of_rows, of_weights + 8
+        fp32 += of_rows * rows * group.k**2 + of_weights * group.n * group.k**2
     columns = sum(group.k * group.linears for group in found)
     return {
         "bf16": runs * run,
