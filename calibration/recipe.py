@@ -6,6 +6,7 @@ What of a recipe concerns numerics is in the result's manifest, so that a checkp
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -50,7 +51,7 @@ class Rule(_Strict):
         format: for them.
     """
 
-    linears: str | tuple[str, ...]
+    linears: str | Annotated[tuple[str, ...], Field(min_length=1)]
     format: Format
 
 
@@ -163,7 +164,7 @@ class SVDQuant(_Strict):
     name: Literal["svdquant"]
     rank: int = Field(default=32, ge=1)
     smoothing: bool = True
-    alpha_step: float = Field(default=0.1, gt=0, le=1)
+    alpha_step: float = Field(default=0.1, ge=0.01, le=1)
 
 
 class ModelOpt(_Strict):
@@ -237,10 +238,10 @@ def load_recipe(recipe: str | Path) -> Recipe:
         known = ", ".join(preset_names())
         raise BadRecipe(f"there is no recipe '{recipe}'; choose one of: {known}, or give a .yaml file")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise BadRecipe(f"{path} does not exist; expected a recipe: fp4trt recipes lists some") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # no UTF-8, or no such date or number
         raise BadRecipe(f"{path} is not YAML ({' '.join(str(error).split())}); see fp4trt recipes NAME") from None
     if not isinstance(given, dict):
         raise BadRecipe(f"{path} holds a YAML {type(given).__name__}; expected name, method and formats")
@@ -250,14 +251,27 @@ def load_recipe(recipe: str | Path) -> Recipe:
         raise BadRecipe(f"{path}: {_first(error)}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which takes the last of two equal keys; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _first(error: ValidationError) -> str:
     """Return the first thing that is wrong with a recipe, in a line that says where and what was expected."""
     problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    # A key that takes two kinds of values is followed by the name of the kind.
+    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("str", "tuple[", "constrained")))
     if problem["type"] == "extra_forbidden":
         return f"there is no key {where}; {_known(problem['loc'])}"
     found = problem["input"] if problem["type"] != "missing" else "nothing"
     message = problem["msg"][:1].lower() + problem["msg"][1:]
+    message = re.sub(r"valid dictionary or instance of \w+", "mapping of keys", message.replace("tuple", "list"))
     return f"{where or 'the recipe'} is {found!r}: {message}" if problem["type"] != "missing" else f"{where} is missing"
 
 

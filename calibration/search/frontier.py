@@ -59,8 +59,11 @@ def frontier(sensitivity: Sensitivity, budgets: Collection[float], of: str, form
 
 def table(points: Sequence[Point], chosen: float) -> str:
     """Return a table for people; a star marks the budget that was asked for."""
-    head = ("budget", "NVFP4", "FP8", "BF16", "FLOPs", "bytes", "weights", "predicted", "measured")
+    head: tuple[str, ...] = ("budget", "NVFP4", "FP8", "BF16", "FLOPs", "bytes", "weights", "predicted", "measured")
     rows = [head, *(_row(point, point.budget == chosen) for point in points)]
+    if all(point.measured is None for point in points):
+        rows = [row[:-1] for row in rows]
+        head = rows[0]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

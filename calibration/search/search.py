@@ -29,16 +29,19 @@ from calibration.safetensors_file import StoredTensor
 from calibration.search.frontier import BUDGETS, Point, draw, frontier, table
 from calibration.search.measurement import Errors, measure_groups, relative_error, runs_of, spread
 from calibration.search.mixture import Mixture, Quantized
-from calibration.search.sensitivity import BITS, Sensitivity, groups_of
+from calibration.search.sensitivity import BITS, Group, Sensitivity, groups_of
 from calibration.source import find_source, load_json
 
-__all__ = ["DATA", "PICTURE", "RECIPE", "search"]
+__all__ = ["DATA", "LARGEST", "PICTURE", "RECIPE", "search"]
 
 DATA: Final = "search.json"
 RECIPE: Final = "recipe.yaml"
 PICTURE: Final = "frontier.png"
 FORMAT: Final = "fp4trt search 1"
 """What tells our search.json from another."""
+
+LARGEST: Final = 4.0
+"""Budget; less pays for every linear in BF16."""
 
 _ALONE: Final = ("nvfp4", "fp8")
 """Formats that a whole checkpoint is made in, to take linears from."""
@@ -109,6 +112,10 @@ def search(
     Raises:
         BadRecipe, BadCheckpoint, BadInputs, OutputExists: naming what is wrong.
     """
+    if not 0 <= budget <= LARGEST:
+        raise BadInputs(
+            f"the budget is {budget}; expected a number from 0 to {LARGEST:g}, where 1 is all linears in FP8"
+        )
     require_device(device)
     directory, folder = Path(output), find_source(source)
     chosen = load_recipe(recipe)
@@ -180,21 +187,29 @@ def _sensitivity_of(file: Path, plain: Plain) -> Sensitivity:
     Raises:
         BadInputs: it is of another model or another method.
     """
+    if not file.is_file():
+        raise BadInputs(f"{file} is no file; expected the search.json of an earlier fp4trt search")
     try:
         earlier = load_json(file)
     except BadCheckpoint:
-        raise BadInputs(f"{file} is no JSON file; expected the search.json of an earlier fp4trt search") from None
+        earlier = {}
     if earlier.get("format") != FORMAT:
         raise BadInputs(f"{file} was not written by fp4trt search; expected its search.json")
     try:
         found = Sensitivity.from_dict(earlier.get("sensitivity", {}))
-        method = _without_training(Recipe.model_validate(earlier["recipe"])).method
-    except (BadInputs, KeyError, ValueError) as error:
-        raise BadInputs(f"{file} is damaged ({' '.join(str(error).split())}); measure again") from None
-    if tuple(group.linears for group in found.groups) != plain.family.groups(plain.config):
-        raise BadInputs(f"{file} is of a model with other linears; expected a search of this one: measure again")
+        recipe = Recipe.model_validate(earlier.get("recipe"))
+        method = _without_training(recipe).method
+    except ValueError:
+        raise BadInputs(f"{file} is damaged; expected search.json as it was written: search again") from None
+    errors = {group.linears[0]: group.errors for group in found.groups}
+    groups = plain.family.groups(plain.config)
+    if [group.linears for group in found.groups] != list(groups) or found.groups != _sized(plain, errors):
+        raise BadInputs(f"{file} is of a model with other linears; expected a search of this one: search again")
     if method != plain.recipe.method:
-        raise BadInputs(f"{file} was measured with the method {method.name}; expected {plain.recipe.method}")
+        raise BadInputs(
+            f"{file} was measured with {recipe.name}, whose method is not that of {plain.recipe.name}; expected the same: "
+            f"give --recipe {recipe.name}, or search again"
+        )
     return found
 
 
@@ -212,7 +227,6 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
     plain = task.plain
     quantized = {kind: Quantized(_uniform(task, partial / kind, kind)) for kind in _ALONE}
     groups = plain.family.groups(plain.config)
-    shapes = {path: plain.stored[f"{path}.weight"].shape for path in plain.formats}
     total = (2 + runs) * len(task.some) + runs_of(groups, len(task.some))
     with contextlib.ExitStack() as stack:
         changed = stack.enter_context(_folded(task, partial / "folds"))
@@ -226,7 +240,7 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
         keep = lambda errors: write.note_progress(partial, {"errors": errors})  # noqa: E731
         errors = measure_groups(model, groups, task.some, wanted, finished.get("errors", {}), keep, bar.update)
         base = folded or min(min(found.values()) for found in errors.values())
-        sensitivity = Sensitivity(groups_of(plain.family, plain.config, shapes, _beyond(errors, base)), base)
+        sensitivity = Sensitivity(_sized(plain, _beyond(errors, base)), base)
 
         def measure(point: Point) -> Point:
             formats = {path: point.formats[group[0]] for group in groups for path in group}
@@ -234,6 +248,12 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
             return replace(point, measured=relative_error(outputs, wanted) ** 0.5)
 
         yield sensitivity, measure
+
+
+def _sized(plain: Plain, errors: Mapping[str, Mapping[str, float]]) -> tuple[Group, ...]:
+    """Return a model's groups with their sizes and these errors."""
+    shapes = {path: plain.stored[f"{path}.weight"].shape for path in plain.formats}
+    return groups_of(plain.family, plain.config, shapes, errors)
 
 
 def _uniform(task: _Task, directory: Path, kind: str) -> Checkpoint:
@@ -278,7 +298,7 @@ def _recipe(base: Recipe, sensitivity: Sensitivity, point: Point, of: str) -> Re
     return base.model_copy(
         update={
             "name": f"{base.name}-{of}-{100 * point.budget:g}",
-            "description": f"{text}{share} of what all in FP8 cost in {spent}.",
+            "description": f"{text}at most {share} of what all in FP8 cost in {spent}.",
             "formats": FormatRules(rules=tuple(rules)),
         }
     )

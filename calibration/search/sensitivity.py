@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -91,12 +92,14 @@ class Sensitivity:
         """
         try:
             groups = tuple(Group(**{**each, "linears": tuple(each["linears"])}) for each in value["groups"])
+            base = value["base"]
             known = all(group.errors.keys() == BITS.keys() for group in groups)
-            if known and groups and all(min(group.parameters, group.flops) > 0 for group in groups):
-                return cls(groups, float(value["base"]))
-        except (KeyError, TypeError, ValueError):
+            errors = [base, *(error for group in groups for error in group.errors.values())]
+            if groups and known and all(math.isfinite(error) and error >= 0 for error in errors):
+                return cls(groups, base)
+        except (AttributeError, KeyError, TypeError, ValueError):
             pass
-        raise BadInputs("the sensitivity holds no groups with errors in nvfp4, fp8 and bf16; measure it again")
+        raise BadInputs("the sensitivity holds no groups with errors in nvfp4, fp8 and bf16; search again")
 
 
 def groups_of(

@@ -46,7 +46,11 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
         ({"formats": {"defalt": "bf16"}}, "there is no key formats.defalt; expected one of: default, min_size, rules"),
         ({"formats": {"default": "int3"}}, "formats.default is 'int3'"),
         ({"formats": {"rules": [{"linear": "*"}]}}, "formats.rules.0.linears is missing"),
-        ({"formats": {"rules": [{"linears": 3, "format": "fp8"}]}}, "formats.rules.0.linears"),
+        ({"formats": {"rules": [{"linears": 3, "format": "fp8"}]}}, "formats.rules.0.linears is 3"),
+        ({"formats": {"rules": [{"linears": [], "format": "fp8"}]}}, "formats.rules.0.linears"),
+        ({"formats": {"rules": {"a": 1}}}, "formats.rules is {'a': 1}: input should be a valid list"),
+        ({"formats": 7}, "formats is 7: input should be a mapping of keys"),
+        ({"method": {"name": "svdquant", "alpha_step": 1e-9}}, "alpha_step"),
         ({"attention": "int8"}, "attention is 'int8'"),
         ({"name": "No Name"}, "name is 'No Name'"),
     ],
@@ -73,6 +77,21 @@ def test_an_unknown_recipe_ends_with_status_2(tmp_path: Path, capsys: pytest.Cap
     assert fp4trt.run(["quantize", "digits", "-o", str(tmp_path / "out"), "--recipe", "nvfp5"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert fp4trt.run(["recipes", str(tmp_path / "absent.yaml")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\nmethod: {name: ptq}\n", "the key name is there twice"),
+        ("name: 2020-99-99\nmethod: {name: ptq}\n", "is not YAML"),
+        (f"name: a\nmethod: {{name: svdquant, rank: {'9' * 5000}}}\n", "is not YAML"),
+    ],
+)
+def test_what_yaml_cannot_say_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(BadRecipe, match=message) as raised:
+        load_recipe(tmp_path / "mine.yaml")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_pattern_that_matches_nothing_is_refused(digits: Path) -> None:

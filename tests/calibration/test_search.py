@@ -186,14 +186,41 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
         assert list(tmp_path.glob("out*")) == []
 
     refused(BadRecipe, "says which linears", recipe=searched / RECIPE)
-    refused(BadInputs, "was measured with the method ptq", sensitivity=searched / DATA)
+    refused(BadInputs, "was measured with nvfp4-ptq", sensitivity=searched / DATA)
+    refused(BadInputs, "is no file", sensitivity=tmp_path / "nothing.json")
+    refused(BadInputs, "is no file", sensitivity=tmp_path)
     refused(BadInputs, "was not written by fp4trt search", sensitivity=_json(tmp_path / "a.json", {}))
-    damaged = {**load_json(searched / DATA), "sensitivity": {"groups": [{"linears": ["x"]}], "base": 0}}
-    refused(BadInputs, "is damaged", recipe="nvfp4-ptq", sensitivity=_json(tmp_path / "b.json", damaged))
+    for kind, value in (("nvfp4", float("nan")), ("fp8", -1), ("bf16", "a"), ("other", 0.1)):
+        refused(
+            BadInputs, "is damaged", recipe="nvfp4-ptq", sensitivity=_changed(searched, tmp_path, "errors", kind, value)
+        )
+    for size, value in (("flops", float("inf")), ("parameters", 7)):
+        refused(
+            BadInputs, "other linears", recipe="nvfp4-ptq", sensitivity=_changed(searched, tmp_path, size, "", value)
+        )
     other = load_json(searched / DATA)
     other["sensitivity"]["groups"].pop()
     refused(BadInputs, "other linears", recipe="nvfp4-ptq", sensitivity=_json(tmp_path / "c.json", other))
     refused(BadInputs, "needs captured inputs", calibration=_json(tmp_path / "amax.json", {}))
+
+
+@pytest.mark.parametrize("budget", ["nan", "inf", "-1", "4.5"])
+def test_a_budget_that_is_none_is_refused_at_once(
+    budget: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fp4trt.run(["search", "digits", "-o", str(tmp_path / "out"), "--fp8-budget", budget]) == 2
+    assert capsys.readouterr().err.strip().count("\n") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def _changed(searched: Path, folder: Path, key: str, kind: str, value: object) -> Path:
+    result = load_json(searched / DATA)
+    group = result["sensitivity"]["groups"][0]
+    if kind:
+        group[key][kind] = value
+    else:
+        group[key] = value
+    return _json(folder / "changed.json", result)
 
 
 def _json(path: Path, value: object) -> Path:
