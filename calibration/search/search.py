@@ -207,7 +207,7 @@ def _sensitivity_of(file: Path, plain: Plain) -> Sensitivity:
         raise BadInputs(f"{file} is of a model with other linears; expected a search of this one: search again")
     if method != plain.recipe.method:
         raise BadInputs(
-            f"{file} was measured with {recipe.name}, whose method is not that of {plain.recipe.name}; expected the same: "
+            f"{file} was measured with {recipe.name}, whose method is not that of {plain.recipe.name}; expected one: "
             f"give --recipe {recipe.name}, or search again"
         )
     return found
