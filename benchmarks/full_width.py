@@ -10,7 +10,7 @@ of which nothing is measured: multiplications and additions counted by shape, at
 and operators of torch, which are counted while they run here, at 5 microseconds each: a kernel takes about as long to
 be launched (`LAUNCH`).
 
-`python benchmarks/full_width.py --size 1+1x24` is FLUX.1-dev's width, and takes about an hour of one core.
+`python benchmarks/full_width.py --size 1+1x24` is FLUX.1-dev's width, and takes an hour and a half of one core.
 """
 
 from __future__ import annotations
