@@ -181,7 +181,7 @@ class _Work:
     def note(
         self, path: str, weight: torch.Tensor, rounded: gptq.Rounded, moments: torch.Tensor, scale: torch.Tensor
     ) -> None:
-        """Note by how much the output is wrong, relative to itself, and would be after plain rounding."""
+        """Note by how much rounding makes the output wrong, relative to itself, and plain rounding would."""
         plain = gptq.plain(weight, scale).values
         changed = float((rounded.values != plain).float().mean())
         wanted, found, plain = (each[:: max(1, len(weight) // _NOTED)] for each in (weight, rounded.values, plain))
