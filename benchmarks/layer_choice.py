@@ -34,13 +34,13 @@ from measure.result import machine, publish  # noqa: E402
 from calibration import quantize  # noqa: E402
 from calibration.checkpoint import load  # noqa: E402
 from calibration.input_amax import captured_from  # noqa: E402
+from calibration.layer_choice.allocation import allocate  # noqa: E402
+from calibration.layer_choice.measurement import relative_error, spread  # noqa: E402
+from calibration.layer_choice.search import DATA, search  # noqa: E402
+from calibration.layer_choice.sensitivity import Sensitivity  # noqa: E402
 from calibration.modelopt_backend import FP8, NVFP4, mtq  # noqa: E402
 from calibration.models.digits import DIGITS  # noqa: E402
 from calibration.recipe import FormatRules, Recipe, load_recipe  # noqa: E402
-from calibration.search.allocation import allocate  # noqa: E402
-from calibration.search.measurement import relative_error, spread  # noqa: E402
-from calibration.search.search import DATA, search  # noqa: E402
-from calibration.search.sensitivity import Sensitivity  # noqa: E402
 from calibration.source import find_source, load_json, load_source  # noqa: E402
 
 SDPA = torch.nn.functional.scaled_dot_product_attention

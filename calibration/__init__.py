@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["calibrate", "compare", "load", "quantize", "read"]
+__all__ = ["calibrate", "compare", "load", "quantize", "read", "search"]
 
 _HOME = {
     "calibrate": "calibration.input_amax",
     "compare": "calibration.comparison.compare",
+    "search": "calibration.layer_choice.search",
     "quantize": "calibration.quantization",
     "load": "calibration.checkpoint",
     "read": "calibration.checkpoint",

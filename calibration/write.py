@@ -19,7 +19,16 @@ from calibration.errors import BadCheckpoint, OutputExists
 from calibration.safetensors_file import naming, sha256_of
 from calibration.source import load_json
 
-__all__ = ["discard", "note_progress", "progress_of", "refuse_existing", "refuse_foreign", "replacing", "write_json"]
+__all__ = [
+    "discard",
+    "note_progress",
+    "progress_of",
+    "refuse_existing",
+    "refuse_foreign",
+    "replacing",
+    "write_json",
+    "write_text",
+]
 
 _DERIVED: Final = (
     "model.onnx",
@@ -189,8 +198,13 @@ def _publish(partial: Path, directory: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> str:
     """Write JSON, synced to disk; return its SHA-256."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    return sha256_of(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, with the same bytes on every system, synced to disk."""
     with naming(path), path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return sha256_of(path)

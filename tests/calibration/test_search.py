@@ -11,19 +11,20 @@ import pytest
 import torch
 import yaml
 
+import calibration
 import fp4trt
 from calibration.checkpoint import load, read
 from calibration.errors import BadInputs, BadRecipe
 from calibration.input_amax import captured_from
+from calibration.layer_choice import search as room
+from calibration.layer_choice.allocation import UNITS, allocate
+from calibration.layer_choice.frontier import frontier
+from calibration.layer_choice.measurement import relative_error, spread
+from calibration.layer_choice.search import DATA, PICTURE, RECIPE, search
+from calibration.layer_choice.sensitivity import BITS, Group, Sensitivity
 from calibration.models import family_of
 from calibration.quantization import quantize
 from calibration.recipe import FormatRules, load_recipe
-from calibration.search import search as room
-from calibration.search.allocation import UNITS, allocate
-from calibration.search.frontier import frontier
-from calibration.search.measurement import relative_error, spread
-from calibration.search.search import DATA, PICTURE, RECIPE, search
-from calibration.search.sensitivity import BITS, Group, Sensitivity
 from calibration.source import load_json, load_source
 
 CALLS = 4
@@ -65,6 +66,10 @@ def test_no_other_choice_within_the_budget_has_a_smaller_error(of: str, seed: in
         chosen = allocate(sensitivity, budget, of)
         assert sensitivity.predicted(chosen) == pytest.approx(best, rel=1e-5)
         assert all(sensitivity.spent(chosen, unit) <= budget + 1e-6 for unit in UNITS[of])
+
+
+def test_the_verb_is_there_from_python() -> None:
+    assert calibration.search is search
 
 
 def test_a_budget_of_one_pays_for_everything_in_fp8() -> None:
@@ -154,7 +159,7 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure, measured = room.relative_error, []
-    inner = "calibration.search.measurement.relative_error"
+    inner = "calibration.layer_choice.measurement.relative_error"
 
     def interrupt(*of: object) -> float:
         measured.append(of)

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from calibration.search.sensitivity import BITS, Sensitivity
+from calibration.layer_choice.sensitivity import BITS, Sensitivity
 
 __all__ = ["UNITS", "allocate"]
 

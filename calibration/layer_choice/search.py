@@ -21,15 +21,15 @@ from calibration.checkpoint import MANIFEST, Checkpoint, read
 from calibration.dataset import Inputs
 from calibration.errors import BadCheckpoint, BadInputs, BadRecipe
 from calibration.input_amax import captured_from
+from calibration.layer_choice.frontier import BUDGETS, Point, draw, frontier, table
+from calibration.layer_choice.measurement import Errors, measure_groups, relative_error, runs_of, spread
+from calibration.layer_choice.mixture import Mixture, Quantized
+from calibration.layer_choice.sensitivity import BITS, Group, Sensitivity, groups_of
 from calibration.plain import Plain, checked
 from calibration.preparation import prepared_by_block
 from calibration.quantization import quantize
 from calibration.recipe import QAT, FormatRules, Recipe, Rule, load_recipe
 from calibration.safetensors_file import StoredTensor
-from calibration.search.frontier import BUDGETS, Point, draw, frontier, table
-from calibration.search.measurement import Errors, measure_groups, relative_error, runs_of, spread
-from calibration.search.mixture import Mixture, Quantized
-from calibration.search.sensitivity import BITS, Group, Sensitivity, groups_of
 from calibration.source import find_source, load_json
 
 __all__ = ["DATA", "LARGEST", "PICTURE", "RECIPE", "search"]
@@ -306,5 +306,5 @@ def _recipe(base: Recipe, sensitivity: Sensitivity, point: Point, of: str) -> Re
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
     """Write a recipe so that quantize takes it."""
-    path.write_text(yaml.safe_dump(recipe.described(), sort_keys=False, width=100), encoding="utf-8")
+    write.write_text(path, yaml.safe_dump(recipe.described(), sort_keys=False, width=100))
     load_recipe(path)

@@ -13,7 +13,7 @@ import torch
 
 from calibration.block_runner import Outputs
 from calibration.dataset import Inputs
-from calibration.search.mixture import Mixture
+from calibration.layer_choice.mixture import Mixture
 
 __all__ = ["Errors", "measure_groups", "relative_error", "runs_of", "spread"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from calibration.search.allocation import allocate
-from calibration.search.sensitivity import Group, Sensitivity
+from calibration.layer_choice.allocation import allocate
+from calibration.layer_choice.sensitivity import Group, Sensitivity
 
 __all__ = ["BUDGETS", "Point", "draw", "frontier", "table"]
 

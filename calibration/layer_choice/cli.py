@@ -67,7 +67,7 @@ def search(
       fp4trt quantize digits -o digits-mixed --recipe search/recipe.yaml
       fp4trt search digits -o search-less --fp8-budget 0.1 --sensitivity search/search.json
     """
-    from calibration.search.search import search as run
+    from calibration.layer_choice.search import search as run
 
     result = run(source, output, budget, of, recipe, calibration, bf16, calls, sensitivity, force, device)
     click.echo(result.pop("table"))
