@@ -25,11 +25,11 @@ from torch import nn
 from calibration import fp8, fp8_attention, nvfp4
 from calibration.errors import BadCheckpoint
 from calibration.fp8_linear import FP8Linear
-from calibration.models import Family, family_of
 from calibration.nvfp4_linear import NVFP4Linear
 from calibration.safetensors_file import StoredTensor
 from calibration.source import load_json, model_class, tensors_of
 from calibration.svdquant_linear import SVDQuantLinear
+from fp4trt.families import Family, family_of
 
 __all__ = [
     "BRANCH",

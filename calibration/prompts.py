@@ -13,9 +13,9 @@ from torch import nn
 
 from calibration.dataset import Inputs, capturing
 from calibration.errors import BadInputs
-from calibration.models import Family
-from calibration.models.digits import DIGITS
 from calibration.source import load_json
+from fp4trt.families import Family
+from fp4trt.families.digits import DIGITS
 
 __all__ = ["Sampling", "capture_prompts", "digit_labels", "load_pipeline", "pipeline_of", "read_prompts"]
 

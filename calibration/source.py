@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from calibration.errors import BadCheckpoint
-from calibration.models import Family, family_of
 from calibration.safetensors_file import StoredTensor, read_header, sha256_of
+from fp4trt.families import Family, family_of
 
 __all__ = [
     "BUILT_IN",

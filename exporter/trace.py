@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from calibration.checkpoint import Checkpoint, plain_config
-from calibration.models import Family
 from calibration.source import model_class
 from exporter.decompose import decompose
 from exporter.passes.stamp_blocks import TRACED_BLOCKS
 from exporter.quiet import quiet
 from exporter.trt_ops import TracedLinear, translations
+from fp4trt.families import Family
 
 __all__ = ["OPSET", "other_linears", "trace", "translate"]
 

@@ -22,9 +22,9 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from calibration.checkpoint import Checkpoint
-from calibration.models import family_of
 from calibration.safetensors_file import StoredTensor
 from exporter.onnx_export import graph_of
+from fp4trt.families import family_of
 
 BF16, FP16, FP32 = TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT
 NUMPY = {BF16: ml_dtypes.bfloat16, FP16: np.float16, FP32: np.float32}

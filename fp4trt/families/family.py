@@ -6,13 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from calibration.errors import UnsupportedLinear
-from calibration.nvfp4 import BLOCK_SIZE
-
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Config", "Family", "Modulated", "Symbol", "require_blocks_of_16"]
+__all__ = ["Config", "Family", "Modulated", "Symbol"]
 
 Config = Mapping[str, Any]
 
@@ -113,15 +110,3 @@ class Family:
     def blocks(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""
         return tuple(f"{path}.{index}" for path, key in self.stacks.items() for index in range(config[key]))
-
-
-def require_blocks_of_16(path: str, in_features: int) -> None:
-    """Refuse a linear whose rows do not split into blocks of 16.
-
-    Raises:
-        UnsupportedLinear: naming the linear.
-    """
-    if in_features % BLOCK_SIZE:
-        raise UnsupportedLinear(
-            f"{path} has {in_features} in-features, NVFP4 needs a multiple of {BLOCK_SIZE}; leave the model in BF16"
-        )

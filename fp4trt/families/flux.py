@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from calibration.models.family import Config, Family, Modulated, Symbol
+from fp4trt.families.family import Config, Family, Modulated, Symbol
 
 if TYPE_CHECKING:
     import torch
