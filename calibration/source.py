@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from calibration.errors import BadCheckpoint
-from calibration.safetensors_file import StoredTensor, read_header, sha256_of
+from calibration.safetensors_file import StoredTensor, metadata_in_file, read_header, sha256_of
 from fp4trt.families import Family, family_of
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "finite_tensor",
     "load_json",
     "load_source",
+    "metadata_of",
     "model_class",
     "refuse_other_shapes",
     "refuse_quantized",
@@ -135,6 +136,11 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
             where = f"it is in {tensors[name].file.name}" if name in tensors else "no file has it"
             raise BadCheckpoint(f"the index of {folder} has {name} in {file_name}, but {where}; copy the files again")
     return tensors
+
+
+def metadata_of(folder: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_of` reads, as one."""
+    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
 
 
 def model_class(family: Family) -> Any:
