@@ -22,7 +22,7 @@ from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.layout_fits import Fit, fits_of
 from onnx_functions.layout_names import Rows, index_of, stretches_of
-from onnx_functions.layout_readings import HIGH_FIRST, LOW_FIRST, ROW_MAJOR, TILES, Reading
+from onnx_functions.layout_readings import HIGH_FIRST, LOW_FIRST, ROW_MAJOR, TILES
 from onnx_functions.layout_sources import FLOATS, OpenCheckpoint, QuantizedLinear, open_checkpoint, quantized_linears
 
 __all__ = ["detect", "lines_of"]
@@ -37,9 +37,8 @@ _NAMES: Final = {
     (ROW_MAJOR, LOW_FIRST, "multiplier"): "ModelOpt's unified export, which fp4trt writes",
     (TILES, LOW_FIRST, "multiplier"): "ModelOpt's enable_swizzle_layout",
     (TILES, HIGH_FIRST, "multiplier"): "ComfyUI",
-    (ROW_MAJOR, HIGH_FIRST, "multiplier"): "ModelOpt's with swapped nibbles",
+    (ROW_MAJOR, HIGH_FIRST, "multiplier"): "ModelOpt's unified export with swapped nibbles",
     (ROW_MAJOR, LOW_FIRST, "reciprocal"): "compressed-tensors and LightX2V (reciprocal global scale)",
-    (TILES, LOW_FIRST, "reciprocal"): "LightX2V (reciprocal global scale), swizzled",
 }
 
 _T = TypeVar("_T")
@@ -56,6 +55,7 @@ class Found:
         ours: the reading under which fp4trt takes it, None where the shapes forbid that.
         factor: by what the global scale is too small for the closest one, 1 where it fits.
         reason: why it is not proven; "" where the closest fits.
+        layout: what the closest is called.
     """
 
     path: str
@@ -64,6 +64,7 @@ class Found:
     ours: Fit | None
     factor: float
     reason: str
+    layout: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -77,7 +78,7 @@ class Found:
             "path": self.path,
             "shape": list(self.shape) if self.shape else None,
             "fits": self.fits,
-            "layout": _name(best) if best else None,
+            "layout": self.layout,
             **({**asdict(best.reading), "global_scale": best.global_scale, "moved": best.moved} if best else {}),
             "error": best.error if best else None,
             "error_as_fp4trt_reads": self.ours.error if self.ours else None,
@@ -143,15 +144,15 @@ def _found(path: str, linear: QuantizedLinear, index: Mapping[str, Rows], source
     if not stretches:
         return Found(path, None, None, None, 1.0, f"{source.path.name} has no such linear")
     shape = sum(stretch.count for stretch in stretches), source.tensors[stretches[0].tensor].held.shape[1]
-    fits, factor = fits_of(linear, stretches, source.tensors)
+    fits, factor = fits_of(linear, stretches, source.tensors, moves)
     if not fits:
         stored = list(linear.stored.codes.held.shape)
         return Found(path, shape, None, None, 1.0, f"codes {stored} do not fit a weight {list(shape)}")
     best = fits[0]
-    ours = next((fit for fit in fits if fit.is_ours and fit.moved == best.moved), None)
-    return Found(
-        path, shape, best, ours or next((fit for fit in fits if fit.is_ours), None), factor, _fault(best, factor, moves)
-    )
+    ours = [fit for fit in fits if fit.is_ours]
+    ours.sort(key=lambda fit: fit.moved != best.moved)
+    name = _name(best, linear.scale.rpartition(".")[2])
+    return Found(path, shape, best, ours[0] if ours else None, factor, _fault(best, factor, moves), name)
 
 
 def _fault(best: Fit, factor: float, moves: bool) -> str:
@@ -168,7 +169,7 @@ def _fault(best: Fit, factor: float, moves: bool) -> str:
 def _described(
     theirs: OpenCheckpoint, source: OpenCheckpoint, layout: Layout, found: Sequence[Found]
 ) -> dict[str, Any]:
-    names = Counter(_name(each.best) for each in found if each.fits and each.best)
+    names = Counter(each.layout for each in found if each.fits and each.layout)
     proven = sum(names.values()) == len(found)
     as_read = proven and all(each.best is not None and each.best.is_ours for each in found)
     return {
@@ -210,23 +211,23 @@ def _summary(layout: Layout, found: Sequence[Found], names: Mapping[str, int], a
     return f"{proof}, which fp4trt does not read{misread}"
 
 
-def _name(fit: Fit) -> str:
-    """Return what a reading is called: by its producer where one writes so, else in its own words."""
+def _name(fit: Fit, scale: str) -> str:
+    """Return what a reading is called: by its producer where one writes so, else in its own words.
+
+    Args:
+        fit: the reading.
+        scale: the last part of the name of its global scale, "" without one.
+    """
     reading = fit.reading
-    if reading.number != "E2M1":
-        usual = reading.orientation == "rows" and fit.global_scale in ("multiplier", "none")
-        scale = "without a scale" if fit.global_scale == "none" else f"with a scale that is a {fit.global_scale}"
-        turned = "" if usual else ", transposed" if reading.orientation != "rows" else ""
-        return f"FP8 {reading.number} {scale}{turned}"
-    known = _NAMES.get((reading.block_scales, reading.nibbles, fit.global_scale))
-    if known is not None and reading.orientation == "rows":
-        return known
-    return f"{_words(reading)}, global scale {fit.global_scale}"
-
-
-def _words(reading: Reading) -> str:
     turned = "" if reading.orientation == "rows" else f", {reading.orientation}"
-    return f"block scales {reading.block_scales}, {reading.nibbles}{turned}"
+    if reading.number != "E2M1":
+        producer = "ComfyUI's scaled FP8" if scale == "scale_weight" else "FP8"
+        kind = "without a scale" if fit.global_scale == "none" else f"scale a {fit.global_scale}"
+        return f"{producer} ({reading.number}, {kind}{turned})"
+    known = _NAMES.get((reading.block_scales, reading.nibbles, fit.global_scale))
+    if known is not None and not turned:
+        return known
+    return f"nobody known (block scales {reading.block_scales}, {reading.nibbles}{turned}, scale a {fit.global_scale})"
 
 
 def lines_of(found: Mapping[str, Any]) -> list[str]:

@@ -46,8 +46,9 @@ OURS_FP8: Final = Reading("E4M3", "rows", NONE, NONE)
 _TILE: Final = (256, 512)
 _FOLDED: Final = 32.0
 """Largest factor, up or down, that is believed to have been moved between a norm and a linear."""
-_UNEVEN: Final = 0.02
-"""Least spread of such factors, as the standard deviation of their binary logarithm: equal ones are a wrong scale."""
+_UNEVEN: Final = 0.85
+"""Of the error that one factor for all would leave, what factors of each column or row may leave at most: else the
+global scale is wrong, and they only follow the noise."""
 
 Moved = Literal["nothing", "columns", "rows"]
 
@@ -113,16 +114,20 @@ class _Sums:
         square = self.wanted - 2 * scale * self.both + scale * scale * self.given
         return math.sqrt(max(square, 0.0) / self.wanted) if math.isfinite(square) else math.inf
 
-    def error_up_to(self, moved: Moved, scale: float) -> float:
+    def error_up_to(self, moved: Moved, scale: float, uneven: float) -> float:
         """Return the relative error under the best factor of each column or row; infinite for unlikely factors."""
         factors = np.concatenate(self.columns if moved == "columns" else self.rows) / scale
         factors = np.abs(factors[factors != 0])
         if not self.wanted or not len(factors) or not 1 / _FOLDED <= float(np.median(factors)) <= _FOLDED:
             return math.inf
-        if float(np.log2(factors).std()) < _UNEVEN:
-            return math.inf
         left = self.wanted - (self.by_columns if moved == "columns" else self.by_rows)
-        return math.sqrt(max(left, 0.0) / self.wanted)
+        error = math.sqrt(max(left, 0.0) / self.wanted)
+        return error if error <= uneven * self.error(self.factor) else math.inf
+
+    @property
+    def factor(self) -> float:
+        """The factor for all that leaves the least error."""
+        return self.both / self.given if self.given else 0.0
 
 
 def _dot(a: Floats, b: Floats) -> float:
@@ -139,7 +144,7 @@ def tiles_of(stretch: Stretch, columns: int) -> Iterator[Tile]:
 
 
 def fits_of(
-    linear: QuantizedLinear, stretches: Sequence[Stretch], source: Mapping[str, Stored]
+    linear: QuantizedLinear, stretches: Sequence[Stretch], source: Mapping[str, Stored], moves: bool = False
 ) -> tuple[list[Fit], float]:
     """Return how each reading fits, and the factor by which the best direction among them is too small.
 
@@ -147,6 +152,7 @@ def fits_of(
         linear: quantized.
         stretches: the rows of the 16-bit checkpoint that it was made of, in its own order.
         source: the tensors of that checkpoint.
+        moves: whether it is known that factors were moved into the weight, be they equal ones.
 
     Returns:
         Fits under one global scale, and where none is close, the one up to a factor of each column or row; best first,
@@ -164,7 +170,7 @@ def fits_of(
     fits = [Fit(reading, kind, each.error(g)) for reading, each in sums.items() for kind, g in kinds.items()]
     fits.sort(key=_rank)
     if fits and not fits[0].fits:
-        fits = sorted([*_moved(sums, kinds), *fits], key=_rank)
+        fits = sorted([*_moved(sums, kinds, 1.0 if moves else _UNEVEN), *fits], key=_rank)
     return fits, _factor(sums, kinds) if fits and not fits[0].fits else 1.0
 
 
@@ -202,12 +208,12 @@ def _global_scales(linear: QuantizedLinear) -> dict[str, float]:
     return {"multiplier": scale} | ({"reciprocal": 1 / scale} if scale and math.isfinite(1 / scale) else {})
 
 
-def _moved(sums: Mapping[Reading, _Sums], kinds: Mapping[str, float]) -> Iterator[Fit]:
+def _moved(sums: Mapping[Reading, _Sums], kinds: Mapping[str, float], uneven: float) -> Iterator[Fit]:
     """Yield the reading that fits up to a factor of each column, or row, far better than every other one."""
     alone: tuple[Moved, ...] = ("columns", "rows")
     for moved in alone:
         found = [
-            Fit(reading, kind, each.error_up_to(moved, scale), moved)
+            Fit(reading, kind, each.error_up_to(moved, scale, uneven), moved)
             for reading, each in sums.items()
             for kind, scale in kinds.items()
         ]
@@ -220,6 +226,5 @@ def _moved(sums: Mapping[Reading, _Sums], kinds: Mapping[str, float]) -> Iterato
 def _factor(sums: Mapping[Reading, _Sums], kinds: Mapping[str, float]) -> float:
     """Return by what the global scale would have to be multiplied for the best reading to fit, 1 where none would."""
     scale = next(iter(kinds.values()))
-    best = max(sums.values(), key=lambda each: each.both**2 / each.given if each.given else 0.0)
-    wanted = best.both / best.given if best.given else 0.0
-    return wanted / scale if scale and wanted > 0 and best.error(wanted) <= LIMIT else 1.0
+    best = min(sums.values(), key=lambda each: each.error(each.factor))
+    return best.factor / scale if scale and best.factor > 0 and best.error(best.factor) <= LIMIT else 1.0

@@ -14,7 +14,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-
 __all__ = ["LAYOUTS", "codes_of", "pack", "swizzled", "write", "write_layout", "write_source"]
 
 Tensors = dict[str, tuple[str, np.ndarray]]
@@ -48,7 +47,9 @@ def swizzled(scales: np.ndarray) -> np.ndarray:
     return blocks.reshape(-1, 4, 32, 4).transpose(0, 2, 1, 3).reshape(rows, columns)
 
 
-def _nvfp4(order: Callable[[np.ndarray], np.ndarray] = lambda x: x, high_first: bool = False, leaf: str = "weight_scale_2"):
+def _nvfp4(
+    order: Callable[[np.ndarray], np.ndarray] = lambda x: x, high_first: bool = False, leaf: str = "weight_scale_2"
+):
     def linear(path: str, weight: np.ndarray) -> Tensors:
         codes, scales, scale = codes_of(weight)
         factor = np.float32(1) / scale if leaf == "weight_global_scale" else scale
@@ -143,5 +144,3 @@ def write_layout(path: Path, layout: str, weights: Mapping[str, np.ndarray], **m
     for each in more.values():
         tensors |= each
     return write(path, tensors)
-
-
