@@ -24,6 +24,7 @@ __all__ = [
     "recognised",
     "refuse_foreign_layout",
     "swizzled_shape",
+    "swizzled_shapes",
 ]
 
 GGUF_MAGIC: Final = b"GGUF"
@@ -124,6 +125,12 @@ def refuse_foreign_layout(where: str, config: Mapping[str, Any], metadata: Mappi
 def swizzled_shape(rows: int, blocks: int) -> tuple[int, int]:
     """Return the shape that block scales [rows, blocks] have in the 128x4 tiles of cuBLAS, padded."""
     return -(-rows // 128) * 128, -(-blocks // 4) * 4
+
+
+def swizzled_shapes(rows: int, blocks: int) -> tuple[tuple[int, ...], ...]:
+    """Return all shapes under which the tiles are stored: as a padded matrix, flat, or as torchao has them."""
+    high, wide = swizzled_shape(rows, blocks)
+    return (high, wide), (high * wide,), (high // 4, wide * 4)
 
 
 def _nunchaku(_config: Mapping[str, Any], _metadata: Mapping[str, str], tensors: Tensors) -> Layout | None:
@@ -290,7 +297,8 @@ def _by_shape(_config: Mapping[str, Any], _metadata: Mapping[str, str], tensors:
     if order != _TILES:
         return None
     todo = f"block scales in cuBLAS tiles are not read: {_QUANTIZE_HERE}, without enable_swizzle_layout"
-    return _foreign("ComfyUI, or of ModelOpt's export for it", witness, todo, order, global_scale=_MULTIPLIER)
+    name = "tiled block scales (ComfyUI's, torchao's, or ModelOpt's for ComfyUI)"
+    return _foreign(name, witness, todo, order, global_scale=_MULTIPLIER)
 
 
 def _other_format(weight: HasDtypeAndShape, scales: HasDtypeAndShape) -> str | None:
@@ -403,10 +411,10 @@ def _order_by_shape(tensors: Tensors) -> tuple[str, str]:
         if weight.dtype != "U8" or len(weight.shape) != 2 or weight.shape[1] < 8:
             continue
         rows, blocks = weight.shape[0], weight.shape[1] * 2 // 16
-        tiles = swizzled_shape(rows, blocks)
+        tiles = swizzled_shapes(rows, blocks)
         found = f"{path}.weight_scale is {scales.dtype}{list(scales.shape)} for weights [{rows}, {weight.shape[1] * 2}]"
-        if tiles != (rows, blocks) and scales.shape == tiles:
+        if scales.shape != (rows, blocks) and scales.shape in tiles:
             return _TILES, f"{found}: padded to tiles"
-        if tiles != (rows, blocks) and scales.shape == (rows, blocks):
+        if scales.shape == (rows, blocks) != tiles[0]:
             return _ROW_MAJOR, f"{found}: not padded to tiles"
     return _UNKNOWN, ""

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fp4trt.layouts import swizzled_shape
+from fp4trt.layouts import swizzled_shape, swizzled_shapes
 from onnx_functions.safetensors_header import HeldTensor
 
 __all__ = [
@@ -190,10 +190,14 @@ def _block_scales(linear: StoredLinear, tile: Tile) -> Iterator[tuple[str, Float
     first, count = tile.column // 16, tile.columns // 16
     if len(held.shape) == 2 and held.shape[0] >= rows and held.shape[1] >= blocks:
         yield ROW_MAJOR, _e4m3(linear.scales.rows(tile.row, tile.rows, first, first + count))
-    padded = held.shape if len(held.shape) == 2 else swizzled_shape(rows, blocks)
-    is_tiled = padded[0] % 128 == 0 and padded[1] % 4 == 0 and padded[0] >= rows and padded[1] >= blocks
-    if is_tiled and held.nbytes == padded[0] * padded[1]:
-        yield TILES, _e4m3(_from_tiles(linear.scales, padded[1] // 4, tile.row, tile.rows, first, count))
+    wide = swizzled_shape(rows, blocks)[1]
+    more = len(held.shape) == 2 and held.shape[0] >= rows and held.shape[1] >= wide  # padded by more than the tiles ask
+    if more and held.shape[0] % 128 == 0 and held.shape[1] % 4 == 0:
+        wide = held.shape[1]
+    elif held.shape not in swizzled_shapes(rows, blocks):
+        wide = 0
+    if wide:
+        yield TILES, _e4m3(_from_tiles(linear.scales, wide // 4, tile.row, tile.rows, first, count))
     if held.shape == (blocks, rows):
         yield (
             TRANSPOSED,

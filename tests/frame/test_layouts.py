@@ -56,8 +56,15 @@ FOREIGN = {
         {"quantization_config": UNIFIED},
         {},
         nvfp4(Q, 64, weight_scale=Tensor("F8_E4M3", (128, 8))),
-        "ComfyUI, or of ModelOpt's export for it",
+        "tiled block scales (ComfyUI's, torchao's, or ModelOpt's for ComfyUI)",
         "F8_E4M3[128, 8] for weights [64, 128]: padded to tiles",
+    ),
+    "reshaped into tiles, as torchao has them": (
+        {},
+        {},
+        nvfp4(Q, weight_scale=Tensor("F8_E4M3", (64, 32))),
+        "tiled block scales",
+        "F8_E4M3[64, 32] for weights [256, 128]: padded to tiles",
     ),
     "ModelOpt, swizzled or not": (
         {"quantization_config": UNIFIED},

@@ -1,6 +1,7 @@
 """Checkpoints in the layouts of several producers, from 16-bit weights: a tiny writer of each.
 
-Held once by hand against comfy-kitchen 0.2.40 (`quantize_nvfp4`, `to_blocked`) and ModelOpt 0.47, byte by byte.
+Held once by hand against comfy-kitchen 0.2.40 (`quantize_nvfp4`, `to_blocked`, `pack_uint4`), torchao 0.18
+(`NVFP4Tensor`) and compressed-tensors 0.20 (`pack_fp4_to_uint8`): the same bytes, save for codes at a tie.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ _STEPS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
 
 def codes_of(weight: np.ndarray, largest: float = 448.0) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """Quantize to NVFP4: codes [N, K] of 0..15, the bytes of block scales [N, K/16], the global scale."""
-    blocks = np.asarray(weight, np.float32).reshape(len(weight), -1, 16)
-    scale = np.float32(np.abs(blocks).max() / (6 * largest))
-    exact = np.minimum(np.abs(blocks).max(-1) / (6 * scale), 448)
-    scales = exact.astype(ml_dtypes.float8_e4m3fn)
-    step = np.maximum(scales.astype(np.float32) * scale, 1e-30)[:, :, None]
-    codes = np.searchsorted(_STEPS, np.abs(blocks) / step).astype(np.uint8) | (np.signbit(blocks).astype(np.uint8) << 3)
-    return codes.reshape(weight.shape), scales.view(np.uint8), scale
+    scale = np.float32(max(weight.max(), -weight.min()) / (6 * largest))
+    codes = np.empty(weight.shape, np.uint8)
+    scales = np.empty((len(weight), weight.shape[1] // 16), np.uint8)
+    for row in range(0, len(weight), 512):  # some rows at a time: what lies between is larger than the weight
+        blocks = np.asarray(weight[row : row + 512], np.float32).reshape(-1, scales.shape[1], 16)
+        exact = np.minimum(np.abs(blocks).max(-1) / (6 * scale), 448).astype(ml_dtypes.float8_e4m3fn)
+        step = np.maximum(exact.astype(np.float32) * scale, 1e-30)[:, :, None]
+        found = np.searchsorted(_STEPS, np.abs(blocks) / step).astype(np.uint8) | (np.signbit(blocks) * np.uint8(8))
+        codes[row : row + 512], scales[row : row + 512] = found.reshape(len(blocks), -1), exact.view(np.uint8)
+    return codes, scales, scale
 
 
 def pack(codes: np.ndarray, high_first: bool = False) -> np.ndarray:
