@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from calibration.errors import BadCheckpoint
+from fp4trt.layouts import GGUF_MAGIC
 
 __all__ = [
     "DTYPE_BYTES",
@@ -33,6 +34,7 @@ __all__ = [
     "bytes_of",
     "hold",
     "is_reserved",
+    "metadata_in_file",
     "naming",
     "plan_of",
     "read_header",
@@ -197,6 +199,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else _MAX_HEADER
+        if first.startswith(GGUF_MAGIC):
+            raise BadCheckpoint(f"{path} is a GGUF file, which is not read; expected safetensors")
         if length >= _MAX_HEADER or 8 + length > size:
             speaks = f", header of {length}" if len(first) == 8 else ""
             raise BadCheckpoint(f"{path} is not a safetensors file ({size} bytes{speaks}); copy it again")
@@ -212,6 +216,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{path} ends at byte {size}, but {name} needs {tensor.offset + tensor.nbytes} bytes; copy it again"
             )
     return stored
+
+
+def metadata_in_file(path: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of a file that :func:`read_header` reads, empty without one.
+
+    Raises:
+        BadCheckpoint: it is no object of strings.
+    """
+    with path.open("rb") as file:
+        metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadCheckpoint(
+            f"{path} has a damaged safetensors header (__metadata__ is no object of strings); copy it again"
+        )
+    return metadata
 
 
 def _stored(path: Path, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from calibration.errors import BadCheckpoint
-from calibration.safetensors_file import StoredTensor, read_header, sha256_of
+from calibration.safetensors_file import StoredTensor, metadata_in_file, read_header, sha256_of
 from fp4trt.families import Family, family_of
+from fp4trt.layouts import refuse_foreign_layout
 
 __all__ = [
     "BUILT_IN",
@@ -26,6 +27,7 @@ __all__ = [
     "finite_tensor",
     "load_json",
     "load_source",
+    "metadata_of",
     "model_class",
     "refuse_other_shapes",
     "refuse_quantized",
@@ -137,6 +139,11 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def metadata_of(folder: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_of` reads, as one."""
+    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
+
+
 def model_class(family: Family) -> Any:
     """Return the diffusers class of a family."""
     import diffusers
@@ -168,8 +175,9 @@ def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
     """
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
-    cls = model_class(family_of(config))
     stored = tensors_of(folder)
+    refuse_foreign_layout(str(folder), config, metadata_of(folder), stored)
+    cls = model_class(family_of(config))
     with torch.device("meta"):
         model = cls.from_config(config)
     refuse_other_shapes(folder, model, stored)

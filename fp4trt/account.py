@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, Protocol
 
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
+from fp4trt.layouts import MODELOPT_ALGORITHMS, refuse_foreign_layout
 
 __all__ = [
     "ATTENTION_SCALES",
@@ -80,8 +81,6 @@ _FORMAT_OF: Final[Mapping[str, Format]] = {
     "F8_E4M3": "fp8",
     **dict.fromkeys(_FLOAT, "16-bit"),
 }
-_READ: Final = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "FP8")
-"""What ModelOpt calls the formats that are read."""
 _CALLED: Final[Mapping[str, str]] = {
     "W4A16_NVFP4": "weight-only NVFP4",
     "W4A8_NVFP4_FP8": "NVFP4 weights with FP8 activations",
@@ -169,6 +168,7 @@ def is_quantized_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Ten
 def account_of(
     where: str,
     config: Mapping[str, Any],
+    metadata: Mapping[str, str],
     tensors: Mapping[str, TensorHeader],
     scalar: Callable[[str], float] | None = None,
 ) -> Account:
@@ -177,6 +177,7 @@ def account_of(
     Args:
         where: the checkpoint, for messages.
         config: its config.json.
+        metadata: the ``__metadata__`` of its safetensors headers, merged.
         tensors: name to type and shape.
         scalar: name of a tensor of one element to its value; None leaves the values alone.
 
@@ -185,8 +186,9 @@ def account_of(
             format of the whole where that is none that is read.
         UnknownFamily: the model is of no family of ours.
     """
-    family = family_of(config)
     _refuse_other_algorithms(where, config.get("quantization_config"))
+    refuse_foreign_layout(where, config, metadata, tensors)
+    family = family_of(config)
     return _Reader(where, config, family, tensors, scalar).account()
 
 
@@ -196,22 +198,19 @@ def _refuse_other_algorithms(where: str, described: Any) -> None:
         return
     if not isinstance(described, Mapping):
         raise BadCheckpoint(f"{where}: quantization_config is {described!r}, expected an object: copy it again")
-    method, algorithm = described.get("quant_method"), described.get("quant_algo")
-    if method not in (None, "modelopt"):
-        raise BadCheckpoint(
-            f"{where} is quantized by {method!r}, says its quantization_config; expected ModelOpt's layout: {_ADVICE}"
-        )
+    algorithm = described.get("quant_algo")
+    read = [name for name in MODELOPT_ALGORITHMS if name != "MIXED_PRECISION"]
     layers = described.get("quantized_layers")
     named = {"": algorithm} if algorithm != "MIXED_PRECISION" else {}
     for path, layer in layers.items() if isinstance(layers, Mapping) else ():
         named[str(path)] = layer.get("quant_algo") if isinstance(layer, Mapping) else layer
     for path, name in named.items():
-        if name is not None and name not in _READ:
+        if name is not None and name not in read:
             called = f" ({_CALLED[known]})" if (known := str(name).upper()) in _CALLED else ""
             of = f"{path} in {where}" if path else where
             raise BadCheckpoint(
                 f"{of} is quantized to {name}{called}, says its quantization_config; expected one of "
-                f"{', '.join(_READ)}: {_ADVICE}"
+                f"{', '.join(read)}: {_ADVICE}"
             )
 
 

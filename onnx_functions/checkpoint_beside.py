@@ -13,7 +13,7 @@ import onnx
 
 from fp4trt.account import Account, account_of, is_quantized_checkpoint
 from onnx_functions.json_file import read_object
-from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
+from onnx_functions.safetensors_header import HeldTensor, metadata_in_folder, tensors_in_folder
 
 __all__ = ["CheckpointBeside", "account_in", "checkpoint_beside"]
 
@@ -34,6 +34,11 @@ class CheckpointBeside:
 def account_in(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, HeldTensor]) -> Account:
     """Return what every tensor of a quantized checkpoint means.
 
+    Args:
+        folder: where it lies.
+        config: its config.json.
+        tensors: all of them.
+
     Raises:
         BadCheckpoint: naming a tensor that is absent, contradictory, or of no meaning.
         UnknownFamily: the model is of no family of ours.
@@ -42,7 +47,7 @@ def account_in(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, He
     def scalar(name: str) -> float:
         return float(np.frombuffer(tensors[name].bytes(), _SCALARS[tensors[name].dtype])[0])
 
-    return account_of(str(folder), config, tensors, scalar)
+    return account_of(str(folder), config, metadata_in_folder(folder), tensors, scalar)
 
 
 def checkpoint_beside(path: Path, model: onnx.ModelProto) -> CheckpointBeside | None:

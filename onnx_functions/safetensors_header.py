@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fp4trt.layouts import GGUF_MAGIC
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.json_file import object_of, read_object, strings_by_name
 
-__all__ = ["HeldTensor", "tensors_in_file", "tensors_in_folder"]
+__all__ = ["HeldTensor", "metadata_in_file", "metadata_in_folder", "tensors_in_file", "tensors_in_folder"]
 
 _STEM: Final = "diffusion_pytorch_model"
 _LONGEST_HEADER: Final = 100_000_000
@@ -102,6 +103,8 @@ def tensors_in_file(path: Path) -> dict[str, HeldTensor]:
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else _LONGEST_HEADER
+        if first.startswith(GGUF_MAGIC):
+            raise UnknownArtifact(f"{path} is a GGUF file, which is not read; expected safetensors")
         if length >= _LONGEST_HEADER or 8 + length > size:
             raise UnknownArtifact(f"{path} is no safetensors file ({size} bytes); copy it again")
         try:
@@ -112,6 +115,27 @@ def tensors_in_file(path: Path) -> dict[str, HeldTensor]:
             raise UnknownArtifact(f"{path} has a damaged safetensors header ({error}); copy it again") from None
         except EOFError as error:
             raise UnknownArtifact(f"{path} is cut short: {error}; copy it again") from None
+
+
+def metadata_in_file(path: Path) -> dict[str, str]:
+    """Return the `__metadata__` of a file that :func:`tensors_in_file` reads, empty without one.
+
+    Raises:
+        UnknownArtifact: it is no object of strings.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    try:
+        return strings_by_name(header.get("__metadata__") or {}, "__metadata__")
+    except TypeError as error:
+        raise UnknownArtifact(f"{path} has a damaged safetensors header ({error}); copy it again") from None
+
+
+def metadata_in_folder(folder: Path) -> dict[str, str]:
+    """Return the `__metadata__` of all files of a folder that :func:`tensors_in_folder` reads, as one."""
+    index = folder / f"{_STEM}.safetensors.index.json"
+    names = set(read_object(index)["weight_map"].values()) if index.is_file() else {f"{_STEM}.safetensors"}
+    return {key: value for name in sorted(names) for key, value in metadata_in_file(folder / name).items()}
 
 
 def _held(file: Path, entry: Any, start: int, size: int) -> HeldTensor:

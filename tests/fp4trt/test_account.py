@@ -23,7 +23,7 @@ from onnx_functions.inspect import describe
         ({"quant_algo": "W4A16_NVFP4"}, r"\(weight-only NVFP4\)"),
         ({"quant_algo": "W4A16_AWQ"}, r"\(weight-only INT4 AWQ\)"),
         ({"quant_algo": "OF_TOMORROW"}, r"quantized to OF_TOMORROW, says"),
-        ({"quant_method": "compressed-tensors"}, r"quantized by 'compressed-tensors'"),
+        ({"quant_method": "compressed-tensors"}, r"in the layout of compressed-tensors"),
         (
             {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"proj_out": {"quant_algo": "MXFP8"}}},
             r"proj_out in .* is quantized to MXFP8 \(MXFP8 with blocks of 32\)",
