@@ -230,7 +230,7 @@ def _captured(
     else:
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
-    check_inputs(calls, family, config)
+    calls = check_inputs(calls, family, config)
     if save_inputs_to is not None and processes.is_main():
         save_inputs(save_inputs_to, calls)
     described |= {"calls": len(calls), "family": family.name}
