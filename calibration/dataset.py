@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from calibration.errors import BadCheckpoint, BadInputs
 from calibration.models import Family
-from calibration.safetensors_file import DTYPE_BYTES, StoredTensor, bytes_of, plan_of, read_header, write
+from calibration.safetensors_file import DTYPE_BYTES, READABLE, StoredTensor, bytes_of, plan_of, read_header, write
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,10 @@ def load_inputs(path: str | Path) -> Sequence[Inputs]:
         index, _, key = name.partition(".")
         if not index.isdigit() or not key:
             raise BadInputs(f"{path} holds a tensor {name}; expected captured inputs, named like 00000.hidden_states")
+        if tensors[name].dtype not in READABLE:
+            raise BadInputs(
+                f"{path} holds {name} as {tensors[name].dtype}; expected floating-point numbers, such as BF16"
+            )
         calls.setdefault(index, {})[key] = tensors[name]
     return _StoredCalls([calls[index] for index in sorted(calls)])
 

@@ -17,6 +17,7 @@ from calibration.attention_amax import operands_of
 from calibration.block_calibration import measured_by_block
 from calibration.dataset import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
 from calibration.errors import BadAmax, BadInputs, OutputExists
+from calibration.file_kind import what_it_is, what_it_lacks
 from calibration.models import family_of
 from calibration.prompts import Sampling, capture_prompts
 from calibration.safetensors_file import sha256_of
@@ -164,11 +165,12 @@ def merged(files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str
 
 def _load_amax(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise BadAmax(f"{path} does not exist; expected maxima that fp4trt calibrate wrote") from None
-    except ValueError as error:
-        raise BadAmax(f"{path} is not JSON ({error}); expected maxima that fp4trt calibrate wrote") from None
+        raise BadAmax(f"{path} {what_it_lacks(path)}; expected maxima that fp4trt calibrate wrote") from None
+    except (ValueError, RecursionError) as error:
+        kind = what_it_is(path) or f"is not JSON ({error})"
+        raise BadAmax(f"{path} {kind}; expected maxima that fp4trt calibrate wrote") from None
     if not isinstance(values, dict):
         raise BadAmax(f"{path} holds a JSON {type(values).__name__}; expected an object of module paths and numbers")
     return values

@@ -62,7 +62,7 @@ def read_prompts(path: Path) -> list[str]:
         BadInputs: there are none, or there is no such file.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise BadInputs(f"{path} does not exist; expected a text file, one prompt a line") from None
     except UnicodeDecodeError as error:

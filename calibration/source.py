@@ -13,7 +13,9 @@ import click
 import torch
 from torch import nn
 
+from calibration.bfloat16 import refuse_other_types, why_unusable
 from calibration.errors import BadCheckpoint
+from calibration.file_kind import what_it_is, what_it_lacks
 from calibration.models import Family, family_of
 from calibration.safetensors_file import StoredTensor, read_header, sha256_of
 
@@ -84,11 +86,13 @@ def load_json(path: Path) -> dict[str, Any]:
         BadCheckpoint: the file is missing or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())  # of bytes it takes UTF-8 with and without a mark, and UTF-16
     except FileNotFoundError:
-        raise BadCheckpoint(f"{path} does not exist; expected a diffusers checkpoint in {path.parent}") from None
+        lacks = what_it_lacks(path)
+        raise BadCheckpoint(f"{path} {lacks}; expected a diffusers checkpoint in {path.parent}") from None
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} is not JSON ({error}); copy it again") from None
+        kind = what_it_is(path) or f"is not JSON ({error}); copy it again"
+        raise BadCheckpoint(f"{path} {kind}") from None
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
@@ -125,7 +129,10 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
         BadCheckpoint: a file is missing or damaged, two files define one tensor, or the index says otherwise.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in files_of(folder):
+    files = files_of(folder)
+    if not any(file.exists() for file in files):
+        _refuse_other_weights(folder)
+    for file in files:
         for name, tensor in read_header(file).items():
             if name in tensors:
                 raise BadCheckpoint(f"{name} is both in {tensors[name].file.name} and in {file.name}; keep one of them")
@@ -135,6 +142,26 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
             where = f"it is in {tensors[name].file.name}" if name in tensors else "no file has it"
             raise BadCheckpoint(f"the index of {folder} has {name} in {file_name}, but {where}; copy the files again")
     return tensors
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse a folder that has weights, but in other files than the ones that are read.
+
+    Raises:
+        BadCheckpoint: naming one of them.
+    """
+    formats = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf")
+    others = [file for kind in formats for file in sorted(folder.glob(f"*.{kind}")) if file.is_file()]
+    if not others:
+        return
+    file = others[0]
+    if kind := what_it_is(file):
+        what = kind
+    elif file.suffix == ".safetensors":
+        what = f"is not the name that is read: copy or link it as {_STEM}.safetensors, shards with their index"
+    else:
+        what = "is not safetensors: save the model with save_pretrained(safe_serialization=True)"
+    raise BadCheckpoint(f"{folder} has no {_STEM}.safetensors, and its {file.name} {what}")
 
 
 def model_class(family: Family) -> Any:
@@ -194,11 +221,12 @@ def finite_tensor(folder: Path, name: str, stored: StoredTensor) -> torch.Tensor
     """Read a tensor of a plain checkpoint.
 
     Raises:
-        BadCheckpoint: it holds a value that is no number.
+        BadCheckpoint: it is no floating-point number of 16 or 32 bit, or holds a value that BF16 cannot.
     """
+    refuse_other_types(f"{folder}: {name}", stored)
     value = stored.tensor()
-    if not value.isfinite().all():
-        raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
+    if not value.to(torch.bfloat16).isfinite().all():
+        raise BadCheckpoint(f"{folder}: {name} {why_unusable(stored)}")
     return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from calibration.bfloat16 import largest_magnitude, pieces_of, refuse_other_types
+from calibration.bfloat16 import largest_magnitude, pieces_of, refuse_other_types, why_unusable
 from calibration.checkpoint import Checkpoint
 from calibration.errors import BadCheckpoint
 from calibration.safetensors_file import StoredTensor
@@ -52,9 +52,9 @@ def read(source: str | Path) -> Checkpoint:
 
 
 def _refuse_unusable(name: str, stored: StoredTensor) -> None:
-    refuse_other_types(name, stored)
+    refuse_other_types(f"{stored.file}: {name}", stored)
     if any(largest_magnitude(piece) is None for piece in pieces_of(stored)):
-        raise BadCheckpoint(f"{stored.file}: {name} holds NaN or infinite values; expected finite weights")
+        raise BadCheckpoint(f"{stored.file}: {name} {why_unusable(stored)}")
 
 
 def must_round(checkpoint: Checkpoint) -> str | None:

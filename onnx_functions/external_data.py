@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, external_data_helper
 
 from onnx_functions.errors import BadGraph
-from onnx_functions.file_input import what_it_lacks
+from onnx_functions.file_input import what_it_is, what_it_lacks
 
 __all__ = ["BITS", "BadSpan", "Span", "array_of", "load_graph", "nbytes_of", "span_of", "type_name"]
 
@@ -80,11 +80,12 @@ def load_graph(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises types of its own, by version
-        raise BadGraph(f"{path} is not an ONNX model ({str(error).splitlines()[0]}); export it again") from None
+        kind = what_it_is(path) or f"is not an ONNX model ({str(error).splitlines()[0]}); export it again"
+        raise BadGraph(f"{path} {kind}") from None
     if any(isinstance(text, bytes) for text in _texts(model)):  # what protobuf gives for what is no UTF-8
         raise BadGraph(f"{path} holds a name that is no UTF-8: the file is damaged; export it again")
     if not model.graph.node:
-        raise BadGraph(f"{path} holds no nodes; expected an exported graph: export it again")
+        raise BadGraph(f"{path} {what_it_is(path) or 'holds no nodes; expected an exported graph: export it again'}")
     return model
 
 
