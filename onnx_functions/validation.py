@@ -23,7 +23,7 @@ from onnx_functions.block_gates import ByBlock, Task, check_by_block, structure_
 from onnx_functions.block_selection import chosen_blocks, token_counts
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph
-from onnx_functions.external_data import load_graph, span_of
+from onnx_functions.external_data import BadSpan, load_graph, span_of
 from onnx_functions.file_output import partial_path
 from onnx_functions.free_memory import available_memory
 from onnx_functions.functions_gate import functions_gate
@@ -33,7 +33,16 @@ from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.teacher_gates import block_of
 from onnx_functions.torch_reference import FORMATS, Reference, Shape, Walk, open_reference
-from onnx_functions.verdict import Figures, Gate, Report, failed_to_run, guarded, skipped
+from onnx_functions.verdict import (
+    Figures,
+    Gate,
+    Report,
+    failed_to_run,
+    guarded,
+    refuse_environment,
+    require_runtime,
+    skipped,
+)
 
 __all__ = ["LEVELS", "validate"]
 
@@ -125,10 +134,13 @@ def validate(
         BadSelection: there are no such blocks or sizes.
         UnknownArtifact: a manifest is damaged.
         OutputExists, OSError: the report cannot be written; known before any gate runs.
+        BadEnvironment: the machine cannot run a gate, which says nothing of the graph.
     """
     path = Path(model)
     path = path / MODEL if path.is_dir() else path
+    require_runtime()
     graph = load_graph(path)
+    _refuse_links(graph, path.parent)
     held = open_reference(graph, path, reference)
     counts = token_counts(tokens)
     shapes: tuple[Shape, ...] = SHAPES if counts is None else ((1, *counts),)
@@ -140,16 +152,30 @@ def validate(
     subject = _Subject(path, graph, held, chosen, (), shapes, why, figures)
     gates = []
     with _work_folder(report_dir) as work:
-        for gate in _all_gates(subject, Path(work) / "blocks" if report_dir is None else Path(work)):
-            gates.append(gate)
-            if say is not None:
-                say(gate.line)
+        try:
+            for gate in _all_gates(subject, Path(work) / "blocks" if report_dir is None else Path(work)):
+                gates.append(gate)
+                if say is not None:
+                    say(gate.line)
+        except (MemoryError, RuntimeError) as error:  # of torch, outside the gates
+            refuse_environment(error, f"what comes after {gates[-1].name}" if gates else "the reference")
+            raise
     rows = tuple(Figures(name, block_of(name), **values) for name, values in figures.items())
     kind = "quantized" if held.quantized else "plain"
     report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows)
     if report_dir is not None:
         write_report(report, Path(report_dir), force)
     return report
+
+
+def _refuse_links(graph: onnx.ModelProto, folder: Path) -> None:
+    """Refuse a graph whose external data are links that are not followed; missing data are the gates' to tell."""
+    for tensor in graph.graph.initializer:
+        try:
+            span_of(tensor, folder)
+        except BadSpan as error:
+            if error.fault == "link":
+                raise
 
 
 def _work_folder(report_dir: str | Path | None) -> contextlib.AbstractContextManager[str]:
