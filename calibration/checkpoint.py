@@ -28,7 +28,7 @@ from calibration.fp8_linear import FP8Linear
 from calibration.models import Family, family_of
 from calibration.nvfp4_linear import NVFP4Linear
 from calibration.safetensors_file import StoredTensor
-from calibration.source import load_json, model_class, tensors_of
+from calibration.source import load_json, model_class, tensors_of, transformer_folder
 from calibration.svdquant_linear import SVDQuantLinear
 
 __all__ = [
@@ -182,7 +182,7 @@ def read(directory: str | Path) -> Checkpoint:
         BadCheckpoint: something is missing, damaged or contradictory.
         UnknownFamily: the model is of no family of ours.
     """
-    folder = Path(directory)
+    folder = transformer_folder(Path(directory))
     config = load_json(folder / "config.json")
     manifest = load_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     checkpoint = Checkpoint(folder, config, manifest, tensors_of(folder))

@@ -15,7 +15,7 @@ from calibration.dataset import Inputs, capturing
 from calibration.errors import BadInputs
 from calibration.models import Family
 from calibration.models.digits import DIGITS
-from calibration.source import load_json
+from calibration.source import PIPELINE, load_json
 
 __all__ = ["Sampling", "capture_prompts", "digit_labels", "load_pipeline", "pipeline_of", "read_prompts"]
 
@@ -101,9 +101,9 @@ def pipeline_of(folder: Path) -> Path:
     Raises:
         BadInputs: there is none.
     """
-    if not (folder.parent / "model_index.json").is_file():
+    if not (folder.parent / PIPELINE).is_file():
         raise BadInputs(
-            f"{folder.parent} is not a pipeline (no model_index.json), whose text encoders the prompts need; give the "
+            f"{folder.parent} is not a pipeline (no {PIPELINE}), whose text encoders the prompts need; give the "
             "pipeline's folder"
         )
     return folder.parent

@@ -21,6 +21,7 @@ from calibration.safetensors_file import StoredTensor, read_header, sha256_of
 
 __all__ = [
     "BUILT_IN",
+    "PIPELINE",
     "check_source",
     "empty_source",
     "files_of",
@@ -33,7 +34,11 @@ __all__ = [
     "refuse_quantized",
     "source_hashes",
     "tensors_of",
+    "transformer_folder",
 ]
+
+PIPELINE: Final = "model_index.json"
+"""What tells the folder of a whole pipeline."""
 
 BUILT_IN: Final = "digits"
 """What a user types for the model that comes with the package."""
@@ -53,17 +58,44 @@ def find_source(source: str | Path) -> Path:
     """
     folder = Path(source)
     if folder.is_dir():
-        for candidate in (folder, folder / "transformer"):
-            if (candidate / "config.json").is_file():
-                return candidate
-        raise BadCheckpoint(
-            f"{folder} has no config.json (nor transformer/config.json); expected a diffusers checkpoint"
-        )
+        found = transformer_folder(folder)
+        if not (found / "config.json").is_file():
+            lacks = what_it_lacks(found / "config.json").removeprefix("does not exist")
+            raise BadCheckpoint(
+                f"{folder} has no config.json (nor transformer/config.json){lacks}; expected a diffusers checkpoint"
+            )
+        return found
+    if folder.is_file():
+        kind = what_it_is(folder) or "is a single file"
+        raise BadCheckpoint(f"{folder} {kind}; expected the folder of a diffusers checkpoint")
     if str(source) == BUILT_IN:
         return Path(str(importlib.resources.files("calibration") / "digits"))
     if str(source).count("/") == 1 and not folder.is_absolute():
         return _download(str(source))
     raise BadCheckpoint(f"{source} is not a folder; expected a diffusers checkpoint, a hub name or '{BUILT_IN}'")
+
+
+def transformer_folder(folder: Path) -> Path:
+    """Return the folder of the transformer of a pipeline's; any other folder as it is.
+
+    Raises:
+        BadCheckpoint: it is a pipeline's and has none.
+    """
+    inner = folder / "transformer"
+    if (folder / PIPELINE).is_file():
+        if inner.is_dir():
+            return inner
+        if (folder / "unet").is_dir():
+            raise BadCheckpoint(f"{folder} is a pipeline around a UNet (unet/); expected one around a transformer")
+        if not (folder / "config.json").is_file():
+            parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
+            raise BadCheckpoint(
+                f"{folder} is a pipeline ({PIPELINE}) without transformer/; it has {', '.join(parts) or 'no folder'}: "
+                "take one with its transformer"
+            )
+    elif not (folder / "config.json").is_file() and (inner / "config.json").is_file():
+        return inner
+    return folder
 
 
 def _download(repository: str) -> Path:

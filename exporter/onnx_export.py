@@ -13,7 +13,7 @@ import click
 import onnx_ir as ir
 
 from calibration.checkpoint import BRANCH, SMOOTHING, Checkpoint, read
-from calibration.source import BUILT_IN, find_source
+from calibration.source import BUILT_IN, find_source, transformer_folder
 from exporter import external_weights, plain_checkpoint
 from exporter.errors import BadGraph, WrongPrecision
 from exporter.existing_results import refuse_existing_results
@@ -161,7 +161,8 @@ def _open(source: str | Path, precision: Precision) -> Checkpoint:
     name = source
     if str(source) == BUILT_IN and not Path(source).exists():
         source = find_source(source)
-    if plain_checkpoint.is_plain(Path(source)):
+    source = transformer_folder(Path(source))
+    if plain_checkpoint.is_plain(source):
         raise WrongPrecision(
             f"{name} holds no NVFP4 weights: run fp4trt quantize first, or export it as it is with --precision bf16"
         )

@@ -19,7 +19,7 @@ __all__ = ["is_plain", "must_round", "read"]
 def is_plain(folder: Path) -> bool:
     """Whether a folder is a checkpoint that nobody quantized; False also for what is no checkpoint."""
     if not (folder / "config.json").is_file():
-        return (folder / "transformer" / "config.json").is_file()
+        return False
     if "quantization_config" in load_json(folder / "config.json"):
         return False
     return not any(name.endswith(".weight_scale") for name in tensors_of(folder))

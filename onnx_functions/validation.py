@@ -28,6 +28,7 @@ from onnx_functions.file_output import partial_path
 from onnx_functions.free_memory import available_memory
 from onnx_functions.functions_gate import functions_gate
 from onnx_functions.linears import Graph, Linear, metadata_of, promised_linears
+from onnx_functions.pipeline_folder import graph_in
 from onnx_functions.promise_gate import promise_gate
 from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.simulation import runtime_session, simulate
@@ -53,8 +54,6 @@ SHAPES: Final = ((1, 16, 8), (2, 36, 11))
 in."""
 
 TINY: Final = (1, 4, 3)
-
-MODEL: Final = "model.onnx"
 
 _PTQ: Final = "nvfp4-ptq"
 """The recipe of a graph without its manifest that is known to round to nearest."""
@@ -113,7 +112,7 @@ def validate(
     """Check the numerics of a deployable graph.
 
     Args:
-        model: the ONNX file, or the folder that holds `model.onnx`.
+        model: the ONNX file, or the folder that holds `model.onnx`, or a pipeline's.
         reference: the quantized checkpoint; None takes the one beside the graph. A 16-bit checkpoint in its place
             (`digits` for the built-in one) makes the gates measure the quantization error itself.
         level: `full`, or `blocks` for one block at a time in bounded memory; `full` falls back to that where the whole
@@ -136,8 +135,7 @@ def validate(
         OutputExists, OSError: the report cannot be written; known before any gate runs.
         BadEnvironment: the machine cannot run a gate, which says nothing of the graph.
     """
-    path = Path(model)
-    path = path / MODEL if path.is_dir() else path
+    path = graph_in(Path(model))
     require_runtime()
     graph = load_graph(path)
     _refuse_links(graph, path.parent)

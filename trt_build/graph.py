@@ -19,6 +19,7 @@ from onnx_functions.external_data import Span, load_graph, span_of
 from onnx_functions.file_input import what_it_lacks
 from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER, declared_symbols, metadata_of, promised_linears
 from onnx_functions.linears import Graph as Index
+from onnx_functions.pipeline_folder import graph_in
 from trt_build.errors import BadModelError
 from trt_build.profiles import InputShape
 
@@ -226,7 +227,10 @@ def read_graph(path: Path) -> Graph:
         BadModelError: no such file, or not an ONNX model.
     """
     if path.is_dir():
-        path = path / "model.onnx"
+        try:
+            path = graph_in(path)
+        except UnknownArtifact as error:
+            raise BadModelError(str(error)) from None
         if not path.is_file():
             raise BadModelError(f"{path.parent} holds no model.onnx; write one with fp4trt export {path.parent}")
     if not path.is_file():

@@ -28,6 +28,7 @@ from onnx_functions.linting import (
 from onnx_functions.linting.opset import normalise
 from onnx_functions.linting.rule import Finding, LintReport, Rule
 from onnx_functions.linting.subject import Subject
+from onnx_functions.pipeline_folder import graph_in
 
 __all__ = ["RULES", "Finding", "LintReport", "Rule", "lint", "normalise", "require_clean"]
 
@@ -54,7 +55,7 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
     """Hold a graph against every rule.
 
     Args:
-        path: an ONNX file, or a folder that holds model.onnx.
+        path: an ONNX file, or a folder that holds model.onnx, or a pipeline's.
         allow_slow: do not refuse what only loses speed.
 
     Returns:
@@ -63,8 +64,7 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
     Raises:
         BadGraph: the file is missing or no ONNX model.
     """
-    file = Path(path)
-    file = file / "model.onnx" if file.is_dir() else file
+    file = graph_in(Path(path))
     subject = Subject(file, load_graph(file))
     # Wires that lead nowhere, or in a circle, or end in a node without inputs, cannot be followed.
     broken = tuple(
