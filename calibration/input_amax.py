@@ -19,7 +19,7 @@ from calibration.dataset import Inputs, check_inputs, load_inputs, partial_sched
 from calibration.errors import BadAmax, BadInputs, OutputExists
 from calibration.file_kind import what_it_is, what_it_lacks
 from calibration.models import family_of
-from calibration.prompts import Sampling, capture_prompts
+from calibration.prompts import Sampling, capture_prompts, refuse_sampling
 from calibration.safetensors_file import sha256_of
 from calibration.source import check_source, find_source, load_json, load_source
 from calibration.write import refuse_existing, write_json
@@ -56,6 +56,7 @@ def calibrate(
     resolution: int | None = None,
     force: bool = False,
     device: str = "cpu",
+    pictures: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure the largest magnitude that enters every quantized linear and write ``{module path: amax}``.
 
@@ -74,6 +75,7 @@ def calibrate(
         resolution: height and width of the prompts' pictures, in pixels; None for the pipeline's own.
         force: replace existing results.
         device: ``cpu`` or ``cuda``, for the calibration; the prompts' pipeline uses a GPU where there is one.
+        pictures: a picture or a folder of them, which the prompts take in turn; for a pipeline that reads some.
 
     Returns:
         What the command prints as JSON.
@@ -82,7 +84,7 @@ def calibrate(
         BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
     """
     output = Path(output)
-    given = {Path(path).resolve() for path in (inputs, prompts) if path is not None}
+    given = {Path(path).resolve() for path in (inputs, prompts, pictures) if path is not None}
     results = [Path(path) for path in (output, save_inputs_to) if path is not None]
     folder = find_source(source)
     for index, path in enumerate(results):
@@ -90,7 +92,7 @@ def calibrate(
             raise OutputExists(f"{path} is named twice, as a result and as something else; give each file its own name")
         refuse_existing(path, force)
     work = output.with_name(output.name + ".partial")
-    sampling = Sampling(steps, resolution)
+    sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
     config = load_json(folder / "config.json")
     family = family_of(config)
     with _measured(folder, inputs, prompts, sampling, save_inputs_to, work, device) as measured:
@@ -224,12 +226,15 @@ def _captured(
     family = family_of(config)
     if inputs is not None and prompts is not None:
         raise BadInputs("both captured inputs and prompts were given; expected one of them")
+    if inputs is not None and sampling.pictures is not None:
+        raise BadInputs("both captured inputs and pictures were given; pictures go with prompts: leave them out")
     calls: Sequence[Inputs]
     if inputs is not None:
         check_source(folder)
         calls = load_inputs(inputs)
         described: dict[str, Any] = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
     else:
+        refuse_sampling(folder, family, prompts, sampling)
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
     calls = check_inputs(calls, family, config)

@@ -15,17 +15,33 @@ from calibration.dataset import Inputs, capturing
 from calibration.errors import BadInputs
 from calibration.models import Family
 from calibration.models.digits import DIGITS
+from calibration.pictures import conditions_of
 from calibration.source import PIPELINE, load_json
 
-__all__ = ["Sampling", "capture_prompts", "digit_labels", "load_pipeline", "pipeline_of", "read_prompts"]
+__all__ = [
+    "Sampling",
+    "capture_prompts",
+    "digit_labels",
+    "load_pipeline",
+    "pipeline_of",
+    "read_prompts",
+    "refuse_sampling",
+]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the prompts of a pipeline are sampled; None leaves a setting to the pipeline."""
+    """How the prompts of a pipeline are sampled; None leaves a setting to the pipeline.
+
+    Attributes:
+        steps: of the schedule.
+        resolution: pixels of a side.
+        pictures: a picture or a folder of them, for a pipeline that reads some beside the prompts.
+    """
 
     steps: int | None = None
     resolution: int | None = None
+    pictures: Path | None = None
 
     def as_arguments(self) -> dict[str, int]:
         """Return what a pipeline is called with."""
@@ -53,6 +69,20 @@ def capture_prompts(
     if prompts is None:
         raise BadInputs(f"{folder} needs calibration data; give captured inputs, or prompts, or an amax.json")
     return _capture_pipeline(model, folder, family, read_prompts(Path(prompts)), sampling)
+
+
+def refuse_sampling(folder: Path, family: Family, prompts: str | Path | None, sampling: Sampling) -> None:
+    """Refuse prompts and pictures that the pipeline around a transformer cannot be sampled with, before it is loaded.
+
+    Raises:
+        BadInputs: as :func:`capture_prompts`.
+    """
+    if sampling.pictures is not None and (family is DIGITS or prompts is None):
+        what = "the built-in model reads no pictures" if family is DIGITS else "pictures go with --prompts"
+        raise BadInputs(f"--pictures {sampling.pictures} was given, but {what}: leave it out")
+    if family is not DIGITS and prompts is not None:
+        read_prompts(Path(prompts))
+        conditions_of(pipeline_of(folder), load_json(folder / "config.json"), sampling.pictures)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -126,11 +156,13 @@ def _capture_pipeline(
     model: nn.Module, folder: Path, family: Family, prompts: list[str], sampling: Sampling
 ) -> list[Inputs]:
     """Sample every prompt, on the GPU where there is one, and keep every call of the transformer."""
-    pipeline = load_pipeline(pipeline_of(folder), model)
-    settings = sampling.as_arguments()
-    config = load_json(folder / "config.json")
+    root, config = pipeline_of(folder), load_json(folder / "config.json")
+    conditions = conditions_of(root, config, sampling.pictures)
+    pipeline = load_pipeline(root, model)
     progress = click.progressbar(prompts, label="sampling prompts", file=sys.stderr)
     with capturing(model, family, config) as calls, progress as bar:
         for seed, prompt in enumerate(bar):
-            pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **settings)
+            settings = sampling.as_arguments() | conditions.arguments(seed, sampling.resolution)
+            generator = torch.Generator().manual_seed(seed)
+            pipeline(prompt=prompt, generator=generator, output_type="latent", **settings)
     return calls
