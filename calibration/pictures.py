@@ -103,7 +103,7 @@ def conditions_of(root: Path, config: Mapping[str, Any], pictures: Path | None) 
 
 
 def _refuse_other_channels(root: Path, name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a transformer that is another pipeline's, by its channels: 2 x 2 of the VAE's latents a token, and more."""
+    """Refuse a transformer that is another pipeline's, by its channels: 2 x 2 of the VAE's latents, and more."""
     channels, out = config.get("in_channels"), config.get("out_channels") or config.get("in_channels")
     takes_more = name in _CONCATENATING
     wrong = (channels != out) != takes_more
