@@ -39,9 +39,9 @@ from calibration.layer_choice.measurement import relative_error, spread  # noqa:
 from calibration.layer_choice.search import DATA, search  # noqa: E402
 from calibration.layer_choice.sensitivity import Sensitivity  # noqa: E402
 from calibration.modelopt_backend import FP8, NVFP4, mtq  # noqa: E402
-from calibration.models.digits import DIGITS  # noqa: E402
 from calibration.recipe import FormatRules, Recipe, load_recipe  # noqa: E402
 from calibration.source import find_source, load_json, load_source  # noqa: E402
+from fp4trt.families.digits import DIGITS  # noqa: E402
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 CALLS = 16

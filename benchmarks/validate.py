@@ -34,7 +34,7 @@ def evaluate(checkpoint: Path) -> None:
     import ml_dtypes
     import torch
 
-    from calibration.models import family_of
+    from fp4trt.families import family_of
     from onnx_functions.reference_ops import reference_evaluator
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

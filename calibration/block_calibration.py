@@ -19,9 +19,9 @@ from calibration.block_checkpoint import finished_blocks
 from calibration.block_runner import BlockRunner, Outputs
 from calibration.dataset import Inputs
 from calibration.errors import BadInputs
-from calibration.models import family_of
 from calibration.safetensors_file import bytes_of
 from calibration.source import empty_source, files_of, finite_tensor, load_json
+from fp4trt.families import family_of
 
 __all__ = ["identity_of", "measured_by_block", "require_device"]
 

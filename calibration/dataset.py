@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from calibration.errors import BadCheckpoint, BadInputs
-from calibration.models import Family
 from calibration.safetensors_file import DTYPE_BYTES, READABLE, StoredTensor, bytes_of, plan_of, read_header, write
+from fp4trt.families import Family
 
 if TYPE_CHECKING:
     import torch

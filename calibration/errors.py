@@ -6,6 +6,8 @@ exits with ``exit_code``.
 
 from __future__ import annotations
 
+from fp4trt.errors import BadCheckpoint, UnknownFamily
+
 __all__ = [
     "BadAmax",
     "BadCheckpoint",
@@ -18,12 +20,6 @@ __all__ = [
     "UnsupportedLinear",
     "Untrusted",
 ]
-
-
-class BadCheckpoint(ValueError):
-    """A checkpoint is missing, damaged, or not what its config says."""
-
-    exit_code = 2
 
 
 class BadAmax(ValueError):
@@ -46,12 +42,6 @@ class BadRecipe(ValueError):
 
 class NoEffect(ValueError):
     """A method was to change a model's weights, and has not."""
-
-    exit_code = 2
-
-
-class UnknownFamily(ValueError):
-    """No model family of ours fits the config."""
 
     exit_code = 2
 

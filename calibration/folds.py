@@ -20,7 +20,7 @@ from torch import nn
 
 from calibration import nvfp4
 from calibration.input_statistics import Channels
-from calibration.models.family import Modulated
+from fp4trt.families.family import Modulated
 
 __all__ = ["EXPONENTS", "best_factors", "fold_block", "fold_factors", "fold_shift"]
 

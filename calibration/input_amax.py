@@ -17,12 +17,12 @@ from calibration.attention_amax import operands_of
 from calibration.block_calibration import measured_by_block
 from calibration.dataset import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
 from calibration.errors import BadAmax, BadInputs, OutputExists
-from calibration.file_kind import what_it_is, what_it_lacks
-from calibration.models import family_of
 from calibration.prompts import Sampling, capture_prompts, refuse_sampling
 from calibration.safetensors_file import sha256_of
 from calibration.source import check_source, find_source, load_json, load_source
 from calibration.write import refuse_existing, write_json
+from fp4trt.families import family_of
+from fp4trt.file_kind import what_it_is, what_it_lacks
 
 __all__ = ["Calibration", "calibrate", "calibration_from", "captured_from", "merged"]
 

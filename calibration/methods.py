@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from calibration import quality
-from calibration.models import Family
 from calibration.preparation import Method
 from calibration.recipe import PTQ, ModelOpt, Quality, SVDQuant
 from calibration.recipe import Method as Options
+from fp4trt.families import Family
 
 __all__ = ["changes_plain_linears", "needs_activations", "of_block", "require_fit"]
 

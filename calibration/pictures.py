@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from calibration.errors import BadInputs
 from calibration.safetensors_file import sha256_of
-from calibration.source import PIPELINE, load_json
+from calibration.source import load_json
+from fp4trt.pipeline_folder import PIPELINE
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from calibration import methods
-from calibration.models import Family, family_of
-from calibration.models.family import require_blocks_of_16
+from calibration.errors import UnsupportedLinear
+from calibration.nvfp4 import BLOCK_SIZE
 from calibration.recipe import Recipe, linear_formats
 from calibration.safetensors_file import StoredTensor
 from calibration.source import empty_source, load_json
+from fp4trt.families import Family, family_of
 
 __all__ = ["Plain", "checked"]
 
@@ -79,8 +80,20 @@ def checked(folder: Path, recipe: Recipe) -> Plain:
     formats = linear_formats(recipe.formats, family, config, shapes)
     for path, kind in formats.items():
         if kind == "nvfp4":
-            require_blocks_of_16(path, shapes[path][1])
+            _require_whole_blocks(path, shapes[path][1])
     ordered = {name: stored[name] for name in model.state_dict()}
     plain = Plain(folder, config, family, model, ordered, recipe, formats)
     methods.require_fit(recipe.method, plain.groups, shapes)
     return plain
+
+
+def _require_whole_blocks(path: str, in_features: int) -> None:
+    """Refuse a linear whose rows do not split into blocks of 16.
+
+    Raises:
+        UnsupportedLinear: naming the linear.
+    """
+    if in_features % BLOCK_SIZE:
+        raise UnsupportedLinear(
+            f"{path} has {in_features} in-features, NVFP4 needs a multiple of {BLOCK_SIZE}; leave the model in BF16"
+        )

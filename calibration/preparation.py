@@ -23,9 +23,9 @@ from calibration.block_checkpoint import BlockCheckpoint, finished_blocks
 from calibration.block_runner import BlockRunner
 from calibration.dataset import Inputs
 from calibration.fp8_attention import attention_scales
-from calibration.models import family_of
 from calibration.safetensors_file import StoredTensor, bytes_of, plan_of, read_header, write
 from calibration.source import empty_source, finite_tensor, load_json
+from fp4trt.families import family_of
 
 __all__ = ["BlockResult", "BlockTask", "Method", "Prepared", "Run", "prepared_by_block"]
 

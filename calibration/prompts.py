@@ -13,10 +13,11 @@ from torch import nn
 
 from calibration.dataset import Inputs, capturing
 from calibration.errors import BadInputs
-from calibration.models import Family
-from calibration.models.digits import DIGITS
 from calibration.pictures import conditions_of
-from calibration.source import PIPELINE, load_json
+from calibration.source import load_json
+from fp4trt.families import Family
+from fp4trt.families.digits import DIGITS
+from fp4trt.pipeline_folder import PIPELINE
 
 __all__ = [
     "Sampling",

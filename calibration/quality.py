@@ -22,10 +22,10 @@ from torch import nn
 from calibration import fp8, gptq, nvfp4, ptq
 from calibration.folds import fold_block
 from calibration.input_statistics import Channels, Moments, observe_channels, observe_moments
-from calibration.models.family import Modulated
 from calibration.preparation import BlockResult, BlockTask
 from calibration.recipe import Quality
 from calibration.wiener import correlate, wiener_target
+from fp4trt.families.family import Modulated
 
 __all__ = ["quantize_block"]
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibration.errors import BadRecipe
-from calibration.models import Family
+from fp4trt.families import Family
 
 __all__ = [
     "METHODS",

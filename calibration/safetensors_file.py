@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from calibration.errors import BadCheckpoint
-from calibration.file_kind import what_it_is, what_it_lacks
+from fp4trt.file_kind import what_it_is, what_it_lacks
 
 __all__ = [
     "DTYPE_BYTES",

@@ -15,13 +15,13 @@ from torch import nn
 
 from calibration.bfloat16 import refuse_other_types, why_unusable
 from calibration.errors import BadCheckpoint
-from calibration.file_kind import what_it_is, what_it_lacks
-from calibration.models import Family, family_of
 from calibration.safetensors_file import StoredTensor, read_header, sha256_of
+from fp4trt.families import Family, family_of
+from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.pipeline_folder import transformer_folder
 
 __all__ = [
     "BUILT_IN",
-    "PIPELINE",
     "check_source",
     "empty_source",
     "files_of",
@@ -34,11 +34,7 @@ __all__ = [
     "refuse_quantized",
     "source_hashes",
     "tensors_of",
-    "transformer_folder",
 ]
-
-PIPELINE: Final = "model_index.json"
-"""What tells the folder of a whole pipeline."""
 
 BUILT_IN: Final = "digits"
 """What a user types for the model that comes with the package."""
@@ -73,29 +69,6 @@ def find_source(source: str | Path) -> Path:
     if str(source).count("/") == 1 and not folder.is_absolute():
         return _download(str(source))
     raise BadCheckpoint(f"{source} is not a folder; expected a diffusers checkpoint, a hub name or '{BUILT_IN}'")
-
-
-def transformer_folder(folder: Path) -> Path:
-    """Return the folder of the transformer of a pipeline's; any other folder as it is.
-
-    Raises:
-        BadCheckpoint: it is a pipeline's and has none.
-    """
-    inner = folder / "transformer"
-    if (folder / PIPELINE).is_file():
-        if inner.is_dir():
-            return inner
-        if (folder / "unet").is_dir():
-            raise BadCheckpoint(f"{folder} is a pipeline around a UNet (unet/); expected one around a transformer")
-        if not (folder / "config.json").is_file():
-            parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
-            raise BadCheckpoint(
-                f"{folder} is a pipeline ({PIPELINE}) without transformer/; it has {', '.join(parts) or 'no folder'}: "
-                "take one with its transformer"
-            )
-    elif not (folder / "config.json").is_file() and (inner / "config.json").is_file():
-        return inner
-    return folder
 
 
 def _download(repository: str) -> Path:

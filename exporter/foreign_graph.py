@@ -14,7 +14,7 @@ from exporter.errors import BadGraph, NoPlaceholders
 from exporter.naming import name_of
 from exporter.quiet import quiet
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
-from onnx_functions.file_input import what_it_is, what_it_lacks
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.linked_files import real_file
 
 __all__ = [

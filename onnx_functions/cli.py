@@ -54,7 +54,7 @@ def validate(
       fp4trt validate digits-fp4/
       fp4trt validate flux-fp4/ --level blocks --tokens 512,128
     """
-    from onnx_functions.pipeline_folder import graph_in
+    from fp4trt.pipeline_folder import graph_in
     from onnx_functions.report import NO_PLOTS, report_files
     from onnx_functions.validation import validate as check
 

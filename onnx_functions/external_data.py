@@ -19,8 +19,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, external_data_helper
 
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.errors import BadGraph
-from onnx_functions.file_input import what_it_is, what_it_lacks
 from onnx_functions.linked_files import real_file
 
 __all__ = [

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from fp4trt.file_kind import what_it_lacks
+from fp4trt.pipeline_folder import transformer_folder
 from onnx_functions.branches import described_branches
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
-from onnx_functions.file_input import what_it_lacks
 from onnx_functions.inspect_attention import of_engine, of_tensors
 from onnx_functions.json_file import object_of, read_object, strings
-from onnx_functions.pipeline_folder import transformer_folder
 from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4, is_quantized
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.errors import UnknownArtifact
-from onnx_functions.file_input import what_it_is, what_it_lacks
 
 __all__ = ["lists_of_strings", "object_of", "read_object", "strings", "strings_by_name"]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.errors import UnknownArtifact
-from onnx_functions.file_input import what_it_is, what_it_lacks
 from onnx_functions.json_file import object_of, read_object, strings_by_name
 
 __all__ = ["HeldTensor", "tensors_in_file", "tensors_in_folder"]

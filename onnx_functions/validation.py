@@ -17,6 +17,7 @@ import torch
 
 from calibration import fp8, nvfp4
 from calibration.safetensors_file import sha256_of
+from fp4trt.pipeline_folder import graph_in
 from onnx_functions import structure_gates, teacher_gates, weight_gates
 from onnx_functions.attention_gates import attention_gates, attention_promise_gate
 from onnx_functions.block_gates import ByBlock, Task, check_by_block, structure_by_block
@@ -28,7 +29,6 @@ from onnx_functions.file_output import partial_path
 from onnx_functions.free_memory import available_memory
 from onnx_functions.functions_gate import functions_gate
 from onnx_functions.linears import Graph, Linear, metadata_of, promised_linears
-from onnx_functions.pipeline_folder import graph_in
 from onnx_functions.promise_gate import promise_gate
 from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.simulation import runtime_session, simulate

@@ -27,8 +27,8 @@ from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
 from calibration import nvfp4
 from calibration.modelopt_backend import mtq
-from calibration.models import family_of
 from calibration.source import load_source
+from fp4trt.families import family_of
 
 OPSET = 20
 TOKENS = {"batch": 1, "image_tokens": 64, "text_tokens": 16}

@@ -13,9 +13,9 @@ from synthetic.flux import config_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibration import column_rounding, gptq, nvfp4
-from calibration.models.flux import FLUX, groups, stream
 from calibration.recipe import Quality, SVDQuant
 from calibration.source import model_class
+from fp4trt.families.flux import FLUX, groups, stream
 
 EXPONENTS = 12
 """AWQ-lite runs a linear for each of 11, and once as it is."""

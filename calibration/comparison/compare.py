@@ -26,11 +26,11 @@ from calibration.comparison.store import Store
 from calibration.comparison.table import table
 from calibration.digits.progress import progress
 from calibration.errors import BadCheckpoint, BadInputs
-from calibration.models import Family, family_of
-from calibration.models.digits import DIGITS
 from calibration.prompts import Sampling, digit_labels, read_prompts, refuse_sampling
 from calibration.safetensors_file import sha256_of
 from calibration.source import files_of, find_source, load_json, load_source, refuse_quantized
+from fp4trt.families import Family, family_of
+from fp4trt.families.digits import DIGITS
 
 __all__ = ["DATA", "GRID", "PAGE", "compare"]
 

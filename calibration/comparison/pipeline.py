@@ -12,10 +12,10 @@ from torch import nn
 
 from calibration.comparison.drawing import Batch, Sampler, Transformer
 from calibration.dataset import capturing
-from calibration.models import Family
 from calibration.pictures import conditions_of
 from calibration.prompts import Sampling, load_pipeline, pipeline_of
 from calibration.source import load_json
+from fp4trt.families import Family
 
 __all__ = ["pipeline_sampler"]
 

@@ -14,9 +14,9 @@ from torch import nn
 from calibration.block_runner import BlockRunner, Outputs, fill
 from calibration.checkpoint import Checkpoint, empty_model, reader
 from calibration.dataset import Inputs
-from calibration.models import family_of
 from calibration.safetensors_file import StoredTensor
 from calibration.source import empty_source, finite_tensor, load_json
+from fp4trt.families import family_of
 
 __all__ = ["Mixture", "Quantized"]
 

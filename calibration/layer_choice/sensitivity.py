@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from calibration.errors import BadInputs
-from calibration.models import Family
-from calibration.models.family import Config
+from fp4trt.families import Family
+from fp4trt.families.family import Config
 
 __all__ = ["BITS", "Group", "Sensitivity", "groups_of"]
 

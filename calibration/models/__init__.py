@@ -1,35 +1,11 @@
-"""Model families: which linears to quantize, which share an input, what goes in and out. Data and functions only."""
+"""Former place of :mod:`fp4trt.families`; works for one more version."""
 
 from __future__ import annotations
 
-from typing import Final
+import warnings
 
-from calibration.errors import BadCheckpoint, UnknownFamily
-from calibration.models.digits import DIGITS
-from calibration.models.family import Config, Family, Symbol
-from calibration.models.flux import FLUX
+from fp4trt.families import FAMILIES, Family, Symbol, family_of
 
 __all__ = ["FAMILIES", "Family", "Symbol", "family_of"]
 
-FAMILIES: Final = (DIGITS, FLUX)
-"""In the order in which a config is tried on them: the narrower first."""
-
-
-def family_of(config: Config) -> Family:
-    """Return the family of a diffusers config.
-
-    Raises:
-        UnknownFamily: no family fits.
-        BadCheckpoint: the config contradicts itself.
-    """
-    for family in FAMILIES:
-        if family.matches(config):
-            wrong = family.problem(config)
-            if wrong is not None:
-                raise BadCheckpoint(f"config.json: {wrong}; take the one that belongs to the weights")
-            return family
-    known = ", ".join(sorted({family.class_name for family in FAMILIES}))
-    raise UnknownFamily(
-        f"config.json describes a {config.get('_class_name', 'model without _class_name')}; "
-        f"expected one of: {known}; give the folder of a diffusers transformer"
-    )
+warnings.warn("calibration.models is fp4trt.families now; import it from there", FutureWarning, stacklevel=2)

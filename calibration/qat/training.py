@@ -20,12 +20,12 @@ from torch import nn
 from calibration import processes
 from calibration.dataset import Inputs
 from calibration.errors import BadCheckpoint, BadRecipe
-from calibration.models import Family
-from calibration.models.family import Config
 from calibration.qat.trajectories import Trajectories
 from calibration.recipe import QAT
 from calibration.source import load_json
 from calibration.write import write_json
+from fp4trt.families import Family
+from fp4trt.families.family import Config
 
 __all__ = ["Losses", "learning_rate", "train"]
 

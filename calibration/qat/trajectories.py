@@ -16,8 +16,8 @@ import torch
 
 from calibration.dataset import Inputs
 from calibration.errors import BadInputs
-from calibration.models import Family
-from calibration.models.family import Config
+from fp4trt.families import Family
+from fp4trt.families.family import Config
 
 __all__ = ["States", "Trajectories", "captured_times"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from fp4trt.pipeline_folder import graph_in
 from onnx_functions.errors import LintError
 from onnx_functions.external_data import load_graph
 from onnx_functions.linting import (
@@ -28,7 +29,6 @@ from onnx_functions.linting import (
 from onnx_functions.linting.opset import normalise
 from onnx_functions.linting.rule import Finding, LintReport, Rule
 from onnx_functions.linting.subject import Subject
-from onnx_functions.pipeline_folder import graph_in
 
 __all__ = ["RULES", "Finding", "LintReport", "Rule", "lint", "normalise", "require_clean"]
 

@@ -22,9 +22,9 @@ from calibration.block_runner import BlockRunner, Outputs
 from calibration.dataset import Inputs, load_inputs, save_inputs
 from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
 from calibration.input_amax import METADATA, calibrate, calibration_from, merged
-from calibration.models import family_of
 from calibration.safetensors_file import read_header
 from calibration.source import empty_source, load_json, load_source
+from fp4trt.families import family_of
 
 ROOT = Path(__file__).parents[2]
 

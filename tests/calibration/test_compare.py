@@ -133,7 +133,7 @@ def test_a_killed_comparison_takes_over_its_finished_pairs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     command = arguments(tmp_path / "result", good=good, bad=rougher)
-    root = Path(fp4trt.__file__).parent
+    root = Path(fp4trt.__file__).parents[1]
     killed = subprocess.run([sys.executable, "-c", _KILLED, *command], cwd=root, capture_output=True, check=False)
     assert killed.returncode == -9, killed.stderr.decode()
     drawn = []

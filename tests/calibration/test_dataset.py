@@ -12,7 +12,7 @@ import torch
 from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
 from calibration.errors import BadInputs
 from calibration.input_amax import METADATA, calibrate
-from calibration.models import family_of
+from fp4trt.families import family_of
 
 CONFIG = {
     "_class_name": "FluxTransformer2DModel",

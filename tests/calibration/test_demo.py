@@ -31,7 +31,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     said = []
     for method in ({"name": "svdquant", "rank": 1000}, {"name": "ptq"}):
         _recipe(mine, method)
-        root = Path(fp4trt.__file__).parent
+        root = Path(fp4trt.__file__).parents[1]
         done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", cwd=root, check=False)
         said.append(done.stderr)
         assert done.returncode == (0 if method["name"] == "ptq" else 2), done.stderr

@@ -15,9 +15,9 @@ from calibration.dataset import Inputs, load_inputs
 from calibration.digits.model import load_transformer
 from calibration.folds import fold_block
 from calibration.input_statistics import observe_channels
-from calibration.models import family_of
-from calibration.models.family import Modulated
 from calibration.source import load_json
+from fp4trt.families import family_of
+from fp4trt.families.family import Modulated
 
 
 def _places(model: nn.Module, digits: Path) -> Iterator[tuple[nn.Module, tuple[Modulated, ...]]]:

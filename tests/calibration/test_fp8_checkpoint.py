@@ -23,13 +23,13 @@ from calibration.dataset import save_inputs
 from calibration.errors import BadCheckpoint
 from calibration.fp8_linear import FP8Linear
 from calibration.modelopt_backend import FP8, NVFP4, mto, mtq
-from calibration.models import family_of
 from calibration.nvfp4_linear import NVFP4Linear
 from calibration.preparation import BlockResult, BlockTask
 from calibration.quantization import quantize
 from calibration.recipe import load_recipe
 from calibration.safetensors_file import TensorPlan, read_header, sha256_of, write
 from calibration.source import load_json, load_source, tensors_of
+from fp4trt.families import family_of
 
 FIRST = "transformer_blocks.0.norm1.linear"
 

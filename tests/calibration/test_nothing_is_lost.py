@@ -10,9 +10,9 @@ import pytest
 from calibration import write
 from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
 from calibration.input_amax import calibrate
-from calibration.models import family_of
 from calibration.quantization import quantize
 from calibration.source import load_json
+from fp4trt.families import family_of
 
 
 def _files(directory: Path) -> dict[str, bytes]:

@@ -16,10 +16,10 @@ import fp4trt
 from calibration.comparison.pipeline import pipeline_sampler
 from calibration.dataset import load_inputs
 from calibration.errors import BadInputs
-from calibration.models import family_of
 from calibration.pictures import conditions_of
 from calibration.prompts import Sampling
 from calibration.source import load_json, load_source
+from fp4trt.families import family_of
 
 CHANNELS: dict[str, dict[str, int]] = {
     "FluxFillPipeline": {"in_channels": 132, "out_channels": 64},

@@ -8,9 +8,9 @@ import torch
 
 from calibration.dataset import load_inputs
 from calibration.input_statistics import Moments, observe_moments
-from calibration.models.flux import FLUX
 from calibration.preparation import BlockResult, BlockTask, prepared_by_block
 from calibration.source import load_json
+from fp4trt.families.flux import FLUX
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ from calibration.attention_amax import operands_of
 from calibration.dataset import load_inputs
 from calibration.errors import BadInputs
 from calibration.input_amax import METADATA, calibrate
-from calibration.models import family_of
 from calibration.prompts import read_prompts
 from calibration.source import load_json
+from fp4trt.families import family_of
 
 
 def test_a_pipelines_prompts_are_sampled_over_the_whole_schedule(pipeline: Path, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from calibration.digits.quality import compare
 from calibration.digits.sampling import capture
 from calibration.errors import BadInputs, BadRecipe
 from calibration.fp8_linear import FP8Linear
-from calibration.models import family_of
 from calibration.nvfp4_linear import NVFP4Linear
 from calibration.qat import distillation
 from calibration.qat.student import StudentLinear, make_student, student_linears, student_tensors
@@ -31,8 +30,9 @@ from calibration.qat.trajectories import Trajectories
 from calibration.quantization import quantize
 from calibration.recipe import QAT
 from calibration.source import load_json, tensors_of
+from fp4trt.families import family_of
 
-ROOT = Path(fp4trt.__file__).parent
+ROOT = Path(fp4trt.__file__).parents[1]
 RECIPE = """
 name: short
 method: {name: qat, start: nvfp4-ptq, steps: %d, learning_rate: 0.0002, batch: %d, warm_up: 2}

@@ -18,10 +18,10 @@ from calibration import checkpoint, nvfp4, shards
 from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists, UnknownFamily, Untrusted
 from calibration.input_amax import METADATA, calibrate
 from calibration.modelopt_backend import NVFP4, mto, mtq
-from calibration.models import family_of
 from calibration.quantization import quantize
 from calibration.safetensors_file import read_header, sha256_of
 from calibration.source import find_source, load_json, load_source
+from fp4trt.families import family_of
 
 MakeFlux = Callable[..., Path]
 

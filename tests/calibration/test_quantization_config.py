@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from calibration.modelopt_backend import FP8, NVFP4, mtq
-from calibration.models import family_of
 from calibration.quantization_config import AWQ, quantization_config
 from calibration.source import load_json, model_class
+from fp4trt.families import family_of
 
 MakeFlux = Callable[..., Path]
 

@@ -10,10 +10,10 @@ import yaml
 import fp4trt
 from calibration.dataset import load_inputs, save_inputs
 from calibration.errors import BadRecipe
-from calibration.models import family_of
 from calibration.quantization import quantize
 from calibration.recipe import FormatRules, Rule, linear_formats, load_recipe, preset_names
 from calibration.source import load_json, tensors_of
+from fp4trt.families import family_of
 
 MODULATION = "*.norm*.linear"
 

@@ -22,10 +22,10 @@ from calibration.layer_choice.frontier import frontier
 from calibration.layer_choice.measurement import relative_error, spread
 from calibration.layer_choice.search import DATA, PICTURE, RECIPE, search
 from calibration.layer_choice.sensitivity import BITS, Group, Sensitivity
-from calibration.models import family_of
 from calibration.quantization import quantize
 from calibration.recipe import FormatRules, load_recipe
 from calibration.source import load_json, load_source
+from fp4trt.families import family_of
 
 CALLS = 4
 

@@ -22,11 +22,11 @@ from calibration import checkpoint, one_pass, result_files, shards, write
 from calibration.block_checkpoint import finished_blocks
 from calibration.errors import BadCheckpoint, OutputExists, TooLittleSpace
 from calibration.input_amax import METADATA
-from calibration.models import family_of
 from calibration.quantization import quantize
 from calibration.safetensors_file import StoredTensor
 from calibration.source import load_json
 from calibration.write import progress_of, replacing
+from fp4trt.families import family_of
 
 MakeFlux = Callable[..., Path]
 

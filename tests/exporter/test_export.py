@@ -227,9 +227,9 @@ def test_schnell_has_no_guidance_input(tiny_flux: Callable[..., Path], tmp_path:
     import torch
 
     from calibration.dataset import save_inputs
-    from calibration.models import family_of
     from calibration.quantization import quantize
     from calibration.source import load_json
+    from fp4trt.families import family_of
 
     source = tiny_flux(tmp_path / "schnell", guidance_embeds=False)
     config = load_json(source / "config.json")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import fp4trt
 from calibration import checkpoint
 from calibration.errors import BadCheckpoint
-from calibration.models import family_of
 from calibration.source import load_source
 from exporter import export
 from exporter.errors import BadGraph, WrongPrecision
+from fp4trt.families import family_of
 
 BF16 = onnx.TensorProto.BFLOAT16
 

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 import fp4trt
 
-ROOT = Path(fp4trt.__file__).parent
+ROOT = Path(fp4trt.__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MakeFlux = Callable[..., Path]
 

@@ -12,8 +12,8 @@ import pytest
 
 import fp4trt
 
-ROOT = Path(fp4trt.__file__).parent
-ROOMS = ("calibration", "exporter", "onnx_functions", "trt_build")
+ROOT = Path(fp4trt.__file__).parents[1]
+ROOMS = ("calibration", "exporter", "fp4trt", "onnx_functions", "trt_build")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -33,15 +33,15 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def imported() -> set[str]:
-    """Return the distributions that the front door and the rooms import."""
+    """Return the distributions that the packages import."""
     found: set[str] = set()
-    for path in [ROOT / "fp4trt.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]:
+    for path in (path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add((node.module or "").partition(".")[0])
-    found -= {*sys.stdlib_module_names, *ROOMS, "fp4trt"}
+    found -= {*sys.stdlib_module_names, *ROOMS}
     return {normalized(DISTRIBUTIONS.get(name, name)) for name in found}
 
 

@@ -75,7 +75,7 @@ def test_a_writer_that_kept_the_stdout_stream_is_moved_too():
         fp4trt.COMMANDS["fake"] = fp4trt.Entry("room:fake", "")
         sys.exit(fp4trt.run(["fake", "--json"]))
     """
-    root = Path(fp4trt.__file__).parent
+    root = Path(fp4trt.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("{}\n", "kept")
 
@@ -160,7 +160,7 @@ def test_no_arguments_shows_the_help_and_exits_with_2(capfd):
 def test_python_m_runs_the_command(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "fp4trt", "nothing"],
-        cwd=Path(fp4trt.__file__).parent,
+        cwd=Path(fp4trt.__file__).parents[1],
         capture_output=True,
         text=True,
         check=False,
@@ -180,7 +180,7 @@ def test_a_reader_that_leaves_ends_the_command_without_a_word(arguments, unbuffe
         [sys.executable, "-m", "fp4trt", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=Path(fp4trt.__file__).parent,
+        cwd=Path(fp4trt.__file__).parents[1],
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
     )
     process.stdout.close()  # before anything can have been written

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import fp4trt
 from calibration import checkpoint
-from calibration.errors import BadCheckpoint
-from calibration.source import find_source, transformer_folder
+from calibration.source import find_source
 from exporter.onnx_export import _open
-from onnx_functions import pipeline_folder
-from onnx_functions.errors import UnknownArtifact
+from fp4trt.pipeline_folder import graph_in
 from onnx_functions.external_data import load_graph
 from onnx_functions.inspect import describe
 from onnx_functions.linting import lint
@@ -42,7 +39,7 @@ def test_every_reader_looks_into_the_transformers_folder(pipeline: Path) -> None
     assert lint(pipeline).path == inner / "model.onnx"
     assert lint(pipeline).passed
     assert describe(pipeline) == describe(inner)
-    assert pipeline_folder.graph_in(pipeline) == inner / "model.onnx"
+    assert graph_in(pipeline) == inner / "model.onnx"
     graph = load_graph(inner / "model.onnx")
     assert open_reference(graph, inner / "model.onnx", pipeline).directory == inner
 
@@ -71,19 +68,3 @@ def test_a_pipeline_without_a_transformer_is_refused_in_one_line(
     assert words in printed
     assert "\n" not in printed
     assert not (tmp_path / "out").exists()
-
-
-def test_both_rooms_say_the_same_of_a_folder(pipeline: Path, tmp_path: Path) -> None:
-    readers: tuple[tuple[Callable[[Path], Path], type[Exception]], ...] = (
-        (transformer_folder, BadCheckpoint),
-        (pipeline_folder.transformer_folder, UnknownArtifact),
-    )
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / INDEX).write_text("{}")
-    told = []
-    for read, error in readers:
-        assert [read(folder) for folder in (pipeline, tmp_path)] == [pipeline / "transformer", tmp_path]
-        with pytest.raises(error) as refused:
-            read(tmp_path / "bare")
-        told.append(str(refused.value))
-    assert told[0] == told[1]

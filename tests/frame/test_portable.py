@@ -11,9 +11,9 @@ import pytest
 
 import fp4trt
 
-ROOT = Path(fp4trt.__file__).parent
-PACKAGES = ("calibration", "exporter", "onnx_functions", "trt_build")
-SOURCES = [ROOT / "fp4trt.py", *(path for room in PACKAGES for path in sorted((ROOT / room).rglob("*.py")))]
+ROOT = Path(fp4trt.__file__).parents[1]
+PACKAGES = ("calibration", "exporter", "fp4trt", "onnx_functions", "trt_build")
+SOURCES = [path for room in PACKAGES for path in sorted((ROOT / room).rglob("*.py"))]
 
 POSIX_MODULES = set("crypt curses fcntl grp nis ossaudiodev posix pty pwd resource spwd syslog termios tty".split())
 POSIX_OS = set(

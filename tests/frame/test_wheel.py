@@ -13,8 +13,8 @@ import pytest
 
 import fp4trt
 
-ROOT = Path(fp4trt.__file__).parent
-PACKAGES = ("calibration", "exporter", "onnx_functions", "trt_build")
+ROOT = Path(fp4trt.__file__).parents[1]
+PACKAGES = ("calibration", "exporter", "fp4trt", "onnx_functions", "trt_build")
 DATA = {".json", ".safetensors", ".yaml", ".html", ".css", ".js"}
 
 
@@ -22,14 +22,14 @@ def packaged_files() -> set[str]:
     """Return what the working tree has for the wheel, as POSIX paths."""
     paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*"))
     kept = (path for path in paths if path.suffix in DATA | {".py"} and path.is_file())
-    return {"fp4trt.py", *(path.relative_to(ROOT).as_posix() for path in kept)}
+    return {path.relative_to(ROOT).as_posix() for path in kept}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from a copy: nothing of an earlier build gets in, nothing is left behind."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "fp4trt.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -96,4 +96,4 @@ def test_the_installed_copy_is_the_one_that_runs_and_finds_the_built_in_model(in
         " ('config.json', 'diffusion_pytorch_model.safetensors', 'classifier.safetensors')))"
     )
     done = run_installed(installed, tmp_path, "-c", code)
-    assert done.stdout.splitlines() == [str(installed / "fp4trt.py"), "True"], done.stderr
+    assert done.stdout.splitlines() == [str(installed / "fp4trt" / "__init__.py"), "True"], done.stderr

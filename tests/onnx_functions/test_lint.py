@@ -19,8 +19,8 @@ from lint_mutations_fp8 import MUTATIONS
 from onnx import helper
 
 import fp4trt
-from calibration.models.digits import DIGITS
-from calibration.models.flux import FLUX
+from fp4trt.families.digits import DIGITS
+from fp4trt.families.flux import FLUX
 from onnx_functions.errors import BadGraph, LintError
 from onnx_functions.linting import RULES, lint, normalise, promise, require_clean, values
 from trt_build.graph import read_graph
@@ -66,7 +66,7 @@ def test_every_rule_has_a_mutation_and_every_mutation_a_name_of_its_own() -> Non
 
 
 def test_the_table_in_the_documentation_is_that_of_the_code() -> None:
-    text = (Path(fp4trt.__file__).parent / "docs" / "lint.md").read_text(encoding="utf-8")
+    text = (Path(fp4trt.__file__).parents[1] / "docs" / "lint.md").read_text(encoding="utf-8")
     assert lint_table.page(text) == text, "run tests/onnx_functions/lint_table.py"
 
 

@@ -15,7 +15,7 @@ from calibration.dataset import load_inputs, save_inputs
 from onnx_functions.validation import validate
 from trt_build import build
 
-ROOT = Path(fp4trt.__file__).parent
+ROOT = Path(fp4trt.__file__).parents[1]
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 4
 
 

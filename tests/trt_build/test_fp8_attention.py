@@ -13,9 +13,9 @@ import pytest
 
 import fp4trt
 from calibration import quantize
-from calibration.models import family_of
 from calibration.source import load_json
 from exporter import export
+from fp4trt.families import family_of
 from onnx_functions.errors import LintError
 from trt_build import build
 from trt_build.errors import BadProfileError, CoverageError

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from calibration import file_kind
 from calibration.errors import BadCheckpoint
-from calibration.file_kind import what_it_is, what_it_lacks
 from calibration.input_amax import merged
 from calibration.prompts import read_prompts
 from calibration.recipe import load_recipe
 from calibration.safetensors_file import read_header
 from calibration.source import finite_tensor, load_json, tensors_of
-from onnx_functions import file_input
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.json_file import read_object
 from onnx_functions.safetensors_header import tensors_in_file
@@ -91,10 +89,6 @@ def test_what_lies_in_the_place_of_a_file_is_named(content: bytes, words: str, t
             read(tmp_path / "file")
 
 
-def test_both_rooms_know_the_same_kinds() -> None:
-    assert file_input._KINDS == file_kind._KINDS
-
-
 def test_a_header_that_begins_like_a_pickle_is_none(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(struct.pack("<Q", 0x0480) + b'{"w":')
@@ -114,10 +108,7 @@ def test_a_download_that_did_not_end_is_named(tmp_path: Path) -> None:
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     assert what_it_lacks(file) == "does not exist"
     (tmp_path / f"{file.name}.incomplete").touch()
-    for lacks in (what_it_lacks, file_input.what_it_lacks):
-        assert "does not exist, and diffusion_pytorch_model.safetensors.incomplete is there: the download" in lacks(
-            file
-        )
+    lacks = what_it_lacks(file)
+    assert lacks.startswith("does not exist, and diffusion_pytorch_model.safetensors.incomplete is there: the download")
     file.symlink_to("../../blobs/4d7a")
-    for lacks in (what_it_lacks, file_input.what_it_lacks):
-        assert lacks(file).startswith("is a link to ../../blobs/4d7a, which does not exist")
+    assert what_it_lacks(file).startswith("is a link to ../../blobs/4d7a, which does not exist")

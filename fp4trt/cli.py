@@ -24,9 +24,9 @@ from typing import Any, Final, NoReturn
 
 import click
 
-__all__ = ["COMMANDS", "Entry", "__version__", "main", "run"]
+from fp4trt.version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["COMMANDS", "EXTRAS", "Entry", "main", "run"]
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-if __name__ == "__main__":
-    main()

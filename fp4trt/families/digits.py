@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from calibration.models.family import Symbol
-from calibration.models.flux import FLUX
+from fp4trt.families.family import Symbol
+from fp4trt.families.flux import FLUX
 
 __all__ = ["DIGITS"]
 
