@@ -19,7 +19,7 @@ from calibration.dataset import Inputs, check_inputs, load_inputs, partial_sched
 from calibration.errors import BadAmax, BadInputs, OutputExists
 from calibration.prompts import Sampling, capture_prompts, refuse_sampling
 from calibration.safetensors_file import sha256_of
-from calibration.source import check_source, find_source, load_json, load_source
+from calibration.source import check_source, find_source, load_json, load_source, weights_fingerprint
 from calibration.write import refuse_existing, write_json
 from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_is, what_it_lacks
@@ -28,6 +28,9 @@ __all__ = ["Calibration", "calibrate", "calibration_from", "captured_from", "mer
 
 METADATA: Final = "__metadata__"
 """The one key of a calibration file that is no module path."""
+
+SOURCE: Final = "source_weights"
+"""In it, the fingerprint of the model that was measured."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def calibrate(
     family = family_of(config)
     with _measured(folder, inputs, prompts, sampling, save_inputs_to, work, device) as measured:
         if processes.is_main():
-            write_json(work / output.name, {METADATA: dict(measured.described), **measured.amax})
+            described = {**measured.described, SOURCE: weights_fingerprint(folder)}
+            write_json(work / output.name, {METADATA: described, **measured.amax})
             os.replace(work / output.name, output)
     processes.wait(device)
     return {
@@ -129,23 +133,26 @@ def calibration_from(
     if len(files) > 1 or (files and files[0].suffix == ".json"):
         config = load_json(folder / "config.json")
         family = family_of(config)
-        yield merged(files, family.quantized(config), family.attentions(config))
+        yield merged(files, family.quantized(config), family.attentions(config), weights_fingerprint(folder))
         return
     with _measured(folder, files[0] if files else None, None, Sampling(), None, work, device) as measured:
         yield measured
 
 
-def merged(files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str] = ()) -> Calibration:
+def merged(
+    files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str] = (), source: str | None = None
+) -> Calibration:
     """Return, for each linear and operand of an attention, the largest maximum that any of the files has.
 
     Args:
         files: of maxima; each may cover a part of the linears.
         paths: module paths of the linears, all of which the files together have to cover.
         attentions: module paths of the attentions, whose operands they may cover.
+        source: fingerprint of the model that is to be quantized; None does not ask on which the files were measured.
 
     Raises:
-        BadAmax: a file is missing or holds something else, another linear, or a number that is no maximum; or a linear
-            is in none of them.
+        BadAmax: a file is missing or holds something else, was measured on another model, names another linear, or
+            has a number that is no maximum; or a linear is in none of them.
     """
     known = (*paths, *operands_of(attentions))
     amax: dict[str, float] = {}
@@ -157,12 +164,30 @@ def merged(files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str
             raise BadAmax(f"{file} names {unknown[0]}, which this model does not quantize; give maxima of this model")
         for path, value in ptq.checked(values, [path for path in known if path in values]).items():
             amax[path] = max(value, amax.get(path, value))
+        if source is not None:
+            _refuse_other_source(file, values.get(METADATA), source)
         sources.append({"sha256": sha256_of(file), "described": values.get(METADATA, {})})
     if len(files) == 1:
         described = {"data": "amax", "sha256": sources[0]["sha256"]}
     else:
         described = {"data": "amax", "merged": sources}
     return Calibration(ptq.checked(amax, paths) | {path: amax[path] for path in known if path in amax}, described)
+
+
+def _refuse_other_source(file: Path, metadata: Any, source: str) -> None:
+    """Refuse maxima that were measured on another model; say it where they do not tell on which."""
+    measured_on = metadata.get(SOURCE) if isinstance(metadata, dict) else None
+    if measured_on is None:
+        click.echo(
+            f"warning: {file} does not say on which model it was measured, as fp4trt calibrate does; make sure that it "
+            "was this one",
+            err=True,
+        )
+    elif measured_on != source:
+        raise BadAmax(
+            f"{file} was measured on another model (weights {str(measured_on)[:12]}, this one's are {source[:12]}); "
+            "calibrate this model"
+        )
 
 
 def _load_amax(path: Path) -> dict[str, Any]:

@@ -92,11 +92,11 @@ def conditions_of(root: Path, config: Mapping[str, Any], pictures: Path | None) 
             f"{root} is a {name}; prompts are sampled with one of: {', '.join(READS)}: capture what its transformer is "
             "given yourself, and give that as --inputs"
         )
-    _refuse_other_channels(root, name, config)
     if pictures is None and READS[name]:
         raise BadInputs(f"{root} is a {name}, which reads pictures beside prompts; give --pictures FOLDER|FILE")
     if pictures is not None and not READS[name]:
         raise BadInputs(f"{root} is a {name}, which reads no pictures; leave out --pictures")
+    _refuse_other_channels(root, name, config)
     found = Conditions(name, () if pictures is None else _files(pictures))
     for index in range(len(found.pictures)):  # each is opened once before hours are spent on the others
         found.arguments(index, 64)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ import click
 import torch
 from torch import nn
 
-from calibration.bfloat16 import refuse_other_types, why_unusable
+from calibration.bfloat16 import bits_of, refuse_other_types, why_unusable
 from calibration.errors import BadCheckpoint
 from calibration.safetensors_file import StoredTensor, read_header, sha256_of
 from fp4trt.families import Family, family_of
@@ -34,10 +36,14 @@ __all__ = [
     "refuse_quantized",
     "source_hashes",
     "tensors_of",
+    "weights_fingerprint",
 ]
 
 BUILT_IN: Final = "digits"
 """What a user types for the model that comes with the package."""
+
+_SAMPLED: Final = 2048
+"""Values of each tensor that a fingerprint is of."""
 
 _STEM: Final = "diffusion_pytorch_model"
 
@@ -262,6 +268,20 @@ def refuse_other_shapes(folder: Path, model: nn.Module, stored: Mapping[str, Sto
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return what tells a checkpoint's weights from those of any other model of the same shapes, in a second.
+
+    That is a SHA-256 over name, shape and the first values of each tensor, as BF16: it is the same for shards and for
+    one file, and for a copy of BF16 weights in FP32.
+    """
+    digest = hashlib.sha256()
+    for name, stored in sorted(tensors_of(folder).items()):
+        refuse_other_types(f"{folder}: {name}", stored)
+        digest.update(f"{name} {list(stored.shape)}".encode())
+        digest.update(bits_of(stored, 0, min(math.prod(stored.shape), _SAMPLED)).tobytes())
+    return digest.hexdigest()
 
 
 def source_hashes(folder: Path) -> dict[str, str]:
