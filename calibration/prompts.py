@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ __all__ = [
     "Sampling",
     "capture_prompts",
     "digit_labels",
+    "drawing",
     "load_pipeline",
     "pipeline_of",
     "read_prompts",
@@ -140,13 +143,30 @@ def pipeline_of(folder: Path) -> Path:
     return folder.parent
 
 
+@contextlib.contextmanager
+def drawing(root: Path) -> Iterator[None]:
+    """Tell in one line that a pipeline cannot be loaded or does not draw, in diffusers' own words.
+
+    Raises:
+        BadInputs: naming the pipeline.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        if hasattr(error, "exit_code"):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInputs(f"{root} does not draw ({reason}); expected a pipeline that draws in diffusers") from error
+
+
 def load_pipeline(root: Path, transformer: Any) -> Any:
     """Return the BF16 pipeline in a folder around a transformer, on the GPU where there is one, without a bar."""
     import diffusers
     import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
 
     load: Any = diffusers.DiffusionPipeline.from_pretrained
-    pipeline = load(root, transformer=transformer, torch_dtype=torch.bfloat16)
+    with drawing(root):
+        pipeline = load(root, transformer=transformer, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     if torch.cuda.is_available():
         pipeline.enable_model_cpu_offload()
@@ -165,5 +185,6 @@ def _capture_pipeline(
         for seed, prompt in enumerate(bar):
             settings = sampling.as_arguments() | conditions.arguments(seed, sampling.resolution)
             generator = torch.Generator().manual_seed(seed)
-            pipeline(prompt=prompt, generator=generator, output_type="latent", **settings)
+            with drawing(root):
+                pipeline(prompt=prompt, generator=generator, output_type="latent", **settings)
     return calls

@@ -82,12 +82,15 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["transformer/*"])) / "transformer"
+        found = Path(snapshot_download(repository, allow_patterns=["transformer/*"])) / "transformer"
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadCheckpoint(
             f"{repository} is no folder here and could not be downloaded ({reason}); give the path of a local copy"
         ) from None
+    if not found.is_dir():
+        raise BadCheckpoint(f"{repository} has no transformer/; expected a pipeline around a diffusion transformer")
+    return found
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Report:
         gates = [{**asdict(gate), "figure": _finite(gate.figure)} for gate in self.gates]
         return {
             "passed": self.passed,
-            "model": str(self.model.resolve()) if absolute else self.model.name,
+            "model": str(self.model.parent.resolve() / self.model.name) if absolute else self.model.name,
             "reference": str(self.reference.resolve()) if absolute else self.reference.resolve().name,
             "reference_kind": self.reference_kind,
             "level": self.level,

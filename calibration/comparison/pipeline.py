@@ -13,7 +13,7 @@ from torch import nn
 from calibration.comparison.drawing import Batch, Sampler, Transformer
 from calibration.dataset import capturing
 from calibration.pictures import conditions_of
-from calibration.prompts import Sampling, load_pipeline, pipeline_of
+from calibration.prompts import Sampling, drawing, load_pipeline, pipeline_of
 from calibration.source import load_json
 from fp4trt.families import Family
 
@@ -48,7 +48,9 @@ def pipeline_sampler(folder: Path, family: Family, prompts: Sequence[str], image
         for index, prompt in enumerate(asked):
             settings = sampling.as_arguments() | conditions.arguments(index, sampling.resolution)
             settings |= {"prompt": prompt, "generator": _generator(seed, index)}
-            yield _picture(pipeline, module, family, config, settings)
+            with drawing(root):
+                batch = _picture(pipeline, module, family, config, settings)
+            yield batch
 
     described: dict[str, Any] = {"sampler": "pipeline", "steps": sampling.steps, "resolution": sampling.resolution}
     if conditions.pictures:

@@ -115,6 +115,16 @@ def test_without_pictures_the_pipeline_and_the_option_are_named(
     assert "\n" not in printed
 
 
+def test_a_pipeline_that_does_not_draw_is_told_in_one_line(
+    pipeline: Path, tiny_flux: Callable[..., Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pipeline, tmp_path / "pipe", ignore=shutil.ignore_patterns("transformer"))
+    tiny_flux(tmp_path / "pipe" / "transformer", joint_attention_dim=48)  # its text encoder gives 32
+    asked = ["calibrate", str(tmp_path / "pipe"), "-o", str(tmp_path / "a.json"), "--prompts", str(prompts)]
+    assert fp4trt.run([*asked, "--steps", "1", "--resolution", "32"]) == 2
+    assert "pipe does not draw (mat1 and mat2 shapes cannot be multiplied" in capsys.readouterr().err
+
+
 def test_a_pipeline_that_cannot_be_sampled_is_named(named: Named, pictures: Path) -> None:
     def refusal(folder: Path, given: Path | None) -> str:
         with pytest.raises(BadInputs) as refused:
