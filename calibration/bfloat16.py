@@ -29,7 +29,7 @@ def refuse_other_types(name: str, stored: StoredTensor) -> None:
     """
     if stored.dtype not in _TORCH:
         raise BadCheckpoint(
-            f"{name} is stored as {stored.dtype}; expected one of: {', '.join(_TORCH)}: take the unquantized checkpoint"
+            f"{name} is stored as {stored.dtype}; expected one of: {', '.join(_TORCH)}: take such a checkpoint"
         )
 
 

@@ -201,6 +201,8 @@ def refuse_environment(error: Exception, check: str) -> None:
     Raises:
         BadEnvironment: saying what the machine lacks, in the runtime's or the system's own words.
     """
+    if isinstance(error, BadGraph):
+        return
     if isinstance(error, OSError):  # which the command tells as it is
         raise error
     text = " ".join(str(error).split())
@@ -208,10 +210,10 @@ def refuse_environment(error: Exception, check: str) -> None:
     if isinstance(error, MemoryError):
         lacking = _MEMORY
     if isinstance(error, ImportError):
-        lacking = "a package that cannot be imported"
+        lacking = "a package cannot be imported"
     if lacking is not None:
         raise BadEnvironment(
-            f"the check of {check} could not be run for {lacking} ({text[:200] or type(error).__name__}); this says "
+            f"the check of {check} could not be run: {lacking} ({text[:200] or type(error).__name__}); this says "
             "nothing of the graph: mend that and run the same command again"
         ) from error
 
@@ -231,21 +233,23 @@ def require_runtime() -> None:
         ) from error
 
 
-_MEMORY: Final = "lack of memory"
+_MEMORY: Final = "memory is lacking"
 _LACKING: Final = {
     "bad_alloc": _MEMORY,
     "bad allocation": _MEMORY,
     "allocate memory": _MEMORY,
     "out of memory": _MEMORY,
     "not enough memory": _MEMORY,
-    "no space left": "lack of space on a disk",
-    "permission denied": "lack of rights to a file",
-    "access is denied": "lack of rights to a file",
-    "errcode = 13": "lack of rights to a file",
-    "too many open files": "too many open files",
-    "input/output error": "a disk that cannot be read",
+    "no space left": "a disk is full",
+    "permission denied": "the rights to a file are lacking",
+    "access is denied": "the rights to a file are lacking",
+    "errcode = 13": "the rights to a file are lacking",
+    "too many open files": "too many files are open",
+    "input/output error": "a disk cannot be read",
+    "max supported ir version": "this ONNX Runtime is too old",
+    "is under development and support for this is limited": "this ONNX Runtime is too old",
 }
-"""Words in an error of ONNX Runtime or torch, in lower case, that speak of the machine, to what it lacks."""
+"""Words in an error of ONNX Runtime or torch, in lower case, that speak of the machine, to what is wrong with it."""
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:

@@ -26,16 +26,20 @@ FAIL, *_, RUNTIME = runtime_errors()
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (MemoryError("Unable to allocate 9.00 GiB for an array"), "lack of memory"),
-        (RUNTIME("Exception during initialization: std::bad_alloc"), "lack of memory"),
-        (FAIL("bfc_arena.cc Failed to allocate memory for requested buffer of size 9663676416"), "lack of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "lack of memory"),
-        (FAIL("open file weights.data fail, errcode = 13 - unknown error"), "lack of rights to a file"),
-        (ImportError("libonnxruntime.so.1: cannot open shared object file"), "a package that cannot be imported"),
+        (MemoryError("Unable to allocate 9.00 GiB for an array"), "memory is lacking"),
+        (RUNTIME("Exception during initialization: std::bad_alloc"), "memory is lacking"),
+        (FAIL("bfc_arena.cc Failed to allocate memory for requested buffer of size 9663676416"), "memory is lacking"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "memory is lacking",
+        ),
+        (FAIL("open file weights.data fail, errcode = 13 - unknown error"), "the rights to a file are lacking"),
+        (FAIL("Unsupported model IR version: 14, max supported IR version: 13"), "this ONNX Runtime is too old"),
+        (ImportError("libonnxruntime.so.1: cannot open shared object file"), "a package cannot be imported"),
     ],
 )
 def test_what_the_machine_lacks_fails_no_gate(error: Exception, words: str) -> None:
-    with pytest.raises(BadEnvironment, match=f"the check of weights could not be run for {words}"):
+    with pytest.raises(BadEnvironment, match=f"the check of weights could not be run: {words}"):
         guarded("weights", lambda: raising(error))
 
 
@@ -60,7 +64,7 @@ def test_the_last_line_speaks_of_no_failed_numerics(
     monkeypatch.setattr(weight_gates, "weights_gate", lacking)
     assert fp4trt.run(["validate", str(quantized_digits), "-o", str(tmp_path / "report")]) == 2
     printed = capsys.readouterr()
-    assert "the check of weights could not be run for lack of memory (Unable to allocate 4.00 TiB" in printed.err
+    assert "the check of weights could not be run: memory is lacking (Unable to allocate 4.00 TiB" in printed.err
     assert "FAILED" not in printed.out
     assert not (tmp_path / "report").exists()
 
