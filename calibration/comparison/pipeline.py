@@ -73,13 +73,23 @@ def _picture(
 ) -> Batch:
     velocities: list[torch.Tensor] = []
 
-    def listen(_: nn.Module, __: Any, output: Any) -> None:
-        velocities.append(output[0].detach().cpu())
+    def listen(_: nn.Module, __: Any, given: dict[str, Any], output: Any) -> None:
+        velocities.append(output[0][:, : _own_tokens(given)].detach().cpu())
 
-    handle = transformer.register_forward_hook(listen)
+    handle = transformer.register_forward_hook(listen, with_kwargs=True)
     try:
         with capturing(transformer, family, config) as calls:
             drawn = pipeline(output_type="pt", **settings).images
     finally:
         handle.remove()
     return Batch((drawn.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), calls, velocities)
+
+
+def _own_tokens(given: dict[str, Any]) -> int | None:
+    """Return how many tokens, the first ones, are of the picture that is drawn; None where all are.
+
+    Kontext's pipeline appends the tokens of the picture to edit, marks them by a first position id of 1, and throws
+    away what the transformer answers there.
+    """
+    ids = given.get("img_ids")
+    return None if ids is None else int((ids[..., 0] == 0).sum())

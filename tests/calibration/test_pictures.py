@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import fp4trt
+from calibration.comparison.drawing import follow
 from calibration.comparison.pipeline import pipeline_sampler
 from calibration.dataset import load_inputs
 from calibration.errors import BadInputs
@@ -98,8 +99,20 @@ def test_a_comparison_reads_the_pictures_too(named: Named, pictures: Path) -> No
     sampler = pipeline_sampler(folder, family, ["a cat"], 2, sampling)
     assert list(sampler.described["pictures"]) == ["a.png", "b.png"]
     one, other = sampler.draw(load_source(folder), 0)
+    assert one.velocities[0].shape == (1, 256, 64)
     assert one.calls[0]["hidden_states"].shape == (1, 256, 128)
     assert not torch.equal(one.calls[0]["hidden_states"][..., 64:], other.calls[0]["hidden_states"][..., 64:])
+
+
+def test_a_comparison_leaves_out_what_kontext_answers_to_the_picture_it_edits(named: Named, pictures: Path) -> None:
+    folder = named("FluxKontextPipeline") / "transformer"
+    family = family_of(load_json(folder / "config.json"))
+    sampler = pipeline_sampler(folder, family, ["a cat"], 1, Sampling(1, 32, pictures))
+    model = load_source(folder)
+    (batch,) = sampler.draw(model, 0)
+    assert batch.calls[0]["hidden_states"].shape[1] > 256
+    assert batch.velocities[0].shape == (1, 256, 64)
+    assert follow(sampler, model, 0, [batch]).squared_error.eq(0).all()
 
 
 @pytest.mark.parametrize("name", ["FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"])
