@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from fp4trt.file_kind import what_it_lacks
 from onnx_functions.errors import UnknownArtifact
-from onnx_functions.file_input import what_it_lacks
 from onnx_functions.json_file import read_object, strings_by_name
 from onnx_functions.layout_readings import Floats, Stored, StoredLinear, Tile, floats_of
 from onnx_functions.safetensors_header import (
