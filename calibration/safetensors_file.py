@@ -35,6 +35,7 @@ __all__ = [
     "bytes_of",
     "hold",
     "is_reserved",
+    "metadata_in_file",
     "naming",
     "plan_of",
     "read_header",
@@ -237,6 +238,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{path} ends at byte {size}, but {name} needs {tensor.offset + tensor.nbytes} bytes; copy it again"
             )
     return stored
+
+
+def metadata_in_file(path: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of a file that :func:`read_header` reads, empty without one.
+
+    Raises:
+        BadCheckpoint: it is no object of strings.
+    """
+    with path.open("rb") as file:
+        metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadCheckpoint(
+            f"{path} has a damaged safetensors header (__metadata__ is no object of strings); copy it again"
+        )
+    return metadata
 
 
 def _stored(path: Path, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:

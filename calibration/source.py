@@ -17,9 +17,10 @@ from torch import nn
 
 from calibration.bfloat16 import bits_of, refuse_other_types, why_unusable
 from calibration.errors import BadCheckpoint
-from calibration.safetensors_file import StoredTensor, read_header, sha256_of
+from calibration.safetensors_file import StoredTensor, metadata_in_file, read_header, sha256_of
 from fp4trt.families import Family, family_of
 from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.layouts import refuse_foreign_layout
 from fp4trt.pipeline_folder import transformer_folder
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "finite_tensor",
     "load_json",
     "load_source",
+    "metadata_of",
     "model_class",
     "refuse_other_shapes",
     "refuse_quantized",
@@ -178,6 +180,11 @@ def _refuse_other_weights(folder: Path) -> None:
     raise BadCheckpoint(f"{folder} has no {_STEM}.safetensors, and its {file.name} {what}")
 
 
+def metadata_of(folder: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_of` reads, as one."""
+    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
+
+
 def model_class(family: Family) -> Any:
     """Return the diffusers class of a family."""
     import diffusers
@@ -209,8 +216,9 @@ def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
     """
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
-    cls = model_class(family_of(config))
     stored = tensors_of(folder)
+    refuse_foreign_layout(str(folder), config, metadata_of(folder), stored)
+    cls = model_class(family_of(config))
     with torch.device("meta"):
         model = cls.from_config(config)
     refuse_other_shapes(folder, model, stored)

@@ -20,10 +20,12 @@ from onnx_functions.linting import (
     fp8,
     metadata,
     operators,
+    plausibility,
     promise,
     promised_tensors,
     stored_names,
     structure,
+    unread,
     weights,
 )
 from onnx_functions.linting.opset import normalise
@@ -38,6 +40,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *chains.RULES,
     *fp8.RULES,
     *data.RULES,
+    *plausibility.RULES,
     *attentions.RULES,
     *structure.RULES,
     *operators.RULES,
@@ -46,6 +49,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *promised_tensors.RULES,
     *files.RULES,
     *stored_names.RULES,
+    *unread.RULES,
 )
 
 _GRAVITY: Final = ("wrong", "slow", "warning")
@@ -63,6 +67,7 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
 
     Raises:
         BadGraph: the file is missing or no ONNX model.
+        BadCheckpoint: the quantized checkpoint beside it has a tensor without a meaning, or lacks one.
     """
     file = graph_in(Path(path))
     subject = Subject(file, load_graph(file))
