@@ -160,6 +160,11 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def metadata_of(folder: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_of` reads, as one."""
+    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
+
+
 def _refuse_other_weights(folder: Path) -> None:
     """Refuse a folder that has weights, but in other files than the ones that are read.
 
@@ -178,11 +183,6 @@ def _refuse_other_weights(folder: Path) -> None:
     else:
         what = "is not safetensors: save the model with save_pretrained(safe_serialization=True)"
     raise BadCheckpoint(f"{folder} has no {_STEM}.safetensors, and its {file.name} {what}")
-
-
-def metadata_of(folder: Path) -> dict[str, str]:
-    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_of` reads, as one."""
-    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
 
 
 def model_class(family: Family) -> Any:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from fp4trt.layouts import GGUF_MAGIC
-
 __all__ = ["what_it_is", "what_it_lacks"]
 
 _KINDS: Final = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file that it stands for: run git lfs pull"),
-    (GGUF_MAGIC, "is a GGUF file, which fp4trt does not read: take the model's safetensors"),
+    (b"GGUF", "is a GGUF file, which fp4trt does not read: take the model's safetensors"),
     (b"PK\x03\x04", "is a zip archive, as torch.save writes, which fp4trt does not read: save it as safetensors"),
     (b"\x80\x02", "is a pickle, which fp4trt does not read: save it as safetensors"),
     (b"\x80\x04", "is a pickle, which fp4trt does not read: save it as safetensors"),
