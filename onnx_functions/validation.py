@@ -35,7 +35,7 @@ from onnx_functions.teacher_gates import block_of
 from onnx_functions.torch_reference import FORMATS, Reference, Shape, Walk, open_reference
 from onnx_functions.verdict import Figures, Gate, Report, failed_to_run, guarded, skipped
 
-__all__ = ["LEVELS", "validate"]
+__all__ = ["LAYOUT_NOTE", "LEVELS", "validate"]
 
 LEVELS: Final = ("full", "blocks")
 
@@ -49,6 +49,12 @@ MODEL: Final = "model.onnx"
 
 _PTQ: Final = "nvfp4-ptq"
 """The recipe of a graph without its manifest that is known to round to nearest."""
+
+LAYOUT_NOTE: Final = (
+    "graph and reference read the checkpoint alike, so bytes that mean something else pass: "
+    "fp4trt inspect --against the 16-bit source proves the layout"
+)
+"""What is said of a validation against the quantized checkpoint; one against the 16-bit source sees a misreading."""
 
 WHOLE_BYTES: Final = 6
 """Of memory for each weight that a run of the whole graph may need: 4 were measured on 2 billion weights and a few
@@ -146,7 +152,8 @@ def validate(
                 say(gate.line)
     rows = tuple(Figures(name, block_of(name), **values) for name, values in figures.items())
     kind = "quantized" if held.quantized else "plain"
-    report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows)
+    note = LAYOUT_NOTE if held.quantized else ""
+    report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows, note)
     if report_dir is not None:
         write_report(report, Path(report_dir), force)
     return report

@@ -16,6 +16,7 @@ import fp4trt
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.layout_detection import detect, lines_of
 from onnx_functions.layout_readings import unswizzled
+from onnx_functions.safetensors_header import tensors_in_file
 
 SHAPES = {"attn.to_q": (128, 128), "ff": (256, 64), "odd": (48, 80), "deep": (64, 256)}
 OURS = "ModelOpt's unified export, which fp4trt writes"
@@ -206,6 +207,20 @@ def test_another_source_than_its_own_fits_nothing(tmp_path: Path, weights: dict[
     assert "is this the checkpoint that it was made of?" in found["summary"]
 
 
+def test_a_small_error_proves_nothing_where_another_reading_is_as_close(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    value = (0.02 * rng.standard_normal((128, 64))).astype(np.float32)
+    tensors = LAYOUTS["unified"]("x", value)
+    kind, scales = tensors["x.weight_scale"]
+    shuffled = rng.permutation(scales.reshape(-1)).reshape(scales.shape)  # in no order that is known
+    tensors["x.weight_scale"] = kind, shuffled
+    found = detect(
+        write(tmp_path / "x.safetensors", tensors), write_source(tmp_path / "bf16.safetensors", {"x": value})
+    )
+    assert 0.12 < found["linears"][0]["error"] < 0.5
+    assert found["layout"] is None
+
+
 def test_padded_rows_and_columns_are_no_part_of_the_weight(tmp_path: Path) -> None:
     value = weight(40, 80)
     padded = np.pad(value, ((0, 8), (0, 48)))
@@ -223,16 +238,19 @@ def test_padded_rows_and_columns_are_no_part_of_the_weight(tmp_path: Path) -> No
 def test_the_built_in_model_is_in_its_own_layout_until_its_scales_are_swizzled(
     turn: bool, quantized_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = quantized_digits
     if turn:
-        from modelopt.torch.export.diffusers_utils import swizzle_nvfp4_scales
-
-        shutil.copy(quantized_digits / "config.json", tmp_path / "config.json")
-        name = "diffusion_pytorch_model.safetensors"
-        save_file(swizzle_nvfp4_scales(load_file(quantized_digits / name)), tmp_path / name)
-        folder = tmp_path
+        folder = shutil.copytree(
+            quantized_digits, tmp_path / "swizzled", ignore=shutil.ignore_patterns("*.onnx", "*.json")
+        )
+        file = folder / "diffusion_pytorch_model.safetensors"
+        with file.open("r+b") as data:
+            for name, held in tensors_in_file(file).items():
+                if name.endswith(".weight_scale") and held.shape:
+                    data.seek(held.offset)
+                    scales = np.frombuffer(data.read(held.nbytes), np.uint8).reshape(held.shape)
+                    data.seek(held.offset)
+                    data.write(swizzled(scales).tobytes())
     assert fp4trt.run(["inspect", str(folder), "--against", "digits", "--json"]) == (1 if turn else 0)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["layouts"] == ({"ModelOpt's enable_swizzle_layout": 52} if turn else {OURS: 52})
