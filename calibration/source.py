@@ -16,6 +16,7 @@ from torch import nn
 from calibration.errors import BadCheckpoint
 from calibration.safetensors_file import StoredTensor, metadata_in_file, read_header, sha256_of
 from fp4trt.families import Family, family_of
+from fp4trt.layouts import refuse_foreign_layout
 
 __all__ = [
     "BUILT_IN",
@@ -174,8 +175,9 @@ def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
     """
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
-    cls = model_class(family_of(config))
     stored = tensors_of(folder)
+    refuse_foreign_layout(str(folder), config, metadata_of(folder), stored)
+    cls = model_class(family_of(config))
     with torch.device("meta"):
         model = cls.from_config(config)
     refuse_other_shapes(folder, model, stored)

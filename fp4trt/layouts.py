@@ -18,6 +18,7 @@ from fp4trt.errors import BadCheckpoint
 
 __all__ = [
     "GGUF_MAGIC",
+    "MODELOPT_ALGORITHMS",
     "PREFIXES",
     "HasDtypeAndShape",
     "Layout",
@@ -40,7 +41,7 @@ _MULTIPLIER, _RECIPROCAL = "multiplier", "reciprocal"
 _QUANTIZE_HERE: Final = "quantize the 16-bit checkpoint with fp4trt, or export it with ModelOpt's export_hf_checkpoint"
 _ORIGINAL_NAMES: Final = ("double_blocks.", "single_blocks.", "double_stream_modulation_", "single_stream_modulation.")
 
-_MODELOPT_ALGOS: Final = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "FP8", "MIXED_PRECISION")
+MODELOPT_ALGORITHMS: Final = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "FP8", "MIXED_PRECISION")
 """What fp4trt writes as `quant_algo`, and reads."""
 
 _METHODS: Final[Mapping[str, str]] = {
@@ -259,9 +260,9 @@ def _declared_elsewhere(config: Mapping[str, Any], metadata: Mapping[str, str], 
             evidence = f"quant_method {method} in {place}"
             return _foreign(name, evidence)
         algo = described.get("quant_algo")
-        if algo is not None and algo not in _MODELOPT_ALGOS and _quantized(tensors):
+        if algo is not None and algo not in MODELOPT_ALGORITHMS and _quantized(tensors):
             name, evidence = f"ModelOpt's {algo}", f"quant_algo in {place}"
-            todo = f"fp4trt reads {', '.join(_MODELOPT_ALGOS)}: quantize with one of these"
+            todo = f"fp4trt reads {', '.join(MODELOPT_ALGORITHMS)}: quantize with one of these"
             return _foreign(name, evidence, todo)
     return None
 

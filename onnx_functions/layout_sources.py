@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -194,4 +194,4 @@ def _count(held: HeldTensor) -> int:
 
 
 def _as_row(held: HeldTensor) -> HeldTensor:
-    return HeldTensor(held.dtype, (1, _count(held)), held.nbytes, held.offset)
+    return replace(held, shape=(1, _count(held)))

@@ -32,12 +32,19 @@ _BITS: Final = {
 
 @dataclass(frozen=True)
 class HeldTensor:
-    """A tensor of a safetensors file: `dtype` by its name there, such as F8_E4M3; `offset` from the file's begin."""
+    """A tensor of a safetensors `file`: `dtype` by its name there, such as F8_E4M3; `offset` from the file's begin."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     offset: int
+    file: Path
+
+    def bytes(self) -> bytes:
+        """Read its data."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.nbytes)
 
 
 def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
@@ -102,7 +109,8 @@ def tensors_in_file(path: Path) -> dict[str, HeldTensor]:
             raise UnknownArtifact(f"{path} is no safetensors file ({size} bytes); copy it again")
         try:
             entries = object_of(json.loads(file.read(length)), "it")
-            return {name: _held(entry, 8 + length, size) for name, entry in entries.items() if name != "__metadata__"}
+            named = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+            return {name: _held(path, entry, 8 + length, size) for name, entry in named.items()}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UnknownArtifact(f"{path} has a damaged safetensors header ({error}); copy it again") from None
         except EOFError as error:
@@ -130,7 +138,7 @@ def metadata_in_folder(folder: Path) -> dict[str, str]:
     return {key: value for name in sorted(names) for key, value in metadata_in_file(folder / name).items()}
 
 
-def _held(entry: Any, start: int, size: int) -> HeldTensor:
+def _held(file: Path, entry: Any, start: int, size: int) -> HeldTensor:
     """Return what a header says of one tensor; the file's data begin at byte `start` and end at `size`."""
     begin, end = (int(n) for n in entry["data_offsets"])
     dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
@@ -143,4 +151,4 @@ def _held(entry: Any, start: int, size: int) -> HeldTensor:
         raise ValueError(f"bytes {begin} to {end} for {dtype} {list(shape)}")
     if start + end > size:
         raise EOFError(f"it holds {size - start} bytes of data, its header speaks of {end}")
-    return HeldTensor(dtype, shape, end - begin, start + begin)
+    return HeldTensor(dtype, shape, end - begin, start + begin, file)

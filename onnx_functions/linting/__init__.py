@@ -24,6 +24,7 @@ from onnx_functions.linting import (
     promised_tensors,
     stored_names,
     structure,
+    unread,
     weights,
 )
 from onnx_functions.linting.opset import normalise
@@ -47,6 +48,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *promised_tensors.RULES,
     *files.RULES,
     *stored_names.RULES,
+    *unread.RULES,
 )
 
 _GRAVITY: Final = ("wrong", "slow", "warning")
@@ -64,6 +66,7 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
 
     Raises:
         BadGraph: the file is missing or no ONNX model.
+        BadCheckpoint: the quantized checkpoint beside it has a tensor without a meaning, or lacks one.
     """
     file = Path(path)
     file = file / "model.onnx" if file.is_dir() else file

@@ -43,7 +43,7 @@ _LOGARITHMS: Final = np.log2(
     "if fp4trt inspect --against its 16-bit source says the same, export in row-major order",
 )
 def block_scale_order(subject: Subject) -> Iterator[Hit]:
-    """Block scales in cuBLAS's tiles, ComfyUI's or ModelOpt's enable_swizzle_layout's, make noise without an error.
+    """Block scales in the tiles of cuBLAS, as ComfyUI has them, give noise that no one sees.
 
     Real weights have large and small rows and columns, which explain a part of their block scales; in a wrong order
     they explain less. Without the 16-bit source there is no more to see than that, and nothing of the order of the
