@@ -28,6 +28,7 @@ from calibration.svdquant_linear import BranchedFP8Linear, BranchedLinear, SVDQu
 from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING, Account, account_of, is_quantized_checkpoint
 from fp4trt.account import SCALES as SCALES_OF
 from fp4trt.families import Family, family_of
+from fp4trt.pipeline_folder import transformer_folder
 
 __all__ = [
     "BRANCH",
@@ -188,7 +189,7 @@ def read(directory: str | Path) -> Checkpoint:
         BadCheckpoint: something is missing, damaged or contradictory, or there is a tensor of no meaning here.
         UnknownFamily: the model is of no family of ours.
     """
-    folder = Path(directory)
+    folder = transformer_folder(Path(directory))
     config = load_json(folder / "config.json")
     manifest = load_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     tensors = tensors_of(folder)

@@ -17,7 +17,6 @@ from typing import Any, Final, Protocol
 from fp4trt.errors import BadCheckpoint
 
 __all__ = [
-    "GGUF_MAGIC",
     "MODELOPT_ALGORITHMS",
     "PREFIXES",
     "HasDtypeAndShape",
@@ -27,9 +26,6 @@ __all__ = [
     "swizzled_shape",
     "swizzled_shapes",
 ]
-
-GGUF_MAGIC: Final = b"GGUF"
-"""The first bytes of a GGUF file, which is no safetensors file."""
 
 PREFIXES: Final = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "model.")
 """What single files put before the names of a transformer's tensors."""

@@ -54,10 +54,11 @@ def validate(
       fp4trt validate digits-fp4/
       fp4trt validate flux-fp4/ --level blocks --tokens 512,128
     """
+    from fp4trt.pipeline_folder import graph_in
     from onnx_functions.report import NO_PLOTS, report_files
     from onnx_functions.validation import validate as check
 
-    folder = output or (model if model.is_dir() else model.parent) / "validation"
+    folder = output or graph_in(model).parent / "validation"
     report = check(model, reference, level, folder, force, click.echo, blocks, tokens)
     data, page = report_files(folder)
     failed = ", ".join(gate.name for gate in report.failures)

@@ -9,14 +9,16 @@ from typing import Any, Final
 
 from fp4trt.account import is_quantized_checkpoint
 from fp4trt.errors import UnknownFamily
+from fp4trt.file_kind import what_it_lacks
+from fp4trt.layouts import recognised
+from fp4trt.pipeline_folder import transformer_folder
 from onnx_functions.branches import described_branches
 from onnx_functions.checkpoint_beside import account_in
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
-from onnx_functions.file_input import what_it_lacks
 from onnx_functions.inspect_attention import of_engine, of_tensors
 from onnx_functions.json_file import object_of, read_object, strings
-from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
+from onnx_functions.safetensors_header import HeldTensor, metadata_in_file, tensors_in_file, tensors_in_folder
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4, is_quantized
 
 __all__ = ["describe"]
@@ -66,16 +68,22 @@ def describe(artifact: str | Path) -> dict[str, Any]:
         raise UnknownArtifact(f"{path} has no {path.stem}.json beside it, which says what is in it; copy that too")
     if path.suffix in (".json", ".engine"):
         return _engine(path.with_suffix(".json"))
+    if path.suffix.lower() == ".safetensors":
+        layout = recognised({}, metadata_in_file(path), tensors_in_file(path))
+        raise UnknownArtifact(
+            f"{path} is a single file, of {layout.name} ({layout.evidence}); expected a checkpoint's folder, or the "
+            "16-bit checkpoint to prove its layout --against"
+        )
     raise UnknownArtifact(f"{path} is nothing fp4trt knows; expected a checkpoint folder, an ONNX file or an engine")
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        if (folder / "model.onnx").is_file():
-            return _onnx(folder / "model.onnx")
-        if (folder / "transformer" / "config.json").is_file():  # a whole pipeline
-            folder = folder / "transformer"
+    if not (folder / "config.json").is_file() and (folder / "model.onnx").is_file():
+        return _onnx(folder / "model.onnx")
+    folder = transformer_folder(folder)
     graph = folder / "model.onnx"
+    if not (folder / "config.json").is_file() and graph.is_file():
+        return _onnx(graph)
     config = _config(folder / "config.json")
     manifest = read_checkpoint_manifest(folder)
     tensors = tensors_in_folder(folder)

@@ -63,7 +63,7 @@ class Fit:
 
     Attributes:
         reading: all but the global scale.
-        global_scale: `multiplier`, `reciprocal`, or `none` where the linear has none.
+        global_scale: `multiplier`, `multiplier for each row`, `reciprocal`, or `none` where the linear has none.
         error: relative L2 error.
         moved: what factors the error is up to.
         fits: whether the reading is proven.
@@ -110,13 +110,15 @@ class _Sums:
 
     def error(self, scale: float) -> float:
         """Return the relative error under one factor for all."""
-        if not self.wanted:
-            return math.inf
+        if not self.wanted:  # a weight of zeros
+            return math.inf if scale * self.given else 0.0
         square = self.wanted - 2 * scale * self.both + scale * scale * self.given
         return math.sqrt(max(square, 0.0) / self.wanted) if math.isfinite(square) else math.inf
 
     def error_up_to(self, moved: Moved, scale: float, uneven: float) -> float:
         """Return the relative error under the best factor of each column or row; infinite for unlikely factors."""
+        if not scale or not math.isfinite(scale):
+            return math.inf
         factors = np.concatenate(self.columns if moved == "columns" else self.rows) / scale
         factors = np.abs(factors[factors != 0])
         if not self.wanted or not len(factors) or not 1 / _FOLDED <= float(np.median(factors)) <= _FOLDED:
@@ -215,7 +217,7 @@ def _global_scales(linear: QuantizedLinear) -> dict[str, float]:
     if not linear.scale:
         return {"none": 1.0}
     if linear.scales.size > 1:
-        return {"multiplier": 1.0}  # one a row: multiplied already
+        return {"multiplier for each row": 1.0}  # multiplied already
     scale = float(linear.scales[0])
     return {"multiplier": scale} | ({"reciprocal": 1 / scale} if scale and math.isfinite(1 / scale) else {})
 

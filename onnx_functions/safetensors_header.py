@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fp4trt.layouts import GGUF_MAGIC
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.json_file import object_of, read_object, strings_by_name
 
@@ -23,10 +23,12 @@ __all__ = ["HeldTensor", "metadata_in_file", "metadata_in_folder", "tensors_in_f
 _STEM: Final = "diffusion_pytorch_model"
 _LONGEST_HEADER: Final = 100_000_000
 _BITS: Final = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64"), 64),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
 
@@ -98,15 +100,14 @@ def tensors_in_file(path: Path) -> dict[str, HeldTensor]:
         UnknownArtifact: the file is missing, damaged, shorter than its header says, or no safetensors file.
     """
     if not path.is_file():
-        raise UnknownArtifact(f"{path} does not exist; expected the weights of a diffusers checkpoint there")
+        raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected the weights of a diffusers checkpoint there")
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else _LONGEST_HEADER
-        if first.startswith(GGUF_MAGIC):
-            raise UnknownArtifact(f"{path} is a GGUF file, which is not read; expected safetensors")
         if length >= _LONGEST_HEADER or 8 + length > size:
-            raise UnknownArtifact(f"{path} is no safetensors file ({size} bytes); copy it again")
+            kind = what_it_is(path) or f"is no safetensors file ({size} bytes); copy it again"
+            raise UnknownArtifact(f"{path} {kind}")
         try:
             entries = object_of(json.loads(file.read(length)), "it")
             named = {name: entry for name, entry in entries.items() if name != "__metadata__"}
