@@ -96,8 +96,8 @@ def open_checkpoint(artifact: str | Path) -> OpenCheckpoint:
         )
     if not path.is_dir():
         raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected a checkpoint's folder or a .safetensors file")
-    if not any(path.glob("*.safetensors")):
-        path = transformer_folder(path)
+    if not any((path / name).is_file() for name in (_STEM, f"{_STEM}.index.json")):
+        path = transformer_folder(path)  # single files may lie beside it
     config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
     return OpenCheckpoint(path, config, *_in_folder(path))
 

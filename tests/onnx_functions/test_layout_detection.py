@@ -335,3 +335,16 @@ def test_a_single_file_without_its_source_is_named(tmp_path: Path, weights: dict
     file = write_layout(tmp_path / "x.safetensors", "ComfyUI", {"ff": weights["ff"]}, marker=marker)
     with pytest.raises(UnknownArtifact, match=r"is a single file, of ComfyUI \(the tensor ff.comfy_quant\)"):
         describe(file)
+
+
+def test_a_pipeline_stands_for_its_transformer_whatever_lies_beside_it(
+    tmp_path: Path, weights: dict[str, np.ndarray]
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
+    write_source(tmp_path / "ae.safetensors", {"decoder": weights["deep"]})
+    write_source(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", weights)
+    file = write_layout(tmp_path.parent / "theirs.safetensors", "unified", weights)
+    found = detect(file, tmp_path)
+    assert found["passed"]
+    assert found["against"] == str((tmp_path / "transformer").resolve())
