@@ -206,6 +206,8 @@ def _marked(_config: Mapping[str, Any], _metadata: Mapping[str, str], tensors: T
     for mark in _MARKS:
         name = next((name for name in tensors if f".{name}".endswith(f".{mark.leaf}")), None)
         if name is not None:
+            if mark.leaf == "comfy_quant":
+                return _comfy(f"the tensor {name}", tensors)
             todo = f"{mark.why}: {_QUANTIZE_HERE}"
             kind = mark.block_scales, mark.nibbles, mark.global_scale
             return Layout(mark.layout, False, *kind, f"the tensor {name}", todo)
@@ -216,11 +218,13 @@ def _comfyui_metadata(_config: Mapping[str, Any], metadata: Mapping[str, str], t
     proven = _by_modelopt(metadata) and _order_by_shape(tensors)[0] == _ROW_MAJOR
     if proven or "_quantization_metadata" not in metadata:
         return None
-    return _comfy("_quantization_metadata in the safetensors header")
+    return _comfy("_quantization_metadata in the safetensors header", tensors)
 
 
-def _comfy(evidence: str) -> Layout:
-    return _foreign("ComfyUI", evidence, f"{_HIGH_AND_TILED}: {_QUANTIZE_HERE}", _TILES, _HIGH, _MULTIPLIER)
+def _comfy(evidence: str, tensors: Tensors) -> Layout:
+    if any(tensors[f"{path}.weight"].dtype == "U8" for path in _with_scales(tensors)):
+        return _foreign("ComfyUI", evidence, f"{_HIGH_AND_TILED}: {_QUANTIZE_HERE}", _TILES, _HIGH, _MULTIPLIER)
+    return _foreign("ComfyUI", evidence, f"FP8 and INT8 under its marks are not read: {_QUANTIZE_HERE}", _NONE, _NONE)
 
 
 def _foreign(
@@ -289,7 +293,8 @@ def _by_shape(_config: Mapping[str, Any], _metadata: Mapping[str, str], tensors:
             evidence = f"{path}.weight is {weight.dtype}, its weight_scale {scales.dtype}{list(scales.shape)}"
             return _foreign(name, evidence)
         if weight.dtype == scales.dtype == "U8":
-            return _comfy(f"{path}.weight_scale is {scales.dtype}{list(scales.shape)}: block scales as bytes")
+            evidence = f"{path}.weight_scale is {scales.dtype}{list(scales.shape)}: block scales as bytes"
+            return _comfy(evidence, tensors)
     order, witness = _order_by_shape(tensors)
     if order != _TILES:
         return None

@@ -64,7 +64,8 @@ def validate(
     failed = ", ".join(gate.name for gate in report.failures)
     if page is None:
         click.echo(NO_PLOTS)
-    click.echo(f"validation {'passed' if report.passed else 'FAILED: ' + failed}; report in {page or data}")
+    seen = f"; but {report.note}" if report.note else ""
+    click.echo(f"validation {'passed' if report.passed else 'FAILED: ' + failed}{seen}; report in {page or data}")
     html = str(page.resolve()) if page is not None else None
     return {**report.as_dict(), "report": str(data.resolve()), "html": html}
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from fp4trt.account import is_quantized_checkpoint
 from fp4trt.errors import UnknownFamily
 from fp4trt.file_kind import what_it_lacks
+from fp4trt.layouts import recognised
 from fp4trt.pipeline_folder import transformer_folder
 from onnx_functions.branches import described_branches
 from onnx_functions.checkpoint_beside import account_in
@@ -16,7 +17,7 @@ from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.inspect_attention import of_engine, of_tensors
 from onnx_functions.json_file import object_of, read_object, strings
-from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
+from onnx_functions.safetensors_header import HeldTensor, metadata_in_file, tensors_in_file, tensors_in_folder
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4, is_quantized
 
 __all__ = ["describe"]
@@ -66,6 +67,12 @@ def describe(artifact: str | Path) -> dict[str, Any]:
         raise UnknownArtifact(f"{path} has no {path.stem}.json beside it, which says what is in it; copy that too")
     if path.suffix in (".json", ".engine"):
         return _engine(path.with_suffix(".json"))
+    if path.suffix.lower() == ".safetensors":
+        layout = recognised({}, metadata_in_file(path), tensors_in_file(path))
+        raise UnknownArtifact(
+            f"{path} is a single file, of {layout.name} ({layout.evidence}); expected a checkpoint's folder, or the "
+            "16-bit checkpoint to prove its layout --against"
+        )
     raise UnknownArtifact(f"{path} is nothing fp4trt knows; expected a checkpoint folder, an ONNX file or an engine")
 
 

@@ -17,7 +17,9 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from fp4trt.layouts import Layout, recognised
+from fp4trt.account import account_of
+from fp4trt.errors import BadCheckpoint, UnknownFamily
+from fp4trt.layouts import recognised, refuse_foreign_layout
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.layout_fits import Fit, fits_of
@@ -95,8 +97,9 @@ def detect(artifact: str | Path, against: str | Path) -> dict[str, Any]:
 
     Returns:
         `layout` (its name, None where not all linears have one), `passed` (whether it is what fp4trt reads),
-        `recognised` (what names and metadata alone say), `summary`, and `linears`: for each the closest reading, its
-        relative error, and that of the reading that fp4trt takes.
+        `recognised` (what names and metadata alone say), `refused` (why every verb refuses it, None where none does),
+        `summary`, and `linears`: for each the closest reading, its relative error, and that of the reading that fp4trt
+        takes.
 
     Raises:
         UnknownArtifact: one of the two cannot be read, nothing is quantized, or no linear is in both.
@@ -119,7 +122,20 @@ def detect(artifact: str | Path, against: str | Path) -> dict[str, Any]:
     moves = _moves(theirs.path)
     found = [_found(path, linear, index, source, moves) for path, linear in _shown(linears.items(), len(linears))]
     found += [Found(path, None, None, None, 1.0, reason) for path, reason in unread.items()]
-    return _described(theirs, source, layout, found)
+    return _described(theirs, source, found)
+
+
+def _refusal(theirs: OpenCheckpoint) -> str | None:
+    """Return what every verb says of a checkpoint that it refuses for its names, shapes and metadata."""
+    facts = str(theirs.path), theirs.config, theirs.metadata, theirs.held
+    try:
+        if theirs.config:
+            account_of(*facts)
+        else:  # a single file: whose layout it is in is all that can be asked
+            refuse_foreign_layout(*facts)
+    except (BadCheckpoint, UnknownFamily) as error:
+        return str(error)
+    return None
 
 
 def _index(source: OpenCheckpoint) -> dict[str, Rows]:
@@ -166,9 +182,8 @@ def _fault(best: Fit, factor: float, moves: bool) -> str:
     return f"no reading fits: the closest is off by {best.error:.3g}"
 
 
-def _described(
-    theirs: OpenCheckpoint, source: OpenCheckpoint, layout: Layout, found: Sequence[Found]
-) -> dict[str, Any]:
+def _described(theirs: OpenCheckpoint, source: OpenCheckpoint, found: Sequence[Found]) -> dict[str, Any]:
+    refused = _refusal(theirs)
     names = Counter(each.layout for each in found if each.fits and each.layout)
     proven = sum(names.values()) == len(found)
     as_read = proven and all(each.best is not None and each.best.is_ours for each in found)
@@ -176,16 +191,17 @@ def _described(
         "kind": "layout detection",
         "path": str(theirs.path.resolve()),
         "against": str(source.path.resolve()),
-        "recognised": asdict(layout),
+        "recognised": asdict(recognised(theirs.config, theirs.metadata, theirs.held)),
+        "refused": refused,
         "layout": next(iter(names)) if proven and len(names) == 1 else None,
         "layouts": dict(names),
-        "passed": as_read and layout.is_read,
-        "summary": _summary(layout, found, names, as_read),
+        "passed": as_read and refused is None,
+        "summary": _summary(refused, found, names, as_read),
         "linears": [each.as_dict() for each in found],
     }
 
 
-def _summary(layout: Layout, found: Sequence[Found], names: Mapping[str, int], as_read: bool) -> str:
+def _summary(refused: str | None, found: Sequence[Found], names: Mapping[str, int], as_read: bool) -> str:
     """Return the verdict in one line."""
     lost = [each for each in found if not each.fits]
     if lost:
@@ -202,10 +218,8 @@ def _summary(layout: Layout, found: Sequence[Found], names: Mapping[str, int], a
         f"{count} of {len(found)} linears are in the layout of {name}" for name, count in names.items()
     )
     proof = f"{fitted} (largest error {worst:.3f})"
-    if as_read and layout.is_read:
-        return f"{proof}, and so fp4trt reads them"
     if as_read:
-        return f"{proof}, but fp4trt refuses the checkpoint for {layout.evidence}; {layout.what_to_do}"
+        return f"{proof}, and so fp4trt reads them" if refused is None else f"{proof}, but fp4trt refuses it: {refused}"
     wrong = max((each.ours.error for each in found if each.ours), default=None)
     misread = f"; read as fp4trt's own they would be off by up to {wrong:.3g}" if wrong is not None else ""
     return f"{proof}, which fp4trt does not read{misread}"

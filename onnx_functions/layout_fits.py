@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -31,12 +31,13 @@ from onnx_functions.layout_readings import (
 )
 from onnx_functions.layout_sources import QuantizedLinear
 
-__all__ = ["LIMIT", "OURS", "OURS_FP8", "Fit", "fits_of", "tiles_of"]
+__all__ = ["CLEAR", "OURS", "OURS_FP8", "Fit", "fits_of", "tiles_of"]
 
-LIMIT: Final = 0.25
-"""Largest relative error of a reading that fits: between the worst right one and the best wrong one that were met."""
-_LOOSE: Final = 0.28
-"""The same up to factors, where besides every other reading is worse by a quarter and more."""
+CLEAR: Final = 0.12
+"""Largest relative error of what rounding to nearest leaves: a reading that close is right."""
+_LIMITS: Final = {"nothing": 0.25, "columns": 0.28, "rows": 0.28}
+"""Up to here one is right that is closer than every other by a quarter: methods that choose codes for the output leave
+that much. The best wrong reading of the built-in model's linears is off by .22, and others are as near to it."""
 _MARGIN: Final = 1.25
 
 OURS: Final = Reading("E2M1", "rows", ROW_MAJOR, LOW_FIRST)
@@ -50,6 +51,9 @@ _UNEVEN: Final = 0.85
 """Of the error that one factor for all would leave, what factors of each column or row may leave at most: else the
 global scale is wrong, and they only follow the noise."""
 
+_OTHER_SCALE: Final = 1.1
+"""A factor that is nearer to 1 explains no error of a quarter."""
+
 Moved = Literal["nothing", "columns", "rows"]
 
 
@@ -59,20 +63,17 @@ class Fit:
 
     Attributes:
         reading: all but the global scale.
-        global_scale: `multiplier`, `reciprocal`, or `none` where the linear has none.
+        global_scale: `multiplier`, `multiplier for each row`, `reciprocal`, or `none` where the linear has none.
         error: relative L2 error.
         moved: what factors the error is up to.
+        fits: whether the reading is proven.
     """
 
     reading: Reading
     global_scale: str
     error: float
     moved: Moved = "nothing"
-
-    @property
-    def fits(self) -> bool:
-        """Whether the reading can be the right one."""
-        return self.error <= (LIMIT if self.moved == "nothing" else _LOOSE)
+    fits: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -109,13 +110,15 @@ class _Sums:
 
     def error(self, scale: float) -> float:
         """Return the relative error under one factor for all."""
-        if not self.wanted:
-            return math.inf
+        if not self.wanted:  # a weight of zeros
+            return math.inf if scale * self.given else 0.0
         square = self.wanted - 2 * scale * self.both + scale * scale * self.given
         return math.sqrt(max(square, 0.0) / self.wanted) if math.isfinite(square) else math.inf
 
     def error_up_to(self, moved: Moved, scale: float, uneven: float) -> float:
         """Return the relative error under the best factor of each column or row; infinite for unlikely factors."""
+        if not scale or not math.isfinite(scale):
+            return math.inf
         factors = np.concatenate(self.columns if moved == "columns" else self.rows) / scale
         factors = np.abs(factors[factors != 0])
         if not self.wanted or not len(factors) or not 1 / _FOLDED <= float(np.median(factors)) <= _FOLDED:
@@ -167,15 +170,26 @@ def fits_of(
             for reading, given in readings_of(linear.stored, shape, tile):
                 sums.setdefault(reading, _Sums()).add(_scaled(linear, given, tile), wanted)
     kinds = _global_scales(linear)
-    fits = [Fit(reading, kind, each.error(g)) for reading, each in sums.items() for kind, g in kinds.items()]
-    fits.sort(key=_rank)
-    if fits and not fits[0].fits:
-        fits = sorted([*_moved(sums, kinds, 1.0 if moves else _UNEVEN), *fits], key=_rank)
-    return fits, _factor(sums, kinds) if fits and not fits[0].fits else 1.0
+    fits = _judged([Fit(reading, kind, each.error(g)) for reading, each in sums.items() for kind, g in kinds.items()])
+    if not fits or fits[0].fits:
+        return fits, 1.0
+    moved = list(_moved(sums, kinds, 1.0 if moves else _UNEVEN))
+    return [*moved, *fits], 1.0 if moved else _factor(sums, kinds)
 
 
-def _rank(fit: Fit) -> tuple[bool, float, bool]:
-    return not fit.fits, round(fit.error, 6) if math.isfinite(fit.error) else math.inf, not fit.is_ours
+def _judged(fits: Sequence[Fit]) -> list[Fit]:
+    """Return the fits by their error, fp4trt's own reading first of equals, and whether the first is proven."""
+    ordered = sorted(fits, key=lambda fit: (_rounded(fit.error), not fit.is_ours))
+    if not ordered:
+        return []
+    best, *others = ordered
+    next_best = min((fit.error for fit in others if fit.reading != best.reading), default=math.inf)
+    clearly = best.error <= _LIMITS[best.moved] and next_best >= _MARGIN * best.error
+    return [replace(best, fits=best.error <= CLEAR or clearly), *others]
+
+
+def _rounded(error: float) -> float:
+    return round(error, 6) if math.isfinite(error) else math.inf
 
 
 def _scaled(linear: QuantizedLinear, given: Floats, tile: Tile) -> Floats:
@@ -203,7 +217,7 @@ def _global_scales(linear: QuantizedLinear) -> dict[str, float]:
     if not linear.scale:
         return {"none": 1.0}
     if linear.scales.size > 1:
-        return {"multiplier": 1.0}  # one a row: multiplied already
+        return {"multiplier for each row": 1.0}  # multiplied already
     scale = float(linear.scales[0])
     return {"multiplier": scale} | ({"reciprocal": 1 / scale} if scale and math.isfinite(1 / scale) else {})
 
@@ -211,20 +225,24 @@ def _global_scales(linear: QuantizedLinear) -> dict[str, float]:
 def _moved(sums: Mapping[Reading, _Sums], kinds: Mapping[str, float], uneven: float) -> Iterator[Fit]:
     """Yield the reading that fits up to a factor of each column, or row, far better than every other one."""
     alone: tuple[Moved, ...] = ("columns", "rows")
-    for moved in alone:
-        found = [
-            Fit(reading, kind, each.error_up_to(moved, scale, uneven), moved)
-            for reading, each in sums.items()
-            for kind, scale in kinds.items()
-        ]
-        best = min(found, key=_rank)
-        others = [fit.error for fit in found if fit.reading != best.reading]
-        if best.fits and min(others, default=math.inf) >= _MARGIN * best.error:
-            yield best
+    best = [
+        _judged(
+            [
+                Fit(reading, kind, each.error_up_to(moved, scale, uneven), moved)
+                for reading, each in sums.items()
+                for kind, scale in kinds.items()
+            ]
+        )[0]
+        for moved in alone
+    ]
+    yield from sorted((fit for fit in best if fit.fits), key=lambda fit: fit.error)
 
 
 def _factor(sums: Mapping[Reading, _Sums], kinds: Mapping[str, float]) -> float:
     """Return by what the global scale would have to be multiplied for the best reading to fit, 1 where none would."""
     scale = next(iter(kinds.values()))
     best = min(sums.values(), key=lambda each: each.error(each.factor))
-    return best.factor / scale if scale and best.factor > 0 and best.error(best.factor) <= LIMIT else 1.0
+    if not scale or best.factor <= 0 or best.error(best.factor) > _LIMITS["nothing"]:
+        return 1.0
+    factor = best.factor / scale
+    return 1.0 if 1 / _OTHER_SCALE < factor < _OTHER_SCALE else factor

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from fp4trt.file_kind import what_it_lacks
-from fp4trt.pipeline_folder import PIPELINE, transformer_folder
+from fp4trt.pipeline_folder import transformer_folder
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.json_file import read_object, strings_by_name
 from onnx_functions.layout_readings import Floats, Stored, StoredLinear, Tile, floats_of
@@ -96,8 +96,8 @@ def open_checkpoint(artifact: str | Path) -> OpenCheckpoint:
         )
     if not path.is_dir():
         raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected a checkpoint's folder or a .safetensors file")
-    if (path / PIPELINE).is_file() or not any(path.glob("*.safetensors")):
-        path = transformer_folder(path)
+    if not any((path / name).is_file() for name in (_STEM, f"{_STEM}.index.json")):
+        path = transformer_folder(path)  # single files may lie beside it
     config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
     return OpenCheckpoint(path, config, *_in_folder(path))
 

@@ -45,7 +45,7 @@ from onnx_functions.verdict import (
     skipped,
 )
 
-__all__ = ["LEVELS", "validate"]
+__all__ = ["LAYOUT_NOTE", "LEVELS", "validate"]
 
 LEVELS: Final = ("full", "blocks")
 
@@ -57,6 +57,12 @@ TINY: Final = (1, 4, 3)
 
 _PTQ: Final = "nvfp4-ptq"
 """The recipe of a graph without its manifest that is known to round to nearest."""
+
+LAYOUT_NOTE: Final = (
+    "graph and reference read the checkpoint alike, so bytes that mean something else pass: "
+    "fp4trt inspect --against the 16-bit source proves the layout"
+)
+"""What is said of a validation against the quantized checkpoint; one against the 16-bit source sees a misreading."""
 
 WHOLE_BYTES: Final = 6
 """Of memory for each weight that a run of the whole graph may need: 4 were measured on 2 billion weights and a few
@@ -160,7 +166,8 @@ def validate(
             raise
     rows = tuple(Figures(name, block_of(name), **values) for name, values in figures.items())
     kind = "quantized" if held.quantized else "plain"
-    report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows)
+    note = LAYOUT_NOTE if held.quantized else ""
+    report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows, note)
     if report_dir is not None:
         write_report(report, Path(report_dir), force)
     return report

@@ -97,6 +97,7 @@ class Report:
         level: `full` or `blocks`, as it was run.
         gates: in the order they ran.
         linears: figures of every linear.
+        note: what the gates cannot see; "" where there is nothing to say.
     """
 
     model: Path
@@ -105,6 +106,7 @@ class Report:
     level: str
     gates: tuple[Gate, ...]
     linears: tuple[Figures, ...] = field(default=())
+    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -129,6 +131,7 @@ class Report:
             "reference": str(self.reference.resolve()) if absolute else self.reference.resolve().name,
             "reference_kind": self.reference_kind,
             "level": self.level,
+            "note": self.note,
             "gates": gates,
             "linears": [{key: _finite(value) for key, value in asdict(row).items()} for row in self.linears],
         }

@@ -50,6 +50,7 @@ NUNCHAKU = {f"{Q}.qweight": Tensor("I8", (256, 64)), f"{Q}.wscales": Tensor("F8_
 
 FOREIGN = {
     "ComfyUI, by its tensors": ({}, {}, nvfp4(QKV, comfy_quant=VECTOR), "ComfyUI", f"{QKV}.comfy_quant"),
+    "ComfyUI's FP8": ({}, {}, fp8(Q, comfy_quant=VECTOR), "ComfyUI", "FP8 and INT8 under its marks are not read"),
     "ComfyUI, by its header": ({}, {"_quantization_metadata": LAYERS}, nvfp4(Q), "ComfyUI", "_quantization_metadata"),
     "ComfyUI, scales as bytes": ({}, {}, nvfp4(Q, weight_scale=Tensor("U8", (256, 8))), "ComfyUI", "U8[256, 8]"),
     "padded to tiles": (

@@ -14,8 +14,10 @@ from layout_writer import LAYOUTS, Tensors, codes_of, pack, swizzled, write, wri
 
 import fp4trt
 from onnx_functions.errors import UnknownArtifact
+from onnx_functions.inspect import describe
 from onnx_functions.layout_detection import detect, lines_of
 from onnx_functions.layout_readings import unswizzled
+from onnx_functions.safetensors_header import tensors_in_file
 
 SHAPES = {"attn.to_q": (128, 128), "ff": (256, 64), "odd": (48, 80), "deep": (64, 256)}
 OURS = "ModelOpt's unified export, which fp4trt writes"
@@ -206,6 +208,20 @@ def test_another_source_than_its_own_fits_nothing(tmp_path: Path, weights: dict[
     assert "is this the checkpoint that it was made of?" in found["summary"]
 
 
+def test_a_small_error_proves_nothing_where_another_reading_is_as_close(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    value = (0.02 * rng.standard_normal((128, 64))).astype(np.float32)
+    tensors = LAYOUTS["unified"]("x", value)
+    kind, scales = tensors["x.weight_scale"]
+    shuffled = rng.permutation(scales.reshape(-1)).reshape(scales.shape)  # in no order that is known
+    tensors["x.weight_scale"] = kind, shuffled
+    found = detect(
+        write(tmp_path / "x.safetensors", tensors), write_source(tmp_path / "bf16.safetensors", {"x": value})
+    )
+    assert 0.12 < found["linears"][0]["error"] < 0.5
+    assert found["layout"] is None
+
+
 def test_padded_rows_and_columns_are_no_part_of_the_weight(tmp_path: Path) -> None:
     value = weight(40, 80)
     padded = np.pad(value, ((0, 8), (0, 48)))
@@ -223,16 +239,19 @@ def test_padded_rows_and_columns_are_no_part_of_the_weight(tmp_path: Path) -> No
 def test_the_built_in_model_is_in_its_own_layout_until_its_scales_are_swizzled(
     turn: bool, quantized_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = quantized_digits
     if turn:
-        from modelopt.torch.export.diffusers_utils import swizzle_nvfp4_scales
-
-        shutil.copy(quantized_digits / "config.json", tmp_path / "config.json")
-        name = "diffusion_pytorch_model.safetensors"
-        save_file(swizzle_nvfp4_scales(load_file(quantized_digits / name)), tmp_path / name)
-        folder = tmp_path
+        folder = shutil.copytree(
+            quantized_digits, tmp_path / "swizzled", ignore=shutil.ignore_patterns("*.onnx", "*.json")
+        )
+        file = folder / "diffusion_pytorch_model.safetensors"
+        with file.open("r+b") as data:
+            for name, held in tensors_in_file(file).items():
+                if name.endswith(".weight_scale") and held.shape:
+                    data.seek(held.offset)
+                    scales = np.frombuffer(data.read(held.nbytes), np.uint8).reshape(held.shape)
+                    data.seek(held.offset)
+                    data.write(swizzled(scales).tobytes())
     assert fp4trt.run(["inspect", str(folder), "--against", "digits", "--json"]) == (1 if turn else 0)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["layouts"] == ({"ModelOpt's enable_swizzle_layout": 52} if turn else {OURS: 52})
@@ -259,3 +278,73 @@ def test_what_cannot_be_held_against_each_other_is_one_line(tmp_path: Path, sour
     (tmp_path / "flux.gguf").write_bytes(b"GGUF" + bytes(64))
     assert fp4trt.run(["inspect", str(tmp_path / "flux.gguf"), "--against", str(source)]) == 2
     assert fp4trt.run(["inspect", str(tmp_path / "absent"), "--against", "digits"]) == 2
+
+
+def test_fp8_with_a_scale_for_each_row_is_told_from_what_is_read(tmp_path: Path) -> None:
+    value = weight(64, 64)
+    scales = (np.abs(value).max(1) / 448).astype(np.float32)
+    codes = (value / scales[:, None]).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    file = write(tmp_path / "x.safetensors", {"x.weight": ("F8_E4M3", codes), "x.weight_scale": ("F32", scales)})
+    found = detect(file, write_source(tmp_path / "bf16.safetensors", {"x": value}))
+    assert found["layout"] == "FP8 (E4M3, scale a multiplier for each row)"
+    assert not found["passed"]
+
+
+def test_a_weight_of_zeros_is_what_it_was(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    tensors = LAYOUTS["unified"]("ff", weights["ff"])
+    zeros = {name.replace("ff", "zero"): (kind, np.zeros_like(value)) for name, (kind, value) in tensors.items()}
+    zeros["zero.weight_scale_2"] = tensors["ff.weight_scale_2"]
+    source = {"ff": weights["ff"], "zero": np.zeros_like(weights["ff"])}
+    file = write(tmp_path / "x.safetensors", tensors | zeros)
+    assert detect(file, write_source(tmp_path / "bf16.safetensors", source))["passed"]
+
+
+@pytest.mark.parametrize("scale", [0.0, np.nan, np.inf, -1.0])
+def test_a_global_scale_that_is_no_scale_fits_nothing(
+    scale: float, weights: dict[str, np.ndarray], source: Path, tmp_path: Path
+) -> None:
+    tensors: Tensors = LAYOUTS["unified"]("ff", weights["ff"])
+    tensors["ff.weight_scale_2"] = "F32", np.array(np.float32(scale))
+    found = detect(write(tmp_path / "x.safetensors", tensors), source)
+    assert (found["passed"], found["layout"]) == (False, None)
+
+
+def test_a_source_with_a_nan_fits_nothing(weights: dict[str, np.ndarray], tmp_path: Path) -> None:
+    damaged = weights["ff"].copy()
+    damaged[3, 3] = np.nan
+    source = write_source(tmp_path / "bf16.safetensors", {"ff": damaged})
+    file = write_layout(tmp_path / "x.safetensors", "unified", {"ff": weights["ff"]})
+    assert detect(file, source)["layout"] is None
+
+
+def test_what_every_verb_refuses_is_not_said_to_be_read(quantized_digits: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(
+        quantized_digits, tmp_path / "digits", ignore=shutil.ignore_patterns("*.onnx", "fp4trt.json")
+    )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"]["swap_weight_nibbles"] = True
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = detect(folder, "digits")
+    assert (found["layout"], found["passed"]) == (OURS, False)
+    assert "but fp4trt refuses it: " in found["summary"]
+    assert "swap_weight_nibbles True in config.json" in found["refused"]
+
+
+def test_a_single_file_without_its_source_is_named(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    marker: Tensors = {"ff.comfy_quant": ("U8", np.zeros(19, np.uint8))}
+    file = write_layout(tmp_path / "x.safetensors", "ComfyUI", {"ff": weights["ff"]}, marker=marker)
+    with pytest.raises(UnknownArtifact, match=r"is a single file, of ComfyUI \(the tensor ff.comfy_quant\)"):
+        describe(file)
+
+
+def test_a_pipeline_stands_for_its_transformer_whatever_lies_beside_it(
+    tmp_path: Path, weights: dict[str, np.ndarray]
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
+    write_source(tmp_path / "ae.safetensors", {"decoder": weights["deep"]})
+    write_source(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", weights)
+    file = write_layout(tmp_path.parent / "theirs.safetensors", "unified", weights)
+    found = detect(file, tmp_path)
+    assert found["passed"]
+    assert found["against"] == str((tmp_path / "transformer").resolve())

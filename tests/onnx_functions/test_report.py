@@ -48,6 +48,14 @@ def test_the_html_holds_its_plots_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="(?!#)', text.replace("xlink:href", "href"))
 
 
+def test_what_the_gates_cannot_see_stands_in_both_files(tmp_path: Path) -> None:
+    noted = dataclasses.replace(report(tmp_path), note="a misread <layout> passes")
+    data, page = write_report(noted, tmp_path / "out")
+    assert json.loads(data.read_text(encoding="utf-8"))["note"] == "a misread <layout> passes"
+    assert page is not None
+    assert "<p>A misread &lt;layout&gt; passes.</p>" in page.read_text(encoding="utf-8")
+
+
 def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
     pages = [write_report(report(tmp_path), tmp_path / name)[1] for name in ("one", "two")]
     assert pages[0] is not None

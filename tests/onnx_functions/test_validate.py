@@ -59,6 +59,7 @@ def test_the_built_in_model_passes_every_gate(clean: Report) -> None:
         "second witness",
     ]
     assert not any(gate.was_skipped for gate in clean.gates)
+    assert "inspect --against the 16-bit source proves the layout" in clean.note
 
 
 def test_no_code_and_no_block_scale_differs_and_linears_are_within_1e_4(clean: Report) -> None:
@@ -75,6 +76,7 @@ def test_against_the_16_bit_model_the_gates_measure_the_quantization_error(
     report = validate(quantized_digits, digits, level="blocks")
     gates = {gate.name: gate for gate in report.gates}
     assert report.reference_kind == "plain"
+    assert report.note == ""
     assert failures(report) == {}
     assert 0.08 < gates["weight error"].figure < 0.12
     assert gates["scale bias"].figure < 0.03
