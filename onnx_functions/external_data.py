@@ -20,8 +20,9 @@ from onnx import TensorProto, external_data_helper
 
 from onnx_functions.errors import BadGraph
 from onnx_functions.file_input import what_it_lacks
+from onnx_functions.wires import circle
 
-__all__ = ["BITS", "BadSpan", "Span", "array_of", "load_graph", "nbytes_of", "span_of", "type_name"]
+__all__ = ["BITS", "BadSpan", "Span", "array_of", "load_graph", "nbytes_of", "read_model", "span_of", "type_name"]
 
 _TYPES_BY_BITS: Final = {
     2: "UINT2 INT2",
@@ -49,6 +50,9 @@ _NUMPY: Final[Mapping[int, Any]] = {
 }
 
 
+_NAMED: Final = 4
+"""Nodes of a circle that a message names."""
+
 Fault = Literal["type", "outside", "length", "file"]
 
 
@@ -70,7 +74,23 @@ class Span:
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file without its external data.
+    """Read an ONNX file, without its external data, whose wires can be followed.
+
+    Raises:
+        BadGraph: the file is missing or no ONNX model, or its nodes read each other in a circle.
+    """
+    model = read_model(path)
+    if nodes := circle(model.graph):
+        ring = " -> ".join((*reversed(nodes), nodes[-1]) if len(nodes) <= _NAMED else (nodes[-1], "...", nodes[-1]))
+        raise BadGraph(
+            f"{path}: {len(nodes)} of its nodes read each other in a circle ({ring}), so nothing can compute them; "
+            "expected a graph without circles: export it again"
+        )
+    return model
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file without its external data, whatever its nodes read.
 
     Raises:
         BadGraph: the file is missing or no ONNX model.

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from onnx_functions.errors import LintError
-from onnx_functions.external_data import load_graph
+from onnx_functions.external_data import read_model
 from onnx_functions.linting import (
     activations,
     attentions,
     chains,
     data,
+    dependence,
     files,
     fp8,
     metadata,
@@ -23,6 +24,7 @@ from onnx_functions.linting import (
     promised_tensors,
     stored_names,
     structure,
+    symbolic,
     weights,
 )
 from onnx_functions.linting.opset import normalise
@@ -39,6 +41,8 @@ RULES: Final[tuple[Rule, ...]] = (
     *data.RULES,
     *attentions.RULES,
     *structure.RULES,
+    *dependence.RULES,
+    *symbolic.RULES,
     *operators.RULES,
     *metadata.RULES,
     *promise.RULES,
@@ -65,7 +69,7 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
     """
     file = Path(path)
     file = file / "model.onnx" if file.is_dir() else file
-    subject = Subject(file, load_graph(file))
+    subject = Subject(file, read_model(file))
     # Wires that lead nowhere, or in a circle, or end in a node without inputs, cannot be followed.
     broken = tuple(
         finding for rule in (structure.tensor_order, operators.operator_form) for finding in rule.findings(subject)

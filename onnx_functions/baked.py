@@ -1,0 +1,261 @@
+"""Whether a graph follows the symbolic sizes of its inputs, or serves the sizes of one example alone.
+
+A graph is tried at pairs of sizes. One pair without a misfit is enough, for symbols may have to be equal, or multiples
+of something. Where there is none, a misfit is the graph's fault if a number that varies meets one that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import onnx
+from onnx import NodeProto
+
+from onnx_functions.sizes import Misfit, Size, Sizes, sizes_at
+from onnx_functions.symbols import (
+    Assignment,
+    Symbolic,
+    assignments,
+    evaluated,
+    filled,
+    symbolic_inputs,
+    symbolic_outputs,
+)
+
+__all__ = ["Baked", "Trial", "baked_sizes", "fitting_trial"]
+
+_BAKERS: Final = ("Expand", "GatherND", "Gather", "Pad", "Reshape", "Resize", "Slice", "Split", "Tile")
+"""Operators that can give a tensor a size that a constant decides."""
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A size that does not follow the inputs: at which node or tensor, and what was found.
+
+    `wrong` is False where the graph computes the right size and only declares another.
+    """
+
+    node: str
+    tensor: str
+    message: str
+    wrong: bool = True
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A graph at two sizes of its inputs."""
+
+    model: onnx.ModelProto
+    directory: Path
+    inputs: Mapping[str, Symbolic]
+    assignment: Assignment
+
+    @cached_property
+    def first(self) -> Sizes:
+        return self.at(self.assignment.first)
+
+    @cached_property
+    def second(self) -> Sizes:
+        return self.at(self.assignment.second)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every node can take both sizes, as far as that is known."""
+        return not self.first.misfits and not self.second.misfits
+
+    def at(self, numbers: Mapping[str, int]) -> Sizes:
+        """Return the graph's sizes where its symbols have some numbers."""
+        return sizes_at(self.model, filled(self.inputs, numbers), self.directory)
+
+    def varies(self, tensor: str) -> bool:
+        """Whether a tensor has two sizes; False where one is not known."""
+        one, other = self.first.whole(tensor), self.second.whole(tensor)
+        return one is not None and other is not None and one != other
+
+    @cached_property
+    def fault(self) -> Misfit | None:
+        """The first misfit that no other relation between the symbols would mend; None where there is none."""
+        misfit = next(iter((*self.first.misfits, *self.second.misfits)), None)
+        if misfit is None:
+            return None
+        numbers = self.assignment.first if self.first.misfits else self.assignment.second
+        other = self.assignment.second if self.first.misfits else self.assignment.first
+        changed = {name: self.at({**numbers, name: other[name]}) for name in numbers}
+        sizes = self.at(numbers)
+        pairs = sizes.pairs(misfit.node)
+        position = next((index for index, pair in enumerate(pairs) if not pair.fits), None)
+        if position is None:
+            moving = {name for name in numbers if _reads(misfit, sizes) != _reads(misfit, changed[name])}
+            return misfit if len(moving) <= 1 else None
+        sides: list[set[str]] = [set(), set(), set()]
+        for name, found in changed.items():
+            now = found.pairs(misfit.node)
+            if position >= len(now):
+                return None  # it does not get so far: nothing can be said
+            before, after = pairs[position], now[position]
+            sides[0] |= {name} if before.found != after.found else set()
+            sides[1] |= {name} if before.wanted != after.wanted else set()
+            sides[2] |= {name} if before.found * after.wanted != after.found * before.wanted else set()
+        alone = not sides[0] or not sides[1] or len(sides[2]) <= 1
+        return misfit if alone else None
+
+
+def baked_sizes(model: onnx.ModelProto, directory: Path) -> list[Baked]:
+    """Return where a graph with symbolic inputs does not follow them.
+
+    Args:
+        model: its nodes come in order.
+        directory: where its external data lie; of small integers alone they are read.
+    """
+    trials: list[Trial] = []
+    for trial in _trials(model, directory):
+        if trial.fits:
+            return list(_outputs(trial))
+        trials.append(trial)
+    faults = [trial.fault for trial in trials if trial.first.misfits or trial.second.misfits]
+    known = [fault for fault in faults if fault is not None]
+    if not known:
+        return []
+    told = known[-1]
+    return [Baked(told.name, told.reads[0], f"{told.message} at any two sizes of {_symbols(trials[0])} that were tried")]
+
+
+def fitting_trial(model: onnx.ModelProto, directory: Path) -> Trial | None:
+    """Return the first pair of sizes that a graph can take, the first of all where it can take none.
+
+    None for a graph without symbols.
+    """
+    trials = list(_trials(model, directory, small=True))
+    return next((trial for trial in trials if trial.fits), trials[0] if trials else None)
+
+
+def _trials(model: onnx.ModelProto, directory: Path, small: bool = False) -> Iterator[Trial]:
+    inputs = symbolic_inputs(model)
+    if any(isinstance(n, str) for size in inputs.values() for n in size):
+        for assignment in assignments(inputs):
+            if not (small and assignment.large):
+                yield Trial(model, directory, inputs, assignment)
+
+
+def _reads(misfit: Misfit, sizes: Sizes) -> list[object]:
+    values = (sizes.values.get(name) for name in misfit.reads)
+    return [*(sizes.sizes.get(name) for name in misfit.reads), *(v.tolist() if v is not None else None for v in values)]
+
+
+def _symbols(trial: Trial) -> str:
+    return ", ".join(trial.assignment.first)
+
+
+def _outputs(trial: Trial) -> Iterator[Baked]:
+    """Yield the outputs that have other sizes than declared, or one size that a cut decides."""
+    for name, declared in symbolic_outputs(trial.model).items():
+        one, other = trial.first.sizes.get(name), trial.second.sizes.get(name)
+        if one is None or other is None or len(one) != len(declared) or len(other) != len(declared):
+            continue
+        wanted = (evaluated(declared, trial.assignment.first), evaluated(declared, trial.assignment.second))
+        odd = [axis for axis in range(len(declared)) if _differs(axis, (one, other), wanted)]
+        above = _above(trial.model, name)
+        if wrong := [axis for axis in odd if isinstance(declared[axis], str)]:
+            yield _undeclared(trial, name, declared, wrong[0], _maker(trial, above))
+        elif cut := next((node for node in above if _cuts(trial, node, name)), None):
+            kept = f"the output {name} is {_shown(one)} whatever {_symbols(trial)} are"
+            yield Baked(_name(cut), name, f"{kept}: the {cut.op_type} takes as much as one example had")
+        elif odd:
+            found = f"axis {odd[0]} of the output {name} is declared as {declared[odd[0]]} and follows {_symbols(trial)}: "
+            yield Baked("", name, f"{found}{one[odd[0]]} and {other[odd[0]]} were computed", wrong=False)
+
+
+def _undeclared(trial: Trial, name: str, declared: Symbolic, axis: int, maker: NodeProto | None) -> Baked:
+    given = dict.fromkeys(sizes.sizes[name][axis] for sizes in (trial.first, trial.second))
+    expected = [
+        evaluated(declared, numbers)[axis] for numbers in (trial.assignment.first, trial.assignment.second)
+    ]
+    found = f"axis {axis} of the output {name} is {' and '.join(map(str, given))}"
+    return Baked(
+        _name(maker) if maker is not None else "",
+        name,
+        f"{found} where {declared[axis]}, as declared, is {expected[0]} and {expected[1]}",
+    )
+
+
+def _differs(axis: int, found: tuple[Size, Size], wanted: tuple[Size, Size]) -> bool:
+    return any(
+        one[axis] is not None and other[axis] is not None and one[axis] != other[axis]
+        for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def _above(model: onnx.ModelProto, output: str) -> list[NodeProto]:
+    """Return the nodes that an output depends on, in graph order."""
+    wanted, found = {output}, []
+    for node in reversed(model.graph.node):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            found.append(node)
+    return found[::-1]
+
+
+def _maker(trial: Trial, above: Sequence[NodeProto]) -> NodeProto | None:
+    """Return the node that most likely makes a wrong size: the first that loses one that varied, or the last that could.
+
+    None where nothing above an output could.
+    """
+    found = [node for node in above if node.op_type in _BAKERS and node.input and trial.varies(node.input[0])]
+    losing = [node for node in found if _varying(trial, node.output[0]) < _varying(trial, node.input[0])]
+    return losing[0] if losing else found[-1] if found else None
+
+
+def _varying(trial: Trial, tensor: str) -> int:
+    """Return how many axes of a tensor vary."""
+    one, other = trial.first.whole(tensor), trial.second.whole(tensor)
+    return sum(a != b for a, b in zip(one or (), other or (), strict=False))
+
+
+def _cuts(trial: Trial, node: NodeProto, output: str) -> bool:
+    """Whether a node cuts an axis that varies to several elements, a number that no symbol moves in the output either.
+
+    Not one that takes back what a Concat has put before or behind what varies, as learned tokens.
+    """
+    if node.op_type not in ("Slice", "Gather") or not node.input or not trial.varies(node.input[0]):
+        return False
+    before, after, last = (trial.first.whole(name) for name in (node.input[0], node.output[0], output))
+    if before is None or after is None or last is None or len(before) != len(after):
+        return False
+    other = trial.second.whole(node.input[0]) or before
+    kept = trial.second.whole(node.output[0]) or after
+    axes = [
+        axis
+        for axis, n in enumerate(after)
+        if before[axis] != other[axis] and n == kept[axis] and n > 1 and n in last and not _joined(trial, node, n)
+    ]
+    if not axes:
+        return False
+    numbers = trial.assignment.first
+    for name in numbers:
+        moved = trial.at({**numbers, name: trial.assignment.second[name]})
+        now = moved.whole(node.input[0])
+        if now is not None and any(now[axis] != before[axis] for axis in axes) and moved.whole(output) == last:
+            return True
+    return False
+
+
+def _joined(trial: Trial, node: NodeProto, count: int) -> bool:
+    """Whether a Concat above a node has put as many elements of a fixed number before or behind what varies."""
+    for above in _above(trial.model, node.output[0]):
+        if above.op_type == "Concat" and trial.varies(above.output[0]):
+            sizes = (trial.first.whole(name) for name in above.input if not trial.varies(name))
+            if any(size is not None and count in size for size in sizes):
+                return True
+    return False
+
+
+def _name(node: NodeProto) -> str:
+    return node.name or f"(node of {node.output[0]})"
+
+
+def _shown(size: Size) -> str:
+    return f"[{', '.join('?' if n is None else str(n) for n in size)}]"
