@@ -12,7 +12,7 @@ from exporter.errors import BadGraph, NoPlaceholders
 from exporter.naming import name_of
 from exporter.quiet import quiet
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
-from onnx_functions.file_input import what_it_lacks
+from onnx_functions.file_input import is_file, shortened, what_it_lacks
 
 __all__ = [
     "checked_files",
@@ -37,7 +37,10 @@ def load_foreign(path: Path) -> ir.Model:
     try:
         with quiet("onnx_ir"):  # it prints what it finds odd; the one line that the user gets says what is wrong
             model = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir raise many types, by version
+    except Exception as refusal:  # protobuf and onnx_ir raise many types, by version
+        error: BaseException = refusal
+        while error.__cause__ is not None:  # onnx_ir says first in which function it was
+            error = error.__cause__
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadGraph(f"{path} is not an ONNX model ({reason}); export it again") from None
     if not len(model.graph):
@@ -87,14 +90,18 @@ def checked_files(model: ir.Model) -> set[Path]:
 def _checked_file(tensor: ir.ExternalTensor) -> Path:
     """Return the file of external data, which holds as many bytes as the tensor's shape needs."""
     file, begin, length = Path(tensor.path), tensor.offset or 0, tensor.nbytes
+    if not is_file(file):
+        raise BadGraph(
+            f"{tensor.name} needs {length} bytes from byte {begin} of {shortened(str(tensor.location))!r}, which "
+            f"{what_it_lacks(file)}; copy the graph again with its data"
+        )
     if not file.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
         raise BadGraph(f"{tensor.name} lies at {tensor.location}; expected a path inside the graph's folder")
     _check_length(tensor, length if tensor.length is None else tensor.length, "external data")
-    size = file.stat().st_size if file.is_file() else None
-    if size is None or begin + length > size:
-        found = "does not exist" if size is None else f"has {size} bytes"
+    size = file.stat().st_size
+    if begin + length > size:
         raise BadGraph(
-            f"{tensor.name} needs {length} bytes from byte {begin} of {file}, which {found}; "
+            f"{tensor.name} needs {length} bytes from byte {begin} of {file}, which has {size} bytes; "
             "copy the graph again with its data"
         )
     return file.resolve()

@@ -15,7 +15,7 @@ from typing import Final
 import onnx
 from onnx import NodeProto
 
-from onnx_functions.sizes import Misfit, Size, Sizes, sizes_at
+from onnx_functions.sizes import Misfit, Size, Sizes, sizes_at, without_functions
 from onnx_functions.symbols import (
     Assignment,
     Symbolic,
@@ -56,7 +56,7 @@ class Trial:
 
     @cached_property
     def first(self) -> Sizes:
-        return self.at(self.assignment.first)
+        return sizes_at(self.model, filled(self.inputs, self.assignment.first), self.directory)
 
     @cached_property
     def second(self) -> Sizes:
@@ -69,7 +69,7 @@ class Trial:
 
     def at(self, numbers: Mapping[str, int]) -> Sizes:
         """Return the graph's sizes where its symbols have some numbers."""
-        return sizes_at(self.model, filled(self.inputs, numbers), self.directory)
+        return sizes_at(self.model, filled(self.inputs, numbers), self.directory, self.first)
 
     def varies(self, tensor: str) -> bool:
         """Whether a tensor has two sizes; False where one is not known."""
@@ -135,6 +135,7 @@ def fitting_trial(model: onnx.ModelProto, directory: Path) -> Trial | None:
 
 def _trials(model: onnx.ModelProto, directory: Path, small: bool = False) -> Iterator[Trial]:
     inputs = symbolic_inputs(model)
+    model = without_functions(model)
     if any(isinstance(n, str) for size in inputs.values() for n in size):
         for assignment in assignments(inputs):
             if not (small and assignment.large):
@@ -162,7 +163,7 @@ def _outputs(trial: Trial) -> Iterator[Baked]:
         if wrong := [axis for axis in odd if isinstance(declared[axis], str)]:
             yield _undeclared(trial, name, declared, wrong[0], _maker(trial, above))
         elif cut := next((node for node in above if _cuts(trial, node, name)), None):
-            kept = f"the output {name} is {_shown(one)} whatever {_symbols(trial)} are"
+            kept = f"the output {name} is {_shown(one, other)} whatever {_symbols(trial)} are"
             yield Baked(_name(cut), name, f"{kept}: the {cut.op_type} takes as much as one example had")
         elif odd:
             found = f"axis {odd[0]} of the output {name} is declared as {declared[odd[0]]} and follows {_symbols(trial)}: "
@@ -244,11 +245,11 @@ def _cuts(trial: Trial, node: NodeProto, output: str) -> bool:
 
 
 def _joined(trial: Trial, node: NodeProto, count: int) -> bool:
-    """Whether a Concat above a node has put as many elements of a fixed number before or behind what varies."""
+    """Whether a Concat above a node has put as many elements of a fixed number beside what varies."""
     for above in _above(trial.model, node.output[0]):
         if above.op_type == "Concat" and trial.varies(above.output[0]):
-            sizes = (trial.first.whole(name) for name in above.input if not trial.varies(name))
-            if any(size is not None and count in size for size in sizes):
+            sizes = [(trial.first.whole(name) or (), trial.second.whole(name) or ()) for name in above.input]
+            if any(a == b == count for one, other in sizes for a, b in zip(one, other, strict=False)):
                 return True
     return False
 
@@ -257,5 +258,6 @@ def _name(node: NodeProto) -> str:
     return node.name or f"(node of {node.output[0]})"
 
 
-def _shown(size: Size) -> str:
-    return f"[{', '.join('?' if n is None else str(n) for n in size)}]"
+def _shown(one: Size, other: Size) -> str:
+    """Return a size with a question mark for what varies."""
+    return f"[{', '.join(str(a) if a == b else '?' for a, b in zip(one, other, strict=True))}]"

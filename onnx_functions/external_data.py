@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, external_data_helper
 
 from onnx_functions.errors import BadGraph
-from onnx_functions.file_input import what_it_lacks
+from onnx_functions.file_input import is_file, shortened, what_it_lacks
 from onnx_functions.wires import circle
 
 __all__ = ["BITS", "BadSpan", "Span", "array_of", "load_graph", "nbytes_of", "read_model", "span_of", "type_name"]
@@ -52,6 +52,9 @@ _NUMPY: Final[Mapping[int, Any]] = {
 
 _NAMED: Final = 4
 """Nodes of a circle that a message names."""
+
+_DIGITS: Final = 20
+"""Of the largest number that an offset may be."""
 
 Fault = Literal["type", "outside", "length", "file"]
 
@@ -160,7 +163,8 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
     relative = PurePosixPath(location.replace("\\", "/"))
     if not location or relative.is_absolute() or ".." in relative.parts or ":" in location:
         raise BadSpan(
-            "outside", f"initializer {tensor.name} lies at {location!r}; expected a path inside the model's directory"
+            "outside",
+            f"initializer {tensor.name} lies at {shortened(location)!r}; expected a path inside the model's directory",
         )
     file = directory / relative
     wanted = nbytes_of(tensor)
@@ -171,10 +175,10 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
             "length",
             f"initializer {tensor.name} has {length} bytes of external data, its shape needs {wanted}; export again",
         )
-    needs = f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {location}"
+    needs = f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {shortened(location)}"
     hint = "lay the graph's own weights beside it, or export it again"
-    if not file.is_file():
-        raise BadSpan("file", f"{needs}, which does not exist; {hint}")
+    if not is_file(file):
+        raise BadSpan("file", f"{needs}, which {what_it_lacks(file)}; {hint}")
     size = file.stat().st_size
     if offset + length > size:
         raise BadSpan("length", f"{needs}, which ends at byte {size}; {hint}")
@@ -182,9 +186,10 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
 
 
 def _number(tensor: TensorProto, key: str, text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _DIGITS:
         raise BadSpan(
-            "length", f"initializer {tensor.name} has the {key} {text!r} in its external data; export the graph again"
+            "length",
+            f"initializer {tensor.name} has the {key} {shortened(text)!r} in its external data; export the graph again",
         )
     return int(text)
 

@@ -13,12 +13,15 @@ from onnx import NodeProto
 
 from onnx_functions.element_types import attributes_of
 
-__all__ = ["Pair", "pairs_of"]
+__all__ = ["PAIRED", "Pair", "pairs_of"]
 
 _BROADCAST: Final = frozenset(
     "Add And BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or "
     "Pow PRelu Sub Sum Where Xor".split()
 )
+
+PAIRED: Final = _BROADCAST | {"Concat", "Expand", "Gather", "Gemm", "MatMul", "Reshape", "Split", "Squeeze"}
+"""Operators that numbers are known of that have to be equal."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from onnx_functions import inspect_attention
 from onnx_functions.branches import described_branches, is_factor
 from onnx_functions.element_types import attributes_of
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, type_name
+from onnx_functions.file_input import shortened
 from onnx_functions.linears import declared_groups, promised_linears
 from onnx_functions.linting.subject import Subject, WeightChain, integer
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage
@@ -87,7 +88,7 @@ def _files(subject: Subject) -> tuple[list[str], list[str]]:
         if isinstance(span, BadSpan):
             if span.fault != "file":
                 raise span
-            missing |= {e.value for e in subject.constants[name].external_data if e.key == "location"}
+            missing |= {shortened(e.value) for e in subject.constants[name].external_data if e.key == "location"}
         elif span is not None:
             present.add(span.file.name)
     return sorted(present), sorted(missing)

@@ -23,12 +23,12 @@ from onnx.reference import ReferenceEvaluator
 
 from onnx_functions.element_types import attributes_of, opset_of
 from onnx_functions.external_data import array_of
-from onnx_functions.fit import Pair, pairs_of
+from onnx_functions.fit import PAIRED, Pair, pairs_of
 from onnx_functions.library import TRT_DOMAIN
 from onnx_functions.linears import QUANTIZER
 from onnx_functions.wires import bodies_of
 
-__all__ = ["Misfit", "Size", "Sizes", "sizes_at"]
+__all__ = ["Misfit", "Size", "Sizes", "sizes_at", "without_functions"]
 
 Size = tuple[int | None, ...]
 """Sizes of a tensor's axes; None where one is not known."""
@@ -70,9 +70,10 @@ class Misfit:
 
 @dataclass
 class Sizes:
-    """Sizes and, of small tensors, values by tensor; and the nodes that do not fit, in graph order."""
+    """Sizes, element types and, of small tensors, values by tensor; and the nodes that do not fit, in graph order."""
 
     sizes: dict[str, Size] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
     values: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     misfits: list[Misfit] = field(default_factory=list)
 
@@ -84,22 +85,35 @@ class Sizes:
 
     def pairs(self, node: NodeProto) -> list[Pair]:
         """Return the numbers that have to be equal in a node of the standard, as far as they are known."""
+        if node.op_type not in PAIRED:
+            return []
         return pairs_of(node, [self.whole(name) for name in node.input], [self.values.get(name) for name in node.input])
 
 
 class _Walk:
-    """One graph, whose nodes are asked in order; `types` holds what is known of each tensor, for ONNX."""
+    """One graph, whose nodes are asked in order; what has not `changed` since a walk before is taken from there."""
 
-    def __init__(self, model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]], directory: Path) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]], directory: Path, base: Sizes | None
+    ) -> None:
         self.opset = opset_of(model)
         self.imports = list(model.opset_import)
         self.found = Sizes()
-        self.types: dict[str, _Type] = {}
+        self.base = base
+        self.changed: set[str] = set()
         for tensor in model.graph.initializer:
-            self._store(tensor.name, tensor, directory)
+            if base is None:
+                self._store(tensor.name, tensor, directory)
+            else:
+                self._learn(tensor.name, tensor.data_type, tuple(tensor.dims))
+        if base is not None:
+            stored = {tensor.name for tensor in model.graph.initializer}
+            self.found.values.update((name, found) for name, found in base.values.items() if name in stored)
         for value in model.graph.input:
             if value.name in inputs:
                 self._learn(value.name, value.type.tensor_type.elem_type, tuple(inputs[value.name]))
+            if base is not None and self.found.sizes.get(value.name) != base.sizes.get(value.name):
+                self.changed.add(value.name)
 
     def _store(self, name: str, tensor: TensorProto, directory: Path) -> None:
         self._learn(name, tensor.data_type, tuple(tensor.dims))
@@ -112,16 +126,22 @@ class _Walk:
                 return  # a damaged constant is for the lint to name
 
     def _learn(self, name: str, kind: int, size: Size) -> None:
-        self.found.sizes[name] = size
-        self.types[name] = (kind, size)
+        self.found.sizes[name], self.found.kinds[name] = size, kind
+
+    def _type(self, name: str) -> _Type | None:
+        return (self.found.kinds[name], self.found.sizes[name]) if name in self.found.sizes else None
 
     def node(self, node: NodeProto) -> None:
         """Learn what a node's outputs are, or that it does not fit."""
+        if self.base is not None and self.changed.isdisjoint(node.input):
+            self._take(node, self.base)
+            return
+        self.changed.update(node.output)
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
             self._constant(node)
             return
         read = [name for name in node.input if name]
-        if any(name not in self.types for name in read):
+        if any(name not in self.found.sizes for name in read):
             return
         if node.domain == TRT_DOMAIN:
             self._quantizer(node)
@@ -136,10 +156,19 @@ class _Walk:
                 Misfit(node, name, tuple(read), f"the {node.op_type} {name} of {given} {fault}")
             )
             for output in node.output:
-                self.types.pop(output, None)
                 self.found.sizes.pop(output, None)
         else:
             self._compute(node)
+
+    def _take(self, node: NodeProto, base: Sizes) -> None:
+        """Take over what is known of a node whose inputs are as they were."""
+        for name in node.output:
+            if name in base.sizes:
+                self._learn(name, base.kinds[name], base.sizes[name])
+            if name in base.values:
+                self.found.values[name] = base.values[name]
+        if base.misfits:
+            self.found.misfits.extend(misfit for misfit in base.misfits if misfit.node is node)
 
     def _constant(self, node: NodeProto) -> None:
         value = next(iter(attributes_of(node).items()), ("", None))
@@ -159,7 +188,7 @@ class _Walk:
         size = self.found.sizes.get(node.input[0]) if node.input else None
         if node.op_type not in _SAME_SIZE or size is None:
             return
-        kinds = [self.types[node.input[0]][0]]
+        kinds = [self.found.kinds[node.input[0]]]
         sizes = [size]
         if node.op_type == QUANTIZER:
             kinds = [TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN]
@@ -174,7 +203,7 @@ class _Walk:
             node.op_type,
             self.opset if node.op_type not in _NEWER else max(self.opset, OPSET),
             tuple(attribute.SerializeToString(deterministic=True) for attribute in node.attribute),
-            tuple(self.types.get(name) for name in node.input),
+            tuple(self._type(name) for name in node.input),
             tuple(None if held is None else numpy_helper.from_array(held).SerializeToString() for held in values),
             tuple(bool(name) for name in node.output),
         )
@@ -202,7 +231,7 @@ class _Walk:
         graph = helper.make_graph(
             [node],
             "one",
-            [helper.make_value_info(name, helper.make_tensor_type_proto(*self.types[name])) for name in feeds],
+            [helper.make_value_info(name, helper.make_tensor_type_proto(self.found.kinds[name], self.found.sizes[name])) for name in feeds],
             [helper.make_value_info(name, TypeProto()) for name in node.output if name],
         )
         model = helper.make_model(graph, opset_imports=self.imports)
@@ -279,23 +308,31 @@ def _read(tensor: TypeProto.Tensor) -> _Type | None:
     return tensor.elem_type, tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
 
 
-def sizes_at(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]], directory: Path) -> Sizes:
+def sizes_at(
+    model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]], directory: Path, base: Sizes | None = None
+) -> Sizes:
     """Return the sizes of a graph's tensors where its inputs have some sizes.
 
     Args:
-        model: its nodes come in order; external data are not loaded.
+        model: its nodes come in order; external data are not loaded. What local functions do is not known.
         inputs: the size of each input that is no initializer; one that is left out is not known.
         directory: where the external data lie; of small tensors alone they are read.
+        base: what was found of the same model at other sizes, which makes it faster.
     """
-    if model.functions:
-        try:
-            model = inline_local_functions(model)
-        except (ValueError, RuntimeError):
-            return Sizes()
-    walk = _Walk(model, inputs, directory)
+    walk = _Walk(model, inputs, directory, base)
     for node in model.graph.node:
         walk.node(node)
     return walk.found
+
+
+def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model whose local functions are laid into the graph, as it is where that cannot be done."""
+    if not model.functions:
+        return model
+    try:
+        return inline_local_functions(model)
+    except (ValueError, RuntimeError):  # a function that calls itself, or lacks what it reads
+        return model
 
 
 def _shown(size: Size | None) -> str:
