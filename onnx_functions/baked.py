@@ -56,10 +56,12 @@ class Trial:
 
     @cached_property
     def first(self) -> Sizes:
+        """The sizes at the first of each pair."""
         return sizes_at(self.model, filled(self.inputs, self.assignment.first), self.directory)
 
     @cached_property
     def second(self) -> Sizes:
+        """The sizes at the second of each pair."""
         return self.at(self.assignment.second)
 
     @property
@@ -121,7 +123,8 @@ def baked_sizes(model: onnx.ModelProto, directory: Path) -> list[Baked]:
     if not known:
         return []
     told = known[-1]
-    return [Baked(told.name, told.reads[0], f"{told.message} at any two sizes of {_symbols(trials[0])} that were tried")]
+    tried = f"at any two sizes of {_symbols(trials[0])} that were tried"
+    return [Baked(told.name, told.reads[0], f"{told.message} {tried}")]
 
 
 def fitting_trial(model: onnx.ModelProto, directory: Path) -> Trial | None:
@@ -166,15 +169,15 @@ def _outputs(trial: Trial) -> Iterator[Baked]:
             kept = f"the output {name} is {_shown(one, other)} whatever {_symbols(trial)} are"
             yield Baked(_name(cut), name, f"{kept}: the {cut.op_type} takes as much as one example had")
         elif odd:
-            found = f"axis {odd[0]} of the output {name} is declared as {declared[odd[0]]} and follows {_symbols(trial)}: "
-            yield Baked("", name, f"{found}{one[odd[0]]} and {other[odd[0]]} were computed", wrong=False)
+            found = (
+                f"axis {odd[0]} of the output {name} is declared as {declared[odd[0]]} and follows {_symbols(trial)}"
+            )
+            yield Baked("", name, f"{found}: {one[odd[0]]} and {other[odd[0]]} were computed", wrong=False)
 
 
 def _undeclared(trial: Trial, name: str, declared: Symbolic, axis: int, maker: NodeProto | None) -> Baked:
     given = dict.fromkeys(sizes.sizes[name][axis] for sizes in (trial.first, trial.second))
-    expected = [
-        evaluated(declared, numbers)[axis] for numbers in (trial.assignment.first, trial.assignment.second)
-    ]
+    expected = [evaluated(declared, numbers)[axis] for numbers in (trial.assignment.first, trial.assignment.second)]
     found = f"axis {axis} of the output {name} is {' and '.join(map(str, given))}"
     return Baked(
         _name(maker) if maker is not None else "",
@@ -201,7 +204,7 @@ def _above(model: onnx.ModelProto, output: str) -> list[NodeProto]:
 
 
 def _maker(trial: Trial, above: Sequence[NodeProto]) -> NodeProto | None:
-    """Return the node that most likely makes a wrong size: the first that loses one that varied, or the last that could.
+    """Return the likeliest maker of a wrong size: the first node that loses one that varied, or the last that could.
 
     None where nothing above an output could.
     """

@@ -71,8 +71,7 @@ class _Walk:
         """Add what the nodes' outputs depend on to `masks`."""
         for node in nodes:
             given = [masks.get(name, _NOTHING) for name in node.input]
-            for name, found in zip(node.output, self._outputs(node, given, masks), strict=False):
-                masks[name] = found
+            masks.update(zip(node.output, self._outputs(node, given, masks), strict=False))
         masks.pop("", None)
 
     def _outputs(self, node: NodeProto, given: Sequence[_Masks], masks: Mapping[str, _Masks]) -> list[_Masks]:

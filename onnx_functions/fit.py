@@ -1,4 +1,4 @@
-"""Numbers of one node that have to be equal: the elements of a Reshape, the axes that a sum or product brings together."""
+"""Numbers of one node that have to be equal: elements of a Reshape, axes that a sum or product brings together."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from onnx_functions.element_types import attributes_of
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, type_name
 from onnx_functions.file_input import shortened
 from onnx_functions.linears import declared_groups, promised_linears
+from onnx_functions.linting import require_form
 from onnx_functions.linting.subject import Subject, WeightChain, integer
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage
 from onnx_functions.subgraphs import lay_open
@@ -50,6 +51,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         BadGraph: it cannot be read, its external data make no sense, or its promise is no JSON of lists.
     """
     loaded = load_graph(path)
+    require_form(path, loaded)
     lay_open(loaded.graph)
     subject = Subject(path, loaded)
     model, metadata = subject.model, subject.metadata

@@ -1,7 +1,7 @@
 """The size of every tensor of a graph for given sizes of its inputs, and the first nodes that cannot take them.
 
-Each node is judged by itself with the shape inference of the ONNX standard, its inputs' sizes being numbers; what a graph
-computes of sizes is computed. What is not known (operators of other domains, bodies, sizes that values decide) is left
+Each node is judged by itself with the shape inference of the ONNX standard, its inputs' sizes being numbers; what a
+graph computes of sizes is computed. What is not known (operators of other domains, bodies, sizes that values decide) is left
 out and judged no further.
 """
 
@@ -44,8 +44,8 @@ _FOLLOWED: Final = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL, Tens
 _SAME_SIZE: Final = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ", QUANTIZER)
 
 _COMPUTED: Final = frozenset(
-    "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Expand Flatten Floor Gather Greater GreaterOrEqual Identity "
-    "Less LessOrEqual Max Min Mod Mul Neg Not Or Pow Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape ScatterND "
+    "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Expand Flatten Floor Gather Greater GreaterOrEqual "
+    "Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Pow Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape ScatterND "
     "Slice Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where".split()
 )
 """Operators that graphs compute sizes with."""
@@ -152,9 +152,7 @@ class _Walk:
         if fault:
             given = ", ".join(f"{name} {_shown(self.found.sizes.get(name))}" for name in read)
             name = node.name or f"(node of {node.output[0]})"
-            self.found.misfits.append(
-                Misfit(node, name, tuple(read), f"the {node.op_type} {name} of {given} {fault}")
-            )
+            self.found.misfits.append(Misfit(node, name, tuple(read), f"the {node.op_type} {name} of {given} {fault}"))
             for output in node.output:
                 self.found.sizes.pop(output, None)
         else:
@@ -231,7 +229,7 @@ class _Walk:
         graph = helper.make_graph(
             [node],
             "one",
-            [helper.make_value_info(name, helper.make_tensor_type_proto(self.found.kinds[name], self.found.sizes[name])) for name in feeds],
+            [helper.make_tensor_value_info(name, self.found.kinds[name], self.found.sizes[name]) for name in feeds],
             [helper.make_value_info(name, TypeProto()) for name in node.output if name],
         )
         model = helper.make_model(graph, opset_imports=self.imports)

@@ -89,20 +89,22 @@ class Report:
 
     Attributes:
         model: the ONNX file.
-        reference: folder of the reference checkpoint.
+        reference: folder of the reference checkpoint; None for a third party's graph, which has none.
         reference_kind: `quantized`, or `plain` for a 16-bit checkpoint, where errors are those of
-            quantization.
+            quantization; `none` without a reference.
         level: `full` or `blocks`, as it was run.
         gates: in the order they ran.
         linears: figures of every linear.
+        note: what the gates cannot see; "" where there is nothing to say.
     """
 
     model: Path
-    reference: Path
+    reference: Path | None
     reference_kind: str
     level: str
     gates: tuple[Gate, ...]
     linears: tuple[Figures, ...] = field(default=())
+    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -121,12 +123,14 @@ class Report:
             absolute: whether `model` and `reference` are absolute paths, or the names alone, as in a file.
         """
         gates = [{**asdict(gate), "figure": _finite(gate.figure)} for gate in self.gates]
+        reference = self.reference.resolve() if self.reference is not None else None
         return {
             "passed": self.passed,
             "model": str(self.model.resolve()) if absolute else self.model.name,
-            "reference": str(self.reference.resolve()) if absolute else self.reference.resolve().name,
+            "reference": None if reference is None else str(reference) if absolute else reference.name,
             "reference_kind": self.reference_kind,
             "level": self.level,
+            "note": self.note,
             "gates": gates,
             "linears": [{key: _finite(value) for key, value in asdict(row).items()} for row in self.linears],
         }

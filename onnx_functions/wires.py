@@ -47,9 +47,7 @@ def _circle(graph: GraphProto) -> list[str]:
         for name in node.output:
             if name:
                 makers.setdefault(name, []).append(index)
-    above = [
-        sorted({maker for name in outer_reads(node) for maker in makers.get(name, ())}) for node in graph.node
-    ]
+    above = [sorted({maker for name in outer_reads(node) for maker in makers.get(name, ())}) for node in graph.node]
     if all(maker < index for index, found in enumerate(above) for maker in found):
         return []  # in order, as nearly every graph is
     done: set[int] = set()

@@ -24,8 +24,8 @@ from trt_build.least_tokens import require_tokens
 from trt_build.local_gpu import local_compute_capabilities
 from trt_build.memory import GIB, memory_lines
 from trt_build.profiles import Profile, make_profile
-from trt_build.served_sizes import require_served
 from trt_build.script import script_of, script_path, write_script
+from trt_build.served_sizes import require_served
 from trt_build.supervise import run_child
 from trt_build.targets import Target, parse_gpus, require_format
 

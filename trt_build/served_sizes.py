@@ -21,8 +21,8 @@ _CORNERS = ("minimum", "optimum", "maximum")
 def require_served(model: onnx.ModelProto, directory: Path, profile: Profile) -> None:
     """Refuse a profile of which the graph cannot serve the minimum, the optimum or the maximum.
 
-    Every node is asked by ONNX's shape inference, with the profile's sizes on the inputs; an output that is declared by the
-    inputs' symbols has to have the sizes that these have.
+    Every node is asked by ONNX's shape inference, with the profile's sizes on the inputs; an output that is declared by
+    the inputs' symbols has to have the sizes that these have.
 
     Args:
         model: external data not loaded.
@@ -40,8 +40,9 @@ def require_served(model: onnx.ModelProto, directory: Path, profile: Profile) ->
         if found.misfits:
             misfit = found.misfits[0]
             known = dependences(model)
-            names = dict.fromkeys(name for tensor in misfit.reads for name in known.by_anything(tensor))
-            raise BadProfileError(_refused(label, {name: inputs[name] for name in names if name in inputs}, misfit.message))
+            names = {name for tensor in misfit.reads for name in known.by_anything(tensor)}
+            given = {name: shape for name, shape in inputs.items() if name in names}
+            raise BadProfileError(_refused(label, given, misfit.message))
         for fault in _outputs(model, inputs, found.sizes):
             raise BadProfileError(_refused(label, inputs, fault))
 
@@ -68,7 +69,8 @@ def _outputs(
         for axis, (one, wanted) in enumerate(zip(found, evaluated(declared, numbers), strict=True)):
             if isinstance(declared[axis], str) and None not in (one, wanted) and one != wanted:
                 maker = f", which node {made[name]} gives," if name in made else ""
-                yield f"axis {axis} of the output {name}{maker} is {one} where {declared[axis]}, as declared, is {wanted}"
+                found = f"axis {axis} of the output {name}{maker} is {one}"
+                yield f"{found} where {declared[axis]}, as declared, is {wanted}"
 
 
 def _numbers(symbols: Mapping[str, Symbolic], inputs: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from onnx_functions.errors import LintError
+import onnx
+
+from onnx_functions.errors import BadGraph, LintError
 from onnx_functions.external_data import read_model
 from onnx_functions.linting import (
     activations,
@@ -31,7 +33,7 @@ from onnx_functions.linting.opset import normalise
 from onnx_functions.linting.rule import Finding, LintReport, Rule
 from onnx_functions.linting.subject import Subject
 
-__all__ = ["RULES", "Finding", "LintReport", "Rule", "lint", "normalise", "require_clean"]
+__all__ = ["RULES", "Finding", "LintReport", "Rule", "lint", "normalise", "require_clean", "require_form"]
 
 RULES: Final[tuple[Rule, ...]] = (
     *weights.RULES,
@@ -95,3 +97,13 @@ def require_clean(path: str | Path, allow_slow: bool = False) -> LintReport:
     more = f" (and {len(others)} more: fp4trt lint lists them)" if others else ""
     slow = "; or pass --allow-slow" if all(finding.severity == "slow" for finding in report.refused) else ""
     raise LintError(f"{report.path.name} is refused: {first.line()}{more}{slow}")
+
+
+def require_form(path: Path, model: onnx.ModelProto) -> None:
+    """Refuse a graph with a node that lacks what its operator needs, which nothing could follow.
+
+    Raises:
+        BadGraph: naming the first.
+    """
+    for finding in operators.operator_form.findings(Subject(path, model)):
+        raise BadGraph(f"{path}: node {finding.node}: {finding.message}; export the graph again")
