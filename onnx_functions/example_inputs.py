@@ -1,4 +1,4 @@
-"""Values for a graph's inputs of which nothing but types and sizes is known, and others that should change its outputs."""
+"""Values for inputs of which nothing but type and size is known, and others that should change the outputs."""
 
 from __future__ import annotations
 

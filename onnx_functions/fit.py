@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,9 +19,6 @@ _BROADCAST: Final = frozenset(
     "Add And BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or "
     "Pow PRelu Sub Sum Where Xor".split()
 )
-
-PAIRED: Final = _BROADCAST | {"Concat", "Expand", "Gather", "Gemm", "MatMul", "Reshape", "Split", "Squeeze"}
-"""Operators that numbers are known of that have to be equal."""
 
 
 @dataclass(frozen=True)
@@ -65,50 +62,79 @@ def pairs_of(
         sizes: of its inputs; None for one that is not known, or left out.
         values: of its inputs.
     """
-    return list(_pairs(node, [*sizes, None, None], [*values, None, None], attributes_of(node)))
+    given = _Given([*sizes, None, None], [*values, None, None], attributes_of(node))
+    return list(_PAIRS[node.op_type](given)) if node.op_type in PAIRED else []
 
 
-def _pairs(
-    node: NodeProto,
-    sizes: Sequence[Sequence[int] | None],
-    values: Sequence[npt.NDArray[Any] | None],
-    attributes: Mapping[str, object],
-) -> Iterator[Pair]:
-    first, second, kind = sizes[0], sizes[1], node.op_type
-    if kind in _BROADCAST:
-        yield from _broadcast([size for size in sizes if size is not None])
-    elif kind == "Concat":
-        yield from _concat([size for size in sizes if size is not None], attributes.get("axis"))
-    elif first is None:
+@dataclass(frozen=True)
+class _Given:
+    """A node's inputs, with two that are not known at the end, and its attributes."""
+
+    sizes: Sequence[Sequence[int] | None]
+    values: Sequence[npt.NDArray[Any] | None]
+    attributes: Mapping[str, object]
+
+    @property
+    def known(self) -> list[Sequence[int]]:
+        return [size for size in self.sizes if size is not None]
+
+    @property
+    def numbers(self) -> list[int] | None:
+        """The values of the second input."""
+        return None if self.values[1] is None else [int(n) for n in np.asarray(self.values[1]).reshape(-1)]
+
+    @property
+    def length(self) -> int | None:
+        """How long the first input is along the attribute `axis`."""
+        axis, size = self.attributes.get("axis", 0), self.sizes[0]
+        return size[axis] if size is not None and isinstance(axis, int) and -len(size) <= axis < len(size) else None
+
+
+def _of_reshape(given: _Given) -> Iterator[Pair]:
+    size, target = given.sizes[0], given.numbers
+    if size is None or target is None:
         return
-    elif kind == "Reshape" and values[1] is not None:
-        yield _reshape(first, [int(n) for n in values[1].reshape(-1)], bool(attributes.get("allowzero", 0)))
-    elif kind == "Expand" and values[1] is not None:
-        yield from _broadcast([first, [int(n) for n in values[1].reshape(-1)]])
-    elif kind == "Gather" and values[1] is not None and values[1].size:
-        axis = attributes.get("axis", 0)
-        if isinstance(axis, int) and -len(first) <= axis < len(first):
-            indices = np.asarray(values[1])
-            least = max(int(indices.max()) + 1, -int(indices.min()))
-            yield Pair(first[axis], least, f"elements of axis {axis}", "least")
-    elif kind == "Split" and values[1] is not None:
-        axis = attributes.get("axis", 0)
-        if isinstance(axis, int) and -len(first) <= axis < len(first):
-            yield Pair(first[axis], int(values[1].sum()), f"elements of axis {axis}")
-    elif kind == "Squeeze" and values[1] is not None:
-        axes = [int(axis) for axis in values[1].reshape(-1) if -len(first) <= axis < len(first)]
-        yield from (Pair(first[axis], 1, f"elements of axis {axis}") for axis in axes)
-    elif kind == "MatMul" and second is not None and first and second:
-        yield Pair(first[-1], second[-2] if len(second) > 1 else second[-1], "terms of the product")
-        yield from _broadcast([first[:-2], second[:-2]])
-    elif kind == "Gemm" and second is not None and len(first) == len(second) == 2:
-        yield Pair(first[0 if attributes.get("transA") else 1], second[1 if attributes.get("transB") else 0], "terms")
-
-
-def _reshape(size: Sequence[int], target: Sequence[int], zero_is_zero: bool) -> Pair:
-    wanted = [size[axis] if n == 0 and not zero_is_zero and axis < len(size) else n for axis, n in enumerate(target)]
+    keeps = not given.attributes.get("allowzero", 0)
+    wanted = [size[axis] if n == 0 and keeps and axis < len(size) else n for axis, n in enumerate(target)]
     rest = math.prod(n for n in wanted if n != -1)
-    return Pair(math.prod(size), rest, f"elements for the shape {list(target)}", "divides" if -1 in wanted else "")
+    yield Pair(math.prod(size), rest, f"elements for the shape {target}", "divides" if -1 in wanted else "")
+
+
+def _of_expand(given: _Given) -> Iterator[Pair]:
+    if given.sizes[0] is not None and given.numbers is not None:
+        yield from _broadcast([given.sizes[0], given.numbers])
+
+
+def _of_gather(given: _Given) -> Iterator[Pair]:
+    if given.length is not None and given.numbers:
+        least = max(max(given.numbers) + 1, -min(given.numbers))
+        yield Pair(given.length, least, f"elements of axis {given.attributes.get('axis', 0)}", "least")
+
+
+def _of_split(given: _Given) -> Iterator[Pair]:
+    if given.length is not None and given.numbers is not None:
+        yield Pair(given.length, sum(given.numbers), f"elements of axis {given.attributes.get('axis', 0)}")
+
+
+def _of_squeeze(given: _Given) -> Iterator[Pair]:
+    size = given.sizes[0] or ()
+    for axis in given.numbers or ():
+        if -len(size) <= axis < len(size):
+            yield Pair(size[axis], 1, f"elements of axis {axis}")
+
+
+def _of_matmul(given: _Given) -> Iterator[Pair]:
+    left, right = given.sizes[:2]
+    if left and right:
+        yield Pair(left[-1], right[-2] if len(right) > 1 else right[-1], "terms of the product")
+        yield from _broadcast([left[:-2], right[:-2]])
+
+
+def _of_gemm(given: _Given) -> Iterator[Pair]:
+    left, right = given.sizes[:2]
+    if left is not None and right is not None and len(left) == len(right) == 2:
+        turned = [bool(given.attributes.get(name)) for name in ("transA", "transB")]
+        yield Pair(left[0 if turned[0] else 1], right[1 if turned[1] else 0], "terms of the product")
 
 
 def _broadcast(sizes: Sequence[Sequence[int]]) -> Iterator[Pair]:
@@ -119,11 +145,28 @@ def _broadcast(sizes: Sequence[Sequence[int]]) -> Iterator[Pair]:
             yield Pair(lengths[0] if lengths[0] != 1 else max(lengths), one, f"elements of axis {-axis}", "broadcast")
 
 
-def _concat(sizes: Sequence[Sequence[int]], axis: object) -> Iterator[Pair]:
-    if not sizes or not isinstance(axis, int):
+def _of_concat(given: _Given) -> Iterator[Pair]:
+    sizes, axis = given.known, given.attributes.get("axis")
+    if not isinstance(axis, int):
         return
     for size in sizes[1:]:
         if len(size) == len(sizes[0]):
             for position, (one, other) in enumerate(zip(sizes[0], size, strict=True)):
                 if position != axis % len(size):
                     yield Pair(one, other, f"elements of axis {position}")
+
+
+_PAIRS: Final[Mapping[str, Callable[[_Given], Iterator[Pair]]]] = {
+    "Concat": _of_concat,
+    "Expand": _of_expand,
+    "Gather": _of_gather,
+    "Gemm": _of_gemm,
+    "MatMul": _of_matmul,
+    "Reshape": _of_reshape,
+    "Split": _of_split,
+    "Squeeze": _of_squeeze,
+    **dict.fromkeys(_BROADCAST, lambda given: _broadcast(given.known)),
+}
+
+PAIRED: Final = frozenset(_PAIRS)
+"""Operators that numbers are known of that have to be equal."""

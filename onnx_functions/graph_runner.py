@@ -21,7 +21,7 @@ from onnx_functions.verdict import runtime_errors
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["EvaluatorFailed", "Runner", "elements_of", "evaluator", "runner"]
+__all__ = ["EvaluatorFailed", "Runner", "elements_of", "evaluator", "run_errors", "runner"]
 
 _SMALL: Final = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn)
 """Floats that a simulation takes as FP32."""
@@ -60,7 +60,7 @@ def runner(path: Path, model: onnx.ModelProto) -> Runner:
     """
     try:
         return _in_onnx_runtime(_session(model, path.parent))
-    except (BadGraph, *runtime_errors()) as error:
+    except run_errors() as error:
         # What is wrong with the graph itself is wrong everywhere; a kernel that is missing is not.
         lacks = isinstance(error, BadGraph) or type(error).__name__ == "NotImplemented"
         if not lacks or elements_of(model) > WITNESS_ELEMENTS:
@@ -95,6 +95,11 @@ def evaluator(path: Path, model: onnx.ModelProto) -> Callable[[Values], Values]:
         return dict(zip(names, (np.asarray(values) for values in results), strict=True))
 
     return run
+
+
+def run_errors() -> tuple[type[Exception], ...]:
+    """Return what opening and running a graph raises where the graph, or a kernel that is missing, is to blame."""
+    return (BadGraph, *runtime_errors())
 
 
 def elements_of(model: onnx.ModelProto) -> int:

@@ -1,8 +1,8 @@
 """The size of every tensor of a graph for given sizes of its inputs, and the first nodes that cannot take them.
 
 Each node is judged by itself with the shape inference of the ONNX standard, its inputs' sizes being numbers; what a
-graph computes of sizes is computed. What is not known (operators of other domains, bodies, sizes that values decide) is left
-out and judged no further.
+graph computes of sizes is computed. What is not known (operators of other domains, bodies, sizes that values decide) is
+left out and judged no further.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _SAME_SIZE: Final = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ", QUANTIZER)
 
 _COMPUTED: Final = frozenset(
     "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Expand Flatten Floor Gather Greater GreaterOrEqual "
-    "Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Pow Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape ScatterND "
-    "Slice Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where".split()
+    "Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Pow Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape "
+    "ScatterND Slice Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where".split()
 )
 """Operators that graphs compute sizes with."""
 

@@ -20,7 +20,7 @@ from onnx_functions.errors import BadGraph, CannotRun
 from onnx_functions.example_inputs import Array, example_inputs, other_values, require_tensors
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, span_of
 from onnx_functions.free_memory import available_memory
-from onnx_functions.graph_runner import EvaluatorFailed, Runner, elements_of, evaluator, runner
+from onnx_functions.graph_runner import EvaluatorFailed, Runner, elements_of, evaluator, run_errors, runner
 from onnx_functions.linears import metadata_of
 from onnx_functions.linting import require_form
 from onnx_functions.report import check_report_folder, write_report
@@ -33,7 +33,6 @@ from onnx_functions.verdict import (
     failed_to_run,
     gate_of_offenders,
     relative_l2,
-    runtime_errors,
     skipped,
 )
 
@@ -178,7 +177,7 @@ def _gates(subject: _Subject) -> Iterator[Gate]:
     runs: list[_Run] = []
     try:
         gate = _runs_gate(subject, runs)
-    except (BadGraph, *runtime_errors()) as error:
+    except run_errors() as error:
         gate = _not_run(error)
     yield gate
     if not gate.passed or not runs:
@@ -194,7 +193,7 @@ def _gates(subject: _Subject) -> Iterator[Gate]:
 def _guarded(name: str, check: Callable[[], Gate]) -> Iterator[Gate]:
     try:
         yield check()
-    except (EvaluatorFailed, *runtime_errors()) as error:
+    except run_errors() as error:
         yield failed_to_run(name, error)
 
 
@@ -226,7 +225,7 @@ def _runs_gate(subject: _Subject, runs: list[_Run]) -> Gate:
         inputs = example_inputs(subject.inputs, sizes, seed)
         try:
             runs.append(_Run(sizes, numbers, inputs, subject.run(inputs)))
-        except (EvaluatorFailed, *runtime_errors()) as error:
+        except run_errors() as error:
             misfit = next(iter(sizes_at(subject.model, sizes, subject.path.parent).misfits), None)
             why = misfit.message if misfit is not None else failed_to_run("runs", error).detail
             at = (misfit.name,) if misfit is not None else ()
@@ -286,7 +285,7 @@ def _largest_change(subject: _Subject, run: _Run, name: str) -> tuple[float, str
     for values in other_values(run.inputs[name]):
         try:
             found = subject.run({**run.inputs, name: values})
-        except (EvaluatorFailed, *runtime_errors()) as error:
+        except run_errors() as error:
             failure = error  # an index that a table has not, most likely
             continue
         for key, before in run.outputs.items():
@@ -311,7 +310,7 @@ def _outputs_gate(subject: _Subject, run: _Run) -> Gate:
 
 
 def _change(found: Array, before: Array) -> float:
-    """Return the relative L2 between two outputs where they are finite; infinite where that is not in the same places."""
+    """Return the relative L2 between two outputs where both are finite; infinite where not the same places are."""
     one, other = np.asarray(found, np.float32).reshape(-1), np.asarray(before, np.float32).reshape(-1)
     if one.size != other.size or np.any(np.isfinite(one) != np.isfinite(other)):
         return float("inf")

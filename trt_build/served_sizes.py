@@ -69,8 +69,8 @@ def _outputs(
         for axis, (one, wanted) in enumerate(zip(found, evaluated(declared, numbers), strict=True)):
             if isinstance(declared[axis], str) and None not in (one, wanted) and one != wanted:
                 maker = f", which node {made[name]} gives," if name in made else ""
-                found = f"axis {axis} of the output {name}{maker} is {one}"
-                yield f"{found} where {declared[axis]}, as declared, is {wanted}"
+                what = f"axis {axis} of the output {name}{maker} is {one}"
+                yield f"{what} where {declared[axis]}, as declared, is {wanted}"
 
 
 def _numbers(symbols: Mapping[str, Symbolic], inputs: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from onnx import NodeProto
 
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, name_of
+from onnx_functions.linting.subject import FP8Product, Product, Subject, name_of
 
 __all__ = ["RULES"]
 
@@ -55,7 +55,8 @@ def constant_activation(subject: Subject) -> Iterator[Hit]:
         if found := _constant(subject, node.input[0]):
             told.add(node.output[0])
             yield Hit(f"quantizes {found}", name_of(node), node.input[0])
-    for product in (*subject.products, *subject.fp8_products):
+    products: list[Product | FP8Product] = [*subject.products, *subject.fp8_products]
+    for product in products:
         other = product.node.input[1 - product.index] if product.index < 2 <= len(product.node.input) else ""
         if other and subject.graph.source(other) not in told and (found := _constant(subject, other)):
             yield Hit(f"multiplies {found}", name_of(product.node), other)
