@@ -128,7 +128,7 @@ def validate_third_party(
         OutputExists, OSError: the report cannot be written; known before any gate runs.
     """
     _require_finished(path, model)
-    require_form(path, model)
+    require_form(path, model, ordered=True)
     subject = _Subject(path, without_functions(model), require_tensors(model))
     _require_data(subject)
     if report_dir is not None:

@@ -99,11 +99,18 @@ def require_clean(path: str | Path, allow_slow: bool = False) -> LintReport:
     raise LintError(f"{report.path.name} is refused: {first.line()}{more}{slow}")
 
 
-def require_form(path: Path, model: onnx.ModelProto) -> None:
+def require_form(path: Path, model: onnx.ModelProto, ordered: bool = False) -> None:
     """Refuse a graph with a node that lacks what its operator needs, which nothing could follow.
+
+    Args:
+        path: of its file.
+        model: the graph.
+        ordered: refuse too what reads, or is, a tensor that nothing before it gives.
 
     Raises:
         BadGraph: naming the first.
     """
-    for finding in operators.operator_form.findings(Subject(path, model)):
-        raise BadGraph(f"{path}: node {finding.node}: {finding.message}; export the graph again")
+    rules = (operators.operator_form, structure.tensor_order) if ordered else (operators.operator_form,)
+    for finding in (finding for rule in rules for finding in rule.findings(Subject(path, model))):
+        where = f"node {finding.node}" if finding.node else f"tensor {finding.tensor}"
+        raise BadGraph(f"{path}: {where}: {finding.message}; export the graph again")
