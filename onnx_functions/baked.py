@@ -91,8 +91,7 @@ class Trial:
         pairs = sizes.pairs(misfit.node)
         position = next((index for index, pair in enumerate(pairs) if not pair.fits), None)
         if position is None:
-            moving = {name for name in numbers if _reads(misfit, sizes) != _reads(misfit, changed[name])}
-            return misfit if len(moving) <= 1 else None
+            return None
         sides: list[set[str]] = [set(), set(), set()]
         for name, found in changed.items():
             now = found.pairs(misfit.node)
@@ -143,11 +142,6 @@ def _trials(model: onnx.ModelProto, directory: Path, small: bool = False) -> Ite
         for assignment in assignments(inputs):
             if not (small and assignment.large):
                 yield Trial(model, directory, inputs, assignment)
-
-
-def _reads(misfit: Misfit, sizes: Sizes) -> list[object]:
-    values = (sizes.values.get(name) for name in misfit.reads)
-    return [*(sizes.sizes.get(name) for name in misfit.reads), *(v.tolist() if v is not None else None for v in values)]
 
 
 def _symbols(trial: Trial) -> str:

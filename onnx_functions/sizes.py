@@ -60,12 +60,15 @@ class Misfit:
         name: its name, or that of its first output where it has none.
         reads: the tensors that it reads.
         message: what it is given, and why that cannot be.
+        unequal: numbers that have to be equal are not; otherwise the standard's inference objects, maybe to something
+            that no size would mend.
     """
 
     node: NodeProto
     name: str
     reads: tuple[str, ...]
     message: str
+    unequal: bool
 
 
 @dataclass
@@ -148,11 +151,13 @@ class _Walk:
             return
         if node.domain not in ("", "ai.onnx") or any(True for _ in bodies_of(node)):
             return
-        fault = self._fault(node) or self._infer(node)
+        unequal = self._fault(node)
+        fault = unequal or self._infer(node)
         if fault:
             given = ", ".join(f"{name} {_shown(self.found.sizes.get(name))}" for name in read)
             name = node.name or f"(node of {node.output[0]})"
-            self.found.misfits.append(Misfit(node, name, tuple(read), f"the {node.op_type} {name} of {given} {fault}"))
+            message = f"the {node.op_type} {name} of {given} {fault}"
+            self.found.misfits.append(Misfit(node, name, tuple(read), message, bool(unequal)))
             for output in node.output:
                 self.found.sizes.pop(output, None)
         else:

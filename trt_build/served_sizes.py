@@ -34,17 +34,21 @@ def require_served(model: onnx.ModelProto, directory: Path, profile: Profile) ->
     """
     model = without_functions(model)
     found = None
+    odd: list[str] = []
     for corner, label in enumerate(_CORNERS):
         inputs = {name: shapes[corner] for name, shapes in profile.inputs.items()}
         found = sizes_at(model, inputs, directory, found)
-        if found.misfits:
-            misfit = found.misfits[0]
+        for misfit in sorted(found.misfits, key=lambda misfit: not misfit.unequal)[:1]:
             known = dependences(model)
             names = {name for tensor in misfit.reads for name in known.by_anything(tensor)}
             given = {name: shape for name, shape in inputs.items() if name in names}
-            raise BadProfileError(_refused(label, given, misfit.message))
+            odd.append(_refused(label, given, misfit.message))
+            if misfit.unequal:
+                raise BadProfileError(odd[-1])
         for fault in _outputs(model, inputs, found.sizes):
             raise BadProfileError(_refused(label, inputs, fault))
+    if 0 < len(odd) < len(_CORNERS):  # what is wrong at all sizes is not the profile's fault: the parser will say what
+        raise BadProfileError(odd[0])
 
 
 def _refused(label: str, inputs: Mapping[str, Sequence[int]], fault: str) -> str:

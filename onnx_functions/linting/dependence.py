@@ -57,7 +57,8 @@ def constant_activation(subject: Subject) -> Iterator[Hit]:
             yield Hit(f"quantizes {found}", name_of(node), node.input[0])
     products: list[Product | FP8Product] = [*subject.products, *subject.fp8_products]
     for product in products:
-        other = product.node.input[1 - product.index] if product.index < 2 <= len(product.node.input) else ""
+        multiplies = product.node.op_type in ("MatMul", "Gemm") and product.index < 2 <= len(product.node.input)
+        other = product.node.input[1 - product.index] if multiplies else ""
         if other and subject.graph.source(other) not in told and (found := _constant(subject, other)):
             yield Hit(f"multiplies {found}", name_of(product.node), other)
 

@@ -38,7 +38,7 @@ def _kind(graph: Damaged) -> int:
     return int(value.type.tensor_type.elem_type)
 
 
-@mutation("constant-output", "latent", "slow")
+@mutation("constant-output", "latent", "refused")
 def an_output_that_is_a_constant_of_the_right_size(graph: Damaged) -> None:
     last = _last(graph)
     graph.put("zero", np.zeros(1, np.uint16), (1,), TensorProto.BFLOAT16)
@@ -70,13 +70,13 @@ def a_constant_multiplied_by_an_fp4_weight(graph: Damaged) -> None:
     graph.node(f"{OUT}/MatMul").input[0] = "baked"
 
 
-@mutation("constant-activation", QUANTIZE, "accepted", "fp8")
+@mutation("constant-activation", QUANTIZE, "slow", "fp8")
 def an_fp8_activation_that_is_a_constant(graph: Damaged) -> None:
     graph.put("baked", np.ones((1, 128), np.float32), (1, 128), TensorProto.FLOAT)
     graph.node(QUANTIZE).input[0] = "baked"
 
 
-@mutation("baked-size", f"{OUT}/{TRT}/inserted_0", "refused")
+@mutation("baked-size", f"{OUT}/{TRT}/inserted_0", "accepted")
 def a_token_count_baked_into_a_reshape(graph: Damaged) -> None:
     graph.put("size", np.array([1, 16, 128], np.int64), (3,), TensorProto.INT64)
     graph.between(f"{OUT}/{TRT}", 0, "Reshape", "size")

@@ -130,7 +130,10 @@ LEGAL = {
             node("Softmax", ["c"], "s", axis=1), node("Slice", ["s", "zero", "eight", "one"], "f"), product("f"),
         ],
         [X], [value("y", "B", 8, 32)],
-        [integers("zero", 0), integers("one", 1), integers("eight", 8), integers("rest", 8, 64), array("queries", 1, 8, 64)],
+        [
+            integers("zero", 0), integers("one", 1), integers("eight", 8), integers("rest", 8, 64),
+            array("queries", 1, 8, 64),
+        ],
     ),
     "sizes without names": ([product("x")], [value("x", None, None, 64)], [value("y", None, None, 32)]),
     "an output of unknown names": (
