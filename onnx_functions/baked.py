@@ -15,6 +15,7 @@ from typing import Final
 import onnx
 from onnx import NodeProto
 
+from onnx_functions.fit import Pair
 from onnx_functions.sizes import Misfit, Size, Sizes, sizes_at, without_functions
 from onnx_functions.symbols import (
     Assignment,
@@ -81,28 +82,37 @@ class Trial:
     @cached_property
     def fault(self) -> Misfit | None:
         """The first misfit that no other relation between the symbols would mend; None where there is none."""
-        misfit = next(iter((*self.first.misfits, *self.second.misfits)), None)
+        here, there = (self.first, self.second) if self.first.misfits else (self.second, self.first)
+        misfit = next((found for found in here.misfits), None)
         if misfit is None:
             return None
-        numbers = self.assignment.first if self.first.misfits else self.assignment.second
-        other = self.assignment.second if self.first.misfits else self.assignment.first
-        changed = {name: self.at({**numbers, name: other[name]}) for name in numbers}
-        sizes = self.at(numbers)
-        pairs = sizes.pairs(misfit.node)
+        pairs = here.pairs(misfit.node)
         position = next((index for index, pair in enumerate(pairs) if not pair.fits), None)
-        if position is None:
+        if position is None or pairs[position].bound == "divides":  # a multiple of something that was not tried
             return None
-        sides: list[set[str]] = [set(), set(), set()]
-        for name, found in changed.items():
-            now = found.pairs(misfit.node)
+        pair = pairs[position]
+        elsewhere = there.pairs(misfit.node)
+        if position < len(elsewhere):
+            moved = (elsewhere[position].found != pair.found, elsewhere[position].wanted != pair.wanted)
+            if moved[0] != moved[1]:
+                return misfit  # what varies meets what does not, though every symbol was changed
+        return misfit if self._of_one_symbol(misfit, position, pair) else None
+
+    def _of_one_symbol(self, misfit: Misfit, position: int, pair: Pair) -> bool:
+        """Whether one symbol at most decides by how much two numbers of a node differ."""
+        numbers, other = self.assignment.first, self.assignment.second
+        if not self.first.misfits:
+            numbers, other = other, numbers
+        above = _above(self.model, *misfit.reads)
+        read = {*misfit.reads, *(name for node in above for name in node.input)}
+        moving = set()
+        for name in {n for tensor, size in self.inputs.items() if tensor in read for n in size} & numbers.keys():
+            now = self.at({**numbers, str(name): other[str(name)]}).pairs(misfit.node)
             if position >= len(now):
-                return None  # it does not get so far: nothing can be said
-            before, after = pairs[position], now[position]
-            sides[0] |= {name} if before.found != after.found else set()
-            sides[1] |= {name} if before.wanted != after.wanted else set()
-            sides[2] |= {name} if before.found * after.wanted != after.found * before.wanted else set()
-        alone = not sides[0] or not sides[1] or len(sides[2]) <= 1
-        return misfit if alone else None
+                return False  # it does not get so far: nothing can be said
+            if pair.found * now[position].wanted != now[position].found * pair.wanted:
+                moving.add(name)
+        return len(moving) <= 1
 
 
 def baked_sizes(model: onnx.ModelProto, directory: Path) -> list[Baked]:
@@ -187,9 +197,9 @@ def _differs(axis: int, found: tuple[Size, Size], wanted: tuple[Size, Size]) -> 
     )
 
 
-def _above(model: onnx.ModelProto, output: str) -> list[NodeProto]:
-    """Return the nodes that an output depends on, in graph order."""
-    wanted, found = {output}, []
+def _above(model: onnx.ModelProto, *tensors: str) -> list[NodeProto]:
+    """Return the nodes that some tensors depend on, in graph order."""
+    wanted, found = set(tensors), []
     for node in reversed(model.graph.node):
         if wanted.intersection(node.output):
             wanted.update(node.input)

@@ -306,7 +306,7 @@ def _inferred(
 
 
 def _read(tensor: TypeProto.Tensor) -> _Type | None:
-    if not tensor.HasField("shape"):
+    if not tensor.HasField("shape") or any(dim.dim_value < 0 for dim in tensor.shape.dim):  # more than 64 bits hold
         return None
     return tensor.elem_type, tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
 

@@ -15,8 +15,11 @@ __all__ = ["Assignment", "Symbolic", "assignments", "evaluated", "filled", "symb
 Symbolic = tuple[int | str, ...]
 """Sizes of an input or output; a symbol, or an expression of symbols, where one is not fixed."""
 
-_SECTIONS: Final = 6720
-"""A size that every usual patch, head and block divides: 2^6 * 3 * 5 * 7."""
+_SECTIONS: Final = (6720, 840, 60)
+"""Sizes that every usual patch, head and block divides, 2^6 * 3 * 5 * 7 at best; less for more symbols.
+
+The product of all sizes stays within 64 bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def assignments(inputs: Mapping[str, Symbolic]) -> Iterator[Assignment]:
     def multiples(of: int) -> tuple[dict[str, int], dict[str, int]]:
         return numbered(lambda i, _: of * (1 + i)), numbered(lambda i, _: of * (1 + count + i))
 
-    yield Assignment(*multiples(_SECTIONS), large=True)
+    yield Assignment(*multiples(_SECTIONS[min(count // 3, 2)]), large=True)
     yield Assignment(numbered(lambda i, _: 2 + i), numbered(lambda i, _: 2 + count + i))
     yield Assignment(*multiples(64), large=True)
     yield Assignment(numbered(lambda _, name: 2 if name in batch else 16), numbered(lambda *_: 32))

@@ -64,6 +64,10 @@ BAKED = {
         ],
         [X], [Y], [integers("parts", 1, 1)],
     ),
+    "a Reshape behind a mask that has to be as long": (
+        [node("Add", ["x", "mask"], "a"), node("Reshape", ["a", "size"], "f"), product("f")],
+        [X, value("mask", "B2", "S2", 1)], [value("y", 1, 16, 32)], [integers("size", 1, 16, 64)],
+    ),
     "a Squeeze of the batch": (
         [node("Squeeze", ["x", "zero"], "f"), node("MatMul", ["f", "w"], "m"), node("Unsqueeze", ["m", "zero"], "y")],
         [X], [Y], [integers("zero", 0)],
@@ -123,6 +127,10 @@ LEGAL = {
         [node("Reshape", ["x", "size"], "f"), node("Neg", ["f"], "y")],
         [value("x", "B", 3, "H", "W")], [value("y", "B", 3, "rows", 14, "columns", 14)],
         [integers("size", 0, 3, -1, 14, 16, 14)],
+    ),
+    "patches of 13": (
+        [node("Reshape", ["x", "size"], "f"), node("Neg", ["f"], "y")],
+        [value("x", "B", "L")], [value("y", "rows", 13)], [integers("size", -1, 13)],
     ),
     "learned tokens that are taken back": (
         [
