@@ -15,12 +15,13 @@ from onnx import NodeProto
 
 from onnx_functions import inspect_attention
 from onnx_functions.branches import described_branches, is_factor
-from onnx_functions.element_types import attributes_of
+from onnx_functions.element_types import attributes_of, opset_of
+from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, type_name
 from onnx_functions.file_input import shortened
 from onnx_functions.linears import declared_groups, promised_linears
-from onnx_functions.linting import require_form
-from onnx_functions.linting.subject import Subject, WeightChain, integer
+from onnx_functions.linting.operators import form_faults
+from onnx_functions.linting.subject import Subject, WeightChain, integer, name_of
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage
 from onnx_functions.subgraphs import lay_open
 
@@ -29,6 +30,7 @@ __all__ = ["describe_graph"]
 _WEIGHT_PLACEHOLDER: Final = "TRT_FP4QDQ"
 _ACTIVATION_PLACEHOLDER: Final = "TRT_FP4DynamicQDQ"
 _PASSED: Final = ("Cast", "Identity", "Transpose", "DequantizeLinear", "QuantizeLinear", _WEIGHT_PLACEHOLDER)
+_HOLDERS: Final = ("If", "Loop", "Scan", "SequenceMap")
 _SUFFIX: Final = re.compile(r"/(MatMul|Gemm)(_\d+)?$")
 
 
@@ -51,8 +53,12 @@ def describe_graph(path: Path) -> dict[str, Any]:
         BadGraph: it cannot be read, its external data make no sense, or its promise is no JSON of lists.
     """
     loaded = load_graph(path)
-    require_form(path, loaded)
+    version = opset_of(loaded)
     lay_open(loaded.graph)
+    for node in loaded.graph.node:
+        if node.op_type not in _HOLDERS:  # which have lost their bodies
+            for fault in form_faults(node, version):
+                raise BadGraph(f"{path}: node {name_of(node)}: {fault}; export the graph again")
     subject = Subject(path, loaded)
     model, metadata = subject.model, subject.metadata
     present, missing = _files(subject)
