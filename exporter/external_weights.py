@@ -242,5 +242,10 @@ def _write_checked(model: ir.Model, path: Path, accept: Accept) -> list[str]:
         file.write(ir.to_proto(model).SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())
-    onnx.checker.check_model(path, full_check=True)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        raise
+    except ValueError as error:  # what lies below the checker has no type of its own
+        raise onnx.checker.ValidationError(str(error)) from None
     return accept(path)

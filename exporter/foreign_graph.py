@@ -14,7 +14,7 @@ from exporter.errors import BadGraph, NoPlaceholders
 from exporter.naming import name_of
 from exporter.quiet import quiet
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
-from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.file_kind import is_file, shortened, what_it_is, what_it_lacks
 from onnx_functions.linked_files import real_file
 
 __all__ = [
@@ -40,7 +40,10 @@ def load_foreign(path: Path) -> ir.Model:
     try:
         with quiet("onnx_ir"):  # it prints what it finds odd; the one line that the user gets says what is wrong
             model = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir raise many types, by version
+    except Exception as refusal:  # protobuf and onnx_ir raise many types, by version
+        error: BaseException = refusal
+        while error.__cause__ is not None:  # onnx_ir says first in which function it was
+            error = error.__cause__
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadGraph(f"{path} {what_it_is(path) or f'is not an ONNX model ({reason}); export it again'}") from None
     if not len(model.graph):
@@ -104,6 +107,11 @@ def _in_file(tensor: ir.ExternalTensor, file: Path) -> ir.ExternalTensor:
 def _checked_file(tensor: ir.ExternalTensor) -> Path:
     """Return the file of external data, links followed, which holds as many bytes as the tensor's shape needs."""
     place, begin, length = Path(tensor.path), tensor.offset or 0, tensor.nbytes
+    if not is_file(place):
+        raise BadGraph(
+            f"{tensor.name} needs {length} bytes from byte {begin} of {shortened(str(tensor.location))!r}, which "
+            f"{what_it_lacks(place)}; copy the graph again with its data"
+        )
     outside = not Path(os.path.normpath(place)).is_relative_to(os.path.normpath(tensor.base_dir))
     file = None if outside else real_file(Path(tensor.base_dir), Path(tensor.location))
     if outside or Path(tensor.location).is_absolute():
@@ -114,9 +122,9 @@ def _checked_file(tensor: ir.ExternalTensor) -> Path:
             "cache (snapshots/ to blobs/), and is not followed; copy the file in its place"
         )
     _check_length(tensor, length if tensor.length is None else tensor.length, "external data")
-    size = file.stat().st_size if file.is_file() else None
-    if size is None or begin + length > size:
-        found = what_it_lacks(place) if size is None else what_it_is(file) if size < 1024 else None
+    size = file.stat().st_size
+    if begin + length > size:
+        found = what_it_is(file) if size < 1024 else None
         raise BadGraph(
             f"{tensor.name} needs {length} bytes from byte {begin} of {place}, which {found or f'has {size} bytes'}; "
             "copy the graph again with its data"

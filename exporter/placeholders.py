@@ -34,6 +34,8 @@ from exporter.passes.raise_opset import raise_opset
 from exporter.passes.settle_activations import settle_activations
 from exporter.trace import OPSET
 from exporter.trt_ops import QUANTIZER
+from onnx_functions.external_data import load_graph
+from onnx_functions.linting import require_form
 
 __all__ = ["export_graph"]
 
@@ -72,6 +74,7 @@ def export_graph(
         if result.resolve() in {theirs.resolve(), *files}:
             raise OutputExists(f"{result} is what the graph is read from; choose another --output")
     refuse_what_stays(model)
+    require_form(theirs, load_graph(theirs))
     refuse_untyped(model.graph)
     nodes, declared = len(model.graph), model.graph.opset_imports.get("")
     raise_opset(model, OPSET)

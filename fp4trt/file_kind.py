@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-__all__ = ["what_it_is", "what_it_lacks"]
+__all__ = ["is_file", "shortened", "what_it_is", "what_it_lacks"]
 
 _KINDS: Final = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file that it stands for: run git lfs pull"),
@@ -19,6 +19,9 @@ _KINDS: Final = (
     (b"<html", "is a web page, not the file: download it again"),
 )
 """First bytes, in lower case where they are letters of a page, to what the file is and what to do."""
+
+_LONGEST: Final = 120
+"""Characters of somebody else's name that a message repeats."""
 
 
 def what_it_is(path: Path) -> str | None:
@@ -37,6 +40,14 @@ def what_it_is(path: Path) -> str | None:
 
 def what_it_lacks(path: Path) -> str:
     """Return why a path is no file that could be read: nothing is there yet, or a folder, a device, a pipe is."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except ValueError:  # a zero byte
+        return "has a name that no file can have"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     if path.is_dir():
         return "is a folder"
     if path.is_symlink() and not path.exists():
@@ -49,3 +60,17 @@ def what_it_lacks(path: Path) -> str:
     if begun:
         return f"does not exist, and {begun[0].name} is there: the download is not complete, run it again"
     return "does not exist"
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path is a file; one that no file can be called by is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def shortened(name: str) -> str:
+    """Return a name on one line, without its middle where it is too long for a message."""
+    line = name if name.isprintable() else ascii(name)[1:-1]
+    return line if len(line) <= _LONGEST else f"{line[:80]}...{line[-20:]} ({len(name)} characters)"

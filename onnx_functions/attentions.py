@@ -139,11 +139,14 @@ def _scores(graph: Graph, softmax: NodeProto) -> NodeProto | None:
 
 def _outputs(graph: Graph, tensor: str) -> Iterator[NodeProto]:
     """Yield the products that read a tensor as their first operand, through Casts and quantization."""
-    for node in graph.consumers.get(tensor, ()):
-        if node.op_type == "MatMul" and len(node.input) == 2 and node.input[0] == tensor:
-            yield node
-        elif node.op_type in ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear") and node.input[0] == tensor:
-            yield from _outputs(graph, node.output[0])
+    waiting = [tensor]
+    while waiting:
+        tensor = waiting.pop()
+        for node in graph.consumers.get(tensor, ()):
+            if node.op_type == "MatMul" and len(node.input) == 2 and node.input[0] == tensor:
+                yield node
+            elif node.op_type in ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear") and node.input[0] == tensor:
+                waiting.append(node.output[0])
 
 
 def _operand(graph: Graph, name: str, tensor: str) -> Operand:

@@ -43,11 +43,12 @@ def validate(
     tokens: str | None,
     force: bool,
 ) -> dict[str, Any]:
-    """Check the numerics of a graph against its checkpoint.
+    """Check the numerics of a graph against its checkpoint, or a third party's graph by itself.
 
     MODEL is an exported ONNX file, or the folder that holds model.onnx. Exits with 1 when a gate fails; the
     report and the line of that gate name the tensor or node. A graph that lies apart from its checkpoint
-    (export --copy-weights) needs --reference.
+    (export --copy-weights) needs --reference. A graph without fp4trt's metadata is run at two sizes: its outputs
+    have to be finite and to follow every input; whether they are right, nothing tells.
 
     \b
     Example:
@@ -56,10 +57,18 @@ def validate(
     """
     from fp4trt.pipeline_folder import graph_in
     from onnx_functions.report import NO_PLOTS, report_files
-    from onnx_functions.validation import validate as check
+    from onnx_functions.third_party_validation import third_party_graph, validate_third_party
 
-    folder = output or graph_in(model).parent / "validation"
-    report = check(model, reference, level, folder, force, click.echo, blocks, tokens)
+    file = graph_in(model)
+    folder = output or file.parent / "validation"
+    alone = (reference, level, blocks, tokens) == (None, "full", None, None)
+    graph = third_party_graph(file) if alone else None
+    if graph is not None:
+        report = validate_third_party(file, graph, folder, force, click.echo)
+    else:
+        from onnx_functions.validation import validate as check  # torch, which a third party's graph does not need
+
+        report = check(model, reference, level, folder, force, click.echo, blocks, tokens)
     data, page = report_files(folder)
     failed = ", ".join(gate.name for gate in report.failures)
     if page is None:

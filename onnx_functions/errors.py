@@ -6,7 +6,16 @@ it and exits with ``exit_code``.
 
 from __future__ import annotations
 
-__all__ = ["BadEnvironment", "BadGraph", "BadReference", "BadSelection", "LintError", "OutputExists", "UnknownArtifact"]
+__all__ = [
+    "BadEnvironment",
+    "BadGraph",
+    "BadReference",
+    "BadSelection",
+    "CannotRun",
+    "LintError",
+    "OutputExists",
+    "UnknownArtifact",
+]
 
 
 class BadEnvironment(OSError):
@@ -29,6 +38,12 @@ class BadReference(ValueError):
 
 class BadSelection(ValueError):
     """The blocks or the sizes that a validation is asked for do not exist."""
+
+    exit_code = 2
+
+
+class CannotRun(ValueError):
+    """This machine cannot run a graph, which says nothing of the graph."""
 
     exit_code = 2
 

@@ -19,9 +19,10 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, external_data_helper
 
-from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.file_kind import is_file, shortened, what_it_is, what_it_lacks
 from onnx_functions.errors import BadGraph
 from onnx_functions.linked_files import real_file
+from onnx_functions.wires import circle
 
 __all__ = [
     "BITS",
@@ -32,6 +33,7 @@ __all__ = [
     "in_real_files",
     "load_graph",
     "nbytes_of",
+    "read_model",
     "span_of",
     "type_name",
 ]
@@ -65,6 +67,12 @@ _NUMPY: Final[Mapping[int, Any]] = {
 }
 
 
+_NAMED: Final = 4
+"""Nodes of a circle that a message names."""
+
+_DIGITS: Final = 20
+"""Of the largest number that an offset may be."""
+
 Fault = Literal["type", "outside", "link", "length", "file"]
 
 
@@ -86,7 +94,23 @@ class Span:
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file without its external data.
+    """Read an ONNX file, without its external data, whose wires can be followed.
+
+    Raises:
+        BadGraph: the file is missing or no ONNX model, or its nodes read each other in a circle.
+    """
+    model = read_model(path)
+    if nodes := circle(model.graph):
+        ring = " -> ".join((*reversed(nodes), nodes[-1]) if len(nodes) <= _NAMED else (nodes[-1], "...", nodes[-1]))
+        raise BadGraph(
+            f"{path}: {len(nodes)} of its nodes read each other in a circle ({ring}), so nothing can compute them; "
+            "expected a graph without circles: export it again"
+        )
+    return model
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file without its external data, whatever its nodes read.
 
     Raises:
         BadGraph: the file is missing or no ONNX model.
@@ -157,7 +181,8 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
     relative = PurePosixPath(location.replace("\\", "/"))
     if not location or relative.is_absolute() or ".." in relative.parts or ":" in location:
         raise BadSpan(
-            "outside", f"initializer {tensor.name} lies at {location!r}; expected a path inside the model's directory"
+            "outside",
+            f"initializer {tensor.name} lies at {shortened(location)!r}; expected a path inside the model's directory",
         )
     file = directory / relative
     wanted = nbytes_of(tensor)
@@ -168,11 +193,10 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
             "length",
             f"initializer {tensor.name} has {length} bytes of external data, its shape needs {wanted}; export again",
         )
-    needs = f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {location}"
+    needs = f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {shortened(location)}"
     hint = "lay the graph's own weights beside it, or export it again"
-    if not file.is_file():
-        lacks = what_it_lacks(file)
-        raise BadSpan("file", f"{needs}, which {lacks}; {hint}")
+    if not is_file(file):
+        raise BadSpan("file", f"{needs}, which {what_it_lacks(file)}; {hint}")
     if real_file(directory, relative) is None:
         raise BadSpan(
             "link",
@@ -227,9 +251,10 @@ def embedded(path: Path) -> onnx.ModelProto:
 
 
 def _number(tensor: TensorProto, key: str, text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _DIGITS:
         raise BadSpan(
-            "length", f"initializer {tensor.name} has the {key} {text!r} in its external data; export the graph again"
+            "length",
+            f"initializer {tensor.name} has the {key} {shortened(text)!r} in its external data; export the graph again",
         )
     return int(text)
 

@@ -13,12 +13,15 @@ from typing import Any, Final
 
 from onnx import NodeProto
 
+from fp4trt.file_kind import shortened
 from onnx_functions import inspect_attention
 from onnx_functions.branches import described_branches, is_factor
-from onnx_functions.element_types import attributes_of
+from onnx_functions.element_types import attributes_of, opset_of
+from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, type_name
 from onnx_functions.linears import declared_groups, promised_linears
-from onnx_functions.linting.subject import Subject, WeightChain, integer
+from onnx_functions.linting.operators import form_faults
+from onnx_functions.linting.subject import Subject, WeightChain, integer, name_of
 from onnx_functions.stored_linears import FORMAT_OF, StoredLinear, compare, coverage
 from onnx_functions.subgraphs import lay_open
 
@@ -27,6 +30,7 @@ __all__ = ["describe_graph"]
 _WEIGHT_PLACEHOLDER: Final = "TRT_FP4QDQ"
 _ACTIVATION_PLACEHOLDER: Final = "TRT_FP4DynamicQDQ"
 _PASSED: Final = ("Cast", "Identity", "Transpose", "DequantizeLinear", "QuantizeLinear", _WEIGHT_PLACEHOLDER)
+_HOLDERS: Final = ("If", "Loop", "Scan", "SequenceMap")
 _SUFFIX: Final = re.compile(r"/(MatMul|Gemm)(_\d+)?$")
 
 
@@ -49,7 +53,12 @@ def describe_graph(path: Path) -> dict[str, Any]:
         BadGraph: it cannot be read, its external data make no sense, or its promise is no JSON of lists.
     """
     loaded = load_graph(path)
+    version = opset_of(loaded)
     lay_open(loaded.graph)
+    for node in loaded.graph.node:
+        if node.op_type not in _HOLDERS:  # which have lost their bodies
+            for fault in form_faults(node, version):
+                raise BadGraph(f"{path}: node {name_of(node)}: {fault}; export the graph again")
     subject = Subject(path, loaded)
     model, metadata = subject.model, subject.metadata
     present, missing = _files(subject)
@@ -87,7 +96,7 @@ def _files(subject: Subject) -> tuple[list[str], list[str]]:
         if isinstance(span, BadSpan):
             if span.fault != "file":
                 raise span
-            missing |= {e.value for e in subject.constants[name].external_data if e.key == "location"}
+            missing |= {shortened(e.value) for e in subject.constants[name].external_data if e.key == "location"}
         elif span is not None:
             present.add(span.file.name)
     return sorted(present), sorted(missing)

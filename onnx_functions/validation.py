@@ -29,10 +29,12 @@ from onnx_functions.file_output import partial_path
 from onnx_functions.free_memory import available_memory
 from onnx_functions.functions_gate import functions_gate
 from onnx_functions.linears import Graph, Linear, metadata_of, promised_linears
+from onnx_functions.linting import require_form
 from onnx_functions.promise_gate import promise_gate
 from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.teacher_gates import block_of
+from onnx_functions.third_party_validation import is_third_party, validate_third_party
 from onnx_functions.torch_reference import FORMATS, Reference, Shape, Walk, open_reference
 from onnx_functions.verdict import (
     Figures,
@@ -115,7 +117,7 @@ def validate(
     blocks: str | None = None,
     tokens: str | None = None,
 ) -> Report:
-    """Check the numerics of a deployable graph.
+    """Check the numerics of a deployable graph; of a third party's graph, what can be said without a reference.
 
     Args:
         model: the ONNX file, or the folder that holds `model.onnx`, or a pipeline's.
@@ -144,6 +146,9 @@ def validate(
     path = graph_in(Path(model))
     require_runtime()
     graph = load_graph(path)
+    if is_third_party(graph) and (reference, level, blocks, tokens) == (None, "full", None, None):
+        return validate_third_party(path, graph, None if report_dir is None else Path(report_dir), force, say)
+    require_form(path, graph)
     _refuse_links(graph, path.parent)
     held = open_reference(graph, path, reference)
     counts = token_counts(tokens)

@@ -91,9 +91,9 @@ class Report:
 
     Attributes:
         model: the ONNX file.
-        reference: folder of the reference checkpoint.
+        reference: folder of the reference checkpoint; None for a third party's graph, which has none.
         reference_kind: `quantized`, or `plain` for a 16-bit checkpoint, where errors are those of
-            quantization.
+            quantization; `none` without a reference.
         level: `full` or `blocks`, as it was run.
         gates: in the order they ran.
         linears: figures of every linear.
@@ -101,7 +101,7 @@ class Report:
     """
 
     model: Path
-    reference: Path
+    reference: Path | None
     reference_kind: str
     level: str
     gates: tuple[Gate, ...]
@@ -125,10 +125,11 @@ class Report:
             absolute: whether `model` and `reference` are absolute paths, or the names alone, as in a file.
         """
         gates = [{**asdict(gate), "figure": _finite(gate.figure)} for gate in self.gates]
+        reference = self.reference.resolve() if self.reference is not None else None
         return {
             "passed": self.passed,
             "model": str(self.model.parent.resolve() / self.model.name) if absolute else self.model.name,
-            "reference": str(self.reference.resolve()) if absolute else self.reference.resolve().name,
+            "reference": None if reference is None else str(reference) if absolute else reference.name,
             "reference_kind": self.reference_kind,
             "level": self.level,
             "note": self.note,

@@ -25,6 +25,7 @@ from trt_build.local_gpu import local_compute_capabilities
 from trt_build.memory import GIB, memory_lines
 from trt_build.profiles import Profile, make_profile
 from trt_build.script import script_of, script_path, write_script
+from trt_build.served_sizes import require_served
 from trt_build.supervise import run_child
 from trt_build.targets import Target, parse_gpus, require_format
 
@@ -147,6 +148,7 @@ def _validate(
     if fp8_attention and not allow_slow:
         minima = {name: low for name, (low, _, _) in shapes.inputs.items()}
         require_tokens(minima, graph.input_shapes, graph.symbols)
+    require_served(graph.model, graph.path.parent, shapes)
     default = graph.path.parent / ("_".join(target.name for target in targets) + ".engine")
     return _Plan(
         graph=graph,

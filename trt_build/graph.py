@@ -20,6 +20,7 @@ from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.external_data import Span, load_graph, span_of
 from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER, declared_symbols, metadata_of, promised_linears
 from onnx_functions.linears import Graph as Index
+from onnx_functions.linting import require_form
 from trt_build.errors import BadModelError
 from trt_build.profiles import InputShape
 
@@ -233,7 +234,9 @@ def read_graph(path: Path) -> Graph:
     if not path.is_file():
         raise BadModelError(f"{path} {what_it_lacks(path)}; give an ONNX file or a directory that holds model.onnx")
     try:
-        return Graph(path, load_graph(path))
+        model = load_graph(path)
+        require_form(path, model)
+        return Graph(path, model)
     except BadGraph as error:
         raise BadModelError(str(error)) from None
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+import onnx
+
 from fp4trt.pipeline_folder import graph_in
-from onnx_functions.errors import LintError
-from onnx_functions.external_data import load_graph
+from onnx_functions.errors import BadGraph, LintError
+from onnx_functions.external_data import read_model
 from onnx_functions.linting import (
     activations,
     attentions,
     chains,
     data,
+    dependence,
     files,
     fp8,
     metadata,
@@ -25,6 +28,7 @@ from onnx_functions.linting import (
     promised_tensors,
     stored_names,
     structure,
+    symbolic,
     unread,
     weights,
 )
@@ -32,7 +36,7 @@ from onnx_functions.linting.opset import normalise
 from onnx_functions.linting.rule import Finding, LintReport, Rule
 from onnx_functions.linting.subject import Subject
 
-__all__ = ["RULES", "Finding", "LintReport", "Rule", "lint", "normalise", "require_clean"]
+__all__ = ["RULES", "Finding", "LintReport", "Rule", "lint", "normalise", "require_clean", "require_form"]
 
 RULES: Final[tuple[Rule, ...]] = (
     *weights.RULES,
@@ -43,6 +47,8 @@ RULES: Final[tuple[Rule, ...]] = (
     *plausibility.RULES,
     *attentions.RULES,
     *structure.RULES,
+    *dependence.RULES,
+    *symbolic.RULES,
     *operators.RULES,
     *metadata.RULES,
     *promise.RULES,
@@ -70,7 +76,7 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
         BadCheckpoint: the quantized checkpoint beside it has a tensor without a meaning, or lacks one.
     """
     file = graph_in(Path(path))
-    subject = Subject(file, load_graph(file))
+    subject = Subject(file, read_model(file))
     # Wires that lead nowhere, or in a circle, or end in a node without inputs, cannot be followed.
     broken = tuple(
         finding for rule in (structure.tensor_order, operators.operator_form) for finding in rule.findings(subject)
@@ -96,3 +102,20 @@ def require_clean(path: str | Path, allow_slow: bool = False) -> LintReport:
     more = f" (and {len(others)} more: fp4trt lint lists them)" if others else ""
     slow = "; or pass --allow-slow" if all(finding.severity == "slow" for finding in report.refused) else ""
     raise LintError(f"{report.path.name} is refused: {first.line()}{more}{slow}")
+
+
+def require_form(path: Path, model: onnx.ModelProto, ordered: bool = False) -> None:
+    """Refuse a graph with a node that lacks what its operator needs, which nothing could follow.
+
+    Args:
+        path: of its file.
+        model: the graph.
+        ordered: refuse too what reads, or is, a tensor that nothing before it gives.
+
+    Raises:
+        BadGraph: naming the first.
+    """
+    rules = (operators.operator_form, structure.tensor_order) if ordered else (operators.operator_form,)
+    for finding in (finding for rule in rules for finding in rule.findings(Subject(path, model))):
+        where = f"node {finding.node}" if finding.node else f"tensor {finding.tensor}"
+        raise BadGraph(f"{path}: {where}: {finding.message}; export the graph again")

@@ -9,6 +9,7 @@ from typing import Final
 from onnx import TensorProto
 
 from onnx_functions.attentions import KEY, Attention, Operand, find_attentions
+from onnx_functions.external_data import type_name
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, name_of
 
@@ -65,7 +66,7 @@ def attention_scale_constant(subject: Subject) -> Iterator[Hit]:
         if not name:
             yield Hit("the scale is no initializer", _quantizer(operand), operand.scale)
         elif subject.constants[name].data_type != TensorProto.FLOAT or math.prod(subject.dims(name)) != 1:
-            kind = TensorProto.DataType.Name(subject.constants[name].data_type)
+            kind = type_name(subject.constants[name].data_type)
             yield Hit(f"the scale is {kind}{list(subject.dims(name))}", _quantizer(operand), operand.scale)
 
 

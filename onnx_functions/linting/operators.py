@@ -14,7 +14,7 @@ from onnx_functions.linting.opset import OPSET
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, integer, name_of
 
-__all__ = ["RULES", "graphs_of", "nodes_with_inner", "operator_form"]
+__all__ = ["RULES", "form_faults", "graphs_of", "nodes_with_inner", "operator_form"]
 
 
 @rule("operator-form", "wrong", "export again; nothing else of the graph was judged")
@@ -26,19 +26,7 @@ def operator_form(subject: Subject) -> Iterator[Hit]:
     """
     version = opset_of(subject.model)
     for node in nodes_with_inner(subject.model.graph.node):
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.UNDEFINED and not attribute.ref_attr_name:
-                yield Hit(f"the attribute {attribute.name} has no type", name_of(node))
-        if len(node.attribute) > 1:
-            for name, count in Counter(attribute.name for attribute in node.attribute).items():
-                if count > 1:
-                    yield Hit(f"the attribute {name} stands {count} times", name_of(node))
-        form = _form(node.op_type, version) if node.domain in ("", "ai.onnx") else None
-        if form is not None:
-            yield from (Hit(fault, name_of(node)) for fault in _faults(node, form))
-        elif (count := _least_inputs(node.op_type, version)) and (len(node.input) < count or not node.output):
-            found = f"has {len(node.input)} inputs and {len(node.output)} outputs; a {node.op_type} needs {count} and 1"
-            yield Hit(found, name_of(node))
+        yield from (Hit(fault, name_of(node)) for fault in form_faults(node, version))
 
 
 @rule("transpose-axes", "wrong", "name each axis of the input once")
@@ -76,6 +64,22 @@ def product_shapes(subject: Subject) -> Iterator[Hit]:
         if one is not None and other is not None and one != other:
             found = f"multiplies {one} columns of {node.input[0]} by {other} rows of {node.input[1]}"
             yield Hit(found, name_of(node), node.input[1])
+
+
+def form_faults(node: NodeProto, version: int) -> Iterator[str]:
+    """Yield what a node lacks, or has too often or of another type, at an opset."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.UNDEFINED and not attribute.ref_attr_name:
+            yield f"the attribute {attribute.name} has no type"
+    if len(node.attribute) > 1:
+        for name, count in Counter(attribute.name for attribute in node.attribute).items():
+            if count > 1:
+                yield f"the attribute {name} stands {count} times"
+    form = _form(node.op_type, version) if node.domain in ("", "ai.onnx") else None
+    if form is not None:
+        yield from _faults(node, form)
+    elif (count := _least_inputs(node.op_type, version)) and (len(node.input) < count or not node.output):
+        yield f"has {len(node.input)} inputs and {len(node.output)} outputs; a {node.op_type} needs {count} and 1"
 
 
 RULES = (operator_form, transpose_axes, product_shapes)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import onnx
-from onnx import NodeProto, defs
+from onnx import GraphProto, NodeProto, defs
 
 from onnx_functions.element_types import attributes_of
 from onnx_functions.library import TRT_DOMAIN
@@ -139,18 +139,25 @@ def tensor_order(subject: Subject) -> Iterator[Hit]:
     No other rule can follow the wires of such a graph, so none is asked. Source: the ONNX specification; refused by
     the parser.
     """
-    known = {value.name for value in subject.model.graph.input} | set(subject.graph.initializers)
-    known |= {tensor.values.name for tensor in subject.model.graph.sparse_initializer}
-    for node in subject.model.graph.node:
+    yield from _out_of_order(subject.model.graph, set())
+
+
+def _out_of_order(graph: GraphProto, outside: set[str]) -> Iterator[Hit]:
+    """Yield the hits of a graph, or of a body that sees the tensors `outside`."""
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    own |= {tensor.values.name for tensor in graph.sparse_initializer}
+    for node in graph.node:
         for name in node.input:
-            if name and name not in known:
+            if name and name not in own and name not in outside:
                 yield Hit(f"reads {name}, which nothing before it gives", name_of(node), name)
+        for body in graphs_of(node):
+            yield from _out_of_order(body, own | outside)
         for name in node.output:
-            if name and name in known:
+            if name and name in own:
                 yield Hit(f"gives {name}, which exists already", name_of(node), name)
-            known.add(name)
-    for index, value in enumerate(subject.model.graph.output):
-        if value.name not in known:
+            own.add(name)
+    for index, value in enumerate(graph.output):
+        if value.name not in own and value.name not in outside:
             yield Hit("nothing gives this output", tensor=value.name or f"(output {index} without a name)")
 
 

@@ -13,7 +13,9 @@ from typing import Any, Final
 import onnx
 from onnx import NodeProto, TensorProto
 
+from onnx_functions.baked import Baked, baked_sizes
 from onnx_functions.checkpoint_beside import CheckpointBeside, checkpoint_beside
+from onnx_functions.dependence import Dependence, dependences
 from onnx_functions.element_types import attributes_of
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.external_data import BadSpan, Span, nbytes_of, span_of
@@ -162,6 +164,16 @@ class Subject:
     def shapes(self) -> Shapes:
         """The tensors' shapes, as far as the graph gives them."""
         return Shapes(self.model, self.graph, {name: tuple(tensor.dims) for name, tensor in self.constants.items()})
+
+    @cached_property
+    def dependence(self) -> Dependence:
+        """Which inputs the tensors depend on."""
+        return dependences(self.model)
+
+    @cached_property
+    def baked(self) -> list[Baked]:
+        """Where the graph does not follow the symbolic sizes of its inputs."""
+        return baked_sizes(self.model, self.path.parent)
 
     @cached_property
     def has_fp4(self) -> bool:

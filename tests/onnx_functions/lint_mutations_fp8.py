@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from lint_damage import Damaged
 from lint_mutations import MODULATION, OUT, mutation
-from lint_mutations_meant import MUTATIONS
+from lint_mutations_inputs import MUTATIONS
 from onnx import TensorProto, helper
 
 __all__ = ["MUTATIONS"]

@@ -232,7 +232,7 @@ def test_blocks_in_8_bit_need_an_opset_that_has_them(tmp_path: Path) -> None:
     scales = helper.make_tensor("scales", onnx.TensorProto.FLOAT, [2, 2], [1.0] * 4)
     nodes = [
         helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], name="blocked", axis=0, block_size=16),
-        helper.make_node("Identity", ["w"], ["y"], name="out"),
+        helper.make_node("MatMul", ["w", "x"], ["y"], name="out"),
     ]
     found = lint(_graph(nodes, [codes, scales], tmp_path / "blocked.onnx", 17)).refused
     assert [(finding.rule, finding.tensor) for finding in found] == [("opset", "opset_import")]

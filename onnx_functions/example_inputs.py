@@ -1,0 +1,100 @@
+"""Values for inputs of which nothing but type and size is known, and others that should change the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto
+
+from onnx_functions.errors import BadGraph
+from onnx_functions.external_data import type_name
+
+__all__ = ["Array", "example_inputs", "other_values", "require_tensors"]
+
+Array = npt.NDArray[Any]
+
+_TYPES: Final[Mapping[int, Any]] = {
+    TensorProto.FLOAT: np.float32,
+    TensorProto.FLOAT16: np.float16,
+    TensorProto.BFLOAT16: ml_dtypes.bfloat16,
+    TensorProto.DOUBLE: np.float64,
+    TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
+    TensorProto.INT64: np.int64,
+    TensorProto.INT32: np.int32,
+    TensorProto.INT16: np.int16,
+    TensorProto.INT8: np.int8,
+    TensorProto.UINT64: np.uint64,
+    TensorProto.UINT32: np.uint32,
+    TensorProto.UINT16: np.uint16,
+    TensorProto.UINT8: np.uint8,
+    TensorProto.BOOL: np.bool_,
+}
+_FLOATS: Final = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64, ml_dtypes.float8_e4m3fn)
+
+
+def require_tensors(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs that are no initializers, all of which are tensors of a type and rank that can be made up.
+
+    Raises:
+        BadGraph: naming the one that is not, or there is none.
+    """
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in stored]
+    if not inputs:
+        raise BadGraph("the graph has no input: it computes a constant; export it again with its inputs")
+    for value in inputs:
+        tensor = value.type.tensor_type
+        if tensor.elem_type not in _TYPES:
+            kind = type_name(tensor.elem_type) if value.type.HasField("tensor_type") else "no tensor"
+            raise BadGraph(f"the input {value.name} is {kind}; expected numbers or truth values: export it again")
+        if not tensor.HasField("shape"):
+            raise BadGraph(f"the input {value.name} has no shape; export the graph again with its shape")
+    return inputs
+
+
+def example_inputs(
+    inputs: Sequence[onnx.ValueInfoProto], sizes: Mapping[str, Sequence[int]], seed: int = 0
+) -> dict[str, Array]:
+    """Return values for every input, in its own type: normal ones, and 0 and 1 for integers and truth values.
+
+    The first of each row of integers is 1, so that no mask hides all of a row, and 0 and 1 are indices of nearly all
+    tables.
+    """
+    rng = np.random.default_rng(seed)
+    return {value.name: _values(rng, value, tuple(sizes[value.name])) for value in inputs}
+
+
+def _values(rng: np.random.Generator, value: onnx.ValueInfoProto, size: tuple[int, ...]) -> Array:
+    kind = _TYPES[value.type.tensor_type.elem_type]
+    if kind in _FLOATS:
+        return np.asarray(rng.standard_normal(size), np.float32).astype(kind)
+    drawn = np.asarray(rng.integers(0, 2, size))
+    return _first_of_row(drawn).astype(kind)
+
+
+def _first_of_row(drawn: Array) -> Array:
+    copy = np.array(drawn)
+    copy[..., :1] = 1
+    return copy if copy.ndim else np.ones_like(copy)
+
+
+def other_values(values: Array) -> Iterator[Array]:
+    """Yield values unlike those of an input, the likeliest to change what is computed of it first."""
+    rng = np.random.default_rng(1)
+    kind: Any = values.dtype
+    if kind in _FLOATS:
+        wide = values.astype(np.float32)
+        yield np.asarray(wide * 0.5 + rng.uniform(0.5, 1.5, wide.shape), np.float32).astype(kind)
+        yield np.asarray(4 * rng.standard_normal(wide.shape), np.float32).astype(kind)
+        return
+    turned = 1 - values.astype(np.int64)
+    yield (_first_of_row(turned) if values.size > 1 else turned).astype(kind)
+    yield turned.astype(kind)
+    if kind != np.bool_:
+        yield (values.astype(np.int64) + 1).astype(kind)
+        yield np.asarray(rng.integers(2, 5, values.shape)).astype(kind)
