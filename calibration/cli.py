@@ -128,6 +128,15 @@ def quantize(
         f"quantized {result['quantized_linears']} linears{in_fp8}{attention} ({result['recipe']}): "
         f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
     )
+    if (state := result.get("modelopt_state")) is not None:
+        click.echo(
+            f"it computes what the model of {modelopt_state} computes: relative difference {state['difference']:.2g} "
+            f"on {state['inputs']} inputs (ModelOpt's {', '.join(state['algorithms']) or 'no calibration'})"
+        )
+        if state["apart"]:
+            click.echo(
+                f"each linear keeps its own scales, as in the state: {state['apart']} FP4 GEMMs more than shared"
+            )
     if cost := result["sharing_cost"]:
         text = f"one global scale for each of {result['groups']} groups costs: "
         text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"

@@ -110,7 +110,7 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
     branches = _branches(prepared)
-    formats = {**plain.formats, **dict.fromkeys(_smoothed(prepared) - branches.keys(), AWQ)}
+    formats = {**plain.formats, **dict.fromkeys((_smoothed(prepared) & set(plain.paths)) - branches.keys(), AWQ)}
     described = quantization_config(plain.model, formats, set(branches.values()))
     config = {**plain.config, "quantization_config": described}
     written["config.json"] = write.write_json(partial / "config.json", config)
