@@ -1,17 +1,13 @@
 """Quantized checkpoints: read what a folder holds, load it back into torch.
 
-A folder in ModelOpt's unified layout: for a quantized linear X, ``X.weight`` U8 [N, K/2] (two E2M1 codes a byte),
-``X.weight_scale`` F8_E4M3 [N, K/16], ``X.weight_scale_2`` and ``X.input_scale`` F32 scalars (amax / (6 * 448)); for
-one in FP8 ``X.weight`` F8_E4M3 [N, K], ``X.weight_scale`` and ``X.input_scale`` F32 scalars (amax / 448); for an
-attention A in FP8 ``A.q_scale``, ``A.k_scale`` and ``A.v_scale``, likewise; and the rest as diffusers has it. Where
-SVDQuant made an NVFP4 weight, its codes are of what the low-rank branch leaves; that is ``X.svdquant_lora_a`` [rank,
-K], ``X.svdquant_lora_b`` [N, rank] and, with smoothing, ``X.pre_quant_scale`` [K].
+A folder in ModelOpt's unified layout; what each of its tensors means is in :mod:`fp4trt.account`, which refuses by name
+what means nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -26,9 +22,11 @@ from calibration import fp8, fp8_attention, nvfp4
 from calibration.errors import BadCheckpoint
 from calibration.fp8_linear import FP8Linear
 from calibration.nvfp4_linear import NVFP4Linear
-from calibration.safetensors_file import StoredTensor
+from calibration.safetensors_file import StoredTensor, hold
 from calibration.source import load_json, model_class, tensors_of
-from calibration.svdquant_linear import SVDQuantLinear
+from calibration.svdquant_linear import BranchedFP8Linear, BranchedLinear, SVDQuantLinear
+from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING, Account, account_of, is_quantized
+from fp4trt.account import SCALES as SCALES_OF
 from fp4trt.families import Family, family_of
 
 __all__ = [
@@ -49,13 +47,9 @@ __all__ = [
 
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 MANIFEST: Final = "fp4trt.json"
-SCALES: Final = ("weight_scale", "weight_scale_2", "input_scale")
+SCALES: Final = SCALES_OF["nvfp4"]
 """What a linear in NVFP4 has beside its weight (and bias)."""
-BRANCH: Final = ("svdquant_lora_a", "svdquant_lora_b")
-"""What one has besides where SVDQuant made it, [rank, K] and [N, rank]."""
-SMOOTHING: Final = "pre_quant_scale"
-"""What one has besides where its input is scaled by channel, [K]."""
-FP8_SCALES: Final = ("weight_scale", "input_scale")
+FP8_SCALES: Final = SCALES_OF["fp8"]
 """What a linear in FP8 has beside its weight (and bias)."""
 
 _NUMPY: Final = {
@@ -69,12 +63,21 @@ _NUMPY: Final = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A quantized checkpoint on disk: its description, and where each tensor lies."""
+    """A checkpoint on disk: its description, and where each tensor lies.
+
+    Attributes:
+        directory: where.
+        config: its config.json.
+        manifest: its fp4trt.json, empty without one.
+        tensors: under the names of :mod:`fp4trt.account`, with scales in place of ModelOpt's amax of attention.
+        account: what each of them means; None of a plain checkpoint.
+    """
 
     directory: Path
     config: dict[str, Any]
     manifest: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
+    account: Account | None = None
 
     @cached_property
     def family(self) -> Family:
@@ -83,15 +86,18 @@ class Checkpoint:
 
     @cached_property
     def quantized(self) -> tuple[str, ...]:
-        """Module paths of the linears that are stored in NVFP4, in graph order."""
-        found, in_fp8 = self.family.quantized(self.config), set(self.fp8)
-        return tuple(path for path in found if f"{path}.weight_scale" in self.tensors and path not in in_fp8)
+        """Module paths of the linears that are stored in NVFP4, those of the family first, in graph order."""
+        return self.account.of_format("nvfp4") if self.account else ()
 
     @cached_property
     def fp8(self) -> tuple[str, ...]:
-        """Module paths of the linears that are stored in FP8, in graph order."""
-        weights = {path: self.tensors.get(f"{path}.weight") for path in self.family.quantized(self.config)}
-        return tuple(path for path, weight in weights.items() if weight is not None and weight.dtype == "F8_E4M3")
+        """Module paths of the linears that are stored in FP8, likewise."""
+        return self.account.of_format("fp8") if self.account else ()
+
+    @property
+    def branched(self) -> tuple[str, ...]:
+        """Module paths of the linears with a low-rank branch or a scaled input, whatever their weight is stored in."""
+        return self.account.altered if self.account else ()
 
     @property
     def is_quantized(self) -> bool:
@@ -104,24 +110,24 @@ class Checkpoint:
         return self.groups_of(self.quantized)
 
     def groups_of(self, paths: Collection[str]) -> tuple[tuple[str, ...], ...]:
-        """Return some of the linears by shared input."""
-        found = set(paths)
-        kept = (tuple(path for path in group if path in found) for group in self.family.groups(self.config))
-        return tuple(group for group in kept if group)
+        """Return some of the linears by shared input; one that the family does not quantize is alone."""
+        return self.family.groups_of(self.config, paths)
 
     @cached_property
     def fp8_attentions(self) -> tuple[str, ...]:
         """Module paths of the attentions whose products are in FP8, in graph order."""
-        paths = self.family.attentions(self.config)
-        return tuple(path for path in paths if f"{path}.{fp8_attention.SCALES[0]}" in self.tensors)
+        return tuple(self.account.attentions) if self.account else ()
+
+    def rounds_output(self, attention: str) -> bool:
+        """Whether what an attention's second product gives is rounded to FP8 too."""
+        return f"{attention}.{OUTPUT_SCALE}" in self.tensors
 
     def rank(self, path: str) -> int:
-        """Return the rank of a quantized linear's low-rank branch, 0 without one."""
-        factor = self.tensors.get(f"{path}.{BRANCH[0]}")
-        return factor.shape[0] if factor is not None else 0
+        """Return the rank of a linear's low-rank branch, 0 without one."""
+        return self.account.linears[path].rank if self.account and path in self.account.linears else 0
 
     def is_smoothed(self, path: str) -> bool:
-        """Whether the input of a quantized linear is scaled by channel first."""
+        """Whether the input of a linear is scaled by channel first."""
         return f"{path}.{SMOOTHING}" in self.tensors
 
     @property
@@ -176,99 +182,75 @@ def load_manifest(path: Path) -> dict[str, Any]:
 
 
 def read(directory: str | Path) -> Checkpoint:
-    """Read a quantized checkpoint's description, checking it against itself but reading no weights.
+    """Read a quantized checkpoint's description, accounting for every tensor; of the weights nothing is read.
 
     Raises:
-        BadCheckpoint: something is missing, damaged or contradictory.
+        BadCheckpoint: something is missing, damaged or contradictory, or there is a tensor of no meaning here.
         UnknownFamily: the model is of no family of ours.
     """
     folder = Path(directory)
     config = load_json(folder / "config.json")
     manifest = load_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    checkpoint = Checkpoint(folder, config, manifest, tensors_of(folder))
+    tensors = tensors_of(folder)
+    if not is_quantized(config, tensors):
+        raise _not_quantized(folder)
+    account = account_of(str(folder), config, tensors, lambda name: _scalar(tensors[name]))
+    checkpoint = Checkpoint(folder, config, manifest, _normal(account, tensors), account)
     if not checkpoint.is_quantized:
-        raise BadCheckpoint(
-            f"{folder} holds no NVFP4 weights; expected a quantized checkpoint: run fp4trt quantize first"
-        )
-    branched = [path for path in checkpoint.quantized if checkpoint.rank(path)]
-    for kind, name, found in (
-        ("nvfp4", "NVFP4 weights", checkpoint.quantized),
-        ("fp8", "FP8 weights", checkpoint.fp8),
-        ("svdquant", "low-rank branch", branched),
-    ):
-        for path in manifest.get("quantized", {}).get(kind, []):
-            if path not in found:
-                raise BadCheckpoint(f"{folder} has no {name} for {path}, which its {MANIFEST} promises; quantize again")
-    for path in checkpoint.quantized:
-        _check_linear(checkpoint, path)
-        _check_branch(checkpoint, path)
-    for path in checkpoint.fp8:
-        _check_fp8_linear(checkpoint, path)
-    for path in (*checkpoint.fp8_attentions, *manifest.get("attention", {}).get("fp8", [])):
-        _check_attention(checkpoint, path)
+        raise _not_quantized(folder)
+    _check_promise(checkpoint)
     return checkpoint
 
 
-def _check_linear(checkpoint: Checkpoint, path: str) -> None:
-    for name in ("weight", *SCALES):
-        if f"{path}.{name}" not in checkpoint.tensors:
+def _not_quantized(folder: Path) -> BadCheckpoint:
+    return BadCheckpoint(f"{folder} holds no NVFP4 weights; expected a quantized checkpoint: run fp4trt quantize first")
+
+
+def _scalar(stored: StoredTensor) -> float:
+    return float(stored.tensor().reshape(()))
+
+
+def _normal(account: Account, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors with scales of no axis, and with those of attention in place of ModelOpt's amax."""
+    made = {name: f"{path}.{scale}" for path, scales in account.attentions.items() for scale, name in scales.items()}
+    normal: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
+        if made.get(name, name) != name:
+            normal[made[name]] = hold(made[name], fp8.tensor_scale(_scalar(stored)))
+        else:
+            is_scale = stored.dtype == "F32" and stored.shape == (1,) and name not in account.family_state
+            normal[name] = replace(stored, shape=()) if is_scale else stored
+    return normal
+
+
+def _check_promise(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that lacks what its manifest promises."""
+    promised, attention = (checkpoint.manifest.get(key, {}) for key in ("quantized", "attention"))
+    for kind, name, found in (
+        ("nvfp4", "NVFP4 weights", checkpoint.quantized),
+        ("fp8", "FP8 weights", checkpoint.fp8),
+        ("svdquant", "low-rank branch", [path for path in checkpoint.branched if checkpoint.rank(path)]),
+    ):
+        for path in promised.get(kind, []):
+            if path not in found:
+                raise BadCheckpoint(
+                    f"{checkpoint.directory} has no {name} for {path}, which its {MANIFEST} promises; quantize again"
+                )
+    for path in attention.get("fp8", []):
+        if path not in checkpoint.fp8_attentions:
             raise BadCheckpoint(
-                f"{checkpoint.directory} lacks {path}.{name}; expected NVFP4 codes with all their scales"
-            )
-    codes, scales = checkpoint.tensors[f"{path}.weight"], checkpoint.tensors[f"{path}.weight_scale"]
-    rows, packed = codes.shape
-    if codes.dtype != "U8" or scales.dtype != "F8_E4M3" or scales.shape != (rows, packed * 2 // nvfp4.BLOCK_SIZE):
-        raise BadCheckpoint(
-            f"{path} has codes {codes.dtype}{list(codes.shape)} and block scales {scales.dtype}{list(scales.shape)}; "
-            f"expected U8 [N, K/2] and F8_E4M3 [N, K/{nvfp4.BLOCK_SIZE}]"
-        )
-
-
-def _check_branch(checkpoint: Checkpoint, path: str) -> None:
-    rows, packed = checkpoint.tensors[f"{path}.weight"].shape
-    rank = checkpoint.rank(path)
-    wanted = dict(zip(BRANCH, ((rank, packed * 2), (rows, rank)), strict=True)) | {SMOOTHING: (packed * 2,)}
-    found = {kind: checkpoint.tensors[name] for kind in wanted if (name := f"{path}.{kind}") in checkpoint.tensors}
-    for kind, tensor in found.items():
-        if tensor.shape != wanted[kind] or tensor.dtype not in ("BF16", "F16", "F32"):
-            raise BadCheckpoint(
-                f"{path}.{kind} is {tensor.dtype}{list(tensor.shape)}; expected {list(wanted[kind])} in 16 bit"
-            )
-    if len(found.keys() & set(BRANCH)) == 1:
-        raise BadCheckpoint(f"{checkpoint.directory} has half of the branch of {path}; expected {' and '.join(BRANCH)}")
-
-
-def _check_fp8_linear(checkpoint: Checkpoint, path: str) -> None:
-    for name in FP8_SCALES:
-        scale = checkpoint.tensors.get(f"{path}.{name}")
-        if scale is None:
-            raise BadCheckpoint(
-                f"{checkpoint.directory} lacks {path}.{name}; expected FP8 codes with both their scales"
-            )
-        if scale.dtype != "F32" or scale.shape != ():
-            raise BadCheckpoint(
-                f"{path}.{name} is {scale.dtype}{list(scale.shape)} in {checkpoint.directory}; expected one F32 for "
-                "the whole tensor: FP8 per channel or in blocks is not supported, quantize again"
-            )
-
-
-def _check_attention(checkpoint: Checkpoint, path: str) -> None:
-    for name in (f"{path}.{scale}" for scale in fp8_attention.SCALES):
-        stored = checkpoint.tensors.get(name)
-        if stored is None or stored.dtype != "F32" or stored.shape:
-            found = f"{stored.dtype}{list(stored.shape)}" if stored else "nothing"
-            raise BadCheckpoint(
-                f"{checkpoint.directory} has {found} as {name}; expected an F32 scalar, as {path} is in FP8: "
-                "quantize again"
+                f"{checkpoint.directory} has nothing as {path}.{fp8_attention.SCALES[0]}; expected an F32 scalar, as "
+                f"{path} is in FP8 by its {MANIFEST}: quantize again"
             )
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
     """Load a quantized checkpoint as its diffusers class, in eval mode, on the CPU.
 
-    Every quantized linear becomes an :class:`NVFP4Linear`, an :class:`SVDQuantLinear` or an :class:`FP8Linear`, and
-    attentions in FP8 compute as :class:`calibration.fp8_attention.FP8Attention`; in BF16 the model computes what fake
-    quantization computes, bit for bit.
+    Every quantized linear becomes an :class:`NVFP4Linear` or an :class:`FP8Linear`, one with a branch or a scaled input
+    a kind of :mod:`calibration.svdquant_linear`, and attentions in FP8 compute as
+    :class:`calibration.fp8_attention.FP8Attention`; in BF16 the model computes what fake quantization computes, bit for
+    bit.
 
     Args:
         directory: the checkpoint.
@@ -289,17 +271,24 @@ def empty_model(checkpoint: Checkpoint, quantize_activations: bool = True) -> nn
     """Return the model that :func:`load` returns, on the meta device."""
     with torch.device("meta"):
         model = model_class(checkpoint.family).from_config(plain_config(checkpoint.config))
-        kinds: dict[str, type[NVFP4Linear | FP8Linear]] = dict.fromkeys(checkpoint.quantized, NVFP4Linear)
-        for path, kind in {**kinds, **dict.fromkeys(checkpoint.fp8, FP8Linear)}.items():
-            linear = model.get_submodule(path)
-            sizes = linear.in_features, linear.out_features, linear.bias is not None
-            rank, smoothing = checkpoint.rank(path), checkpoint.is_smoothed(path)
-            replacement = SVDQuantLinear(*sizes, rank, smoothing) if rank or smoothing else kind(*sizes)
+        for path in dict.fromkeys((*checkpoint.quantized, *checkpoint.fp8, *checkpoint.branched)):
+            replacement = _linear_like(checkpoint, path, model.get_submodule(path))
             replacement.quantize_activations = quantize_activations
             model.set_submodule(path, replacement)
         for path in checkpoint.fp8_attentions if quantize_activations else ():
-            fp8_attention.quantize_attention(model.get_submodule(path))
+            fp8_attention.quantize_attention(model.get_submodule(path), checkpoint.rounds_output(path))
     return model
+
+
+def _linear_like(checkpoint: Checkpoint, path: str, linear: Any) -> Any:
+    """Return the module, on the meta device, that computes as a linear of the checkpoint."""
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    rank, smoothing = checkpoint.rank(path), checkpoint.is_smoothed(path)
+    if path in checkpoint.fp8:
+        return BranchedFP8Linear(*sizes, rank, smoothing) if rank or smoothing else FP8Linear(*sizes)
+    if path not in checkpoint.quantized:
+        return BranchedLinear(*sizes, rank, smoothing)
+    return SVDQuantLinear(*sizes, rank, smoothing) if rank or smoothing else NVFP4Linear(*sizes)
 
 
 def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
@@ -314,7 +303,7 @@ def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Call
         path, _, leaf = name.rpartition(".")
         if path in quantized and leaf == "weight":
             value = checkpoint.weight(path, dtype)
-        elif leaf in ("input_scale", *fp8_attention.SCALES):
+        elif leaf in ("input_scale", *fp8_attention.SCALES, OUTPUT_SCALE):
             value = checkpoint.tensor(name)
         else:
             value = checkpoint.tensor(name).to(dtype)

@@ -11,13 +11,14 @@ from torch.overrides import TorchFunctionMode
 
 from calibration import fp8
 from calibration.attention_amax import ATTENTION, checked_attentions
+from fp4trt.account import ATTENTION_SCALES, OUTPUT_SCALE
 
 __all__ = ["MODULE", "PROBABILITY_SCALE", "SCALES", "FP8Attention", "attention_scales", "quantize_attention"]
 
 MODULE: Final = "fp8_attention"
 """What such an attention calls the module that computes its products."""
 
-SCALES: Final = ("q_scale", "k_scale", "v_scale")
+SCALES: Final = ATTENTION_SCALES
 """What an attention in FP8 has beside its linears: FP32 scalars, amax / 448 of query, key and value."""
 
 PROBABILITY_SCALE: Final = 1 / fp8.E4M3_MAX
@@ -40,7 +41,12 @@ class FP8Attention(nn.Module):
     """
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: Iterable[torch.Tensor]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scales: Iterable[torch.Tensor],
+        output_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [B, H, L, D] in the operands' dtype.
 
@@ -49,16 +55,23 @@ class FP8Attention(nn.Module):
             key: [B, H, S, D], likewise.
             value: [B, H, S, D].
             scales: of the three, FP32, 0-d.
+            output_scale: what the result is rounded to E4M3 under, FP32, 0-d; None leaves it in 16 bit.
         """
         q, k, v = (fp8.fake_quantize(x, scale) for x, scale in zip((query, key, value), scales, strict=True))
         scores = (q @ k.transpose(-1, -2)).float() * torch.tensor(query.shape[-1] ** -0.5, device=q.device)
         rounded = fp8.fake_quantize(scores.softmax(-1), torch.tensor(PROBABILITY_SCALE, device=q.device))
-        return rounded.to(v.dtype) @ v
+        output = rounded.to(v.dtype) @ v
+        return output if output_scale is None else fp8.fake_quantize(output, output_scale)
 
 
-def quantize_attention(attention: nn.Module) -> None:
-    """Let a diffusers attention module compute in FP8; its state gets the buffers :data:`SCALES`, without values."""
-    for name in SCALES:
+def quantize_attention(attention: nn.Module, rounds_output: bool = False) -> None:
+    """Let a diffusers attention module compute in FP8; its state gets the buffers :data:`SCALES`, without values.
+
+    Args:
+        attention: changed in place.
+        rounds_output: round what the second product gives too; the state gets ``output_scale`` besides.
+    """
+    for name in (*SCALES, OUTPUT_SCALE) if rounds_output else SCALES:
         attention.register_buffer(name, torch.empty((), dtype=torch.float32))
     attention.add_module(MODULE, FP8Attention())
     attention.processor = _FP8Processor(attention.processor)  # type: ignore[assignment, arg-type]
@@ -98,4 +111,4 @@ class _InPlaceOfAttention(TorchFunctionMode):
         operands = [given.pop(name) for name in ("query", "key", "value")]
         assert not any(given.values()), f"an attention in FP8 has no {', '.join(given)}"
         scales = [getattr(self.attention, name) for name in SCALES]
-        return self.attention.get_submodule(MODULE)(*operands, scales)
+        return self.attention.get_submodule(MODULE)(*operands, scales, getattr(self.attention, OUTPUT_SCALE, None))

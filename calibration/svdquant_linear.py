@@ -1,20 +1,22 @@
-"""A linear layer of a checkpoint that SVDQuant or AWQ made, as torch runs it."""
+"""Linear layers with a low-rank branch or a scaled input, which SVDQuant and AWQ leave, as torch runs them."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from calibration.fp8_linear import FP8Linear
 from calibration.nvfp4_linear import NVFP4Linear
 
-__all__ = ["SVDQuantLinear"]
+__all__ = ["BranchedFP8Linear", "BranchedLinear", "SVDQuantLinear"]
 
 
-class SVDQuantLinear(NVFP4Linear):
-    """An NVFP4 linear of a smoothed input, and a low-rank branch in 16 bit beside it.
+class BranchedLinear(nn.Linear):
+    """A linear of a smoothed input, and a low-rank branch in 16 bit beside it.
 
-    ``x = input * pre_quant_scale``, then ``NVFP4Linear(x) + x @ svdquant_lora_a.T @ svdquant_lora_b.T``: in BF16 what
+    ``x = input * pre_quant_scale``, then ``linear(x) + x @ svdquant_lora_a.T @ svdquant_lora_b.T``: in BF16 what
     ModelOpt's fake-quantized module gives, bit for bit, because every product and sum is rounded where that rounds it.
+    ``linear`` is what the next class in line computes: here a plain one.
 
     Attributes:
         pre_quant_scale: [K]; there only where the linear was made with ``smoothing``.
@@ -43,3 +45,11 @@ class SVDQuantLinear(NVFP4Linear):
             return result
         branch = nn.functional.linear(x, self.svdquant_lora_a)
         return result + nn.functional.linear(branch, self.svdquant_lora_b)
+
+
+class SVDQuantLinear(BranchedLinear, NVFP4Linear):
+    """One whose weight, and smoothed input, are in NVFP4."""
+
+
+class BranchedFP8Linear(BranchedLinear, FP8Linear):
+    """One whose weight, and smoothed input, are in FP8."""

@@ -16,9 +16,11 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from calibration.bfloat16 import pieces_of
-from calibration.safetensors_file import StoredTensor, naming
+from calibration.bfloat16 import largest_magnitude, pieces_of
+from calibration.errors import BadCheckpoint
+from calibration.safetensors_file import HeldTensor, StoredTensor, naming
 from exporter.errors import BadGraph
+from fp4trt.account import SCALE_LEAVES
 
 __all__ = [
     "Accept",
@@ -27,6 +29,7 @@ __all__ = [
     "data_file",
     "folder_for",
     "must_copy",
+    "must_round",
     "save_pointing",
     "save_self_contained",
     "save_with_copies",
@@ -66,6 +69,8 @@ def folder_for(path: Path) -> Iterator[None]:
 def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) -> None:
     """Give every weight of the graph the checkpoint's tensor of its name, as external data.
 
+    One that is in no file, because it is made while the checkpoint is read, goes into the graph.
+
     Args:
         model: changed in place; its weights have no values yet.
         tensors: the checkpoint's.
@@ -76,7 +81,10 @@ def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) 
     """
     for name, value in _weights(model).items():
         stored = _required(name, value, tensors)
-        _point(value, stored.file, stored.offset, directory)
+        if isinstance(stored, HeldTensor):
+            value.const_value = ir.Tensor(stored.tensor().numpy(), dtype=value.dtype, name=name)
+        else:
+            _point(value, stored.file, stored.offset, directory)
 
 
 def _required(name: str, value: ir.Value, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
@@ -123,12 +131,19 @@ def must_copy(tensors: Mapping[str, StoredTensor], directory: Path) -> str | Non
     ONNX resolves external data below the graph's own folder only, and refuses files that are links (as in a hub's
     cache).
     """
-    for file in sorted({tensor.file for tensor in tensors.values()}):
+    for file in sorted({tensor.file for tensor in tensors.values() if not isinstance(tensor, HeldTensor)}):
         if file.parent.resolve() != directory.resolve():
             return f"the graph is written outside {file.parent}"
         if file.is_symlink() or file.stat().st_nlink > 1:
             return f"{file.name} is a link"
     return None
+
+
+def must_round(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Return why a graph, in which all but codes and scales is BF16, cannot point at these tensors, or None."""
+    rounded = (tensor.dtype for name, tensor in tensors.items() if name.rpartition(".")[2] not in SCALE_LEAVES)
+    others = sorted({"F16", "F32"}.intersection(rounded))
+    return f"weights stored as {', '.join(others)} are rounded to BF16" if others else None
 
 
 def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, accept: Accept) -> None:
@@ -143,33 +158,34 @@ def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Pa
         partial.unlink(missing_ok=True)
 
 
-def save_with_copies(
-    model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, accept: Accept, rounded: bool = False
-) -> None:
-    """Write a graph and, in ``NAME.onnx.data``, a copy of its weights.
+def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, accept: Accept) -> None:
+    """Write a graph and, in ``NAME.onnx.data``, a copy of its weights, rounded where the graph has BF16.
 
     Args:
         model: its weights have no values yet.
         tensors: the checkpoint's.
         path: the graph.
         accept: as :func:`save_self_contained`.
-        rounded: round what is stored in FP32 or FP16 to BF16 where the graph has BF16.
 
     Raises:
         BadGraph: as :func:`bind`.
+        BadCheckpoint: a value is no BF16 number.
     """
     contents: dict[str, Chunks] = {}
     for name, value in _weights(model).items():
         stored = tensors.get(name)
-        if rounded and stored and value.dtype == ir.DataType.BFLOAT16:
-            contents[name] = functools.partial(_rounded, stored)
+        if stored and stored.dtype in ("F16", "F32") and value.dtype == ir.DataType.BFLOAT16:
+            contents[name] = functools.partial(_rounded, name, stored)
         else:
             contents[name] = functools.partial(_whole, _required(name, value, tensors))
     save_self_contained(model, contents, path, accept)
 
 
-def _rounded(stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
-    return (piece.view(np.uint8) for piece in pieces_of(stored))
+def _rounded(name: str, stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
+    for piece in pieces_of(stored):
+        if largest_magnitude(piece) is None:
+            raise BadCheckpoint(f"{stored.file}: {name} holds values that are no BF16 numbers; expected finite weights")
+        yield piece.view(np.uint8)
 
 
 def _whole(stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:

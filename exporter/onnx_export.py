@@ -79,8 +79,7 @@ def export(
         raise BadGraph(f"{directory} is no folder that a graph could be written into; name one with --output")
     path = graph_path(output if output is not None else checkpoint.directory)
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
-    if precision == "bf16":
-        reason = reason or plain_checkpoint.must_round(checkpoint)
+    reason = reason or external_weights.must_round(checkpoint.tensors)
     copies = copy_weights or reason is not None
     with external_weights.folder_for(path):
         refuse_existing_results(path, copies, force)
@@ -108,9 +107,7 @@ def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: 
         # A finding, even a slow one, is a mistake of this room's, or of the checkpoint's data.
         accept = functools.partial(passed_lint, source=checkpoint.directory)
         if copies:
-            external_weights.save_with_copies(
-                model, checkpoint.tensors, path, accept, rounded=not checkpoint.is_quantized
-            )
+            external_weights.save_with_copies(model, checkpoint.tensors, path, accept)
         else:
             external_weights.save_pointing(model, checkpoint.tensors, path, accept)
         bar.update(10)
@@ -134,11 +131,11 @@ def graph_of(
     progress(60)
     fold_constants(model)
     stamp_blocks(model, _stacks(checkpoint))
-    drop_placeholders(model, [*checkpoint.quantized, *checkpoint.fp8])
     add_branches(model, branches(checkpoint))
+    drop_placeholders(model, [*checkpoint.quantized, *checkpoint.fp8])
     fp8_quantize(model, {path: leaders.get(path, path) for path in checkpoint.fp8})
     double_dequantize(model, leaders, scale_dtype)
-    fp8_attention(model, checkpoint.fp8_attentions)
+    fp8_attention(model, {path: checkpoint.rounds_output(path) for path in checkpoint.fp8_attentions})
     order_initializers(model)
     name_nodes(model)
     _describe(model, checkpoint, scale_dtype)
@@ -190,7 +187,7 @@ def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
 def branches(checkpoint: Checkpoint) -> dict[str, Branch]:
     """Return what the linears have that SVDQuant or AWQ made, tensors that are equal in a group standing for all."""
     found = {}
-    for group in checkpoint.groups:
+    for group in checkpoint.groups_of(checkpoint.branched):
         first: dict[tuple[bytes, ...], str] = {}
         for path in group:
             rank, scale = checkpoint.rank(path), _bytes(checkpoint, f"{path}.{SMOOTHING}")

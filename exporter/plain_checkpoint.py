@@ -13,7 +13,7 @@ from calibration.safetensors_file import StoredTensor
 from calibration.source import find_source, load_json, model_class, refuse_other_shapes, tensors_of
 from exporter.errors import WrongPrecision
 
-__all__ = ["is_plain", "must_round", "read"]
+__all__ = ["is_plain", "read"]
 
 
 def is_plain(folder: Path) -> bool:
@@ -55,9 +55,3 @@ def _refuse_unusable(name: str, stored: StoredTensor) -> None:
     refuse_other_types(name, stored)
     if any(largest_magnitude(piece) is None for piece in pieces_of(stored)):
         raise BadCheckpoint(f"{stored.file}: {name} holds NaN or infinite values; expected finite weights")
-
-
-def must_round(checkpoint: Checkpoint) -> str | None:
-    """Return why a BF16 graph cannot point at a checkpoint's weights, or None."""
-    others = sorted({tensor.dtype for tensor in checkpoint.tensors.values()} - {"BF16"})
-    return f"weights stored as {', '.join(others)} are rounded to BF16" if others else None

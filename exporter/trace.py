@@ -29,7 +29,7 @@ _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS = 2, 16, 8
 
 
 def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
-    """Return the checkpoint's model as torch.export sees it, with a TracedLinear for all that its family quantizes.
+    """Return the checkpoint's model as torch.export sees it, with a TracedLinear for every linear.
 
     Its weights are on the meta device: nothing of the checkpoint's data is read. Stacks of equal blocks are traced at
     most :data:`~exporter.passes.stamp_blocks.TRACED_BLOCKS` high; what format this checkpoint has the linears in makes
@@ -40,10 +40,9 @@ def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
     config |= {key: min(config[key], TRACED_BLOCKS) for key in family.stacks.values()}
     model = _meta_model(family, config)
     with torch.device("meta"):
-        for path in family.quantized(config):
-            linear = model.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
-            model.set_submodule(path, TracedLinear(linear, path))
+        for path, linear in [*model.named_modules()]:
+            if isinstance(linear, nn.Linear):
+                model.set_submodule(path, TracedLinear(linear, path))
     example = family.example_inputs(config, _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS, 0, torch.bfloat16)
     inputs = {name: value.to("meta") for name, value in example.items()}
     with _quiet():

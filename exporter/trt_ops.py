@@ -64,7 +64,7 @@ def _(weight: torch.Tensor) -> torch.Tensor:
 
 
 class TracedLinear(nn.Linear):
-    """A quantized linear while the model is traced; ``path`` is its module path."""
+    """A linear, which may be quantized, while the model is traced; ``path`` is its module path."""
 
     def __init__(self, linear: nn.Linear, path: str) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype)

@@ -69,7 +69,7 @@ def compare_attention(
     places = {_quantized(operand): f"{attention.path}:{name}" for name, operand in operands.items()}
     feeds = {places[_quantized(operand)]: _laid(operand, teacher.operands[name]) for name, operand in operands.items()}
     codes = [_codes(operand) for operand in operands.values()]
-    session = runtime_session(simulate(cut(model, places, [*codes, attention.output.output[0]])), directory)
+    session = runtime_session(simulate(cut(model, places, [*codes, attention.gives])), directory)
     *found, output = session.run(None, feeds)
     expected = [_laid(operand, teacher.codes[name]) for name, operand in operands.items()]
     differing = sum(_unequal(values, wanted) for values, wanted in zip(found, expected, strict=True))

@@ -59,6 +59,7 @@ class Attention:
         scores: the product of query and key.
         softmax: what follows, but for scaling and Casts.
         output: the product with the value.
+        rounded: the DequantizeLinear of what that gives, where it is rounded to FP8 too; None where it is not.
         operands: q, k, softmax, v.
     """
 
@@ -67,6 +68,12 @@ class Attention:
     softmax: NodeProto
     output: NodeProto
     operands: tuple[Operand, ...]
+    rounded: NodeProto | None = None
+
+    @property
+    def gives(self) -> str:
+        """The tensor that it gives."""
+        return str((self.rounded or self.output).output[0])
 
     @property
     def in_fp8(self) -> bool:
@@ -108,7 +115,17 @@ def _attention(graph: Graph, softmax: NodeProto) -> Attention | None:
     path, _, rest = scores.name.partition("/scores/")
     read = dict(zip(OPERANDS, (*scores.input, *output.input), strict=True))
     operands = tuple(_operand(graph, name, tensor) for name, tensor in read.items())
-    return Attention(path if rest else output.name.rpartition("/")[0] or output.name, scores, softmax, output, operands)
+    name = path if rest else output.name.rpartition("/")[0] or output.name
+    return Attention(name, scores, softmax, output, operands, _rounded(graph, output))
+
+
+def _rounded(graph: Graph, output: NodeProto) -> NodeProto | None:
+    """Return the DequantizeLinear behind a product whose result only an FP8 quantizer reads."""
+    readers = graph.consumers.get(output.output[0], [])
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or not _gives_fp8(graph, readers[0]):
+        return None
+    behind = graph.consumers.get(readers[0].output[0], [])
+    return behind[0] if len(behind) == 1 and behind[0].op_type == "DequantizeLinear" else None
 
 
 def _scores(graph: Graph, softmax: NodeProto) -> NodeProto | None:

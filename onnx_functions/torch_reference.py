@@ -306,10 +306,10 @@ def teacher_of(
     scales: dict[str, np.float32] = {}
     smoothings: dict[str, FloatArray] = {}
     for linear in linears:
-        if linear.quantizer is None:
-            continue
         if (smoothing := _smoothing(linear, held, index, folder)) is not None:
             smoothings[linear.path] = smoothing
+        if linear.quantizer is None:
+            continue
         stored = held.checkpoint.tensors.get(f"{linear.path}.input_scale")
         # A 16-bit reference knows no activation scales: then the graph's own are taken.
         own = index.initializers.get(linear.quantizer.scale)
@@ -322,18 +322,20 @@ def teacher_of(
         return _round(x * smoothings[path]) if path in smoothings else x
 
     def quantize(path: str, x: FloatArray) -> tuple[FloatArray, ...]:
+        x = smoothed(path, x)
         if held.formats.get(path) == "fp8":
             return (_quantize_fp8(x, scales[path]),)
-        codes, scale_bytes = _quantize(smoothed(path, x), scales[path])
+        codes, scale_bytes = _quantize(x, scales[path])
         return weight_gates.E2M1[codes], scale_bytes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
     def product(path: str, x: FloatArray) -> FloatArray:
         bias = f"{path}.bias"
         added = _round(held.raw(bias)) if bias in held.checkpoint.tensors else None
-        if not held.quantized or path not in scales:
+        if not held.quantized:
             return _multiply(x, held.weight(path), added)
         x = smoothed(path, x)
-        result = _multiply(held.requantized(path, x, scales[path]), held.weight(path), added)
+        read = held.requantized(path, x, scales[path]) if path in scales else x
+        result = _multiply(read, held.weight(path), added)
         if not held.checkpoint.rank(path):
             return result
         a, b = (_round(held.raw(f"{path}.{factor}")) for factor in BRANCH)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,30 +22,31 @@ _PLAIN: Final[Mapping[str, float]] = {"is_causal": 0, "qk_matmul_output_mode": 0
 """Attributes that change nothing; any other is not written out here."""
 
 
-def fp8_attention(model: ir.Model, attentions: Collection[str]) -> None:
+def fp8_attention(model: ir.Model, attentions: Mapping[str, bool]) -> None:
     """Rewrite in place, a graph that we traced: the Attention of each of these modules, and of no other.
 
     1. Query, key (transposed) and value are rounded to E4M3: QuantizeLinear and DequantizeLinear under ``A.q_scale``,
        ``A.k_scale`` and ``A.v_scale``, new initializers without values yet. DequantizeLinear feeds MatMul directly.
     2. Products in the operands' type; between them, in FP32, the factor 1 / sqrt(D) and Softmax.
     3. What Softmax gives is rounded to E4M3 under 1 / 448, out of FP32: a Cast before it would undo the fusion.
+    4. What the second product gives is rounded as its operands are, where that is asked for.
 
     This is what :class:`calibration.fp8_attention.FP8Attention` computes. Measured with TensorRT-RTX 1.7.1: one kernel,
     where a sequence is never shorter than 32; the Attention operator with rounded operands would run in 16 bit.
 
     Args:
         model: constants folded, nodes still with the tracer's scopes.
-        attentions: module paths.
+        attentions: module path to whether what the second product gives is rounded too, under ``A.output_scale``.
 
     Raises:
         BadGraph: there is no Attention in one of the modules, or one that masks.
     """
     found = {module_path(node): node for node in model.graph if node.op_type == "Attention"}
     scales: dict[float, ir.Value] = {}
-    for path in attentions:
+    for path, rounds_output in attentions.items():
         if path not in found:
             raise BadGraph(f"{path} has no Attention to write out in FP8; known are {', '.join(found) or 'none'}")
-        _WrittenOut(model.graph, found[path], path, scales).replace()
+        _WrittenOut(model.graph, found[path], path, scales, rounds_output).replace()
 
 
 @dataclass
@@ -56,6 +57,7 @@ class _WrittenOut:
     node: ir.Node
     path: str
     constants: dict[float, ir.Value]
+    rounds_output: bool
 
     def replace(self) -> None:
         """Put the products in the place of the node."""
@@ -74,6 +76,8 @@ class _WrittenOut:
         softmax = self._add("softmax/Softmax", [scaled], shape, _FP32, axis=-1)
         rounded = self._quantized("softmax", softmax, self._constant(PROBABILITY_SCALE), query.dtype)
         output = self._add("output/MatMul", [rounded, v], ir.Shape([batch, heads, length, shapes[2][-1]]), query.dtype)
+        if self.rounds_output:
+            output = self._rounded("output", output)
         self.node.outputs[0].replace_all_uses_with(output)
         self.graph.remove(self.node, safe=True)
 

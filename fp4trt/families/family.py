@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ class Family:
         stream: module path of a quantized linear to whose tokens it reads, as names of symbols joined by ``+``, such as
             ``L+T``; empty where it reads one vector.
         modulated: module path of a block to its linears behind an adaptive norm.
+        state: name to shape of every tensor of a config's plain checkpoint, in the order of the model's own state.
     """
 
     name: str
@@ -97,10 +98,28 @@ class Family:
     outputs: tuple[str, ...]
     stream: Callable[[str], str]
     modulated: Callable[[str], tuple[Modulated, ...]]
+    state: Callable[[Config], dict[str, tuple[int, ...]]]
 
     def quantized(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the quantized linears, in graph order."""
         return tuple(path for group in self.groups(config) for path in group)
+
+    def linears(self, config: Config) -> dict[str, tuple[int, int]]:
+        """Return module path to [N, K] of every linear, the quantized ones first and in graph order.
+
+        In these models linears alone have matrices.
+        """
+        matrices = {name: shape for name, shape in self.state(config).items() if len(shape) == 2}
+        first = [f"{path}.weight" for path in self.quantized(config)]
+        ordered = (*first, *(name for name in matrices if name not in set(first)))
+        return {name.removesuffix(".weight"): (matrices[name][0], matrices[name][1]) for name in ordered}
+
+    def groups_of(self, config: Config, paths: Collection[str]) -> tuple[tuple[str, ...], ...]:
+        """Return some linears by shared input; one outside :attr:`groups` is alone."""
+        found = set(paths)
+        kept = [tuple(path for path in group if path in found) for group in self.groups(config)]
+        known = {path for group in kept for path in group}
+        return (*(group for group in kept if group), *((path,) for path in paths if path not in known))
 
     def rows(self, path: str) -> int:
         """Return how many rows a linear multiplies for one picture of the default size."""

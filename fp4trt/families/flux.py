@@ -9,7 +9,7 @@ from fp4trt.families.family import Config, Family, Modulated, Symbol
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLUX", "attentions", "example_inputs", "groups", "input_shapes", "modulated", "problem", "stream"]
+__all__ = ["FLUX", "attentions", "example_inputs", "groups", "input_shapes", "modulated", "problem", "state", "stream"]
 
 DOUBLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
     ("norm1.linear",),
@@ -93,6 +93,52 @@ def modulated(block: str) -> tuple[Modulated, ...]:
     )
 
 
+def state(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return name to shape of every tensor, as diffusers' FluxTransformer2DModel has them."""
+    head = config["attention_head_dim"]
+    width = config["num_attention_heads"] * head
+    inner = 4 * width
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(path: str, rows: int, columns: int) -> None:
+        shapes[f"{path}.weight"], shapes[f"{path}.bias"] = (rows, columns), (rows,)
+
+    def norms(path: str, *names: str) -> None:
+        shapes.update({f"{path}.{name}.weight": (head,) for name in names})
+
+    embedders = {"timestep": 256, "guidance": 256, "text": config["pooled_projection_dim"]}
+    for name, columns in embedders.items():
+        if name != "guidance" or config.get("guidance_embeds"):
+            linear(f"time_text_embed.{name}_embedder.linear_1", width, columns)
+            linear(f"time_text_embed.{name}_embedder.linear_2", width, width)
+    linear("context_embedder", width, config["joint_attention_dim"])
+    linear("x_embedder", width, config["in_channels"])
+    for index in range(config["num_layers"]):
+        block = f"transformer_blocks.{index}"
+        linear(f"{block}.norm1.linear", 6 * width, width)
+        linear(f"{block}.norm1_context.linear", 6 * width, width)
+        norms(f"{block}.attn", "norm_q", "norm_k")
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            linear(f"{block}.attn.{name}", width, width)
+        norms(f"{block}.attn", "norm_added_q", "norm_added_k")
+        for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+            linear(f"{block}.attn.{name}", width, width)
+        for name in ("ff", "ff_context"):
+            linear(f"{block}.{name}.net.0.proj", inner, width)
+            linear(f"{block}.{name}.net.2", width, inner)
+    for index in range(config["num_single_layers"]):
+        block = f"single_transformer_blocks.{index}"
+        linear(f"{block}.norm.linear", 3 * width, width)
+        linear(f"{block}.proj_mlp", inner, width)
+        linear(f"{block}.proj_out", width, width + inner)
+        norms(f"{block}.attn", "norm_q", "norm_k")
+        for name in ("to_q", "to_k", "to_v"):
+            linear(f"{block}.attn.{name}", width, width)
+    linear("norm_out.linear", 2 * width, width)
+    linear("proj_out", config.get("patch_size", 1) ** 2 * (config.get("out_channels") or config["in_channels"]), width)
+    return shapes
+
+
 def input_shapes(config: Config) -> dict[str, tuple[str | int, ...]]:
     """Return each input's symbolic shape, in the order that NVIDIA's and Black Forest Labs' runtimes use."""
     shapes: dict[str, tuple[str | int, ...]] = {
@@ -164,4 +210,5 @@ FLUX: Final = Family(
     outputs=("latent",),
     stream=stream,
     modulated=modulated,
+    state=state,
 )

@@ -22,8 +22,8 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from calibration.checkpoint import Checkpoint
-from calibration.safetensors_file import StoredTensor
 from exporter.onnx_export import graph_of
+from fp4trt.account import Account, StoredForm
 from fp4trt.families import family_of
 
 BF16, FP16, FP32 = TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT
@@ -169,13 +169,11 @@ def _traced_graph(
     Attentions are in FP8 where either says so.
     """
     config = {**FLUX_CONFIG, **changes}
-    nowhere = StoredTensor(Path(), "F8_E4M3", (), 0, 0)
-    paths = [path for path in family_of(config).quantized(config) if keep(path)]
-    eights = [path for path in family_of(config).quantized(config) if fp8(path)]
-    stored = {f"{path}.weight_scale": nowhere for path in paths} | {f"{path}.weight": nowhere for path in eights}
-    attentions = [path for path in family_of(config).attentions(config) if keep(path) or fp8(path)]
-    stored |= {f"{path}.q_scale": nowhere for path in attentions}
-    checkpoint = Checkpoint(Path(), config, {}, stored)
+    family = family_of(config)
+    formats = {path: "nvfp4" if keep(path) else "fp8" if fp8(path) else "16-bit" for path in family.quantized(config)}
+    attentions = {path: {} for path in family.attentions(config) if keep(path) or fp8(path)}
+    forms = {path: StoredForm(kind, family.linears(config)[path], 0, False) for path, kind in formats.items()}
+    checkpoint = Checkpoint(Path(), config, {}, {}, Account(family, (), forms, attentions, {}))
     groups = (*checkpoint.groups, *checkpoint.groups_of(checkpoint.fp8))
     leaders = {path: group[0] for group in groups for path in group}
     model = graph_of(checkpoint, leaders, "float32", lambda hundredths: None)

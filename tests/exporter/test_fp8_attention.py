@@ -90,4 +90,4 @@ def _attention(**attributes: float) -> ir.Model:
 )
 def test_attention_that_cannot_be_written_out_is_refused(model: ir.Model, path: str, found: str) -> None:
     with pytest.raises(BadGraph, match=found):
-        write_out(model, [path])
+        write_out(model, {path: False})

@@ -1,0 +1,377 @@
+"""What every tensor of a quantized checkpoint means, from its headers and its config alone.
+
+Each tensor is the plain model's own, or belongs to a linear or an attention of it, or is refused by name: nothing is
+passed over. All verbs read a quantized checkpoint through this, so that they give one answer.
+
+For a linear X, in or outside the family's own selection: ``X.weight`` U8 [N, K/2] (NVFP4, two E2M1 codes a byte) with
+``X.weight_scale`` F8_E4M3 [N, K/16] and the F32 scalars ``X.weight_scale_2`` and ``X.input_scale``; or F8_E4M3 [N, K]
+(FP8) with the F32 scalars ``X.weight_scale`` and ``X.input_scale``; or 16 or 32 bit. With any of them
+``X.pre_quant_scale`` [K] and ``X.svdquant_lora_a`` [rank, K] with ``X.svdquant_lora_b`` [N, rank]. For an attention A
+in FP8 the F32 scalars ``A.q_scale``, ``A.k_scale``, ``A.v_scale`` and, where its output is rounded too,
+``A.output_scale``; or ModelOpt's amax of the same. Source: ModelOpt 0.47's unified export.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal, Protocol
+
+from fp4trt.errors import BadCheckpoint
+from fp4trt.families import Family, family_of
+
+__all__ = [
+    "ATTENTION_SCALES",
+    "BLOCK_SIZE",
+    "BMM_AMAX",
+    "BRANCH",
+    "OUTPUT_SCALE",
+    "SCALES",
+    "SCALE_LEAVES",
+    "SMOOTHING",
+    "Account",
+    "Format",
+    "StoredForm",
+    "TensorHeader",
+    "account_of",
+    "is_quantized",
+]
+
+Format = Literal["nvfp4", "fp8", "16-bit"]
+
+BLOCK_SIZE: Final = 16
+"""Weights under one block scale of NVFP4."""
+
+SCALES: Final[Mapping[Format, tuple[str, ...]]] = {
+    "nvfp4": ("weight_scale", "weight_scale_2", "input_scale"),
+    "fp8": ("weight_scale", "input_scale"),
+    "16-bit": (),
+}
+"""What a linear has beside its weight and bias."""
+
+SMOOTHING: Final = "pre_quant_scale"
+"""What one has besides where its input is scaled by channel, [K]."""
+
+BRANCH: Final = ("svdquant_lora_a", "svdquant_lora_b")
+"""What one has besides where a low-rank branch is added to its product, [rank, K] and [N, rank]."""
+
+ATTENTION_SCALES: Final = ("q_scale", "k_scale", "v_scale")
+"""What an attention in FP8 has: amax / 448 of query, key and value."""
+
+OUTPUT_SCALE: Final = "output_scale"
+"""What it has besides where what its second product gives is rounded to FP8 too."""
+
+SCALE_LEAVES: Final = frozenset((*SCALES["nvfp4"], *ATTENTION_SCALES, OUTPUT_SCALE))
+"""All that is a scale, in FP32 or E4M3; every other tensor is rounded to BF16 in a graph."""
+
+BMM_AMAX: Final[Mapping[str, str]] = {
+    "q_bmm_quantizer._amax": "q_scale",
+    "k_bmm_quantizer._amax": "k_scale",
+    "v_bmm_quantizer._amax": "v_scale",
+    "bmm2_output_quantizer._amax": OUTPUT_SCALE,
+}
+"""What ModelOpt writes of an attention: the amax that makes each scale."""
+
+_FLOAT: Final = ("BF16", "F16", "F32")
+_FORMAT_OF: Final[Mapping[str, Format]] = {
+    "U8": "nvfp4",
+    "F8_E4M3": "fp8",
+    **dict.fromkeys(_FLOAT, "16-bit"),
+}
+_READ: Final = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "FP8")
+"""What ModelOpt calls the formats that are read."""
+_CALLED: Final[Mapping[str, str]] = {
+    "W4A16_NVFP4": "weight-only NVFP4",
+    "W4A8_NVFP4_FP8": "NVFP4 weights with FP8 activations",
+    "W4A8_MXFP4_FP8": "MXFP4 weights with FP8 activations",
+    "MXFP4": "MXFP4",
+    "MXFP8": "MXFP8",
+    "W8A8_SQ_PER_CHANNEL": "INT8 SmoothQuant",
+    "W8A16": "weight-only INT8",
+    "W4A16_AWQ": "weight-only INT4 AWQ",
+    "W4A8_AWQ": "INT4 AWQ weights with FP8 activations",
+    "FP8_PER_CHANNEL_PER_TOKEN": "FP8 per channel and token",
+    "FP8_PB_WO": "weight-only FP8 in blocks",
+}
+_ADVICE: Final = "quantize the 16-bit checkpoint with fp4trt quantize, or with ModelOpt's NVFP4 or FP8 configs"
+
+
+class TensorHeader(Protocol):
+    """What a safetensors header says of a tensor."""
+
+    @property
+    def dtype(self) -> str:
+        """Its type by the name there, such as ``F8_E4M3``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """How a linear is stored.
+
+    Attributes:
+        format: of its weight.
+        shape: [N, K], in elements.
+        rank: of its low-rank branch, 0 without one.
+        smoothed: whether its input is scaled by channel first.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    rank: int
+    smoothed: bool
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a quantized checkpoint holds, every tensor of it.
+
+    Attributes:
+        family: of the model.
+        linears: module path of every linear to how it is stored, those that the family quantizes first, in graph order.
+        attentions: module path of each attention in FP8 to scale (of :data:`ATTENTION_SCALES` or
+            :data:`OUTPUT_SCALE`) to the tensor that gives it: the scale itself, or ModelOpt's amax.
+        family_state: names of the tensors that a plain checkpoint has.
+        meanings: name of every tensor to what it is, in words.
+    """
+
+    family: Family
+    family_state: Collection[str]
+    linears: Mapping[str, StoredForm]
+    attentions: Mapping[str, Mapping[str, str]]
+    meanings: Mapping[str, str]
+
+    def of_format(self, kind: Format) -> tuple[str, ...]:
+        """Return the linears in a format."""
+        return tuple(path for path, form in self.linears.items() if form.format == kind)
+
+    @cached_property
+    def altered(self) -> tuple[str, ...]:
+        """The linears with a branch or a scaled input, whatever the format of their weight."""
+        return tuple(path for path, form in self.linears.items() if form.rank or form.smoothed)
+
+
+def is_quantized(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> bool:
+    """Whether a checkpoint is no plain one: by its config, or by a type or a scale that no plain one has."""
+    if "quantization_config" in config:
+        return True
+    endings = (".weight_scale", ".weight_scale_2", ".input_scale")
+    return any(name.endswith(endings) or tensor.dtype in ("U8", "F8_E4M3") for name, tensor in tensors.items())
+
+
+def account_of(
+    where: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorHeader],
+    scalar: Callable[[str], float] | None = None,
+) -> Account:
+    """Return what every tensor of a quantized checkpoint means.
+
+    Args:
+        where: the checkpoint, for messages.
+        config: its config.json.
+        tensors: name to type and shape.
+        scalar: name of a tensor of one element to its value; None leaves the values alone.
+
+    Raises:
+        BadCheckpoint: naming a tensor that is absent, contradictory, or of no meaning here, and what to do; or the
+            format of the whole where that is none that is read.
+        UnknownFamily: the model is of no family of ours.
+    """
+    family = family_of(config)
+    _refuse_other_algorithms(where, config.get("quantization_config"))
+    return _Reader(where, config, family, tensors, scalar).account()
+
+
+def _refuse_other_algorithms(where: str, described: Any) -> None:
+    """Refuse what the config says to be in a format that is not read, by its name."""
+    if described is None:
+        return
+    if not isinstance(described, Mapping):
+        raise BadCheckpoint(f"{where}: quantization_config is {described!r}, expected an object: copy it again")
+    method, algorithm = described.get("quant_method"), described.get("quant_algo")
+    if method not in (None, "modelopt"):
+        raise BadCheckpoint(
+            f"{where} is quantized by {method!r}, says its quantization_config; expected ModelOpt's layout: {_ADVICE}"
+        )
+    layers = described.get("quantized_layers")
+    named = {"": algorithm} if algorithm != "MIXED_PRECISION" else {}
+    for path, layer in layers.items() if isinstance(layers, Mapping) else ():
+        named[str(path)] = layer.get("quant_algo") if isinstance(layer, Mapping) else layer
+    for path, name in named.items():
+        if name is not None and name not in _READ:
+            called = f" ({_CALLED[name]})" if name in _CALLED else ""
+            of = f"{path} in {where}" if path else where
+            raise BadCheckpoint(
+                f"{of} is quantized to {name}{called}, says its quantization_config; expected one of "
+                f"{', '.join(_READ)}: {_ADVICE}"
+            )
+
+
+class _Reader:
+    """One checkpoint while its tensors are accounted for."""
+
+    def __init__(
+        self,
+        where: str,
+        config: Mapping[str, Any],
+        family: Family,
+        tensors: Mapping[str, TensorHeader],
+        scalar: Callable[[str], float] | None,
+    ) -> None:
+        self.where, self.config, self.family, self.tensors, self.scalar = where, config, family, tensors, scalar
+        self.state = family.state(config)
+        self.meanings: dict[str, str] = {}
+
+    def account(self) -> Account:
+        linears = {path: self._linear(path, shape) for path, shape in self.family.linears(self.config).items()}
+        attentions = {path: scales for path in self.family.attentions(self.config) if (scales := self._attention(path))}
+        for name, shape in self.state.items():
+            if name not in self.meanings:
+                self._floating(name, shape, "of the model itself")
+        self._refuse_unknown()
+        return Account(self.family, self.state.keys(), linears, attentions, self.meanings)
+
+    def _linear(self, path: str, shape: tuple[int, int]) -> StoredForm:
+        name, (rows, columns) = f"{path}.weight", shape
+        stored = self._required(name, "the weight of a linear")
+        kind = _FORMAT_OF.get(stored.dtype)
+        if kind is None:
+            raise self._wrong(name, "U8 (NVFP4), F8_E4M3 (FP8), BF16, F16 or F32")
+        packed = kind == "nvfp4"
+        if packed and columns % BLOCK_SIZE:
+            raise self._wrong(name, f"16 bit: NVFP4 needs a multiple of {BLOCK_SIZE} in-features, {path} has {columns}")
+        if stored.shape != ((rows, columns // 2) if packed else shape):
+            wanted = [rows, columns // 2] if packed else list(shape)
+            raise self._wrong(name, f"{wanted} by its config.json")
+        self.meanings[name] = {"nvfp4": "NVFP4 codes", "fp8": "FP8 codes", "16-bit": "a weight"}[kind]
+        for leaf in SCALES[kind]:
+            if f"{path}.{leaf}" not in self.tensors:
+                raise BadCheckpoint(
+                    f"{self.where} lacks {path}.{leaf}; {name} is {stored.dtype}, expected "
+                    f"{'NVFP4' if packed else 'FP8'} codes with all their scales: {' and '.join(SCALES[kind])}"
+                )
+            if packed and leaf == "weight_scale":
+                self._block_scales(path, shape)
+            else:
+                self._scalar(f"{path}.{leaf}", f"a scale of {kind.upper()}")
+        return StoredForm(kind, shape, self._branch(path, shape), self._smoothing(path, columns))
+
+    def _block_scales(self, path: str, shape: tuple[int, int]) -> None:
+        name, wanted = f"{path}.weight_scale", (shape[0], shape[1] // BLOCK_SIZE)
+        stored = self.tensors[name]
+        if stored.dtype != "F8_E4M3" or stored.shape != wanted:
+            raise self._wrong(name, f"F8_E4M3{list(wanted)}, the block scales of NVFP4")
+        self.meanings[name] = "block scales"
+
+    def _scalar(self, name: str, meaning: str, dtypes: tuple[str, ...] = ("F32",)) -> None:
+        stored = self._required(name, meaning)
+        if stored.dtype not in dtypes or stored.shape not in ((), (1,)):
+            raise self._wrong(name, f"{dtypes[0]}[], {meaning}, one for the whole tensor")
+        value = self.scalar(name) if self.scalar is not None else 1.0
+        if not 0 < value < float("inf"):
+            raise BadCheckpoint(
+                f"{name} is {value:g} in {self.where}; expected a finite number above zero: calibrate again"
+            )
+        self.meanings[name] = meaning
+
+    def _smoothing(self, path: str, columns: int) -> bool:
+        name = f"{path}.{SMOOTHING}"
+        if name not in self.tensors:
+            return False
+        self._floating(name, (columns,), "what the input of a linear is multiplied by")
+        return True
+
+    def _branch(self, path: str, shape: tuple[int, int]) -> int:
+        names = [f"{path}.{leaf}" for leaf in BRANCH]
+        found = [name for name in names if name in self.tensors]
+        if not found:
+            return 0
+        if len(found) == 1:
+            raise BadCheckpoint(
+                f"{self.where} has half of the branch of {path}, {found[0]}; expected {' and '.join(BRANCH)}"
+            )
+        sizes = self.tensors[names[0]].shape
+        rank = sizes[0] if len(sizes) == 2 else 0
+        if rank < 1:
+            raise self._wrong(names[0], f"[rank, {shape[1]}] in 16 or 32 bit")
+        for name, wanted in zip(names, ((rank, shape[1]), (shape[0], rank)), strict=True):
+            self._floating(name, wanted, "a factor of a low-rank branch")
+        return rank
+
+    def _attention(self, path: str) -> dict[str, str]:
+        """Return scale to tensor of an attention in FP8, nothing of one in 16 bit."""
+        leaves = (*ATTENTION_SCALES, OUTPUT_SCALE)
+        ours = {leaf: f"{path}.{leaf}" for leaf in leaves if f"{path}.{leaf}" in self.tensors}
+        theirs = {scale: f"{path}.{leaf}" for leaf, scale in BMM_AMAX.items() if f"{path}.{leaf}" in self.tensors}
+        if ours and theirs:
+            name = next(iter(theirs.values()))
+            raise BadCheckpoint(f"{self.where} has {name} besides {next(iter(ours.values()))}; keep one of them")
+        found = ours or theirs
+        for scale in ATTENTION_SCALES if found else ():
+            if scale not in found:
+                leaf = scale if ours else next(leaf for leaf, made in BMM_AMAX.items() if made == scale)
+                raise BadCheckpoint(
+                    f"{self.where} lacks {path}.{leaf}, and has {next(iter(found.values()))}; expected query, key and "
+                    "value of an attention in FP8 alike: quantize again"
+                )
+        if theirs:
+            self._require_fp8_cache(theirs["q_scale"])
+        for name in found.values():
+            self._scalar(name, "a scale of attention" if ours else "an amax of attention", ("F32",) if ours else _AMAX)
+        return found
+
+    def _require_fp8_cache(self, name: str) -> None:
+        """Require that the quantizers of attention are FP8: the amax alone does not say so, the config's entry does."""
+        described = self.config.get("quantization_config") or {}
+        scheme = described.get("kv_cache_scheme") if isinstance(described, Mapping) else None
+        is_fp8 = isinstance(scheme, Mapping) and (scheme.get("num_bits"), scheme.get("type")) == (8, "float")
+        if not is_fp8:
+            raise BadCheckpoint(
+                f"{self.where} has {name}, and its quantization_config has kv_cache_scheme {scheme!r}; expected FP8 "
+                "attention, 8 bits of type float: quantize attention to FP8 or not at all"
+            )
+
+    def _floating(self, name: str, shape: tuple[int, ...], meaning: str) -> None:
+        stored = self._required(name, meaning)
+        if stored.dtype not in _FLOAT or stored.shape != shape:
+            raise self._wrong(name, f"{list(shape)} in BF16, F16 or F32, {meaning}")
+        self.meanings[name] = meaning
+
+    def _required(self, name: str, meaning: str) -> TensorHeader:
+        if name not in self.tensors:
+            near = difflib.get_close_matches(name, self.tensors.keys() - self.state.keys(), 1, 0.9)
+            hint = f"is it {near[0]}" if near else "is config.json the one of these weights"
+            raise BadCheckpoint(f"{self.where} lacks {name}, {meaning}; {hint}? Copy the files again")
+        return self.tensors[name]
+
+    def _wrong(self, name: str, expected: str) -> BadCheckpoint:
+        stored = self.tensors[name]
+        return BadCheckpoint(
+            f"{name} is {stored.dtype}{list(stored.shape)} in {self.where}; expected {expected}: quantize again"
+        )
+
+    def _refuse_unknown(self) -> None:
+        for name in self.tensors:
+            if name in self.meanings:
+                continue
+            path, _, leaf = name.rpartition(".")
+            stored, linear = self.tensors[name], self.tensors.get(f"{path}.weight")
+            told = f"{self.where} has {name}, {stored.dtype}{list(stored.shape)}, "
+            if linear is not None and f"{path}.weight" in self.state and leaf in SCALES["nvfp4"]:
+                raise BadCheckpoint(
+                    f"{told}but {path}.weight is {linear.dtype}, which has no such scale; expected both of one format: "
+                    "quantize again"
+                )
+            raise BadCheckpoint(
+                f"{told}which nothing here reads, and without it this is another model; expected the tensors of "
+                f"{self.family.class_name} and what NVFP4 and FP8 add to them: quantize again without it"
+            )
+
+
+_AMAX: Final = ("F32", "BF16", "F16")
