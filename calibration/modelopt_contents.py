@@ -13,19 +13,20 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from calibration import fp8_attention
-from calibration.checkpoint import BRANCH, SMOOTHING
+from calibration import fp8, fp8_attention
 from calibration.errors import BadAmax, BadCheckpoint
 from calibration.fused_linears import Fused
 from calibration.modelopt_linears import fp8_tensors, nvfp4_tensors
 from calibration.modelopt_quantizers import FORMATS, Unsayable, described, format_of, require_inert, smoothing_of
 from calibration.plain import require_whole_blocks
+from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING
 from fp4trt.families import Family
 
-__all__ = ["Contents", "contents_of", "linears_of", "tensors_of"]
+__all__ = ["ATTENTION_OPERANDS", "ATTENTION_OUTPUT", "Contents", "contents_of", "tensors_of"]
 
 ATTENTION_OPERANDS: Final = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")
-SOFTMAX: Final = "softmax_quantizer"
+ATTENTION_OUTPUT: Final = "bmm2_output_quantizer"
+_SOFTMAX: Final = "softmax_quantizer"
 
 _LAYER_NORMS: Final = "for m in model.modules(): isinstance(m, torch.nn.LayerNorm) and m.input_quantizer.disable()"
 
@@ -36,11 +37,11 @@ class Contents:
 
     Attributes:
         formats: module path of every linear to ``nvfp4``, ``fp8`` or ``bf16``, those of the family first.
-        attentions: module paths of the attentions in FP8.
+        attentions: module path of each attention in FP8 to whether what it gives is rounded too.
     """
 
     formats: Mapping[str, str]
-    attentions: tuple[str, ...]
+    attentions: Mapping[str, bool]
 
 
 def contents_of(model: nn.Module, family: Family, config: Mapping[str, Any], state: str) -> Contents:
@@ -56,10 +57,10 @@ def contents_of(model: nn.Module, family: Family, config: Mapping[str, Any], sta
         BadCheckpoint: some quantizer does what no checkpoint of ours can say; the first is named, with what it does.
         BadAmax: one was never calibrated.
     """
-    linears, attentions = linears_of(model), set(family.attentions(config))
+    linears, attentions = _linears_of(model), family.attentions(config)
     problems: list[tuple[str, Unsayable]] = []
     formats: dict[str, str] = {}
-    in_fp8 = set()
+    in_fp8: dict[str, bool] = {}
     for path, module in model.named_modules():
         quantizers = {name: child for name, child in module.named_children() if name.endswith("_quantizer")}
         if not quantizers or path.endswith("_quantizer"):
@@ -68,7 +69,8 @@ def contents_of(model: nn.Module, family: Family, config: Mapping[str, Any], sta
             if path in linears:
                 formats[path] = _linear_format(quantizers)
             elif path in attentions:
-                in_fp8 |= {path} if _is_fp8_attention(quantizers) else set()
+                rounded = _rounded_in_attention(quantizers)
+                in_fp8 |= {path: ATTENTION_OUTPUT in rounded} if rounded else {}
             else:
                 _require_all_inert(module, quantizers)
         except _At as problem:
@@ -78,12 +80,12 @@ def contents_of(model: nn.Module, family: Family, config: Mapping[str, Any], sta
     ordered = [path for path in family.quantized(config) if path in formats]
     ordered += [path for path in formats if path not in set(ordered)]
     kinds = {path: formats[path] for path in ordered} | {path: "bf16" for path in linears if path not in formats}
-    contents = Contents(kinds, tuple(path for path in family.attentions(config) if path in in_fp8))
+    contents = Contents(kinds, {path: in_fp8[path] for path in attentions if path in in_fp8})
     _check_amax(model, contents, state)
     return contents
 
 
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+def _linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linears of a model by their module path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
 
@@ -127,25 +129,27 @@ def _linear_format(quantizers: Mapping[str, nn.Module]) -> str:
     return weight or "bf16"
 
 
-def _is_fp8_attention(quantizers: Mapping[str, nn.Module]) -> bool:
-    """Whether an attention's two products are in FP8: those of the query, key and value are, or none.
+def _rounded_in_attention(quantizers: Mapping[str, nn.Module]) -> set[str]:
+    """Return what is rounded to FP8 in an attention: nothing, or query, key and value, and maybe what it gives.
 
     ModelOpt's torch model never rounds what softmax gives; its ONNX export does, as the kernel in FP8 does.
     """
+    known = (*ATTENTION_OPERANDS, _SOFTMAX, ATTENTION_OUTPUT)
     for leaf, child in quantizers.items():
-        if leaf not in (*ATTENTION_OPERANDS, SOFTMAX):
-            _inert(leaf, child, "what an attention gives")
-    found = _formats({leaf: quantizers[leaf] for leaf in (*ATTENTION_OPERANDS, SOFTMAX) if leaf in quantizers})
+        if leaf not in known:
+            _inert(leaf, child, "something in an attention")
+    found = _formats({leaf: quantizers[leaf] for leaf in known if leaf in quantizers})
     for leaf, kind in found.items():
         if kind not in (None, "fp8"):
-            raise _At(leaf, Unsayable(f"is in {described(quantizers[leaf])}", "attention is in FP8 or in 16 bit here"))
+            raise _At(leaf, Unsayable(f"is in {described(quantizers[leaf])}", "attention is in FP8 here, or in 16 bit"))
         if smoothing_of(quantizers[leaf]) is not None:
-            raise _At(leaf, Unsayable("scales what attention reads by channel (pre_quant_scale)"))
-    kinds = {found.get(leaf) for leaf in ATTENTION_OPERANDS}
-    if len(kinds) > 1:
-        leaf = next(leaf for leaf in ATTENTION_OPERANDS if found.get(leaf))
-        raise _At(leaf, Unsayable("is on, and not all three of q, k and v are", "expected FP8 for all three, or none"))
-    return kinds == {"fp8"}
+            raise _At(leaf, Unsayable("scales by channel in an attention (pre_quant_scale)"))
+    on = {leaf for leaf, kind in found.items() if kind} - {_SOFTMAX}
+    missing = [leaf for leaf in ATTENTION_OPERANDS if leaf not in on]
+    if on and missing:
+        remedy = "expected FP8 for query, key and value, or for none of an attention"
+        raise _At(min(on), Unsayable(f"is on, and {missing[0]} off", remedy))
+    return on
 
 
 def _require_all_inert(module: nn.Module, quantizers: Mapping[str, nn.Module]) -> None:
@@ -176,6 +180,7 @@ def _refuse(problems: Sequence[tuple[str, Unsayable]], state: str) -> None:
 def _check_amax(model: nn.Module, contents: Contents, state: str) -> None:
     on = [f"{path}.{kind}_quantizer" for path, form in contents.formats.items() if form != "bf16" for kind in _OPERANDS]
     on += [f"{path}.{leaf}" for path in contents.attentions for leaf in ATTENTION_OPERANDS]
+    on += [f"{path}.{ATTENTION_OUTPUT}" for path, rounds_output in contents.attentions.items() if rounds_output]
     for name in on:
         quantizer: Any = model.get_submodule(name)
         amax = quantizer.global_amax if quantizer.is_static_block_quant else quantizer.amax
@@ -219,10 +224,12 @@ def tensors_of(model: nn.Module, contents: Contents) -> dict[str, torch.Tensor]:
         elif kind == "fp8":
             tensors |= fp8_tensors(linear, path)
         tensors |= {f"{path}.{name}": value for name, value in _beside(path, linear).items()}
-    for path in contents.attentions:
+    for path, rounds_output in contents.attentions.items():
         attention: Any = model.get_submodule(path)
         amax = {f"{path}.{leaf[0]}": float(getattr(attention, leaf).amax) for leaf in ATTENTION_OPERANDS}
         tensors |= fp8_attention.attention_scales(amax, [path])
+        if rounds_output:
+            tensors[f"{path}.{OUTPUT_SCALE}"] = fp8.tensor_scale(float(getattr(attention, ATTENTION_OUTPUT).amax))
     return tensors
 
 

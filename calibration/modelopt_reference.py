@@ -17,7 +17,7 @@ from calibration import checkpoint, fp8
 from calibration.attention_amax import ATTENTION
 from calibration.errors import BadCheckpoint, NotReproduced
 from calibration.fp8_attention import PROBABILITY_SCALE
-from calibration.modelopt_contents import ATTENTION_OPERANDS, Contents
+from calibration.modelopt_contents import ATTENTION_OPERANDS, ATTENTION_OUTPUT, Contents
 from fp4trt.families import Family
 
 __all__ = ["INPUTS", "LIMIT", "outputs_of", "require_reproduced"]
@@ -85,17 +85,19 @@ def _compute_as_stored(model: nn.Module, contents: Contents) -> None:
             quantizer.backend = backends[kind]
     for path in contents.attentions:
         attention: Any = model.get_submodule(path)
-        for leaf in ATTENTION_OPERANDS:
+        for leaf in (*ATTENTION_OPERANDS, ATTENTION_OUTPUT):
             getattr(attention, leaf).backend = FP8_BACKEND
         attention._functionals_to_replace = [(nn.functional, ATTENTION.__name__, _fp8_attention)]
 
 
 def _fp8_attention(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Attention with ModelOpt's quantizers of query, key and value, and of what softmax gives as its export has it."""
+    """Attention with ModelOpt's own quantizers, and what softmax gives rounded as in ModelOpt's ONNX export."""
     given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     operands = [given.pop(name) for name in ("query", "key", "value")]
     assert not any(given.values()), f"an attention in FP8 has no {', '.join(given)}"
     quantizers = [getattr(module, leaf) for leaf in ATTENTION_OPERANDS]
     q, k, v = (quantizer(operand) for quantizer, operand in zip(quantizers, operands, strict=True))
     scores = (q @ k.transpose(-1, -2)).float() * torch.tensor(q.shape[-1] ** -0.5)
-    return fp8.fake_quantize(scores.softmax(-1), torch.tensor(PROBABILITY_SCALE)).to(v.dtype) @ v
+    rounded = fp8.fake_quantize(scores.softmax(-1), torch.tensor(PROBABILITY_SCALE)).to(v.dtype)
+    output: torch.Tensor = getattr(module, ATTENTION_OUTPUT)(rounded @ v)
+    return output

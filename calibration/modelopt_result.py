@@ -11,7 +11,6 @@ from typing import Any, Final, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from calibration.checkpoint import BRANCH, SMOOTHING
 from calibration.errors import BadCheckpoint, BadInputs
 from calibration.input_amax import Calibration
 from calibration.modelopt_contents import Contents, contents_of, tensors_of
@@ -24,6 +23,7 @@ from calibration.recipe import PTQ, FormatRules, ModelOpt, Recipe, SVDQuant
 from calibration.result_files import Given
 from calibration.safetensors_file import hold, sha256_of
 from calibration.source import empty_source, load_json, load_source, source_hashes
+from fp4trt.account import BRANCH, SMOOTHING
 from fp4trt.families import Family, family_of
 
 __all__ = ["Taken", "take"]
@@ -96,8 +96,9 @@ def take(folder: Path, state: Path, trust: bool, asked: Plain | None) -> Taken:
     restored = restore(load_source(folder), state, trust)
     model = restored.model
     contents = contents_of(model, family, config, str(state))
+    if all(kind == "bf16" for kind in contents.formats.values()):
+        raise BadCheckpoint(f"{state}: no linear's quantizers are on; expected some: quantize with ModelOpt first")
     tensors = tensors_of(model, contents)
-    _require_storable(contents, tensors, family, config, state)
     if asked is not None:
         _require_agreement(asked, restored, contents, tensors, state)
     plain = _plain(folder, family, config, restored, contents, tensors)
@@ -130,8 +131,8 @@ def _plain(
         formats=_rules(formats),
         attention="fp8" if contents.attentions else "bf16",
     )
-    groups = _groups(formats, tensors, family.groups(config))
-    return Plain(folder, config, family, model, ordered, recipe, formats, groups, contents.attentions)
+    groups = _groups(formats, tensors, family.groups_of(config, formats))
+    return Plain(folder, config, family, model, ordered, recipe, formats, groups, tuple(contents.attentions))
 
 
 def _rules(formats: Mapping[str, Any]) -> FormatRules:
@@ -154,30 +155,13 @@ def _groups(
         return formats[path], scales, None if smoothing is None else tuple(smoothing.tolist())
 
     found: list[tuple[str, ...]] = []
-    for group in [*groups, *([path] for path in formats if not any(path in group for group in groups))]:
+    for group in groups:
         parts: dict[tuple[Any, ...], list[str]] = {}
         for path in group:
             if formats[path] != "bf16":
                 parts.setdefault(shared(path), []).append(path)
         found += [tuple(part) for part in parts.values()]
     return tuple(found)
-
-
-def _require_storable(
-    contents: Contents, tensors: Mapping[str, torch.Tensor], family: Family, config: Mapping[str, Any], state: Path
-) -> None:
-    own = set(family.quantized(config))
-    if all(kind == "bf16" for kind in contents.formats.values()):
-        raise BadCheckpoint(
-            f"{state}: every quantizer of a linear is off; expected some on: quantize with ModelOpt first"
-        )
-    for path, kind in contents.formats.items():
-        if path not in own and kind != "bf16":
-            raise BadCheckpoint(f"{state}: {path} is quantized, which {family.name} keeps in 16 bit; switch it off")
-    for name in tensors:
-        path, _, leaf = name.rpartition(".")
-        if leaf in (SMOOTHING, *BRANCH) and contents.formats[path] != "nvfp4":
-            raise BadCheckpoint(f"{state}: {path} has {leaf} and is not in NVFP4; expected neither: quantize it too")
 
 
 def _refuse_other_methods(recipe: Recipe) -> None:
