@@ -170,10 +170,10 @@ def _refuse(problems: Sequence[tuple[str, Unsayable]], state: str) -> None:
     name, problem = problems[0]
     alike = sum(other.remedy == problem.remedy for _, other in problems[1:])
     rest = len(problems) - 1 - alike
-    more = f" (so do {alike} more)" if alike else ""
+    more = f" (and {alike} more likewise)" if alike else ""
     raise BadCheckpoint(
         f"{state}: {name} {problem.found}{more}; {problem.remedy}"
-        + (f"; {rest} more quantizers do something else that is refused" if rest else "")
+        + (f"; {rest} more are refused for another reason" if rest else "")
     )
 
 

@@ -24,7 +24,8 @@ FORMATS: Final = "NVFP4 (num_bits (2, 1) in blocks of 16 with FP8 scales) or FP8
 _OTHER_FORMAT: Final = (
     f"expected {FORMATS}: quantize with a ModelOpt config of these alone, such as NVFP4_DEFAULT_CFG or FP8_DEFAULT_CFG"
 )
-_SWITCH_OFF: Final = "no checkpoint of ours can say so: switch it off, and calibrate, before mto.save"
+_OTHERWISE: Final = "set it so, and calibrate, before mto.save"
+_NOWHERE: Final = "a checkpoint has no place for that: quantize without it"
 
 _WITHOUT_EFFECT: Final = frozenset(
     {
@@ -80,8 +81,8 @@ _REQUIRED: Final[Mapping[str, Any]] = {
 """Attributes that change what is computed, and the value with which they do not."""
 
 _WORDS: Final[Mapping[str, str]] = {
-    "_if_quant": "is left in calibration (_if_quant is False)",
-    "_if_calib": "is left in calibration (_if_calib is True)",
+    "_if_quant": "is on and does not round (disable_quant)",
+    "_if_calib": "is still calibrating (enable_calib)",
     "_dequantize": "holds compressed values (mtq.compress, or fake_quant=False)",
     "_dynamic": "takes its scale from each tensor as it comes (type dynamic)",
     "_use_constant_amax": "has a constant amax of 448 (use_constant_amax)",
@@ -100,6 +101,10 @@ _FLOATS: Final[Mapping[object, str]] = {
 }
 
 
+_FAMILIES: Final[Mapping[object, str]] = {(8, 0): "MX", (4, 3): "NV"}
+"""Bits of the blocks' scales to what a format with them is called by."""
+
+
 class Unsayable(Exception):
     """A quantizer does what no checkpoint of ours can say.
 
@@ -108,7 +113,7 @@ class Unsayable(Exception):
         remedy: what was expected, and what to do.
     """
 
-    def __init__(self, found: str, remedy: str = _SWITCH_OFF) -> None:
+    def __init__(self, found: str, remedy: str = _NOWHERE) -> None:
         super().__init__(found)
         self.found, self.remedy = found, remedy
 
@@ -133,7 +138,8 @@ def format_of(quantizer: nn.Module) -> str | None:
         return None
     for name, wanted in _REQUIRED.items():
         if getattr(one, name, wanted) != wanted:
-            raise Unsayable(_WORDS.get(name, f"has {name.strip('_')} {getattr(one, name)!r}"))
+            found = _WORDS.get(name, f"has {name.strip('_')} {getattr(one, name)!r}")
+            raise Unsayable(found, f"expected ModelOpt's default, {name.strip('_')} {wanted!r}: {_OTHERWISE}")
     kind = _format(one)
     if kind is None:
         raise Unsayable(f"is in {described(one)}", _OTHER_FORMAT)
@@ -162,7 +168,7 @@ def _refuse_unknown(one: Any) -> None:
     if one.rotate_is_enabled:
         raise Unsayable(
             f"rotates its tensor (rotate={one._rotate!r})",
-            "a checkpoint holds no rotation: quantize without it (rotate=False in the config)",
+            "a checkpoint has no place for a rotation: quantize without (rotate: False in the config)",
         )
     if one.backend not in (None, BACKEND, FP8_BACKEND):
         raise Unsayable(
@@ -192,7 +198,7 @@ def require_inert(quantizer: nn.Module, role: str, switch: str) -> None:
     """
     kind = format_of(quantizer)
     if kind is not None:
-        remedy = f"no NVFP4 checkpoint can say so: switch such quantizers off before mto.save, with {switch}"
+        remedy = f"a checkpoint has no place for that: switch such quantizers off before mto.save: {switch}"
         raise Unsayable(f"rounds {role} to {kind.upper()}", remedy)
     if smoothing_of(quantizer) is not None:
         raise Unsayable(f"scales {role} by channel (pre_quant_scale)")
@@ -208,8 +214,8 @@ def described(quantizer: Any) -> str:
     bits, blocks = quantizer._num_bits, dict(quantizer._block_sizes or {})
     name = f"INT{bits}" if isinstance(bits, int) else _FLOATS.get(bits, f"num_bits {bits}")
     sizes = [size for key, size in blocks.items() if isinstance(key, int) and size is not None]
-    if blocks.get("scale_bits") == (8, 0):
-        name = f"MX{name.split()[0]}"
+    if blocks.get("scale_bits") in _FAMILIES:
+        name = f"{_FAMILIES[blocks['scale_bits']]}{name}"
     if sizes:
         along = " x ".join(str(size) for size in sizes)
         return f"{name} in blocks of {along} (num_bits {bits}, block_sizes {blocks})"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -21,7 +22,7 @@ from calibration.plain import Plain
 from calibration.preparation import Prepared
 from calibration.recipe import PTQ, FormatRules, ModelOpt, Recipe, SVDQuant
 from calibration.result_files import Given
-from calibration.safetensors_file import hold, sha256_of
+from calibration.safetensors_file import HeldTensor, hold, sha256_of
 from calibration.source import empty_source, load_json, load_source, source_hashes
 from fp4trt.account import BRANCH, SMOOTHING
 from fp4trt.families import Family, family_of
@@ -122,7 +123,10 @@ def _plain(
     """Return the source with the state's weights and formats in the place of its own."""
     model, _ = empty_source(folder)
     values = restored.model.state_dict()
-    ordered = {name: hold(name, values[name]) for name in model.state_dict()}
+    ordered = {
+        name: _shape_of(name, values[name]) if name in tensors else hold(name, values[name])
+        for name in model.state_dict()
+    }
     own = set(family.quantized(config))
     formats = {path: kind for path, kind in contents.formats.items() if path in own or kind != "bf16"}
     recipe = StateRecipe(
@@ -133,6 +137,11 @@ def _plain(
     )
     groups = _groups(formats, tensors, family.groups_of(config, formats))
     return Plain(folder, config, family, model, ordered, recipe, formats, groups, tuple(contents.attentions))
+
+
+def _shape_of(name: str, value: torch.Tensor) -> HeldTensor:
+    """Return a weight that stands in the result as something else, without its values, which would fill memory."""
+    return replace(hold(name, value), data=np.empty(0, np.uint8))
 
 
 def _rules(formats: Mapping[str, Any]) -> FormatRules:
