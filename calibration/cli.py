@@ -86,7 +86,8 @@ def recipes(name: str | None) -> dict[str, Any]:
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
 @click.option(
     "--recipe",
-    help="A name of fp4trt recipes, or a YAML file.  [default: nvfp4-quality; nvfp4-ptq where only maxima are given]",
+    help="A name of fp4trt recipes, or a YAML file.  [default: nvfp4-quality; nvfp4-ptq where only maxima are given; "
+    "what a state itself says]",
 )
 @click.option(
     "--calibration",
@@ -94,7 +95,9 @@ def recipes(name: str | None) -> dict[str, Any]:
     multiple=True,
     help="Maxima (.json; more than once to merge several) or captured inputs (.safetensors).",
 )
-@click.option("--modelopt-state", type=_PATH, help="A state of modelopt.torch.opt.save, in place of calibrating.")
+@click.option(
+    "--modelopt-state", type=_PATH, help="A state of modelopt.torch.opt.save: formats, weights and scales are its own."
+)
 @click.option("--trust", is_flag=True, help="Read that state though it is a pickle and can run code.")
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @_DEVICE

@@ -21,7 +21,7 @@ from calibration import modelopt_result, nvfp4, quantize
 from calibration.checkpoint import MANIFEST, load, read
 from calibration.errors import BadAmax, BadCheckpoint, BadInputs
 from calibration.modelopt_backend import SequentialQuantizer, TensorQuantizer, mto, mtq
-from calibration.modelopt_contents import contents_of
+from calibration.modelopt_contents import contents_of, tensors_of
 from calibration.safetensors_file import sha256_of
 from calibration.source import load_json, load_source
 from fp4trt.families import family_of
@@ -74,7 +74,8 @@ def _quantized(folder: Path, config: str, filtered: bool) -> nn.Module:
             mtq.disable_quantizer(model, lambda name: name.rpartition(".")[0] not in inside)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
-            module.input_quantizer.disable()  # type: ignore[operator]
+            quantizer: Any = module.input_quantizer
+            quantizer.disable()
     return model
 
 
@@ -155,6 +156,11 @@ def _rotated(model: nn.Module) -> None:
     _of(model, TO_Q, "input")._rotate = RotateConfig(enable=True)
 
 
+def _rotated_and_off(model: nn.Module) -> None:
+    _rotated(model)
+    _of(model, TO_Q, "input").disable()
+
+
 def _of(model: nn.Module, path: str, kind: str) -> Any:
     return model.get_submodule(f"{path}.{kind}_quantizer")
 
@@ -192,7 +198,7 @@ def _query_alone(model: nn.Module) -> None:
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "a rotation": (_rotated, r"to_q.input_quantizer rotates its tensor .*; .*quantize without"),
-    "a rotation that is off": (lambda model: (_rotated(model), _of(model, TO_Q, "input").disable()), r"rotates"),
+    "a rotation that is off": (_rotated_and_off, r"rotates its tensor"),
     "INT8": (_in(num_bits=8, axis=None, block_sizes=None), r"to_q.input_quantizer is in INT8 with one scale a tensor"),
     "MXFP4": (
         _in(num_bits=(2, 1), block_sizes={-1: 32, "type": "dynamic", "scale_bits": (8, 0)}),
@@ -260,8 +266,6 @@ def test_a_result_that_computes_something_else_gets_no_name(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tensors_of = modelopt_result.tensors_of
-
     def forgetful(*given: Any) -> dict[str, torch.Tensor]:
         return {name: value for name, value in tensors_of(*given).items() if not name.startswith(f"{TO_Q}.svdquant_")}
 
