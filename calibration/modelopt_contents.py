@@ -116,7 +116,7 @@ def _linear_format(quantizers: Mapping[str, nn.Module]) -> str:
     for leaf, child in others.items():
         _inert(leaf, child, "the output of a linear")
     if entering != weight:
-        remedy = f"expected both in one format, {FORMATS}, or both off"
+        remedy = f"expected both in one format, {FORMATS}, or both off; save the state before any mtq.fold_weight"
         leaf, other = ("weight", "input") if weight else ("input", "weight")
         beside = described(quantizers[f"{other}_quantizer"]) if found[f"{other}_quantizer"] else "off"
         found_words = f"is in {described(quantizers[f'{leaf}_quantizer'])}, and {other}_quantizer {beside}"

@@ -90,7 +90,18 @@ _WORDS: Final[Mapping[str, str]] = {
     "_bias": "subtracts a bias before it rounds",
 }
 
-_BUFFERS: Final = frozenset({"_amax", "_global_amax", "_pre_quant_scale", "_svdquant_lora_a", "_svdquant_lora_b"})
+_BUFFERS: Final = frozenset(
+    {
+        "_amax",
+        "_amax_post",  # of learned magnitudes and of a bias, which are refused by their own names
+        "_amax_pre",
+        "_bias_value",
+        "_global_amax",
+        "_pre_quant_scale",
+        "_svdquant_lora_a",
+        "_svdquant_lora_b",
+    }
+)
 
 _FLOATS: Final[Mapping[object, str]] = {
     (4, 3): "FP8",

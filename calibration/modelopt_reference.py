@@ -25,9 +25,9 @@ __all__ = ["INPUTS", "LIMIT", "outputs_of", "require_reproduced"]
 INPUTS: Final = 2
 """On how many inputs the two are compared."""
 
-LIMIT: Final = 2**-8
-"""Largest relative difference that is rounding, in L2: one in the last place of BF16. Equal arithmetic gives 0, which
-was measured of each of ModelOpt's algorithms; one wrong amax gives more than a hundredth."""
+LIMIT: Final = 2**-12
+"""Largest relative difference of the two, in L2. Equal arithmetic gives 0, which was measured of each of ModelOpt's
+algorithms; a weight of one linear that is 2 % larger, a bias 10 % or an amax 1 % gave .0007 to .1 on the built-in model."""
 
 _TOKENS: Final = (16, 8)
 """Of the image and of the text."""
