@@ -27,7 +27,7 @@ INPUTS: Final = 2
 
 LIMIT: Final = 2**-12
 """Largest relative difference of the two, in L2. Equal arithmetic gives 0, which was measured of each of ModelOpt's
-algorithms; a weight of one linear that is 2 % larger, a bias 10 % or an amax 1 % gave .0007 to .1 on the built-in model."""
+algorithms; the weight of one linear 2 % larger, a bias 10 % or an amax 1 % gave .0007 to .1 on the built-in model."""
 
 _TOKENS: Final = (16, 8)
 """Of the image and of the text."""
