@@ -12,12 +12,13 @@ import torch
 from calibration.errors import BadCheckpoint
 from calibration.safetensors_file import DTYPE_BYTES, StoredTensor
 
-__all__ = ["as_bits", "bits_of", "largest_magnitude", "pieces_of", "refuse_other_types"]
+__all__ = ["as_bits", "bits_of", "largest_magnitude", "pieces_of", "refuse_other_types", "why_unusable"]
 
 _TORCH: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 _MAGNITUDE: Final = 0x7FFF
 _INFINITY: Final = 0x7F80
+_LARGEST: Final = torch.finfo(torch.bfloat16).max
 
 
 def refuse_other_types(name: str, stored: StoredTensor) -> None:
@@ -27,7 +28,9 @@ def refuse_other_types(name: str, stored: StoredTensor) -> None:
         BadCheckpoint: naming it.
     """
     if stored.dtype not in _TORCH:
-        raise BadCheckpoint(f"{name} is stored as {stored.dtype}; expected one of: {', '.join(_TORCH)}")
+        raise BadCheckpoint(
+            f"{name} is stored as {stored.dtype}; expected one of: {', '.join(_TORCH)}: take such a checkpoint"
+        )
 
 
 def bits_of(stored: StoredTensor, begin: int = 0, end: int | None = None) -> npt.NDArray[np.uint16]:
@@ -49,7 +52,18 @@ def pieces_of(stored: StoredTensor) -> Iterator[npt.NDArray[np.uint16]]:
 
 
 def largest_magnitude(bits: npt.NDArray[np.uint16]) -> float | None:
-    """Return the largest magnitude of BF16 numbers, or None where one is NaN or infinite."""
+    """Return the largest magnitude of BF16 numbers, or None where one is NaN or infinite (see :func:`why_unusable`)."""
     # As signed integers the positive numbers lead, as unsigned ones the negative: two searches need no copy.
     largest = max(int(bits.view(np.int16).max(initial=0)), int(bits.max(initial=0)) & _MAGNITUDE)
     return None if largest >= _INFINITY else float(np.array(largest << 16, np.uint32).view(np.float32))
+
+
+def why_unusable(stored: StoredTensor) -> str:
+    """Return what is wrong with a tensor that BF16 cannot hold: NaN, infinite, or a finite number beyond its range."""
+    largest = 0.0
+    for piece in stored.pieces():
+        values = torch.from_numpy(piece).view(_TORCH[stored.dtype]).float()
+        if not values.isfinite().all():
+            return "holds NaN or infinite values; expected finite weights"
+        largest = max(largest, float(values.abs().max()))
+    return f"holds {largest:.4g}, beyond BF16's range of {_LARGEST:.4g}; expected weights that BF16 can hold"

@@ -23,11 +23,12 @@ from calibration.errors import BadCheckpoint
 from calibration.fp8_linear import FP8Linear
 from calibration.nvfp4_linear import NVFP4Linear
 from calibration.safetensors_file import StoredTensor, hold
-from calibration.source import load_json, model_class, tensors_of
+from calibration.source import load_json, metadata_of, model_class, tensors_of
 from calibration.svdquant_linear import BranchedFP8Linear, BranchedLinear, SVDQuantLinear
-from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING, Account, account_of, is_quantized
+from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING, Account, account_of, is_quantized_checkpoint
 from fp4trt.account import SCALES as SCALES_OF
 from fp4trt.families import Family, family_of
+from fp4trt.pipeline_folder import transformer_folder
 
 __all__ = [
     "BRANCH",
@@ -188,13 +189,13 @@ def read(directory: str | Path) -> Checkpoint:
         BadCheckpoint: something is missing, damaged or contradictory, or there is a tensor of no meaning here.
         UnknownFamily: the model is of no family of ours.
     """
-    folder = Path(directory)
+    folder = transformer_folder(Path(directory))
     config = load_json(folder / "config.json")
     manifest = load_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     tensors = tensors_of(folder)
-    if not is_quantized(config, tensors):
+    if not is_quantized_checkpoint(config, tensors):
         raise _not_quantized(folder)
-    account = account_of(str(folder), config, tensors, lambda name: _scalar(tensors[name]))
+    account = account_of(str(folder), config, metadata_of(folder), tensors, lambda name: _scalar(tensors[name]))
     checkpoint = Checkpoint(folder, config, manifest, _normal(account, tensors), account)
     if not checkpoint.is_quantized:
         raise _not_quantized(folder)

@@ -20,6 +20,13 @@ _DEVICE = click.option(
 @click.option("-o", "--output", type=_PATH, required=True, help="The JSON file to write: {module path: amax}.")
 @click.option("--inputs", type=_PATH, help="Captured transformer inputs (.safetensors) to run on.")
 @click.option("--prompts", type=_PATH, help="A text file, one prompt a line, for the family's pipeline.")
+@click.option(
+    "--pictures",
+    "--images",
+    type=_PATH,
+    metavar="FOLDER|FILE",
+    help="What Kontext, Fill and Control read beside the prompts, in turn.",
+)
 @click.option("--save-inputs", type=_PATH, help="Keep the captured inputs here, to repeat the calibration exactly.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a prompt.  [default: the pipeline's own]")
 @click.option("--resolution", type=click.IntRange(16), help="Pixels of a side.  [default: the pipeline's own]")
@@ -30,6 +37,7 @@ def calibrate(
     output: Path,
     inputs: Path | None,
     prompts: Path | None,
+    pictures: Path | None,
     save_inputs: Path | None,
     steps: int | None,
     resolution: int | None,
@@ -48,7 +56,7 @@ def calibrate(
     """
     from calibration.input_amax import calibrate as run
 
-    result = run(source, output, inputs, prompts, save_inputs, steps, resolution, force, device)
+    result = run(source, output, inputs, prompts, save_inputs, steps, resolution, force, device, pictures)
     click.echo(f"calibrated {result['linears']} linears on {result['calls']} calls -> {output}")
     return result
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, overload
 
@@ -12,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibration.errors import BadCheckpoint, BadInputs
-from calibration.safetensors_file import DTYPE_BYTES, StoredTensor, bytes_of, plan_of, read_header, write
+from calibration.safetensors_file import DTYPE_BYTES, READABLE, StoredTensor, bytes_of, plan_of, read_header, write
 from fp4trt.families import Family
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ __all__ = ["Inputs", "capturing", "check_inputs", "load_inputs", "partial_schedu
 
 WIDEST_GAP: Final = 0.35
 """Between timesteps of captured calls. Four steps, as few as models are made for, are .25 apart."""
+
+_TIME: Final = "timestep"
+_TRAIN_STEPS: Final = 1000
+"""Of diffusers' schedulers, whose timesteps run from that to 0."""
 
 Inputs = dict[str, "torch.Tensor"]
 """One call of the transformer: input name to tensor, batch first where the graph has a batch."""
@@ -89,29 +95,146 @@ def load_inputs(path: str | Path) -> Sequence[Inputs]:
         index, _, key = name.partition(".")
         if not index.isdigit() or not key:
             raise BadInputs(f"{path} holds a tensor {name}; expected captured inputs, named like 00000.hidden_states")
+        if tensors[name].dtype not in READABLE:
+            raise BadInputs(
+                f"{path} holds {name} as {tensors[name].dtype}; expected floating-point numbers, such as BF16"
+            )
         calls.setdefault(index, {})[key] = tensors[name]
     return _StoredCalls([calls[index] for index in sorted(calls)])
 
 
-def check_inputs(calls: Sequence[Inputs], family: Family, config: dict[str, object]) -> None:
-    """Refuse captured calls that are not this model's.
+def check_inputs(calls: Sequence[Inputs], family: Family, config: dict[str, object]) -> Sequence[Inputs]:
+    """Return captured calls in the types that the model computes in; refuse those that are not this model's.
+
+    What a pipeline has captured in FP16 or FP32 is rounded to BF16; position ids and guidance become FP32, and ids may
+    have a batch dimension whose members are equal. Each call is converted when it is asked for.
 
     Raises:
-        BadInputs: naming the call and the input.
+        BadInputs: naming the call, the input, and what was expected.
     """
-    shapes = family.input_shapes(config)
-    for index, call in enumerate(calls):
-        if call.keys() != shapes.keys():
-            raise BadInputs(f"call {index} has inputs {sorted(call)}; this model takes {sorted(shapes)}")
-        for name, shape in shapes.items():
-            found = tuple(call[name].shape)
-            fits = len(found) == len(shape) and all(
-                isinstance(n, str) or n == m for n, m in zip(shape, found, strict=True)
+    if not calls:
+        raise BadInputs("the file of captured inputs holds no call; expected at least one")
+    converted = _ConvertedCalls(calls, _Expected.of(family, config))
+    for _ in converted:  # each is checked as it is read
+        pass
+    return converted
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a model takes: input name to symbolic shape, and to the type that it computes in; symbol to its kind."""
+
+    shapes: Mapping[str, tuple[str | int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    symbols: Mapping[str, str]
+
+    @classmethod
+    def of(cls, family: Family, config: dict[str, object]) -> _Expected:
+        import torch
+
+        example = family.example_inputs(config, 1, 4, 4, 0, torch.bfloat16)
+        kinds = {name: symbol.kind for name, symbol in family.symbols.items()}
+        return cls(family.input_shapes(config), {name: value.dtype for name, value in example.items()}, kinds)
+
+    def converted(self, index: int, call: Inputs) -> Inputs:
+        """Return a call as the model takes it."""
+        absent, superfluous = sorted(self.shapes.keys() - call.keys()), sorted(call.keys() - self.shapes.keys())
+        if absent or superfluous:
+            what = f"lacks {absent[0]}, which this model reads" if absent else f"has {superfluous[0]} too"
+            raise BadInputs(f"call {index} {what}; this model takes {', '.join(self.shapes)}: capture exactly these")
+        call = {name: self._without_batch(index, name, call[name]) for name in self.shapes}
+        self._refuse_other_shapes(index, call)
+        if _TIME in call:
+            _refuse_other_times(index, call[_TIME])
+        return {name: self._rounded(index, name, value) for name, value in call.items()}
+
+    def _without_batch(self, index: int, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return what is the same for the whole batch, such as position ids, without the dimension of a batch."""
+        if value.dim() != len(self.shapes[name]) + 1 or "B" in self.shapes[name] or not len(value):
+            return value
+        if not (value == value[:1]).all():
+            raise BadInputs(
+                f"call {index}: {name} has shape {list(value.shape)} and differs between the pictures of the batch; "
+                f"this model takes one {list(self.shapes[name])} for all of them: capture one picture a call"
             )
-            if not fits:
-                raise BadInputs(f"call {index}: {name} has shape {list(found)}; this model takes {list(shape)}")
-            if not call[name].isfinite().all():
-                raise BadInputs(f"call {index}: {name} holds NaN or infinite values; capture it again")
+        return value[0]
+
+    def _refuse_other_shapes(self, index: int, call: Inputs) -> None:
+        """Refuse a call of other sizes than the model's, or whose inputs contradict each other."""
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, shape in self.shapes.items():
+            found = list(call[name].shape)
+            fixed = [n for n in shape if isinstance(n, int)]
+            if len(found) != len(shape) or [m for n, m in zip(shape, found, strict=True) if n in fixed] != fixed:
+                raise BadInputs(f"call {index}: {name} has shape {found}; this model takes {list(shape)}")
+            for symbol, size in zip(shape, found, strict=True):
+                if not isinstance(symbol, str):
+                    continue
+                known, first = sizes.setdefault(symbol, (size, name))
+                if size != known or not size:
+                    wanted = [sizes[n][0] if isinstance(n, str) and n in sizes else n for n in shape]
+                    why = f"{wanted}, as {first} has {self._counted(symbol, known)}" if size else "no dimension of 0"
+                    raise BadInputs(f"call {index}: {name} has shape {found}; expected {why}: capture it again")
+
+    def _counted(self, symbol: str, count: int) -> str:
+        kind = self.symbols.get(symbol, symbol)
+        return f"a batch of {count}" if kind == "batch" else f"{count} {kind.replace('_', ' ')}"
+
+    def _rounded(self, index: int, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return an input in the model's type."""
+        import torch
+
+        wanted, given = self.dtypes[name], value.dtype
+        # Ids count; whoever captured them as integers lost nothing. A latent in whole numbers is no latent.
+        countable = wanted == torch.float32 and not given.is_complex and given != torch.bool
+        if not (given.is_floating_point or countable):
+            raise BadInputs(
+                f"call {index}: {name} is {_named(given)}; expected floating-point numbers, such as {_named(wanted)}"
+            )
+        if given.is_floating_point and not value.float().isfinite().all():
+            raise BadInputs(f"call {index}: {name} holds NaN or infinite values; capture it again")
+        rounded = value.to(wanted)
+        if not rounded.isfinite().all():
+            largest = float(value.double().abs().max())
+            raise BadInputs(f"call {index}: {name} holds {largest:.3g}, which is beyond the range of {_named(wanted)}")
+        return rounded
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_other_times(index: int, times: torch.Tensor) -> None:
+    """Refuse times outside 0 (picture) to 1 (noise)."""
+    outside = [float(time) for time in times if not 0 <= float(time) <= 1 and math.isfinite(time)]
+    if not outside:
+        return
+    advice = "capture it again"
+    if min(outside) > 1 and max(outside) <= _TRAIN_STEPS:
+        advice = (
+            f"a scheduler counts {_TRAIN_STEPS} steps, and the pipeline divides by {_TRAIN_STEPS} before it calls the "
+            "transformer; divide yours too"
+        )
+    raise BadInputs(f"call {index}: {_TIME} holds {outside[0]:g}; this model takes 0 (picture) to 1 (noise): {advice}")
+
+
+class _ConvertedCalls(Sequence[Inputs]):
+    """Captured calls; each is converted when it is asked for."""
+
+    def __init__(self, calls: Sequence[Inputs], expected: _Expected) -> None:
+        self._calls, self._expected = calls, expected
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @overload
+    def __getitem__(self, index: int) -> Inputs: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Inputs]: ...
+    def __getitem__(self, index: int | slice) -> Inputs | Sequence[Inputs]:
+        if isinstance(index, slice):
+            return _ConvertedCalls(self._calls[index], self._expected)
+        return self._expected.converted(index, self._calls[index])
 
 
 def partial_schedule(calls: Sequence[Inputs]) -> str | None:
@@ -120,7 +243,7 @@ def partial_schedule(calls: Sequence[Inputs]) -> str | None:
     Args:
         calls: of a model that reads a ``timestep`` from 1 (noise) to 0 (picture).
     """
-    times = sorted(float(time) for call in calls for time in call.get("timestep", ()))
+    times = sorted(float(time) for call in calls for time in call.get(_TIME, ()))
     if not times:
         return None
     for begin, end in itertools.pairwise([0.0, *times, 1.0]):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from calibration.bfloat16 import as_bits, largest_magnitude, refuse_other_types
+from calibration.bfloat16 import as_bits, largest_magnitude, refuse_other_types, why_unusable
 from calibration.errors import BadCheckpoint
 from calibration.safetensors_file import read_header
 
@@ -34,14 +34,14 @@ class FileReader:
         """Read the next tensor; return its name and its largest magnitude in BF16, or None at the end.
 
         Raises:
-            BadCheckpoint: it holds NaN or infinite values, is no floating-point number, or overlaps the one before.
+            BadCheckpoint: it holds what BF16 cannot, is no floating-point number, or overlaps the one before.
         """
         name, stored = next(self._tensors, ("", None))
         if stored is None:
             self._skip_to(self.file.stat().st_size)
             self.sha256 = self._digest.hexdigest()
             return None
-        refuse_other_types(name, stored)
+        refuse_other_types(f"{self.file}: {name}", stored)
         if stored.offset < self._position:
             raise BadCheckpoint(f"{self.file}: {name} overlaps the tensor before it; copy the file again")
         self._skip_to(stored.offset)
@@ -50,7 +50,7 @@ class FileReader:
             self._digest.update(piece.data)
             found = largest_magnitude(as_bits(piece, stored.dtype))
             if found is None:
-                raise BadCheckpoint(f"{self.file}: {name} holds NaN or infinite values; expected finite weights")
+                raise BadCheckpoint(f"{self.file}: {name} {why_unusable(stored)}")
             largest = max(largest, found)
             self._progress(piece.nbytes)
         self._position += stored.nbytes

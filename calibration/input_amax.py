@@ -17,16 +17,20 @@ from calibration.attention_amax import operands_of
 from calibration.block_calibration import measured_by_block
 from calibration.dataset import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
 from calibration.errors import BadAmax, BadInputs, OutputExists
-from calibration.prompts import Sampling, capture_prompts
+from calibration.prompts import Sampling, capture_prompts, refuse_sampling
 from calibration.safetensors_file import sha256_of
-from calibration.source import check_source, find_source, load_json, load_source
+from calibration.source import check_source, find_source, load_json, load_source, weights_fingerprint
 from calibration.write import refuse_existing, write_json
 from fp4trt.families import family_of
+from fp4trt.file_kind import what_it_is, what_it_lacks
 
 __all__ = ["Calibration", "calibrate", "calibration_from", "captured_from", "merged"]
 
 METADATA: Final = "__metadata__"
 """The one key of a calibration file that is no module path."""
+
+SOURCE: Final = "source_weights"
+"""In it, the fingerprint of the model that was measured."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def calibrate(
     resolution: int | None = None,
     force: bool = False,
     device: str = "cpu",
+    pictures: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure the largest magnitude that enters every quantized linear and write ``{module path: amax}``.
 
@@ -73,6 +78,7 @@ def calibrate(
         resolution: height and width of the prompts' pictures, in pixels; None for the pipeline's own.
         force: replace existing results.
         device: ``cpu`` or ``cuda``, for the calibration; the prompts' pipeline uses a GPU where there is one.
+        pictures: a picture or a folder of them, which the prompts take in turn; for a pipeline that reads some.
 
     Returns:
         What the command prints as JSON.
@@ -81,7 +87,7 @@ def calibrate(
         BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
     """
     output = Path(output)
-    given = {Path(path).resolve() for path in (inputs, prompts) if path is not None}
+    given = {Path(path).resolve() for path in (inputs, prompts, pictures) if path is not None}
     results = [Path(path) for path in (output, save_inputs_to) if path is not None]
     folder = find_source(source)
     for index, path in enumerate(results):
@@ -89,12 +95,13 @@ def calibrate(
             raise OutputExists(f"{path} is named twice, as a result and as something else; give each file its own name")
         refuse_existing(path, force)
     work = output.with_name(output.name + ".partial")
-    sampling = Sampling(steps, resolution)
+    sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
     config = load_json(folder / "config.json")
     family = family_of(config)
     with _measured(folder, inputs, prompts, sampling, save_inputs_to, work, device) as measured:
         if processes.is_main():
-            write_json(work / output.name, {METADATA: dict(measured.described), **measured.amax})
+            described = {**measured.described, SOURCE: weights_fingerprint(folder)}
+            write_json(work / output.name, {METADATA: described, **measured.amax})
             os.replace(work / output.name, output)
     processes.wait(device)
     return {
@@ -126,23 +133,26 @@ def calibration_from(
     if len(files) > 1 or (files and files[0].suffix == ".json"):
         config = load_json(folder / "config.json")
         family = family_of(config)
-        yield merged(files, family.quantized(config), family.attentions(config))
+        yield merged(files, family.quantized(config), family.attentions(config), weights_fingerprint(folder))
         return
     with _measured(folder, files[0] if files else None, None, Sampling(), None, work, device) as measured:
         yield measured
 
 
-def merged(files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str] = ()) -> Calibration:
+def merged(
+    files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str] = (), source: str | None = None
+) -> Calibration:
     """Return, for each linear and operand of an attention, the largest maximum that any of the files has.
 
     Args:
         files: of maxima; each may cover a part of the linears.
         paths: module paths of the linears, all of which the files together have to cover.
         attentions: module paths of the attentions, whose operands they may cover.
+        source: fingerprint of the model that is to be quantized; None does not ask on which the files were measured.
 
     Raises:
-        BadAmax: a file is missing or holds something else, another linear, or a number that is no maximum; or a linear
-            is in none of them.
+        BadAmax: a file is missing or holds something else, was measured on another model, names another linear, or
+            has a number that is no maximum; or a linear is in none of them.
     """
     known = (*paths, *operands_of(attentions))
     amax: dict[str, float] = {}
@@ -154,6 +164,8 @@ def merged(files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str
             raise BadAmax(f"{file} names {unknown[0]}, which this model does not quantize; give maxima of this model")
         for path, value in ptq.checked(values, [path for path in known if path in values]).items():
             amax[path] = max(value, amax.get(path, value))
+        if source is not None:
+            _refuse_other_source(file, values.get(METADATA), source)
         sources.append({"sha256": sha256_of(file), "described": values.get(METADATA, {})})
     if len(files) == 1:
         described = {"data": "amax", "sha256": sources[0]["sha256"]}
@@ -162,13 +174,30 @@ def merged(files: Sequence[Path], paths: Sequence[str], attentions: Sequence[str
     return Calibration(ptq.checked(amax, paths) | {path: amax[path] for path in known if path in amax}, described)
 
 
+def _refuse_other_source(file: Path, metadata: Any, source: str) -> None:
+    """Refuse maxima that were measured on another model; say it where they do not tell on which."""
+    measured_on = metadata.get(SOURCE) if isinstance(metadata, dict) else None
+    if measured_on is None:
+        click.echo(
+            f"warning: {file} does not say on which model it was measured, as fp4trt calibrate does; make sure that it "
+            "was this one",
+            err=True,
+        )
+    elif measured_on != source:
+        raise BadAmax(
+            f"{file} was measured on another model (weights {str(measured_on)[:12]}, this one's are {source[:12]}); "
+            "calibrate this model"
+        )
+
+
 def _load_amax(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise BadAmax(f"{path} does not exist; expected maxima that fp4trt calibrate wrote") from None
-    except ValueError as error:
-        raise BadAmax(f"{path} is not JSON ({error}); expected maxima that fp4trt calibrate wrote") from None
+        raise BadAmax(f"{path} {what_it_lacks(path)}; expected maxima that fp4trt calibrate wrote") from None
+    except (ValueError, RecursionError) as error:
+        kind = what_it_is(path) or f"is not JSON ({error})"
+        raise BadAmax(f"{path} {kind}; expected maxima that fp4trt calibrate wrote") from None
     if not isinstance(values, dict):
         raise BadAmax(f"{path} holds a JSON {type(values).__name__}; expected an object of module paths and numbers")
     return values
@@ -222,15 +251,18 @@ def _captured(
     family = family_of(config)
     if inputs is not None and prompts is not None:
         raise BadInputs("both captured inputs and prompts were given; expected one of them")
+    if inputs is not None and sampling.pictures is not None:
+        raise BadInputs("both captured inputs and pictures were given; pictures go with prompts: leave them out")
     calls: Sequence[Inputs]
     if inputs is not None:
         check_source(folder)
         calls = load_inputs(inputs)
         described: dict[str, Any] = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
     else:
+        refuse_sampling(folder, family, prompts, sampling)
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
-    check_inputs(calls, family, config)
+    calls = check_inputs(calls, family, config)
     if save_inputs_to is not None and processes.is_main():
         save_inputs(save_inputs_to, calls)
     described |= {"calls": len(calls), "family": family.name}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,37 @@ from torch import nn
 
 from calibration.dataset import Inputs, capturing
 from calibration.errors import BadInputs
+from calibration.pictures import conditions_of
 from calibration.source import load_json
 from fp4trt.families import Family
 from fp4trt.families.digits import DIGITS
+from fp4trt.pipeline_folder import PIPELINE
 
-__all__ = ["Sampling", "capture_prompts", "digit_labels", "load_pipeline", "pipeline_of", "read_prompts"]
+__all__ = [
+    "Sampling",
+    "capture_prompts",
+    "digit_labels",
+    "drawing",
+    "load_pipeline",
+    "pipeline_of",
+    "read_prompts",
+    "refuse_sampling",
+]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the prompts of a pipeline are sampled; None leaves a setting to the pipeline."""
+    """How the prompts of a pipeline are sampled; None leaves a setting to the pipeline.
+
+    Attributes:
+        steps: of the schedule.
+        resolution: pixels of a side.
+        pictures: a picture or a folder of them, for a pipeline that reads some beside the prompts.
+    """
 
     steps: int | None = None
     resolution: int | None = None
+    pictures: Path | None = None
 
     def as_arguments(self) -> dict[str, int]:
         """Return what a pipeline is called with."""
@@ -55,6 +75,20 @@ def capture_prompts(
     return _capture_pipeline(model, folder, family, read_prompts(Path(prompts)), sampling)
 
 
+def refuse_sampling(folder: Path, family: Family, prompts: str | Path | None, sampling: Sampling) -> None:
+    """Refuse prompts and pictures that the pipeline around a transformer cannot be sampled with, before it is loaded.
+
+    Raises:
+        BadInputs: as :func:`capture_prompts`.
+    """
+    if sampling.pictures is not None and (family is DIGITS or prompts is None):
+        what = "the built-in model reads no pictures" if family is DIGITS else "pictures go with --prompts"
+        raise BadInputs(f"--pictures {sampling.pictures} was given, but {what}: leave it out")
+    if family is not DIGITS and prompts is not None:
+        read_prompts(Path(prompts))
+        conditions_of(pipeline_of(folder), load_json(folder / "config.json"), sampling.pictures)
+
+
 def read_prompts(path: Path) -> list[str]:
     """Return the lines of a text file that are not blank.
 
@@ -62,7 +96,7 @@ def read_prompts(path: Path) -> list[str]:
         BadInputs: there are none, or there is no such file.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise BadInputs(f"{path} does not exist; expected a text file, one prompt a line") from None
     except UnicodeDecodeError as error:
@@ -101,12 +135,28 @@ def pipeline_of(folder: Path) -> Path:
     Raises:
         BadInputs: there is none.
     """
-    if not (folder.parent / "model_index.json").is_file():
+    if not (folder.parent / PIPELINE).is_file():
         raise BadInputs(
-            f"{folder.parent} is not a pipeline (no model_index.json), whose text encoders the prompts need; give the "
+            f"{folder.parent} is not a pipeline (no {PIPELINE}), whose text encoders the prompts need; give the "
             "pipeline's folder"
         )
     return folder.parent
+
+
+@contextlib.contextmanager
+def drawing(root: Path) -> Iterator[None]:
+    """Tell in one line that a pipeline cannot be loaded or does not draw, in diffusers' own words.
+
+    Raises:
+        BadInputs: naming the pipeline.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        if hasattr(error, "exit_code"):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInputs(f"{root} does not draw ({reason}); expected a pipeline that draws in diffusers") from error
 
 
 def load_pipeline(root: Path, transformer: Any) -> Any:
@@ -115,7 +165,8 @@ def load_pipeline(root: Path, transformer: Any) -> Any:
     import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
 
     load: Any = diffusers.DiffusionPipeline.from_pretrained
-    pipeline = load(root, transformer=transformer, torch_dtype=torch.bfloat16)
+    with drawing(root):
+        pipeline = load(root, transformer=transformer, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     if torch.cuda.is_available():
         pipeline.enable_model_cpu_offload()
@@ -126,11 +177,14 @@ def _capture_pipeline(
     model: nn.Module, folder: Path, family: Family, prompts: list[str], sampling: Sampling
 ) -> list[Inputs]:
     """Sample every prompt, on the GPU where there is one, and keep every call of the transformer."""
-    pipeline = load_pipeline(pipeline_of(folder), model)
-    settings = sampling.as_arguments()
-    config = load_json(folder / "config.json")
+    root, config = pipeline_of(folder), load_json(folder / "config.json")
+    conditions = conditions_of(root, config, sampling.pictures)
+    pipeline = load_pipeline(root, model)
     progress = click.progressbar(prompts, label="sampling prompts", file=sys.stderr)
     with capturing(model, family, config) as calls, progress as bar:
         for seed, prompt in enumerate(bar):
-            pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **settings)
+            settings = sampling.as_arguments() | conditions.arguments(seed, sampling.resolution)
+            generator = torch.Generator().manual_seed(seed)
+            with drawing(root):
+                pipeline(prompt=prompt, generator=generator, output_type="latent", **settings)
     return calls

@@ -238,7 +238,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
         known = ", ".join(preset_names())
         raise BadRecipe(f"there is no recipe '{recipe}'; choose one of: {known}, or give a .yaml file")
     try:
-        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        given = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
         raise BadRecipe(f"{path} does not exist; expected a recipe: fp4trt recipes lists some") from None
     except (ValueError, yaml.YAMLError) as error:  # no UTF-8, or no such date or number

@@ -24,15 +24,18 @@ import numpy.typing as npt
 import torch
 
 from calibration.errors import BadCheckpoint
+from fp4trt.file_kind import what_it_is, what_it_lacks
 
 __all__ = [
     "DTYPE_BYTES",
+    "READABLE",
     "HeldTensor",
     "StoredTensor",
     "TensorPlan",
     "bytes_of",
     "hold",
     "is_reserved",
+    "metadata_in_file",
     "naming",
     "plan_of",
     "read_header",
@@ -40,6 +43,16 @@ __all__ = [
     "sha256_of",
     "write",
 ]
+
+_BITS: Final = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Bits of an element in a file. One of a dtype that is not here is taken to be as long as the header says."""
 
 DTYPE_BYTES: Final = {
     "BF16": 2,
@@ -63,6 +76,9 @@ _TORCH: Final = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+READABLE: Final = tuple(_TORCH)
+"""The dtypes that can be read; files may hold tensors of others."""
+
 _ALIGNMENT: Final = 64
 _MAX_HEADER: Final = 100_000_000
 _PIECE: Final = 1 << 20
@@ -126,7 +142,16 @@ class StoredTensor:
             self._fill(file, into)
 
     def tensor(self) -> torch.Tensor:
-        """Read the tensor as torch has it; nothing stays mapped."""
+        """Read the tensor as torch has it; nothing stays mapped.
+
+        Raises:
+            BadCheckpoint: it is of a dtype that is not read here.
+        """
+        if self.dtype not in _TORCH:
+            raise BadCheckpoint(
+                f"{self.file} holds a tensor {list(self.shape)} as {self.dtype}, which fp4trt does not read; expected "
+                f"one of: {', '.join(READABLE)}"
+            )
         return torch.from_numpy(self.bytes()).view(_TORCH[self.dtype]).reshape(self.shape)
 
     def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:
@@ -192,19 +217,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         BadCheckpoint: the file is missing, cut short, or not safetensors.
     """
     if not path.is_file():
-        raise BadCheckpoint(f"{path} does not exist; expected a safetensors file there")
+        raise BadCheckpoint(f"{path} {what_it_lacks(path)}; expected a safetensors file there")
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else _MAX_HEADER
         if length >= _MAX_HEADER or 8 + length > size:
             speaks = f", header of {length}" if len(first) == 8 else ""
-            raise BadCheckpoint(f"{path} is not a safetensors file ({size} bytes{speaks}); copy it again")
+            kind = what_it_is(path) or f"is not a safetensors file ({size} bytes{speaks}); copy it again"
+            raise BadCheckpoint(f"{path} {kind}")
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             stored = {name: _stored(path, 8 + length, entry) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadCheckpoint(f"{path} has a damaged safetensors header ({error}); copy it again") from None
     for name, tensor in stored.items():
         if tensor.offset + tensor.nbytes > size:
@@ -214,12 +240,28 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return stored
 
 
+def metadata_in_file(path: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of a file that :func:`read_header` reads, empty without one.
+
+    Raises:
+        BadCheckpoint: it is no object of strings.
+    """
+    with path.open("rb") as file:
+        metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadCheckpoint(
+            f"{path} has a damaged safetensors header (__metadata__ is no object of strings); copy it again"
+        )
+    return metadata
+
+
 def _stored(path: Path, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    plan = TensorPlan("", entry["dtype"], tuple(entry["shape"]))
-    if not 0 <= begin <= end or plan.nbytes != end - begin:
-        raise ValueError(f"{entry['dtype']}{list(plan.shape)} does not fill bytes {begin} to {end}")
-    return StoredTensor(path, plan.dtype, plan.shape, data_start + begin, end - begin)
+    begin, end = (int(n) for n in entry["data_offsets"])
+    dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+    bits = _BITS.get(dtype)
+    if not 0 <= begin <= end or min(shape, default=0) < 0 or (bits and math.prod(shape) * bits != 8 * (end - begin)):
+        raise ValueError(f"{dtype}{list(shape)} does not fill bytes {begin} to {end}")
+    return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
 
 
 def write(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +15,13 @@ import click
 import torch
 from torch import nn
 
+from calibration.bfloat16 import bits_of, refuse_other_types, why_unusable
 from calibration.errors import BadCheckpoint
-from calibration.safetensors_file import StoredTensor, read_header, sha256_of
+from calibration.safetensors_file import StoredTensor, metadata_in_file, read_header, sha256_of
 from fp4trt.families import Family, family_of
+from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.layouts import refuse_foreign_layout
+from fp4trt.pipeline_folder import transformer_folder
 
 __all__ = [
     "BUILT_IN",
@@ -26,15 +32,20 @@ __all__ = [
     "finite_tensor",
     "load_json",
     "load_source",
+    "metadata_of",
     "model_class",
     "refuse_other_shapes",
     "refuse_quantized",
     "source_hashes",
     "tensors_of",
+    "weights_fingerprint",
 ]
 
 BUILT_IN: Final = "digits"
 """What a user types for the model that comes with the package."""
+
+_SAMPLED: Final = 2048
+"""Values of each tensor that a fingerprint is of."""
 
 _STEM: Final = "diffusion_pytorch_model"
 
@@ -51,12 +62,16 @@ def find_source(source: str | Path) -> Path:
     """
     folder = Path(source)
     if folder.is_dir():
-        for candidate in (folder, folder / "transformer"):
-            if (candidate / "config.json").is_file():
-                return candidate
-        raise BadCheckpoint(
-            f"{folder} has no config.json (nor transformer/config.json); expected a diffusers checkpoint"
-        )
+        found = transformer_folder(folder)
+        if not (found / "config.json").is_file():
+            lacks = what_it_lacks(found / "config.json").removeprefix("does not exist")
+            raise BadCheckpoint(
+                f"{folder} has no config.json (nor transformer/config.json){lacks}; expected a diffusers checkpoint"
+            )
+        return found
+    if folder.is_file():
+        kind = what_it_is(folder) or "is a single file"
+        raise BadCheckpoint(f"{folder} {kind}; expected the folder of a diffusers checkpoint")
     if str(source) == BUILT_IN:
         return Path(str(importlib.resources.files("calibration") / "digits"))
     if str(source).count("/") == 1 and not folder.is_absolute():
@@ -69,12 +84,15 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["transformer/*"])) / "transformer"
+        found = Path(snapshot_download(repository, allow_patterns=["transformer/*"])) / "transformer"
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadCheckpoint(
             f"{repository} is no folder here and could not be downloaded ({reason}); give the path of a local copy"
         ) from None
+    if not found.is_dir():
+        raise BadCheckpoint(f"{repository} has no transformer/; expected a pipeline around a diffusion transformer")
+    return found
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -84,11 +102,13 @@ def load_json(path: Path) -> dict[str, Any]:
         BadCheckpoint: the file is missing or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())  # of bytes it takes UTF-8 with and without a mark, and UTF-16
     except FileNotFoundError:
-        raise BadCheckpoint(f"{path} does not exist; expected a diffusers checkpoint in {path.parent}") from None
+        lacks = what_it_lacks(path)
+        raise BadCheckpoint(f"{path} {lacks}; expected a diffusers checkpoint in {path.parent}") from None
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} is not JSON ({error}); copy it again") from None
+        kind = what_it_is(path) or f"is not JSON ({error}); copy it again"
+        raise BadCheckpoint(f"{path} {kind}") from None
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
@@ -125,7 +145,10 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
         BadCheckpoint: a file is missing or damaged, two files define one tensor, or the index says otherwise.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in files_of(folder):
+    files = files_of(folder)
+    if not any(file.exists() for file in files):
+        _refuse_other_weights(folder)
+    for file in files:
         for name, tensor in read_header(file).items():
             if name in tensors:
                 raise BadCheckpoint(f"{name} is both in {tensors[name].file.name} and in {file.name}; keep one of them")
@@ -135,6 +158,31 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
             where = f"it is in {tensors[name].file.name}" if name in tensors else "no file has it"
             raise BadCheckpoint(f"the index of {folder} has {name} in {file_name}, but {where}; copy the files again")
     return tensors
+
+
+def metadata_of(folder: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_of` reads, as one."""
+    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse a folder that has weights, but in other files than the ones that are read.
+
+    Raises:
+        BadCheckpoint: naming one of them.
+    """
+    formats = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf")
+    others = [file for kind in formats for file in sorted(folder.glob(f"*.{kind}")) if file.is_file()]
+    if not others:
+        return
+    file = others[0]
+    if kind := what_it_is(file):
+        what = kind
+    elif file.suffix == ".safetensors":
+        what = f"is not the name that is read: copy or link it as {_STEM}.safetensors, shards with their index"
+    else:
+        what = "is not safetensors: save the model with save_pretrained(safe_serialization=True)"
+    raise BadCheckpoint(f"{folder} has no {_STEM}.safetensors, and its {file.name} {what}")
 
 
 def model_class(family: Family) -> Any:
@@ -168,8 +216,9 @@ def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
     """
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
-    cls = model_class(family_of(config))
     stored = tensors_of(folder)
+    refuse_foreign_layout(str(folder), config, metadata_of(folder), stored)
+    cls = model_class(family_of(config))
     with torch.device("meta"):
         model = cls.from_config(config)
     refuse_other_shapes(folder, model, stored)
@@ -194,11 +243,12 @@ def finite_tensor(folder: Path, name: str, stored: StoredTensor) -> torch.Tensor
     """Read a tensor of a plain checkpoint.
 
     Raises:
-        BadCheckpoint: it holds a value that is no number.
+        BadCheckpoint: it is no floating-point number of 16 or 32 bit, or holds a value that BF16 cannot.
     """
+    refuse_other_types(f"{folder}: {name}", stored)
     value = stored.tensor()
-    if not value.isfinite().all():
-        raise BadCheckpoint(f"{folder}: {name} holds NaN or infinite values; expected finite weights")
+    if not value.to(torch.bfloat16).isfinite().all():
+        raise BadCheckpoint(f"{folder}: {name} {why_unusable(stored)}")
     return value
 
 
@@ -229,6 +279,20 @@ def refuse_other_shapes(folder: Path, model: nn.Module, stored: Mapping[str, Sto
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return what tells a checkpoint's weights from those of any other model of the same shapes, in a second.
+
+    That is a SHA-256 over name, shape and the first values of each tensor, as BF16: it is the same for shards and for
+    one file, and for a copy of BF16 weights in FP32.
+    """
+    digest = hashlib.sha256()
+    for name, stored in sorted(tensors_of(folder).items()):
+        refuse_other_types(f"{folder}: {name}", stored)
+        digest.update(f"{name} {list(stored.shape)}".encode())
+        digest.update(bits_of(stored, 0, min(math.prod(stored.shape), _SAMPLED)).tobytes())
+    return digest.hexdigest()
 
 
 def source_hashes(folder: Path) -> dict[str, str]:

@@ -51,7 +51,7 @@ def _work_folder(
             folder.mkdir(parents=True)
             begin()
         yield
-    except (OSError, KeyboardInterrupt):
+    except (OSError, MemoryError, KeyboardInterrupt):
         if what := keeps():
             click.echo(f"{folder} keeps {what}: the same command goes on from there", err=True)
         else:

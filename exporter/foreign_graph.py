@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +14,8 @@ from exporter.errors import BadGraph, NoPlaceholders
 from exporter.naming import name_of
 from exporter.quiet import quiet
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
-from onnx_functions.file_input import what_it_lacks
+from fp4trt.file_kind import what_it_is, what_it_lacks
+from onnx_functions.linked_files import real_file
 
 __all__ = [
     "checked_files",
@@ -39,9 +42,9 @@ def load_foreign(path: Path) -> ir.Model:
             model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many types, by version
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadGraph(f"{path} is not an ONNX model ({reason}); export it again") from None
+        raise BadGraph(f"{path} {what_it_is(path) or f'is not an ONNX model ({reason}); export it again'}") from None
     if not len(model.graph):
-        raise BadGraph(f"{path} is not an ONNX model: it has no node; export it again")
+        raise BadGraph(f"{path} {what_it_is(path) or 'is not an ONNX model: it has no node; export it again'}")
     made: set[ir.Node] = set()
     for node in model.graph:
         for value in node.inputs:
@@ -70,34 +73,55 @@ def refuse_untyped(graph: ir.Graph) -> None:
 def checked_files(model: ir.Model) -> set[Path]:
     """Return the files of a model's external data, having checked that every tensor has its bytes, there or inline.
 
+    Tensors in files that are links, as in a hub's cache, are replaced by those of the files that the links lead to,
+    because onnx_ir reads no links.
+
     Raises:
         BadGraph: naming the tensor whose bytes are missing.
     """
     files = set()
-    for tensor in _tensors(model):
+    for tensor, replace in _tensors(model):
         if tensor.dtype == ir.DataType.UNDEFINED:
             raise BadGraph(f"{tensor.name} has no element type; export the graph again")
         if isinstance(tensor, ir.ExternalTensor):
-            files.add(_checked_file(tensor))
+            file = _checked_file(tensor)
+            files.add(file)
+            if Path(tensor.path).is_symlink() or file.stat().st_nlink > 1 or file != Path(tensor.path).absolute():
+                replace(_in_file(tensor, file))
         elif tensor.dtype != ir.DataType.STRING:
             _check_length(tensor, len(tensor.tobytes()), "data")
     return files
 
 
+def _in_file(tensor: ir.ExternalTensor, file: Path) -> ir.ExternalTensor:
+    """Return external data as those of a file that was checked; without a base folder onnx_ir does not check again."""
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(
+        str(file), tensor.offset, tensor.length, tensor.dtype, shape=shape, name=str(tensor.name), base_dir=""
+    )
+
+
 def _checked_file(tensor: ir.ExternalTensor) -> Path:
-    """Return the file of external data, which holds as many bytes as the tensor's shape needs."""
-    file, begin, length = Path(tensor.path), tensor.offset or 0, tensor.nbytes
-    if not file.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
+    """Return the file of external data, links followed, which holds as many bytes as the tensor's shape needs."""
+    place, begin, length = Path(tensor.path), tensor.offset or 0, tensor.nbytes
+    outside = not Path(os.path.normpath(place)).is_relative_to(os.path.normpath(tensor.base_dir))
+    file = None if outside else real_file(Path(tensor.base_dir), Path(tensor.location))
+    if outside or Path(tensor.location).is_absolute():
         raise BadGraph(f"{tensor.name} lies at {tensor.location}; expected a path inside the graph's folder")
+    if file is None:
+        raise BadGraph(
+            f"{tensor.name} lies in {tensor.location}, a link out of the graph's folder that is not one of a hub's "
+            "cache (snapshots/ to blobs/), and is not followed; copy the file in its place"
+        )
     _check_length(tensor, length if tensor.length is None else tensor.length, "external data")
     size = file.stat().st_size if file.is_file() else None
     if size is None or begin + length > size:
-        found = "does not exist" if size is None else f"has {size} bytes"
+        found = what_it_lacks(place) if size is None else what_it_is(file) if size < 1024 else None
         raise BadGraph(
-            f"{tensor.name} needs {length} bytes from byte {begin} of {file}, which {found}; "
+            f"{tensor.name} needs {length} bytes from byte {begin} of {place}, which {found or f'has {size} bytes'}; "
             "copy the graph again with its data"
         )
-    return file.resolve()
+    return file
 
 
 def _check_length(tensor: ir.TensorProtocol, found: int, what: str) -> None:
@@ -163,12 +187,21 @@ def refuse_blocks_across_products(graph: ir.Graph) -> None:
                 )
 
 
-def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """Yield every tensor that a model stores, those of its subgraphs and functions too."""
+Replace = Callable[[ir.TensorProtocol], None]
+
+
+def _tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol, Replace]]:
+    """Yield every tensor that a model stores, those of its subgraphs and functions too, and what replaces each."""
     for graph in (model.graph, *model.graph.subgraphs()):
-        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value, functools.partial(setattr, value, "const_value")
     nodes = [*model.graph.all_nodes(), *(node for inner in model.functions.values() for node in inner.all_nodes())]
     for node in nodes:
-        for attribute in node.attributes.values():
+        for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR:
-                yield attribute.as_tensor()
+                yield attribute.as_tensor(), functools.partial(_set_tensor, node, name)
+
+
+def _set_tensor(node: ir.Node, name: str, tensor: ir.TensorProtocol) -> None:
+    node.attributes[name] = ir.AttrTensor(name, tensor)

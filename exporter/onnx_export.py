@@ -28,6 +28,7 @@ from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
 from exporter.trace import OPSET, other_linears, trace, translate
+from fp4trt.pipeline_folder import transformer_folder
 
 __all__ = ["IR_VERSION", "Precision", "branches", "export", "graph_of", "graph_path", "group_leaders"]
 
@@ -158,7 +159,8 @@ def _open(source: str | Path, precision: Precision) -> Checkpoint:
     name = source
     if str(source) == BUILT_IN and not Path(source).exists():
         source = find_source(source)
-    if plain_checkpoint.is_plain(Path(source)):
+    source = transformer_folder(Path(source))
+    if plain_checkpoint.is_plain(source):
         raise WrongPrecision(
             f"{name} holds no NVFP4 weights: run fp4trt quantize first, or export it as it is with --precision bf16"
         )

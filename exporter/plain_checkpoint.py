@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from calibration.bfloat16 import largest_magnitude, pieces_of, refuse_other_types
+from calibration.bfloat16 import largest_magnitude, pieces_of, refuse_other_types, why_unusable
 from calibration.checkpoint import Checkpoint
 from calibration.errors import BadCheckpoint
 from calibration.safetensors_file import StoredTensor
@@ -19,7 +19,7 @@ __all__ = ["is_plain", "read"]
 def is_plain(folder: Path) -> bool:
     """Whether a folder is a checkpoint that nobody quantized; False also for what is no checkpoint."""
     if not (folder / "config.json").is_file():
-        return (folder / "transformer" / "config.json").is_file()
+        return False
     if "quantization_config" in load_json(folder / "config.json"):
         return False
     return not any(name.endswith(".weight_scale") for name in tensors_of(folder))
@@ -52,6 +52,6 @@ def read(source: str | Path) -> Checkpoint:
 
 
 def _refuse_unusable(name: str, stored: StoredTensor) -> None:
-    refuse_other_types(name, stored)
+    refuse_other_types(f"{stored.file}: {name}", stored)
     if any(largest_magnitude(piece) is None for piece in pieces_of(stored)):
-        raise BadCheckpoint(f"{stored.file}: {name} holds NaN or infinite values; expected finite weights")
+        raise BadCheckpoint(f"{stored.file}: {name} {why_unusable(stored)}")

@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, Protocol
 
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
+from fp4trt.layouts import MODELOPT_ALGORITHMS, refuse_foreign_layout
 
 __all__ = [
     "ATTENTION_SCALES",
@@ -36,7 +37,7 @@ __all__ = [
     "StoredForm",
     "TensorHeader",
     "account_of",
-    "is_quantized",
+    "is_quantized_checkpoint",
 ]
 
 Format = Literal["nvfp4", "fp8", "16-bit"]
@@ -80,14 +81,12 @@ _FORMAT_OF: Final[Mapping[str, Format]] = {
     "F8_E4M3": "fp8",
     **dict.fromkeys(_FLOAT, "16-bit"),
 }
-_READ: Final = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "FP8")
-"""What ModelOpt calls the formats that are read."""
 _CALLED: Final[Mapping[str, str]] = {
     "W4A16_NVFP4": "weight-only NVFP4",
     "W4A8_NVFP4_FP8": "NVFP4 weights with FP8 activations",
     "W4A8_MXFP4_FP8": "MXFP4 weights with FP8 activations",
     "MXFP4": "MXFP4",
-    "MXFP8": "MXFP8",
+    "MXFP8": "MXFP8 with blocks of 32",
     "W8A8_SQ_PER_CHANNEL": "INT8 SmoothQuant",
     "W8A16": "weight-only INT8",
     "W4A16_AWQ": "weight-only INT4 AWQ",
@@ -136,11 +135,13 @@ class Account:
         linears: module path of every linear to how it is stored, those that the family quantizes first, in graph order.
         attentions: module path of each attention in FP8 to scale (of :data:`ATTENTION_SCALES` or
             :data:`OUTPUT_SCALE`) to the tensor that gives it: the scale itself, or ModelOpt's amax.
+        groups: all linears by shared input.
         family_state: names of the tensors that a plain checkpoint has.
         meanings: name of every tensor to what it is, in words.
     """
 
     family: Family
+    groups: tuple[tuple[str, ...], ...]
     family_state: Collection[str]
     linears: Mapping[str, StoredForm]
     attentions: Mapping[str, Mapping[str, str]]
@@ -156,7 +157,7 @@ class Account:
         return tuple(path for path, form in self.linears.items() if form.rank or form.smoothed)
 
 
-def is_quantized(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> bool:
+def is_quantized_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> bool:
     """Whether a checkpoint is no plain one: by its config, or by a type or a scale that no plain one has."""
     if "quantization_config" in config:
         return True
@@ -167,6 +168,7 @@ def is_quantized(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader])
 def account_of(
     where: str,
     config: Mapping[str, Any],
+    metadata: Mapping[str, str],
     tensors: Mapping[str, TensorHeader],
     scalar: Callable[[str], float] | None = None,
 ) -> Account:
@@ -175,6 +177,7 @@ def account_of(
     Args:
         where: the checkpoint, for messages.
         config: its config.json.
+        metadata: the ``__metadata__`` of its safetensors headers, merged.
         tensors: name to type and shape.
         scalar: name of a tensor of one element to its value; None leaves the values alone.
 
@@ -183,8 +186,9 @@ def account_of(
             format of the whole where that is none that is read.
         UnknownFamily: the model is of no family of ours.
     """
-    family = family_of(config)
     _refuse_other_algorithms(where, config.get("quantization_config"))
+    refuse_foreign_layout(where, config, metadata, tensors)
+    family = family_of(config)
     return _Reader(where, config, family, tensors, scalar).account()
 
 
@@ -194,22 +198,19 @@ def _refuse_other_algorithms(where: str, described: Any) -> None:
         return
     if not isinstance(described, Mapping):
         raise BadCheckpoint(f"{where}: quantization_config is {described!r}, expected an object: copy it again")
-    method, algorithm = described.get("quant_method"), described.get("quant_algo")
-    if method not in (None, "modelopt"):
-        raise BadCheckpoint(
-            f"{where} is quantized by {method!r}, says its quantization_config; expected ModelOpt's layout: {_ADVICE}"
-        )
+    algorithm = described.get("quant_algo")
+    read = [name for name in MODELOPT_ALGORITHMS if name != "MIXED_PRECISION"]
     layers = described.get("quantized_layers")
     named = {"": algorithm} if algorithm != "MIXED_PRECISION" else {}
     for path, layer in layers.items() if isinstance(layers, Mapping) else ():
         named[str(path)] = layer.get("quant_algo") if isinstance(layer, Mapping) else layer
     for path, name in named.items():
-        if name is not None and name not in _READ:
-            called = f" ({_CALLED[name]})" if name in _CALLED else ""
+        if name is not None and name not in read:
+            called = f" ({_CALLED[known]})" if (known := str(name).upper()) in _CALLED else ""
             of = f"{path} in {where}" if path else where
             raise BadCheckpoint(
                 f"{of} is quantized to {name}{called}, says its quantization_config; expected one of "
-                f"{', '.join(_READ)}: {_ADVICE}"
+                f"{', '.join(read)}: {_ADVICE}"
             )
 
 
@@ -235,7 +236,23 @@ class _Reader:
             if name not in self.meanings:
                 self._floating(name, shape, "of the model itself")
         self._refuse_unknown()
-        return Account(self.family, self.state.keys(), linears, attentions, self.meanings)
+        self._require_additions(linears)
+        groups = self.family.groups_of(self.config, tuple(linears))
+        return Account(self.family, groups, self.state.keys(), linears, attentions, self.meanings)
+
+    def _require_additions(self, linears: Mapping[str, StoredForm]) -> None:
+        """Require the branch of what the config says that SVDQuant made, and the scaled input of what AWQ made."""
+        described = self.config.get("quantization_config") or {}
+        layers = described.get("quantized_layers") or {}
+        for path, form in linears.items():
+            algorithm = layers[path].get("quant_algo") if path in layers else described.get("quant_algo")
+            lacks = {"NVFP4_SVD": not form.rank, "NVFP4_AWQ": not form.smoothed}
+            if form.format == "nvfp4" and lacks.get(str(algorithm), False):
+                leaf = BRANCH[0] if algorithm == "NVFP4_SVD" else SMOOTHING
+                raise BadCheckpoint(
+                    f"{self.where} lacks {path}.{leaf}; its quantization_config says that the linear is {algorithm}: "
+                    "copy the files again"
+                )
 
     def _linear(self, path: str, shape: tuple[int, int]) -> StoredForm:
         name, (rows, columns) = f"{path}.weight", shape
@@ -253,8 +270,8 @@ class _Reader:
         for leaf in SCALES[kind]:
             if f"{path}.{leaf}" not in self.tensors:
                 raise BadCheckpoint(
-                    f"{self.where} lacks {path}.{leaf}; {name} is {stored.dtype}, expected "
-                    f"{'NVFP4' if packed else 'FP8'} codes with all their scales: {' and '.join(SCALES[kind])}"
+                    f"{self.where} lacks {path}.{leaf}; expected {kind.upper()} codes, as {name} is {stored.dtype}, "
+                    f"with all their scales: {' and '.join(SCALES[kind])}"
                 )
             if packed and leaf == "weight_scale":
                 self._block_scales(path, shape)
@@ -272,7 +289,7 @@ class _Reader:
     def _scalar(self, name: str, meaning: str, dtypes: tuple[str, ...] = ("F32",)) -> None:
         stored = self._required(name, meaning)
         if stored.dtype not in dtypes or stored.shape not in ((), (1,)):
-            raise self._wrong(name, f"{dtypes[0]}[], {meaning}, one for the whole tensor")
+            raise self._wrong(name, f"one {dtypes[0]} for the whole tensor, {meaning}")
         value = self.scalar(name) if self.scalar is not None else 1.0
         if not 0 < value < float("inf"):
             raise BadCheckpoint(
@@ -293,8 +310,9 @@ class _Reader:
         if not found:
             return 0
         if len(found) == 1:
+            (absent,) = set(names) - set(found)
             raise BadCheckpoint(
-                f"{self.where} has half of the branch of {path}, {found[0]}; expected {' and '.join(BRANCH)}"
+                f"{self.where} has half of the branch of {path}: {found[0]}, and no {absent}; copy it again"
             )
         sizes = self.tensors[names[0]].shape
         rank = sizes[0] if len(sizes) == 2 else 0
@@ -317,8 +335,8 @@ class _Reader:
             if scale not in found:
                 leaf = scale if ours else next(leaf for leaf, made in BMM_AMAX.items() if made == scale)
                 raise BadCheckpoint(
-                    f"{self.where} lacks {path}.{leaf}, and has {next(iter(found.values()))}; expected query, key and "
-                    "value of an attention in FP8 alike: quantize again"
+                    f"{self.where} has nothing as {path}.{leaf}, though it has {next(iter(found.values()))}; expected "
+                    "those of query, key and value for an attention in FP8: quantize again"
                 )
         if theirs:
             self._require_fp8_cache(theirs["q_scale"])

@@ -54,10 +54,11 @@ def validate(
       fp4trt validate digits-fp4/
       fp4trt validate flux-fp4/ --level blocks --tokens 512,128
     """
+    from fp4trt.pipeline_folder import graph_in
     from onnx_functions.report import NO_PLOTS, report_files
     from onnx_functions.validation import validate as check
 
-    folder = output or (model if model.is_dir() else model.parent) / "validation"
+    folder = output or graph_in(model).parent / "validation"
     report = check(model, reference, level, folder, force, click.echo, blocks, tokens)
     data, page = report_files(folder)
     failed = ", ".join(gate.name for gate in report.failures)
@@ -97,16 +98,32 @@ def lint(model: Path, allow_slow: bool) -> dict[str, Any]:
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--tree", "as_tree", is_flag=True, help="Print each linear at its module, equal blocks once.")
-def inspect(artifact: Path, as_tree: bool) -> dict[str, Any]:
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="The 16-bit checkpoint that ARTIFACT was made of (a folder, a .safetensors file, or digits): prove in which "
+    "layout its NVFP4 and FP8 weights are.",
+)
+def inspect(artifact: Path, as_tree: bool, against: Path | None) -> dict[str, Any]:
     """Say what an artifact is: formats, sizes, FP4 coverage, merged groups, promised against found.
 
-    ARTIFACT is a checkpoint folder, any ONNX file, or the JSON that lies beside an engine (or the engine).
+    ARTIFACT is a checkpoint folder, any ONNX file, or the JSON that lies beside an engine (or the engine). With
+    --against it is a quantized checkpoint of any producer, a folder or a .safetensors file; exits with 1 when its
+    layout is not proven, or is not the one that fp4trt reads.
 
     \b
     Example:
       fp4trt inspect flux-fp4/model.onnx
       fp4trt inspect flux-fp4 --tree
+      fp4trt inspect flux1-dev-nvfp4.safetensors --against FLUX.1-dev
     """
+    if against is not None:
+        from onnx_functions.layout_detection import detect, lines_of
+
+        proof = detect(artifact, against)
+        for line in lines_of(proof):
+            click.echo(line)
+        return proof
     from onnx_functions.inspect import describe
     from onnx_functions.inspect_table import table, tree_table
 

@@ -6,7 +6,13 @@ it and exits with ``exit_code``.
 
 from __future__ import annotations
 
-__all__ = ["BadGraph", "BadReference", "BadSelection", "LintError", "OutputExists", "UnknownArtifact"]
+__all__ = ["BadEnvironment", "BadGraph", "BadReference", "BadSelection", "LintError", "OutputExists", "UnknownArtifact"]
+
+
+class BadEnvironment(OSError):
+    """The machine, and not the graph, keeps a check from being run: memory, a disk, rights, a package."""
+
+    exit_code = 2
 
 
 class BadGraph(ValueError):

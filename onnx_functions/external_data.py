@@ -7,6 +7,7 @@ and length. Source: `TensorProto.external_data` in the ONNX specification.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,10 +19,22 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, external_data_helper
 
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.errors import BadGraph
-from onnx_functions.file_input import what_it_lacks
+from onnx_functions.linked_files import real_file
 
-__all__ = ["BITS", "BadSpan", "Span", "array_of", "load_graph", "nbytes_of", "span_of", "type_name"]
+__all__ = [
+    "BITS",
+    "BadSpan",
+    "Span",
+    "array_of",
+    "embedded",
+    "in_real_files",
+    "load_graph",
+    "nbytes_of",
+    "span_of",
+    "type_name",
+]
 
 _TYPES_BY_BITS: Final = {
     2: "UINT2 INT2",
@@ -41,6 +54,9 @@ BITS: Final[Mapping[int, int]] = {
 }
 """Bits of one element; FLOAT4E2M1 lies two a byte, the first in the low nibble."""
 
+_LONGEST_POINTER: Final = 1024
+"""Bytes of a file that may be a Git LFS pointer in the place of data."""
+
 _NUMPY: Final[Mapping[int, Any]] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.BFLOAT16: ml_dtypes.bfloat16,
@@ -49,7 +65,7 @@ _NUMPY: Final[Mapping[int, Any]] = {
 }
 
 
-Fault = Literal["type", "outside", "length", "file"]
+Fault = Literal["type", "outside", "link", "length", "file"]
 
 
 class BadSpan(BadGraph):
@@ -80,11 +96,12 @@ def load_graph(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises types of its own, by version
-        raise BadGraph(f"{path} is not an ONNX model ({str(error).splitlines()[0]}); export it again") from None
+        kind = what_it_is(path) or f"is not an ONNX model ({str(error).splitlines()[0]}); export it again"
+        raise BadGraph(f"{path} {kind}") from None
     if any(isinstance(text, bytes) for text in _texts(model)):  # what protobuf gives for what is no UTF-8
         raise BadGraph(f"{path} holds a name that is no UTF-8: the file is damaged; export it again")
     if not model.graph.node:
-        raise BadGraph(f"{path} holds no nodes; expected an exported graph: export it again")
+        raise BadGraph(f"{path} {what_it_is(path) or 'holds no nodes; expected an exported graph: export it again'}")
     return model
 
 
@@ -154,11 +171,59 @@ def span_of(tensor: TensorProto, directory: Path) -> Span | None:
     needs = f"initializer {tensor.name} needs bytes {offset} to {offset + length} of {location}"
     hint = "lay the graph's own weights beside it, or export it again"
     if not file.is_file():
-        raise BadSpan("file", f"{needs}, which does not exist; {hint}")
+        lacks = what_it_lacks(file)
+        raise BadSpan("file", f"{needs}, which {lacks}; {hint}")
+    if real_file(directory, relative) is None:
+        raise BadSpan(
+            "link",
+            f"initializer {tensor.name} lies in {location}, a link out of the model's directory that is not one of a "
+            "hub's cache (snapshots/ to blobs/), and is not followed; copy the file in its place",
+        )
     size = file.stat().st_size
     if offset + length > size:
-        raise BadSpan("length", f"{needs}, which ends at byte {size}; {hint}")
+        told = what_it_is(file) if size < _LONGEST_POINTER else None
+        raise BadSpan("length", f"{needs}, which {told or f'ends at byte {size}; {hint}'}")
     return Span(file, offset, length)
+
+
+def in_real_files(model: onnx.ModelProto, directory: Path) -> tuple[onnx.ModelProto, Path]:
+    """Return a model, and the folder of its external data, such that none of their files is a link out of that folder.
+
+    ONNX Runtime refuses a link out of the model's folder. The model itself is returned where there is none, otherwise a
+    copy whose locations are those of the files that the links lead to.
+
+    Raises:
+        BadSpan: as :func:`span_of`.
+    """
+    folder = directory.resolve()
+    spans = {tensor.name: span_of(tensor, directory) for tensor in model.graph.initializer}
+    files = {name: span.file.resolve() for name, span in spans.items() if span is not None}
+    if all(file.is_relative_to(folder) for file in files.values()):
+        return model, folder
+    root = Path(os.path.commonpath([file.parent for file in files.values()]))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        for entry in tensor.external_data if tensor.name in files else ():
+            if entry.key == "location":
+                entry.value = files[tensor.name].relative_to(root).as_posix()
+    return copy, root
+
+
+def embedded(path: Path) -> onnx.ModelProto:
+    """Return an ONNX file with all external data of its initializers in memory, links followed as :func:`span_of` does.
+
+    Raises:
+        BadGraph: the file is no ONNX model, or some data are not where they have to be.
+    """
+    model = load_graph(path)
+    for tensor in model.graph.initializer:
+        span = span_of(tensor, path.parent)
+        if span is not None:
+            del tensor.external_data[:]
+            tensor.data_location = TensorProto.DEFAULT
+            tensor.raw_data = np.fromfile(span.file, np.uint8, span.length, offset=span.offset).tobytes()
+    return model
 
 
 def _number(tensor: TensorProto, key: str, text: str) -> int:
@@ -183,7 +248,9 @@ def array_of(tensor: TensorProto, directory: Path) -> npt.NDArray[Any]:
             return np.frombuffer(packed, np.uint8).reshape(*tensor.dims[:-1], tensor.dims[-1] // 2)
         return onnx.numpy_helper.to_array(tensor)
     if tensor.data_type not in _NUMPY:
-        return onnx.numpy_helper.to_array(tensor, base_dir=str(directory))
+        inline = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        inline.raw_data = np.fromfile(span.file, np.uint8, span.length, offset=span.offset).tobytes()
+        return onnx.numpy_helper.to_array(inline)  # onnx itself follows no links
     stored = np.fromfile(span.file, np.uint8, span.length, offset=span.offset)
     raw: npt.NDArray[Any] = stored.view(_NUMPY[tensor.data_type])
     if tensor.data_type == TensorProto.FLOAT4E2M1:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from fp4trt.account import is_quantized_checkpoint
+from fp4trt.errors import UnknownFamily
+from fp4trt.file_kind import what_it_lacks
+from fp4trt.pipeline_folder import transformer_folder
 from onnx_functions.branches import described_branches
+from onnx_functions.checkpoint_beside import account_in
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import UnknownArtifact
-from onnx_functions.file_input import what_it_lacks
 from onnx_functions.inspect_attention import of_engine, of_tensors
 from onnx_functions.json_file import object_of, read_object, strings
 from onnx_functions.safetensors_header import HeldTensor, tensors_in_folder
@@ -48,6 +53,7 @@ def describe(artifact: str | Path) -> dict[str, Any]:
 
     Raises:
         UnknownArtifact: it is none of these.
+        BadCheckpoint: a tensor of a quantized checkpoint has no meaning, or is missing.
         BadGraph: an ONNX file, the checkpoint's own too, that cannot be read.
     """
     path = Path(artifact)
@@ -65,15 +71,18 @@ def describe(artifact: str | Path) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        if (folder / "model.onnx").is_file():
-            return _onnx(folder / "model.onnx")
-        if (folder / "transformer" / "config.json").is_file():  # a whole pipeline
-            folder = folder / "transformer"
+    if not (folder / "config.json").is_file() and (folder / "model.onnx").is_file():
+        return _onnx(folder / "model.onnx")
+    folder = transformer_folder(folder)
     graph = folder / "model.onnx"
+    if not (folder / "config.json").is_file() and graph.is_file():
+        return _onnx(graph)
     config = _config(folder / "config.json")
     manifest = read_checkpoint_manifest(folder)
     tensors = tensors_in_folder(folder)
+    if is_quantized_checkpoint(config, tensors):
+        with contextlib.suppress(UnknownFamily):  # which no other verb takes; it is described as far as names go
+            account_in(folder, config, tensors)
     missing = _missing_scales(tensors)
     linears = list(_stored_linears(tensors, missing))
     found = {linear.path: linear.format for linear in linears}

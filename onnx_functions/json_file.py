@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.errors import UnknownArtifact
 
 __all__ = ["lists_of_strings", "object_of", "read_object", "strings", "strings_by_name"]
@@ -18,11 +19,12 @@ def read_object(path: Path) -> dict[str, Any]:
         UnknownArtifact: the file is missing or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())  # of bytes it takes UTF-8 with and without a mark, and UTF-16
     except FileNotFoundError:
-        raise UnknownArtifact(f"{path} does not exist; expected it to describe {path.parent}") from None
+        raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected it to describe {path.parent}") from None
     except (ValueError, RecursionError) as error:
-        raise UnknownArtifact(f"{path} is not JSON ({error}); copy it again") from None
+        kind = what_it_is(path) or f"is not JSON ({error}); copy it again"
+        raise UnknownArtifact(f"{path} {kind}") from None
     if not isinstance(value, dict):
         raise UnknownArtifact(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from onnx_functions.external_data import embedded
+
 __all__ = ["TRT_FP4DynamicQuantize", "quantize_nvfp4", "reference_evaluator"]
 
 _HUGE: Final = np.finfo(np.float32).max
@@ -62,4 +64,4 @@ def reference_evaluator(path: Path) -> ReferenceEvaluator:
 
     Inputs and outputs have the graph's own types; BF16 is ml_dtypes.bfloat16.
     """
-    return ReferenceEvaluator(str(path), new_ops=[TRT_FP4DynamicQuantize])
+    return ReferenceEvaluator(embedded(path), new_ops=[TRT_FP4DynamicQuantize])

@@ -14,29 +14,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.json_file import object_of, read_object, strings_by_name
 
-__all__ = ["HeldTensor", "tensors_in_file", "tensors_in_folder"]
+__all__ = ["HeldTensor", "metadata_in_file", "metadata_in_folder", "tensors_in_file", "tensors_in_folder"]
 
 _STEM: Final = "diffusion_pytorch_model"
 _LONGEST_HEADER: Final = 100_000_000
 _BITS: Final = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64"), 64),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
 
 @dataclass(frozen=True)
 class HeldTensor:
-    """A tensor of a safetensors file: `dtype` by its name there, such as F8_E4M3; `offset` from the file's begin."""
+    """A tensor of a safetensors `file`: `dtype` by its name there, such as F8_E4M3; `offset` from the file's begin."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     offset: int
+    file: Path
+
+    def bytes(self) -> bytes:
+        """Read its data."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.nbytes)
 
 
 def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
@@ -90,23 +100,46 @@ def tensors_in_file(path: Path) -> dict[str, HeldTensor]:
         UnknownArtifact: the file is missing, damaged, shorter than its header says, or no safetensors file.
     """
     if not path.is_file():
-        raise UnknownArtifact(f"{path} does not exist; expected the weights of a diffusers checkpoint there")
+        raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected the weights of a diffusers checkpoint there")
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else _LONGEST_HEADER
         if length >= _LONGEST_HEADER or 8 + length > size:
-            raise UnknownArtifact(f"{path} is no safetensors file ({size} bytes); copy it again")
+            kind = what_it_is(path) or f"is no safetensors file ({size} bytes); copy it again"
+            raise UnknownArtifact(f"{path} {kind}")
         try:
             entries = object_of(json.loads(file.read(length)), "it")
-            return {name: _held(entry, 8 + length, size) for name, entry in entries.items() if name != "__metadata__"}
+            named = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+            return {name: _held(path, entry, 8 + length, size) for name, entry in named.items()}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UnknownArtifact(f"{path} has a damaged safetensors header ({error}); copy it again") from None
         except EOFError as error:
             raise UnknownArtifact(f"{path} is cut short: {error}; copy it again") from None
 
 
-def _held(entry: Any, start: int, size: int) -> HeldTensor:
+def metadata_in_file(path: Path) -> dict[str, str]:
+    """Return the `__metadata__` of a file that :func:`tensors_in_file` reads, empty without one.
+
+    Raises:
+        UnknownArtifact: it is no object of strings.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    try:
+        return strings_by_name(header.get("__metadata__") or {}, "__metadata__")
+    except TypeError as error:
+        raise UnknownArtifact(f"{path} has a damaged safetensors header ({error}); copy it again") from None
+
+
+def metadata_in_folder(folder: Path) -> dict[str, str]:
+    """Return the `__metadata__` of all files of a folder that :func:`tensors_in_folder` reads, as one."""
+    index = folder / f"{_STEM}.safetensors.index.json"
+    names = set(read_object(index)["weight_map"].values()) if index.is_file() else {f"{_STEM}.safetensors"}
+    return {key: value for name in sorted(names) for key, value in metadata_in_file(folder / name).items()}
+
+
+def _held(file: Path, entry: Any, start: int, size: int) -> HeldTensor:
     """Return what a header says of one tensor; the file's data begin at byte `start` and end at `size`."""
     begin, end = (int(n) for n in entry["data_offsets"])
     dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
@@ -119,4 +152,4 @@ def _held(entry: Any, start: int, size: int) -> HeldTensor:
         raise ValueError(f"bytes {begin} to {end} for {dtype} {list(shape)}")
     if start + end > size:
         raise EOFError(f"it holds {size - start} bytes of data, its header speaks of {end}")
-    return HeldTensor(dtype, shape, end - begin, start + begin)
+    return HeldTensor(dtype, shape, end - begin, start + begin, file)

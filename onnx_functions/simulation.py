@@ -22,7 +22,7 @@ from onnx_functions import library
 from onnx_functions.cut import cut
 from onnx_functions.element_types import attributes_of, element_types
 from onnx_functions.errors import BadGraph
-from onnx_functions.external_data import load_graph
+from onnx_functions.external_data import in_real_files, load_graph
 from onnx_functions.linears import QUANTIZER, Graph, Linear
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def runtime_session(model: onnx.ModelProto, directory: Path, threads: int = 0) -
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what it logs as an error it also raises
-    folder = str(directory.resolve())
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    model, folder = in_real_files(model, directory)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     # Folding a weight's dequantization would make an FP32 copy of it, eight times its size.
     options.add_session_config_entry("session.disable_qdq_constant_folding", "1")
     # A product of two activations in FP8 would become a MatMulIntegerToFloat, which has no FP8.

@@ -16,7 +16,15 @@ from onnx import TensorProto
 from onnx_functions.cut import cut
 from onnx_functions.linears import Graph, Linear
 from onnx_functions.simulation import runtime_session, simulate
-from onnx_functions.verdict import FloatArray, Gate, failed_to_run, relative_l2, runtime_errors, skipped
+from onnx_functions.verdict import (
+    FloatArray,
+    Gate,
+    failed_to_run,
+    refuse_environment,
+    relative_l2,
+    runtime_errors,
+    skipped,
+)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -221,6 +229,7 @@ def _computed(
     try:
         return _outputs(session(), run), taps, ""
     except runtime_errors() as failed:
+        refuse_environment(failed, "structure")
         reason = next((line for line in str(failed).splitlines() if line.strip()), type(failed).__name__)
     made = {name for node in model.graph.node for name in node.output}
     inputs = {value.name: value.name for value in model.graph.input}
@@ -232,7 +241,8 @@ def _computed(
         try:
             piece = simulate(cut(model, inputs, names), bypass_activation_quantizers=True, float32=True)
             works, low = _outputs(runtime_session(piece, directory), run) if names else {}, middle
-        except runtime_errors():
+        except runtime_errors() as failed:
+            refuse_environment(failed, "structure")
             high = middle - 1
     return works, taps[:low], reason
 
@@ -357,6 +367,7 @@ def witness_gate(path: Path, model: onnx.ModelProto, session: ort.InferenceSessi
     try:
         outputs: Any = reference_evaluator(path).run(None, feeds)
     except Exception as refusal:  # the evaluator raises whatever numpy does
+        refuse_environment(refusal, "second witness")
         return failed_to_run("second witness", refusal)
     witness = outputs[0].astype(np.float32)
     found = session.run(None, dict(run.inputs))[0]

@@ -26,7 +26,15 @@ from calibration.errors import BadCheckpoint
 from calibration.fp8 import E4M3_MAX
 from calibration.fp8_attention import MODULE as FP8_ATTENTION
 from calibration.fp8_attention import FP8Attention
-from calibration.source import BUILT_IN, empty_source, find_source, finite_tensor, load_json, tensors_of
+from calibration.source import (
+    BUILT_IN,
+    empty_source,
+    find_source,
+    finite_tensor,
+    load_json,
+    tensors_of,
+)
+from fp4trt.pipeline_folder import transformer_folder
 from onnx_functions import weight_gates
 from onnx_functions.attention_gates import AttentionTeacher
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
@@ -196,7 +204,12 @@ def _folder_of(reference: str | Path | None, model: Path) -> Path:
             )
         return model.parent
     folder = Path(reference)
-    return find_source(BUILT_IN) if str(reference) == BUILT_IN and not folder.exists() else folder
+    if str(reference) == BUILT_IN and not folder.exists():
+        return find_source(BUILT_IN)
+    try:
+        return transformer_folder(folder)
+    except BadCheckpoint as error:
+        raise BadReference(f"the reference cannot be used: {error}") from None
 
 
 class Walk:

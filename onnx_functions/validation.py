@@ -17,13 +17,14 @@ import torch
 
 from calibration import fp8, nvfp4
 from calibration.safetensors_file import sha256_of
+from fp4trt.pipeline_folder import graph_in
 from onnx_functions import structure_gates, teacher_gates, weight_gates
 from onnx_functions.attention_gates import attention_gates, attention_promise_gate
 from onnx_functions.block_gates import ByBlock, Task, check_by_block, structure_by_block
 from onnx_functions.block_selection import chosen_blocks, token_counts
 from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph
-from onnx_functions.external_data import load_graph, span_of
+from onnx_functions.external_data import BadSpan, load_graph, span_of
 from onnx_functions.file_output import partial_path
 from onnx_functions.free_memory import available_memory
 from onnx_functions.functions_gate import functions_gate
@@ -33,7 +34,16 @@ from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.teacher_gates import block_of
 from onnx_functions.torch_reference import FORMATS, Reference, Shape, Walk, open_reference
-from onnx_functions.verdict import Figures, Gate, Report, failed_to_run, guarded, skipped
+from onnx_functions.verdict import (
+    Figures,
+    Gate,
+    Report,
+    failed_to_run,
+    guarded,
+    refuse_environment,
+    require_runtime,
+    skipped,
+)
 
 __all__ = ["LEVELS", "validate"]
 
@@ -44,8 +54,6 @@ SHAPES: Final = ((1, 16, 8), (2, 36, 11))
 in."""
 
 TINY: Final = (1, 4, 3)
-
-MODEL: Final = "model.onnx"
 
 _PTQ: Final = "nvfp4-ptq"
 """The recipe of a graph without its manifest that is known to round to nearest."""
@@ -104,7 +112,7 @@ def validate(
     """Check the numerics of a deployable graph.
 
     Args:
-        model: the ONNX file, or the folder that holds `model.onnx`.
+        model: the ONNX file, or the folder that holds `model.onnx`, or a pipeline's.
         reference: the quantized checkpoint; None takes the one beside the graph. A 16-bit checkpoint in its place
             (`digits` for the built-in one) makes the gates measure the quantization error itself.
         level: `full`, or `blocks` for one block at a time in bounded memory; `full` falls back to that where the whole
@@ -125,10 +133,12 @@ def validate(
         BadSelection: there are no such blocks or sizes.
         UnknownArtifact: a manifest is damaged.
         OutputExists, OSError: the report cannot be written; known before any gate runs.
+        BadEnvironment: the machine cannot run a gate, which says nothing of the graph.
     """
-    path = Path(model)
-    path = path / MODEL if path.is_dir() else path
+    path = graph_in(Path(model))
+    require_runtime()
     graph = load_graph(path)
+    _refuse_links(graph, path.parent)
     held = open_reference(graph, path, reference)
     counts = token_counts(tokens)
     shapes: tuple[Shape, ...] = SHAPES if counts is None else ((1, *counts),)
@@ -140,16 +150,30 @@ def validate(
     subject = _Subject(path, graph, held, chosen, (), shapes, why, figures)
     gates = []
     with _work_folder(report_dir) as work:
-        for gate in _all_gates(subject, Path(work) / "blocks" if report_dir is None else Path(work)):
-            gates.append(gate)
-            if say is not None:
-                say(gate.line)
+        try:
+            for gate in _all_gates(subject, Path(work) / "blocks" if report_dir is None else Path(work)):
+                gates.append(gate)
+                if say is not None:
+                    say(gate.line)
+        except (MemoryError, RuntimeError) as error:  # of torch, outside the gates
+            refuse_environment(error, f"what comes after {gates[-1].name}" if gates else "the reference")
+            raise
     rows = tuple(Figures(name, block_of(name), **values) for name, values in figures.items())
     kind = "quantized" if held.quantized else "plain"
     report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows)
     if report_dir is not None:
         write_report(report, Path(report_dir), force)
     return report
+
+
+def _refuse_links(graph: onnx.ModelProto, folder: Path) -> None:
+    """Refuse a graph whose external data are links that are not followed; missing data are the gates' to tell."""
+    for tensor in graph.graph.initializer:
+        try:
+            span_of(tensor, folder)
+        except BadSpan as error:
+            if error.fault == "link":
+                raise
 
 
 def _work_folder(report_dir: str | Path | None) -> contextlib.AbstractContextManager[str]:

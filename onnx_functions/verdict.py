@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from onnx_functions.errors import BadGraph
+from onnx_functions.errors import BadEnvironment, BadGraph
 
 __all__ = [
     "Figures",
@@ -19,7 +19,9 @@ __all__ = [
     "failed_to_run",
     "gate_of_offenders",
     "guarded",
+    "refuse_environment",
     "relative_l2",
+    "require_runtime",
     "runtime_errors",
     "skipped",
 ]
@@ -123,7 +125,7 @@ class Report:
         gates = [{**asdict(gate), "figure": _finite(gate.figure)} for gate in self.gates]
         return {
             "passed": self.passed,
-            "model": str(self.model.resolve()) if absolute else self.model.name,
+            "model": str(self.model.parent.resolve() / self.model.name) if absolute else self.model.name,
             "reference": str(self.reference.resolve()) if absolute else self.reference.resolve().name,
             "reference_kind": self.reference_kind,
             "level": self.level,
@@ -179,13 +181,75 @@ def failed_to_run(name: str, error: Exception) -> Gate:
 
 
 def guarded(name: str, check: Callable[[], Iterable[Gate]]) -> tuple[Gate, ...]:
-    """Run a check; a graph that the runtime refuses, or that breaks its promise, is a failed gate, no crash."""
+    """Run a check; a graph that the runtime refuses, or that breaks its promise, is a failed gate, no crash.
+
+    Raises:
+        BadEnvironment: the machine cannot run the check, which says nothing of the graph.
+    """
     try:
         return tuple(check())
     except Exception as error:
+        refuse_environment(error, name)
         if not isinstance(error, (BadGraph, *runtime_errors())):
             raise
         return (failed_to_run(name, error),)
+
+
+def refuse_environment(error: Exception, check: str) -> None:
+    """Refuse to take for a fault of the graph what the machine lacks; do nothing about any other error.
+
+    Raises:
+        BadEnvironment: saying what the machine lacks, in the runtime's or the system's own words.
+    """
+    if isinstance(error, BadGraph):
+        return
+    if isinstance(error, OSError):  # which the command tells as it is
+        raise error
+    text = " ".join(str(error).split())
+    lacking = next((what for words, what in _LACKING.items() if words in text.lower()), None)
+    if isinstance(error, MemoryError):
+        lacking = _MEMORY
+    if isinstance(error, ImportError):
+        lacking = "a package cannot be imported"
+    if lacking is not None:
+        raise BadEnvironment(
+            f"the check of {check} could not be run: {lacking} ({text[:200] or type(error).__name__}); this says "
+            "nothing of the graph: mend that and run the same command again"
+        ) from error
+
+
+def require_runtime() -> None:
+    """Refuse to validate without ONNX Runtime.
+
+    Raises:
+        BadEnvironment: it cannot be imported.
+    """
+    try:
+        runtime_errors()
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise BadEnvironment(
+            f"ONNX Runtime, which validates, cannot be imported ({reason}); install it: pip install onnxruntime"
+        ) from error
+
+
+_MEMORY: Final = "memory is lacking"
+_LACKING: Final = {
+    "bad_alloc": _MEMORY,
+    "bad allocation": _MEMORY,
+    "allocate memory": _MEMORY,
+    "out of memory": _MEMORY,
+    "not enough memory": _MEMORY,
+    "no space left": "a disk is full",
+    "permission denied": "the rights to a file are lacking",
+    "access is denied": "the rights to a file are lacking",
+    "errcode = 13": "the rights to a file are lacking",
+    "too many open files": "too many files are open",
+    "input/output error": "a disk cannot be read",
+    "max supported ir version": "this ONNX Runtime is too old",
+    "is under development and support for this is limited": "this ONNX Runtime is too old",
+}
+"""Words in an error of ONNX Runtime or torch, in lower case, that speak of the machine, to what is wrong with it."""
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:

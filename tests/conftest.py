@@ -145,6 +145,22 @@ def copy_of_digits(quantized_digits: Path, tmp_path: Path) -> Path:
     return shutil.copytree(quantized_digits, tmp_path / "digits-fp4")
 
 
+@pytest.fixture
+def hub_snapshot() -> Callable[..., Path]:
+    """Return a maker of snapshots as a hub's cache has them: every file is a link to a blob."""
+
+    def make(source: Path, hub: Path, names: Sequence[str], inside: str = "") -> Path:
+        snapshot, blobs = hub / "models--a--b" / "snapshots" / "4d7a" / inside, hub / "models--a--b" / "blobs"
+        for folder in (snapshot, blobs):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            blob = shutil.copyfile(source / name, blobs / f"sha-{len(list(blobs.iterdir()))}")
+            (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+        return snapshot
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def fp8_attention(quantized_digits: Path) -> Callable[..., Path]:
     """Return a maker of quantized built-in models some of whose attentions are in FP8, not yet exported."""

@@ -67,6 +67,7 @@ def build(
     batch: int | str | None = None,
     text: int | str | None = None,
     shapes: Sequence[str] = (),
+    reference_images: int | str | None = None,
     # the result
     output: str | Path | None = None,
     force: bool = False,
@@ -81,7 +82,7 @@ def build(
     Args:
         model: an ONNX file, or a directory that holds model.onnx.
         gpu: one GPU or several, "rtx5090,gb10", in one engine (see trt_build.targets).
-        resolution, batch, text, shapes: see trt_build.profiles.make_profile.
+        resolution, batch, text, shapes, reference_images: see trt_build.profiles.make_profile.
         output: the engine file, DIRECTORY/GPU.engine unless given; its manifest NAME.json goes beside it.
         force: replace a file at `output` that fp4trt did not build, or a build script that was edited.
         allow_slow: build what the lint finds slow, and publish an engine that lost FP4 where the graph promises it.
@@ -102,6 +103,7 @@ def build(
     """
     started = time.monotonic()
     options = {"resolution": resolution, "batch": batch, "text": text, "shapes": shapes}
+    options["reference_images"] = reference_images
     plan = _validate(model, gpu, options, output, weight_streaming, allow_slow=allow_slow)
     manifest.check_output(plan.engine, plan.graph, force=force)
     weights = plan.graph.weight_bytes

@@ -28,6 +28,11 @@ Example:
 @click.argument("model", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @click.option("--gpu", default="rtx5090", show_default=True, help="GPU, or several: rtx5090,gb10.")
 @click.option("--resolution", metavar="R", help="Pixels: 1024, 768x1360 or MIN:OPT:MAX.  [default: all allowed]")
+@click.option(
+    "--reference-images",
+    metavar="N",
+    help="Pictures of that size that the model reads too, as Kontext does: 1 or 0:1:2.  [default: none]",
+)
 @click.option("--batch", metavar="N", help="Images: 1 or MIN:OPT:MAX.  [default: all allowed]")
 @click.option("--text", metavar="N", help="Text tokens: 512 or MIN:OPT:MAX.  [default: all allowed]")
 @click.option(

@@ -11,12 +11,13 @@ from typing import Any
 
 import onnx
 
+from fp4trt.file_kind import what_it_lacks
+from fp4trt.pipeline_folder import graph_in
 from onnx_functions.attentions import Attention, find_attentions, promised_attentions
 from onnx_functions.branches import BRANCH_ADD, is_factor
 from onnx_functions.checkpoint_manifest import CheckpointManifest, read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.external_data import Span, load_graph, span_of
-from onnx_functions.file_input import what_it_lacks
 from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER, declared_symbols, metadata_of, promised_linears
 from onnx_functions.linears import Graph as Index
 from trt_build.errors import BadModelError
@@ -226,7 +227,7 @@ def read_graph(path: Path) -> Graph:
         BadModelError: no such file, or not an ONNX model.
     """
     if path.is_dir():
-        path = path / "model.onnx"
+        path = graph_in(path)
         if not path.is_file():
             raise BadModelError(f"{path.parent} holds no model.onnx; write one with fp4trt export {path.parent}")
     if not path.is_file():

@@ -82,7 +82,7 @@ def make_request(
 def read_manifest(engine: Path) -> dict[str, Any] | None:
     """Return the manifest beside an engine; None where there is none, or it is not one of fp4trt's."""
     try:
-        found = json.loads(manifest_path(engine).read_text(encoding="utf-8"))
+        found = json.loads(manifest_path(engine).read_bytes())
     except (OSError, ValueError):
         return None
     ours = isinstance(found, dict) and found.get("kind") == "fp4trt engine" and found.get("format") == _FORMAT

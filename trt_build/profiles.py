@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ def make_profile(
     text: int | str | None = None,
     shapes: Sequence[str] = (),
     fp8_attention: bool = False,
+    reference_images: int | str | None = None,
 ) -> Profile:
     """Return the profile of a graph.
 
@@ -58,6 +59,8 @@ def make_profile(
         text: tokens, "512" or "1:512:512".
         shapes: "NAME=MIN:OPT:MAX", NAME a symbol (numbers) or an input (shapes such as 1x256x64).
         fp8_attention: the graph wants 32 tokens or more: minima that no option names are raised to that.
+        reference_images: pictures that the model reads as further image tokens, as Kontext does, each of the size that
+            `resolution` says: "1" or "0:1:2".
 
     A dimension that no option names covers all that the metadata declares.
 
@@ -76,6 +79,8 @@ def make_profile(
                 f"{option} {value}: the model declares no such dimension; give --shape NAME=MIN:OPT:MAX"
             )
     extents = {name: _symbol_extent(symbol, given[_OPTIONS[symbol["kind"]]]) for name, symbol in symbols.items()}
+    if reference_images is not None:
+        extents |= _with_references(extents, symbols, str(reference_images))
     named = {name for name, symbol in symbols.items() if given[_OPTIONS[symbol["kind"]]] is not None}
     whole: dict[str, tuple[tuple[int, ...], ...]] = {}
     for shape in shapes:
@@ -84,12 +89,13 @@ def make_profile(
             whole[name] = _input_extent(shape, input_shapes[name])
             named.update(dimension for dimension in input_shapes[name] if isinstance(dimension, str))
         elif any(name in dimensions for dimensions in input_shapes.values()):
-            extents[name] = _extent(shape, value, _declared(symbols.get(name)))
+            extents[name] = _extent(f"--shape {shape}", value, _declared(symbols.get(name)))
             named.add(name)
         else:
             known = ", ".join([*_free_symbols(input_shapes), *input_shapes])
             raise BadProfileError(f"--shape {shape}: the graph has no input or symbol {name!r}; it has {known}")
     extents, notes = raised(extents, symbols, named) if fp8_attention else (extents, ())
+    notes = (*notes, *_beyond_a_picture(extents, symbols))
     inputs = {
         name: whole[name] if name in whole else _resolve(name, dimensions, extents)
         for name, dimensions in input_shapes.items()
@@ -130,6 +136,40 @@ def _image_tokens(symbol: Mapping[str, Any], value: str | None) -> Extent:
     return _ordered(f"--resolution {value}", tokens, parts)
 
 
+def _with_references(
+    extents: Mapping[str, Extent], symbols: Mapping[str, Mapping[str, Any]], value: str
+) -> dict[str, Extent]:
+    """Return the extents of image tokens where so many pictures of the same size are read beside the new one."""
+    pictures = _extent(f"--reference-images {value}", value, None, least=0)
+    found = [name for name, symbol in symbols.items() if symbol["kind"] == "image_tokens"]
+    if not found:
+        raise BadProfileError(
+            f"--reference-images {value}: the model declares no image tokens; give --shape NAME=MIN:OPT:MAX"
+        )
+    low, best, high = pictures
+    return {
+        name: (extents[name][0] * (1 + low), extents[name][1] * (1 + best), extents[name][2] * (1 + high))
+        for name in found
+    }
+
+
+def _beyond_a_picture(extents: Mapping[str, Extent], symbols: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what is to be told of more image tokens than the model's largest picture has."""
+    for name, symbol in symbols.items():
+        largest = _largest_picture(symbol)
+        if largest and extents[name][2] > largest:
+            yield (
+                f"{name} goes to {extents[name][2]} image tokens, beyond the {largest} of the model's largest picture, "
+                "as pictures to edit or to refer to need"
+            )
+
+
+def _largest_picture(symbol: Mapping[str, Any]) -> int | None:
+    if symbol["kind"] != "image_tokens":
+        return None
+    return (int(symbol["max_resolution"]) // int(symbol["pixels_per_token"])) ** 2
+
+
 def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
     """Return the image tokens of "1024" or "768x1360"."""
     sides = resolution.lower().split("x")
@@ -145,33 +185,33 @@ def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
     return (width // step) * (height // step)
 
 
-def _declared(symbol: Mapping[str, Any] | None) -> tuple[int, int] | None:
+def _declared(symbol: Mapping[str, Any] | None) -> tuple[int, int | None] | None:
+    """Return the range of a symbol; that of image tokens is open, because pictures to refer to are tokens too."""
     if symbol is None:
         return None
     if symbol["kind"] == "image_tokens":
-        low, high = (
-            int(symbol[key]) // int(symbol["pixels_per_token"]) for key in ("min_resolution", "max_resolution")
-        )
-        return low * low, high * high
+        return (int(symbol["min_resolution"]) // int(symbol["pixels_per_token"])) ** 2, None
     return int(symbol["min"]), int(symbol["max"])
 
 
-def _extent(given: str, value: str, declared: tuple[int, int] | None) -> Extent:
+def _extent(given: str, value: str, declared: tuple[int, int | None] | None, least: int = 1) -> Extent:
     parts = value.split(":")
     if not all(part.isdecimal() for part in parts):
         raise BadProfileError(f"{given}: expected a number or MIN:OPT:MAX")
-    extent = _ordered(given, [int(part) for part in parts])
-    if declared and not declared[0] <= extent[0] <= extent[2] <= declared[1]:
-        raise BadProfileError(f"{given}: outside the model's range {declared[0]} to {declared[1]}")
+    extent = _ordered(given, [int(part) for part in parts], least=least)
+    low, high = declared or (0, None)
+    if extent[0] < low or (high is not None and extent[2] > high):
+        wrong = f"outside the model's range {low} to {high}" if high is not None else f"below the model's least, {low}"
+        raise BadProfileError(f"{given}: {wrong}")
     return extent
 
 
-def _ordered(given: str, values: Sequence[int], said: Sequence[object] = ()) -> Extent:
+def _ordered(given: str, values: Sequence[int], said: Sequence[object] = (), least: int = 1) -> Extent:
     """Return one value, or three, as an extent; `said` is how the user put them, where that is in another unit."""
     if len(values) not in (1, 3):
         raise BadProfileError(f"{given}: expected one value or MIN:OPT:MAX, found {len(values)} values")
     low, best, high = values[0], values[len(values) // 2], values[-1]
-    if not 0 <= low <= best <= high or high == 0:
+    if not 0 <= low <= best <= high or high < least:
         raise BadProfileError(
             f"{given}: expected minimum <= optimum <= maximum, found {', '.join(map(str, said or values))}"
         )

@@ -42,6 +42,12 @@ def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ..
 @click.option("--seeds", default="1000,1001,1002", show_default=True, callback=_numbers, help="Of the starting noise.")
 @click.option("--images", type=click.IntRange(1), help="Images of each seed.  [default: 500 digits, or one a prompt]")
 @click.option("--prompts", type=_PATH, help="A text file, one prompt a line.  [default: the built-in model's words]")
+@click.option(
+    "--pictures",
+    type=_PATH,
+    metavar="FOLDER|FILE",
+    help="What Kontext, Fill and Control read beside the prompts, in turn.",
+)
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the model's own]")
 @click.option("--resolution", type=click.IntRange(16), help="Pixels of a side.  [default: the pipeline's own]")
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
@@ -52,6 +58,7 @@ def compare(
     seeds: tuple[int, ...],
     images: int | None,
     prompts: Path | None,
+    pictures: Path | None,
     steps: int | None,
     resolution: int | None,
     force: bool,
@@ -69,7 +76,7 @@ def compare(
     """
     from calibration.comparison.compare import compare as run
 
-    result = run(source, checkpoints, output, seeds, images, prompts, steps, resolution, force)
+    result = run(source, checkpoints, output, seeds, images, prompts, steps, resolution, force, pictures)
     click.echo(result.pop("table"))
     click.echo(f"\nall of it is in {output}; open {result['report']}")
     return result

@@ -26,7 +26,7 @@ from calibration.comparison.store import Store
 from calibration.comparison.table import table
 from calibration.digits.progress import progress
 from calibration.errors import BadCheckpoint, BadInputs
-from calibration.prompts import Sampling, digit_labels, read_prompts
+from calibration.prompts import Sampling, digit_labels, read_prompts, refuse_sampling
 from calibration.safetensors_file import sha256_of
 from calibration.source import files_of, find_source, load_json, load_source, refuse_quantized
 from fp4trt.families import Family, family_of
@@ -95,6 +95,7 @@ def compare(
     steps: int | None = None,
     resolution: int | None = None,
     force: bool = False,
+    pictures: str | Path | None = None,
 ) -> dict[str, Any]:
     """Draw the same images with a plain model and its quantized checkpoints, and say how far apart they are.
 
@@ -111,6 +112,7 @@ def compare(
         steps: denoising steps; None for the model's own.
         resolution: of a pipeline's images, in pixels; None for its own.
         force: replace an earlier result.
+        pictures: a picture or a folder of them, which the images take in turn; for a pipeline that reads some.
 
     Returns:
         What the command prints as JSON: compare.json, and where the files are; and the table that it prints for people.
@@ -119,7 +121,8 @@ def compare(
         BadCheckpoint, BadInputs, OutputExists, UnknownFamily: naming what is wrong.
     """
     directory = Path(output)
-    task = _task(find_source(source), checkpoints, seeds, images, prompts, Sampling(steps, resolution))
+    sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
+    task = _task(find_source(source), checkpoints, seeds, images, prompts, sampling)
     ours = (DATA, PAGE, GRID) if _is_comparison(directory) else ()
     with write.replacing(directory, force, task.identity(), ours) as partial:
         store = Store(partial / _WORK)
@@ -154,6 +157,7 @@ def _task(
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
     family = family_of(config)
+    refuse_sampling(folder, family, prompts, sampling)
     opened = {name: _opened(name, Path(path), config) for name, path in checkpoints.items()}
     asked = None if prompts is None else read_prompts(Path(prompts))
     sampler = _sampler(folder, family, asked, images, sampling)

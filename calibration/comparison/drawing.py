@@ -23,7 +23,7 @@ class Batch:
     Attributes:
         images: FP32 in [0, 1] or uint8, [B, H, W] or [B, 3, H, W].
         calls: the inputs of each call of the transformer, in order.
-        velocities: its answers, each [B, ...].
+        velocities: its answers, each [B, ...]; of the tokens of the picture that is drawn, where it reads others too.
     """
 
     images: torch.Tensor
@@ -98,7 +98,7 @@ def follow(
 def _squares(transformer: Transformer, call: Inputs, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return |answer - wanted|^2 and |wanted|^2 of each image, FP64 [B]."""
     with torch.inference_mode():
-        answer = transformer(**call, return_dict=False)[0].to(wanted.device).double()
+        answer = transformer(**call, return_dict=False)[0][:, : wanted.shape[1]].to(wanted.device).double()
     error = (answer - wanted.double()).square().flatten(1).sum(1)
     return error, wanted.double().square().flatten(1).sum(1)
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from calibration.comparison.drawing import Batch, Sampler, Transformer
 from calibration.dataset import capturing
-from calibration.prompts import Sampling, load_pipeline, pipeline_of
+from calibration.pictures import conditions_of
+from calibration.prompts import Sampling, drawing, load_pipeline, pipeline_of
 from calibration.source import load_json
 from fp4trt.families import Family
 
@@ -30,7 +31,8 @@ def pipeline_sampler(folder: Path, family: Family, prompts: Sequence[str], image
         family: its family.
         prompts: at least one.
         images: of a seed.
-        sampling: steps and resolution; None leaves them to the pipeline.
+        sampling: steps and resolution; None leaves them to the pipeline. And the pictures that it reads, of which image
+            i takes ``i % len(pictures)``.
 
     Raises:
         BadInputs: the parent folder is no pipeline.
@@ -39,12 +41,20 @@ def pipeline_sampler(folder: Path, family: Family, prompts: Sequence[str], image
     config = load_json(folder / "config.json")
     asked = tuple(prompts[index % len(prompts)] for index in range(images))
 
+    conditions = conditions_of(root, config, sampling.pictures)
+
     def draw(transformer: Transformer, seed: int) -> Iterator[Batch]:
         pipeline, module = load_pipeline(root, transformer), cast(nn.Module, transformer)
         for index, prompt in enumerate(asked):
-            yield _picture(pipeline, module, family, config, prompt, _generator(seed, index), sampling)
+            settings = sampling.as_arguments() | conditions.arguments(index, sampling.resolution)
+            settings |= {"prompt": prompt, "generator": _generator(seed, index)}
+            with drawing(root):
+                batch = _picture(pipeline, module, family, config, settings)
+            yield batch
 
-    described = {"sampler": "pipeline", "steps": sampling.steps, "resolution": sampling.resolution}
+    described: dict[str, Any] = {"sampler": "pipeline", "steps": sampling.steps, "resolution": sampling.resolution}
+    if conditions.pictures:
+        described |= {"pipeline": conditions.pipeline, "pictures": conditions.described()}
     return Sampler(asked, images, draw, described)
 
 
@@ -59,19 +69,27 @@ def _picture(
     transformer: nn.Module,
     family: Family,
     config: dict[str, Any],
-    prompt: str,
-    generator: torch.Generator,
-    sampling: Sampling,
+    settings: dict[str, Any],
 ) -> Batch:
     velocities: list[torch.Tensor] = []
 
-    def listen(_: nn.Module, __: Any, output: Any) -> None:
-        velocities.append(output[0].detach().cpu())
+    def listen(_: nn.Module, __: Any, given: dict[str, Any], output: Any) -> None:
+        velocities.append(output[0][:, : _own_tokens(given)].detach().cpu())
 
-    handle = transformer.register_forward_hook(listen)
+    handle = transformer.register_forward_hook(listen, with_kwargs=True)
     try:
         with capturing(transformer, family, config) as calls:
-            drawn = pipeline(prompt, generator=generator, output_type="pt", **sampling.as_arguments()).images
+            drawn = pipeline(output_type="pt", **settings).images
     finally:
         handle.remove()
     return Batch((drawn.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), calls, velocities)
+
+
+def _own_tokens(given: dict[str, Any]) -> int | None:
+    """Return how many tokens, the first ones, are of the picture that is drawn; None where all are.
+
+    Kontext's pipeline appends the tokens of the picture to edit, marks them by a first position id of 1, and throws
+    away what the transformer answers there.
+    """
+    ids = given.get("img_ids")
+    return None if ids is None else int((ids[..., 0] == 0).sum())

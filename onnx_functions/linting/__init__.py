@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from fp4trt.pipeline_folder import graph_in
 from onnx_functions.errors import LintError
 from onnx_functions.external_data import load_graph
 from onnx_functions.linting import (
@@ -19,10 +20,12 @@ from onnx_functions.linting import (
     fp8,
     metadata,
     operators,
+    plausibility,
     promise,
     promised_tensors,
     stored_names,
     structure,
+    unread,
     weights,
 )
 from onnx_functions.linting.opset import normalise
@@ -37,6 +40,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *chains.RULES,
     *fp8.RULES,
     *data.RULES,
+    *plausibility.RULES,
     *attentions.RULES,
     *structure.RULES,
     *operators.RULES,
@@ -45,6 +49,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *promised_tensors.RULES,
     *files.RULES,
     *stored_names.RULES,
+    *unread.RULES,
 )
 
 _GRAVITY: Final = ("wrong", "slow", "warning")
@@ -54,7 +59,7 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
     """Hold a graph against every rule.
 
     Args:
-        path: an ONNX file, or a folder that holds model.onnx.
+        path: an ONNX file, or a folder that holds model.onnx, or a pipeline's.
         allow_slow: do not refuse what only loses speed.
 
     Returns:
@@ -62,9 +67,9 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
 
     Raises:
         BadGraph: the file is missing or no ONNX model.
+        BadCheckpoint: the quantized checkpoint beside it has a tensor without a meaning, or lacks one.
     """
-    file = Path(path)
-    file = file / "model.onnx" if file.is_dir() else file
+    file = graph_in(Path(path))
     subject = Subject(file, load_graph(file))
     # Wires that lead nowhere, or in a circle, or end in a node without inputs, cannot be followed.
     broken = tuple(

@@ -34,9 +34,11 @@ def external_length(subject: Subject) -> Iterator[Hit]:
 def external_outside(subject: Subject) -> Iterator[Hit]:
     """External data at an absolute path or above the graph's folder works on one machine, or reads another's files.
 
-    Source: the ONNX specification; onnx's own checker and TensorRT-RTX refuse it.
+    So does a link out of that folder, unless a hub's cache has put it there. Source: the ONNX specification; onnx's own
+    checker and TensorRT-RTX refuse the former.
     """
     yield from _faults(subject, "outside")
+    yield from _faults(subject, "link")
 
 
 @rule("external-overlap", "wrong", "export again")
@@ -59,11 +61,11 @@ def external_overlap(subject: Subject) -> Iterator[Hit]:
         before = (span, name)
 
 
-@rule("external-link", "warning", "copy the file in place of the link, or export with --copy-weights")
+@rule("external-link", "warning", "for a reader that refuses it, copy the file in place of the link")
 def external_link(subject: Subject) -> Iterator[Hit]:
     """A file of external data that is a link, as in the cache of a hub.
 
-    Source: TensorRT-RTX reads it; onnx's own loader and checker refuse it.
+    Source: all of fp4trt and TensorRT-RTX read it; onnx's own loader and checker refuse it.
     """
     files = {span.file for span in subject.spans.values() if isinstance(span, Span)}
     for file in sorted(files):

@@ -76,12 +76,14 @@ def promised_branch(subject: Subject) -> Iterator[Hit]:
     group. Source: measured: TensorRT-RTX takes what is there, and every product is wrong by the branch.
     """
     groups, graph = _groups_of(subject), subject.graph
-    for path in subject.promised.get("nvfp4", ()):
+    for path, kind in {path: kind for kind, paths in subject.promised.items() for path in paths}.items():
         node = product_of(subject, path)
-        quantizer = subject.quantizer_of(node.input[0]) if node is not None else None
-        if node is None or quantizer is None:
+        if node is None:
             continue  # rules of their own
-        enters = quantizer.input[0]
+        quantizer = subject.quantizer_of(node.input[0]) or subject.fp8_quantizer_of(node.input[0])
+        if quantizer is None and kind in ("nvfp4", "fp8"):
+            continue
+        enters = quantizer.input[0] if quantizer is not None else node.input[0]
         try:
             branch = find_branch(path, node, graph.nodes, graph.producer, graph.initializers)
         except BadGraph as error:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import onnx
 from onnx import NodeProto, TensorProto
 
+from onnx_functions.checkpoint_beside import CheckpointBeside, checkpoint_beside
 from onnx_functions.element_types import attributes_of
 from onnx_functions.errors import UnknownArtifact
 from onnx_functions.external_data import BadSpan, Span, nbytes_of, span_of
@@ -110,6 +111,11 @@ class Subject:
             if node.op_type == "Constant" and isinstance(value := attributes_of(node).get("value"), TensorProto):
                 found[node.output[0]] = value
         return found
+
+    @cached_property
+    def checkpoint(self) -> CheckpointBeside | None:
+        """The quantized checkpoint that the graph points into, or lies beside."""
+        return checkpoint_beside(self.path, self.model)
 
     @cached_property
     def spans(self) -> dict[str, Span | BadSpan | None]:

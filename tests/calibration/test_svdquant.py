@@ -210,7 +210,7 @@ def test_it_follows_the_model_more_closely_than_plain_rounding(
         (lambda tensors: tensors.pop("svdquant_lora_b"), "half of the branch"),
         (lambda tensors: tensors.update(svdquant_lora_b=tensors["svdquant_lora_b"][:, :-1]), r"expected \[128, 32\]"),
         (lambda tensors: tensors.update(pre_quant_scale=tensors["pre_quant_scale"][:-1]), r"expected \[128\]"),
-        (lambda tensors: [tensors.pop(f"svdquant_lora_{kind}") for kind in "ab"], "which its fp4trt.json promises"),
+        (lambda tensors: [tensors.pop(f"svdquant_lora_{kind}") for kind in "ab"], "says that the linear is NVFP4_SVD"),
     ],
 )
 def test_a_damaged_branch_is_refused(change: Any, message: str, svdquant_checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,30 @@ def test_what_is_wrong_is_refused_whatever_is_allowed(graph: Any, tmp_path: Path
     with pytest.raises(LintError, match=r"theirs\.onnx is refused: wrong: duplicate-node-name") as caught:
         export_graph(theirs, tmp_path / "ours.onnx", allow_slow=True)
     assert "--allow-slow" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a link needs a privilege on Windows")
+def test_a_graph_in_a_hubs_cache_is_exported_as_any_other(
+    graph: Any, hub_snapshot: Callable[..., Path], tmp_path: Path
+) -> None:
+    graph.product(_mark(graph))
+    plain = graph.save(tmp_path / "theirs" / "theirs.onnx", external=True)
+    snapshot = hub_snapshot(plain.parent, tmp_path / "hub", ["theirs.onnx", "theirs.bin"], "onnx")
+    for name, source in (("a", plain), ("b", snapshot / "theirs.onnx")):
+        export_graph(source, tmp_path / name / "ours.onnx")
+    for name in ("ours.onnx", "ours.onnx.data"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    (plain.parent / "second").hardlink_to(plain.parent / "theirs.bin")
+    export_graph(plain, tmp_path / "c" / "ours.onnx")
+    assert (tmp_path / "c" / "ours.onnx.data").read_bytes() == (tmp_path / "a" / "ours.onnx.data").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a link needs a privilege on Windows")
+def test_data_in_a_link_elsewhere_are_refused_for_what_they_are(graph: Any, tmp_path: Path) -> None:
+    graph.product(_mark(graph))
+    path = graph.save(tmp_path / "theirs" / "theirs.onnx", external=True)
+    data = path.with_name("theirs.bin")
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadGraph, match=r"w lies in .*, a link out of the graph's folder that is not one of a hub's"):
+        export_graph(path, tmp_path / "ours.onnx")

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import numpy as np
+from layout_writer import swizzled
 from lint_damage import Damaged
-from lint_mutations import MODULATION, OUT, TRT, mutation
+from lint_mutations import MODULATION, OUT, TRT, WIDE, mutation
 from lint_mutations_attention import MUTATIONS
 from onnx import TensorProto, helper
 
@@ -243,3 +244,16 @@ def an_input_of_no_width(graph: Damaged) -> None:
 def a_symbol_of_an_unknown_kind(graph: Damaged) -> None:
     graph.metadata("fp4trt.family", "another")
     _symbols(graph, B={"kind": "pages"})
+
+
+# Scales that another producer means otherwise
+
+
+@mutation("block-scale-order", f"{WIDE}.weight_scale", "accepted")
+def block_scales_in_the_tiles_of_cublas(graph: Damaged) -> None:
+    graph.put(f"{WIDE}.weight_scale", swizzled(graph.values(f"{WIDE}.weight_scale").reshape(512, 8)))
+
+
+@mutation("weight-scale-reciprocal", f"{OUT}.weight_scale_2", "accepted")
+def a_reciprocal_global_scale(graph: Damaged) -> None:
+    graph.scalar(f"{OUT}.weight_scale_2", 2688 / 64.0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import shutil
 
+import ml_dtypes
+import numpy as np
 from lint_damage import Damaged
 from lint_mutations import DEEP, MUTATIONS, OUT, TRT, WIDE, K, Q, mutation
 from lint_mutations_outside import linears_of, unpromise
@@ -258,3 +261,14 @@ def a_promise_without_a_recipe(graph: Damaged) -> None:
 def two_promises_of_one_key(graph: Damaged) -> None:
     text = json.dumps({"nvfp4": [OUT], "bf16": []})
     graph.model.metadata_props.append(StringStringEntryProto(key="fp4trt.linears", value=text))
+
+
+# A checkpoint that has more than its graph
+
+
+@mutation("stored-unread", f"{NORM_Q}.weight", "accepted")
+def a_norm_without_its_stored_scale_beside_the_checkpoint(graph: Damaged) -> None:
+    config = importlib.resources.files("calibration") / "digits" / "config.json"
+    graph.path.with_name("config.json").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
+    graph.rename(f"{NORM_Q}.weight", "ones")
+    graph.put("ones", np.ones(64, ml_dtypes.bfloat16))

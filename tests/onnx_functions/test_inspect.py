@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 import fp4trt
+from fp4trt.errors import BadCheckpoint
 from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.inspect import describe
 from onnx_functions.inspect_table import table
@@ -145,17 +146,20 @@ LOST_SCALES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda h: h[f"{QUERY}.weight_scale"].update(shape=[8, 128]),
         "weight_scale is F8_E4M3 [8, 128], expected F8_E4M3 [128, 8]",
     ),
-    "other type": (
-        lambda h: h[f"{QUERY}.weight_scale"].update(dtype="U8"),
-        "weight_scale is U8 [128, 8], expected F8_E4M3 [128, 8]",
-    ),
 }
 
 
 @pytest.mark.parametrize("how", LOST_SCALES)
-def test_codes_without_their_scales_are_not_what_was_promised(how: str, copy_of_digits: Path) -> None:
+def test_codes_without_their_scales_are_refused_and_of_another_family_not_what_was_promised(
+    how: str, copy_of_digits: Path
+) -> None:
     edit, reason = LOST_SCALES[how]
-    found = describe(_edited(copy_of_digits, edit))
+    folder = _edited(copy_of_digits, edit)
+    with pytest.raises(BadCheckpoint, match=rf"{QUERY}\.weight_scale"):
+        describe(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"_class_name": "OtherTransformer"}
+    del config["quantization_config"]
+    found = describe(_damaged(folder, "config.json", config))  # of no family of ours: as far as the names go
     assert found["fp4_linears"] == 51
     assert found["promise"]["differing"] == [
         {"path": QUERY, "promised": "nvfp4", "found": "u8", "reason": f"{QUERY}.{reason}"}
@@ -173,7 +177,7 @@ def _sharded(folder: Path, shards: dict[str, list[str]], weight_map: dict[str, s
         header = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}
         text = json.dumps(header).encode()
         (folder / file).write_bytes(len(text).to_bytes(8, "little") + text + bytes(len(names)))
-    (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}', encoding="utf-8")
+    (folder / "config.json").write_text('{"_class_name": "OtherTransformer"}', encoding="utf-8")
     return _damaged(folder, "diffusion_pytorch_model.safetensors.index.json", {"weight_map": weight_map})
 
 

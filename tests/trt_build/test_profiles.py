@@ -90,7 +90,9 @@ def test_the_built_in_models_pixels_per_token_are_read_from_its_metadata() -> No
         ({"batch": "-1"}, "expected a number"),
         ({"text": "1:2:1024"}, "outside the model's range 1 to 512"),
         ({"shapes": ["Q=1"]}, "no input or symbol 'Q'; it has B, L, T, hidden_states"),
-        ({"shapes": ["L=1:1:2"]}, "outside the model's range 256 to 7225"),
+        ({"shapes": ["L=1:1:2"]}, "below the model's least, 256"),
+        ({"reference_images": "two"}, "--reference-images two: expected a number or MIN:OPT:MAX"),
+        ({"reference_images": "2:1:0"}, "expected minimum <= optimum <= maximum, found 2, 1, 0"),
         ({"shapes": ["timestep=1x1"]}, "expected 1 numbers"),
         ({"shapes": ["img_ids=64x4"]}, "4 where the graph has 3"),
     ],
@@ -101,6 +103,19 @@ def test_a_profile_outside_the_model_is_refused_in_one_line(options: dict[str, A
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_reference_images_are_further_image_tokens() -> None:
+    made = profile(resolution="1024", reference_images="2")
+    assert made.symbols["L"] == (12288, 12288, 12288)
+    assert made.inputs["img_ids"] == ((12288, 3), (12288, 3), (12288, 3))
+    (note,) = made.notes
+    assert note.startswith("L goes to 12288 image tokens, beyond the 7225 of the model's largest picture")
+    assert profile(resolution="512:1024:1360", reference_images="0:1:2").symbols["L"] == (1024, 8192, 21675)
+    assert profile(resolution="512", reference_images=0) == profile(resolution="512")
+    assert profile(shapes=["L=256:8192:8192"]).symbols["L"] == (256, 8192, 8192)
+    with pytest.raises(BadProfileError, match="--reference-images 1: the model declares no image tokens"):
+        make_profile({"x": ("B", 64)}, {}, reference_images=1)
 
 
 def test_a_graph_without_metadata_takes_its_ranges_from_shapes() -> None:

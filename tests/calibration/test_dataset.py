@@ -1,0 +1,127 @@
+"""Captured inputs: in which types and shapes they may come, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
+from calibration.errors import BadInputs
+from calibration.input_amax import METADATA, calibrate
+from fp4trt.families import family_of
+
+CONFIG = {
+    "_class_name": "FluxTransformer2DModel",
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "guidance_embeds": True,
+}
+FAMILY = family_of(CONFIG)
+
+
+def call_of(seed: int = 0, batch: int = 2) -> Inputs:
+    """Return one call as a BF16 pipeline makes it, its floats such that FP16 holds them too."""
+    call = FAMILY.example_inputs(CONFIG, batch, 9, 5, seed, torch.bfloat16)
+    return {name: value.half().to(value.dtype) for name, value in call.items()}
+
+
+def refusal(call: Inputs) -> str:
+    with pytest.raises(BadInputs) as refused:
+        check_inputs([call_of(), call], FAMILY, CONFIG)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_floats_of_any_width_become_what_the_model_computes_in(dtype: torch.dtype) -> None:
+    wanted = call_of()
+    given = {name: value.to(dtype) for name, value in wanted.items()}
+    found = check_inputs([wanted, given], FAMILY, CONFIG)
+    for name, value in wanted.items():
+        assert found[1][name].dtype == (torch.float32 if name in ("img_ids", "txt_ids", "guidance") else torch.bfloat16)
+        assert torch.equal(found[1][name], value)
+
+
+def test_ids_may_be_whole_numbers_and_have_the_dimension_of_a_batch() -> None:
+    wanted = call_of()
+    given = wanted | {name: wanted[name].long()[None].expand(2, -1, -1) for name in ("img_ids", "txt_ids")}
+    found = check_inputs([given], FAMILY, CONFIG)[0]
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    ids = torch.stack([wanted["img_ids"], wanted["img_ids"] + 1])
+    assert "call 1: img_ids has shape [2, 9, 3] and differs between the pictures" in refusal(wanted | {"img_ids": ids})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"img_ids": torch.zeros(4, 3)}, "img_ids has shape [4, 3]; expected [9, 3], as hidden_states has 9 image"),
+        (
+            {"txt_ids": torch.zeros(6, 3)},
+            "txt_ids has shape [6, 3]; expected [5, 3], as encoder_hidden_states has 5",
+        ),
+        ({"timestep": torch.ones(1)}, "timestep has shape [1]; expected [2], as hidden_states has a batch of 2"),
+        (
+            {"hidden_states": torch.zeros(2, 9, 48)},
+            "hidden_states has shape [2, 9, 48]; this model takes ['B', 'L', 64",
+        ),
+        ({"hidden_states": torch.zeros(2, 0, 64)}, "hidden_states has shape [2, 0, 64]; expected no dimension of 0"),
+        ({"hidden_states": torch.zeros(2, 9, 64).int()}, "hidden_states is int32; expected floating-point numbers"),
+        ({"img_ids": torch.zeros(9, 3).bool()}, "img_ids is bool; expected floating-point numbers, such as float32"),
+        ({"hidden_states": torch.full((2, 9, 64), torch.nan)}, "hidden_states holds NaN or infinite values"),
+        (
+            {"hidden_states": torch.full((2, 9, 64), 3.4e38)},
+            "hidden_states holds 3.4e+38, which is beyond the range of",
+        ),
+        (
+            {"timestep": torch.tensor([981.0, 1.0])},
+            "timestep holds 981; this model takes 0 (picture) to 1 (noise): a",
+        ),
+        ({"timestep": torch.tensor([500, 500])}, "divides by 1000"),
+        (
+            {"timestep": torch.tensor([-0.25, 1.0])},
+            "timestep holds -0.25; this model takes 0 (picture) to 1 (noise)",
+        ),
+        ({"image_rotary_emb": torch.ones(2)}, "has image_rotary_emb too; this model takes hidden_states, encoder_hid"),
+    ],
+)
+def test_an_input_that_is_not_the_models_is_named_with_its_call(change: Inputs, words: str) -> None:
+    told = refusal(call_of() | change)
+    assert "call 1" in told
+    assert words in told
+
+
+def test_a_missing_input_is_named() -> None:
+    call = call_of()
+    del call["guidance"]
+    assert "call 1 lacks guidance, which this model reads" in refusal(call)
+
+
+def test_a_file_without_a_call_is_refused(tmp_path: Path) -> None:
+    save_inputs(tmp_path / "inputs.safetensors", [call_of()])
+    with pytest.raises(BadInputs, match="holds no call"):
+        check_inputs(load_inputs(tmp_path / "inputs.safetensors")[:0], FAMILY, CONFIG)
+
+
+def test_captured_in_fp16_or_fp32_calibrates_as_in_bf16(tiny_flux: Callable[..., Path], tmp_path: Path) -> None:
+    flux = tiny_flux(tmp_path / "flux")
+    amax = {}
+    for name, dtype in (("bf16", None), ("fp32", torch.float32), ("mixed", torch.float16)):
+        calls = [call_of(seed) for seed in range(3)]
+        if dtype is not None:
+            calls[1:] = [{key: value.to(dtype) for key, value in call.items()} for call in calls[1:]]
+        save_inputs(tmp_path / f"{name}.safetensors", calls)
+        calibrate(flux, tmp_path / f"{name}.json", inputs=tmp_path / f"{name}.safetensors")
+        amax[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        del amax[name][METADATA]
+    assert amax["bf16"] == amax["fp32"] == amax["mixed"]
+    assert len(amax["bf16"]) == 20 + 6

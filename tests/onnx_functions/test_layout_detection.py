@@ -1,0 +1,261 @@
+"""`inspect --against` names the layout of a checkpoint by what its bytes are in its 16-bit source."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from layout_writer import LAYOUTS, Tensors, codes_of, pack, swizzled, write, write_layout, write_source
+
+import fp4trt
+from onnx_functions.errors import UnknownArtifact
+from onnx_functions.layout_detection import detect, lines_of
+from onnx_functions.layout_readings import unswizzled
+
+SHAPES = {"attn.to_q": (128, 128), "ff": (256, 64), "odd": (48, 80), "deep": (64, 256)}
+OURS = "ModelOpt's unified export, which fp4trt writes"
+NAMES = {
+    "unified": OURS,
+    "four over six": OURS,
+    "swizzled": "ModelOpt's enable_swizzle_layout",
+    "nibbles swapped": "ModelOpt's unified export with swapped nibbles",
+    "ComfyUI": "ComfyUI",
+    "reciprocal": "compressed-tensors and LightX2V (reciprocal global scale)",
+    "transposed": "nobody known (block scales row-major, low first, transposed, scale a multiplier)",
+    "by columns": "nobody known (block scales row-major, low first, columns, scale a multiplier)",
+    "fp8": "FP8 (E4M3, scale a multiplier)",
+    "scaled fp8": "ComfyUI's scaled FP8 (E4M3, scale a multiplier)",
+    "scaled fp8 in E5M2": "ComfyUI's scaled FP8 (E5M2, scale a multiplier)",
+    "fp8 with a reciprocal scale": "FP8 (E4M3, scale a reciprocal)",
+}
+READ = {"unified", "four over six", "fp8"}
+
+
+def weight(rows: int, columns: int, seed: int = 0, spread: float = 0.5) -> np.ndarray:
+    """A weight whose rows and columns differ in size, as trained ones do; its values are BF16's."""
+    rng = np.random.default_rng(seed)
+    sizes = np.exp(spread * rng.standard_normal((rows, 1))) * np.exp(spread * rng.standard_normal((1, columns)))
+    value = (0.02 * sizes * rng.standard_normal((rows, columns))).astype(np.float32)
+    return value.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    return {name: weight(*shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+
+
+@pytest.fixture(scope="module")
+def source(weights: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("source") / "bf16.safetensors", weights)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_named_by_the_error_of_its_reading(
+    layout: str, weights: dict[str, np.ndarray], source: Path, tmp_path: Path
+) -> None:
+    found = detect(write_layout(tmp_path / "theirs.safetensors", layout, weights), source)
+    assert found["layout"] == NAMES[layout]
+    assert found["passed"] == (layout in READ)
+    assert all(each["error"] < 0.12 for each in found["linears"])
+    if layout not in READ and layout != "scaled fp8":
+        assert all(
+            each["error_as_fp4trt_reads"] is None or each["error_as_fp4trt_reads"] > 0.25 for each in found["linears"]
+        )
+
+
+def test_block_scales_come_back_out_of_their_tiles() -> None:
+    scales = np.random.default_rng(0).integers(0, 255, (256, 12), np.uint8)
+    assert np.array_equal(unswizzled(swizzled(scales), 256, 12), scales)
+    tile = swizzled(np.arange(512, dtype=np.uint16).reshape(128, 4).astype(np.uint8))
+    assert tile.reshape(-1)[:16].tolist() == [0, 1, 2, 3, *range(128, 132), *range(4), *range(128, 132)]
+
+
+def fused(weights: dict[str, np.ndarray], paths: tuple[str, ...]) -> np.ndarray:
+    return np.concatenate([weights[path] for path in paths])
+
+
+@pytest.fixture(scope="module")
+def flux() -> dict[str, np.ndarray]:
+    """Some linears of a FLUX.1 of width 64 by diffusers' names."""
+    double, single = "transformer_blocks.3", "single_transformer_blocks.0"
+    shapes = {f"{double}.attn.{name}": (64, 64) for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    shapes |= {f"{single}.attn.{name}": (64, 64) for name in ("to_q", "to_k", "to_v")}
+    shapes |= {f"{single}.proj_mlp": (256, 64), f"{single}.proj_out": (64, 320), "norm_out.linear": (128, 64)}
+    return {name: weight(*shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.fixture(scope="module")
+def original(flux: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same by the names of the model's own repository, fused."""
+    double, single = "transformer_blocks.3.attn", "single_transformer_blocks.0"
+    last = flux["norm_out.linear"]
+    return {
+        "double_blocks.3.img_attn.qkv": fused(flux, tuple(f"{double}.to_{part}" for part in "qkv")),
+        "double_blocks.3.img_attn.proj": flux[f"{double}.to_out.0"],
+        "single_blocks.0.linear1": fused(flux, (*(f"{single}.attn.to_{part}" for part in "qkv"), f"{single}.proj_mlp")),
+        "single_blocks.0.linear2": flux[f"{single}.proj_out"],
+        "final_layer.adaLN_modulation.1": np.concatenate((last[64:], last[:64])),
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_fused_linears_are_held_against_the_rows_that_they_were_made_of(
+    prefix: str, flux: dict[str, np.ndarray], original: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    theirs = {f"{prefix}{name}": value for name, value in original.items()}
+    marker: Tensors = {f"{prefix}single_blocks.0.linear1.comfy_quant": ("U8", np.zeros(19, np.uint8))}
+    file = write_layout(tmp_path / "theirs.safetensors", "ComfyUI", theirs, marker=marker)
+    found = detect(file, write_source(tmp_path / "bf16.safetensors", flux))
+    assert found["layout"] == "ComfyUI"
+    assert len(found["linears"]) == 5
+    assert found["recognised"]["name"] == "ComfyUI"
+    assert not found["passed"]
+
+
+def test_a_source_by_the_original_names_serves_as_well(
+    flux: dict[str, np.ndarray], original: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    file = write_layout(tmp_path / "ours.safetensors", "unified", flux)
+    assert detect(file, write_source(tmp_path / "bf16.safetensors", original))["passed"]
+    same = write_layout(tmp_path / "theirs.safetensors", "ComfyUI", original)
+    assert detect(same, tmp_path / "bf16.safetensors")["layout"] == "ComfyUI"
+
+
+def test_a_fused_linear_in_another_order_is_not_taken_for_a_good_one(
+    flux: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    parts = tuple(f"transformer_blocks.3.attn.to_{part}" for part in "kqv")
+    file = write_layout(
+        tmp_path / "theirs.safetensors", "unified", {"double_blocks.3.img_attn.qkv": fused(flux, parts)}
+    )
+    found = detect(file, write_source(tmp_path / "bf16.safetensors", flux))
+    assert not found["passed"]
+    assert "no reading fits" in found["linears"][0]["reason"]
+
+
+def smoothed(value: np.ndarray, rank: int, lose: str = "") -> Tensors:
+    """SVDQuant's tensors of a weight: smoothing, a branch of its largest singular vectors, and the rest in codes."""
+    rng = np.random.default_rng(9)
+    factors = np.exp(0.4 * rng.standard_normal(value.shape[1])).astype(np.float32)
+    u, s, v = np.linalg.svd(value / factors, full_matrices=False)
+    a, b = v[:rank].astype(np.float32), (u[:, :rank] * s[:rank]).astype(np.float32)
+    found = LAYOUTS["unified"]("x", value / factors - b @ a)
+    beside = {"pre_quant_scale": factors, "svdquant_lora_a": a, "svdquant_lora_b": b}
+    return found | {f"x.{name}": ("F32", each) for name, each in beside.items() if name != lose}
+
+
+def test_smoothing_and_a_low_rank_branch_belong_to_the_weight(tmp_path: Path) -> None:
+    value = weight(128, 128)
+    source = write_source(tmp_path / "bf16.safetensors", {"x": value})
+    found = detect(write(tmp_path / "svd.safetensors", smoothed(value, 16)), source)
+    assert found["passed"]
+    assert found["linears"][0]["error"] < 0.12
+    lost = detect(write(tmp_path / "lost.safetensors", smoothed(value, 16, "pre_quant_scale")), source)
+    assert not lost["passed"]
+
+
+def test_half_of_a_branch_is_said(tmp_path: Path, source: Path, weights: dict[str, np.ndarray]) -> None:
+    tensors: Tensors = LAYOUTS["unified"]("ff", weights["ff"]) | LAYOUTS["unified"]("odd", weights["odd"])
+    tensors["ff.svdquant_lora_a"] = "F32", np.zeros((4, 64), np.float32)
+    found = detect(write(tmp_path / "half.safetensors", tensors), source)
+    assert not found["passed"]
+    assert {each["path"]: each["reason"] for each in found["linears"]} == {
+        "odd": None,
+        "ff": "half of a low-rank branch",
+    }
+
+
+def test_a_lost_smoothing_is_told_from_a_layout(tmp_path: Path) -> None:
+    value = weight(256, 128)
+    factors = np.exp(0.4 * np.random.default_rng(9).standard_normal(128)).astype(np.float32)
+    file = write(tmp_path / "awq.safetensors", LAYOUTS["unified"]("x", value / factors))
+    found = detect(file, write_source(tmp_path / "bf16.safetensors", {"x": value}))
+    assert not found["passed"]
+    assert "is a pre_quant_scale lost?" in found["linears"][0]["reason"]
+
+
+def test_factors_that_the_quality_recipe_moves_into_a_norm_are_no_other_layout(tmp_path: Path) -> None:
+    value = weight(256, 128)
+    factors = np.exp(0.4 * np.random.default_rng(9).standard_normal(128)).astype(np.float32)
+    write(tmp_path / "diffusion_pytorch_model.safetensors", LAYOUTS["unified"]("x", value / factors))
+    (tmp_path / "fp4trt.json").write_text(json.dumps({"recipe": {"name": "mine", "method": {"name": "quality"}}}))
+    found = detect(tmp_path, write_source(tmp_path.parent / "bf16.safetensors", {"x": value}))
+    assert found["passed"]
+    assert found["linears"][0]["moved"] == "columns"
+
+
+def test_a_wrong_global_scale_is_said_as_a_factor(tmp_path: Path, source: Path, weights: dict[str, np.ndarray]) -> None:
+    tensors = LAYOUTS["unified"]("ff", weights["ff"])
+    kind, scale = tensors["ff.weight_scale_2"]
+    tensors["ff.weight_scale_2"] = kind, np.array(np.float32(scale * 1536 / 2688))
+    found = detect(write(tmp_path / "x.safetensors", tensors), source)
+    assert not found["passed"]
+    assert "global scale, which is too small by a factor of 1.7" in found["linears"][0]["reason"]
+
+
+def test_another_source_than_its_own_fits_nothing(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    other = {name: weight(*value.shape, 99) for name, value in weights.items()}
+    source = write_source(tmp_path / "bf16.safetensors", other)
+    found = detect(write_layout(tmp_path / "x.safetensors", "unified", weights), source)
+    assert (found["passed"], found["layout"]) == (False, None)
+    assert "is this the checkpoint that it was made of?" in found["summary"]
+
+
+def test_padded_rows_and_columns_are_no_part_of_the_weight(tmp_path: Path) -> None:
+    value = weight(40, 80)
+    padded = np.pad(value, ((0, 8), (0, 48)))
+    source = write_source(tmp_path / "bf16.safetensors", {"x": value})
+    codes, scales, scale = codes_of(padded)
+    tensors: Tensors = {
+        "x.weight": ("U8", pack(codes, high_first=True)),
+        "x.weight_scale": ("U8", swizzled(scales)),
+        "x.weight_scale_2": ("F32", np.array(scale)),
+    }
+    assert detect(write(tmp_path / "x.safetensors", tensors), source)["layout"] == "ComfyUI"
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_the_built_in_model_is_in_its_own_layout_until_its_scales_are_swizzled(
+    turn: bool, quantized_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = quantized_digits
+    if turn:
+        from modelopt.torch.export.diffusers_utils import swizzle_nvfp4_scales
+
+        shutil.copy(quantized_digits / "config.json", tmp_path / "config.json")
+        name = "diffusion_pytorch_model.safetensors"
+        save_file(swizzle_nvfp4_scales(load_file(quantized_digits / name)), tmp_path / name)
+        folder = tmp_path
+    assert fp4trt.run(["inspect", str(folder), "--against", "digits", "--json"]) == (1 if turn else 0)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["layouts"] == ({"ModelOpt's enable_swizzle_layout": 52} if turn else {OURS: 52})
+    assert max(each["error"] for each in found["linears"]) < 0.12
+    if turn:
+        assert min(each["error_as_fp4trt_reads"] for each in found["linears"]) > 0.29
+    assert any("52 of 52 linears" in line for line in lines_of(found))
+
+
+def test_what_cannot_be_held_against_each_other_is_one_line(tmp_path: Path, source: Path, weights) -> None:
+    file = write_layout(tmp_path / "x.safetensors", "unified", {"elsewhere": weights["ff"]})
+    with pytest.raises(UnknownArtifact, match=r"weights of none of the 1 quantized linears .* elsewhere"):
+        detect(file, source)
+    with pytest.raises(UnknownArtifact, match="no matrix in 16 bit"):
+        detect(file, file)
+    with pytest.raises(UnknownArtifact, match="no linear whose codes can be dequantized"):
+        detect(source, source)
+    packed: Tensors = {
+        "x.qweight": ("I8", np.zeros((128, 64), np.int8)),
+        "x.wscales": ("F8_E4M3", np.zeros((8, 128), np.uint8)),
+    }
+    with pytest.raises(UnknownArtifact, match="by its names: nunchaku's SVDQuant"):
+        detect(write(tmp_path / "n.safetensors", packed), source)
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF" + bytes(64))
+    assert fp4trt.run(["inspect", str(tmp_path / "flux.gguf"), "--against", str(source)]) == 2
+    assert fp4trt.run(["inspect", str(tmp_path / "absent"), "--against", "digits"]) == 2
