@@ -94,7 +94,8 @@ def recipes(name: str | None) -> dict[str, Any]:
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
 @click.option(
     "--recipe",
-    help="A name of fp4trt recipes, or a YAML file.  [default: nvfp4-quality; nvfp4-ptq where only maxima are given]",
+    help="A name of fp4trt recipes, or a YAML file.  [default: nvfp4-quality; nvfp4-ptq where only maxima are given; "
+    "what a state itself says]",
 )
 @click.option(
     "--calibration",
@@ -102,7 +103,9 @@ def recipes(name: str | None) -> dict[str, Any]:
     multiple=True,
     help="Maxima (.json; more than once to merge several) or captured inputs (.safetensors).",
 )
-@click.option("--modelopt-state", type=_PATH, help="A state of modelopt.torch.opt.save, in place of calibrating.")
+@click.option(
+    "--modelopt-state", type=_PATH, help="A state of modelopt.torch.opt.save: formats, weights and scales are its own."
+)
 @click.option("--trust", is_flag=True, help="Read that state though it is a pickle and can run code.")
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @_DEVICE
@@ -136,6 +139,15 @@ def quantize(
         f"quantized {result['quantized_linears']} linears{in_fp8}{attention} ({result['recipe']}): "
         f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
     )
+    if (state := result.get("modelopt_state")) is not None:
+        click.echo(
+            f"it computes what the model of {modelopt_state} computes: relative difference {state['difference']:.2g} "
+            f"on {state['inputs']} inputs (ModelOpt's {', '.join(state['algorithms']) or 'no calibration'})"
+        )
+        if state["apart"]:
+            click.echo(
+                f"each linear keeps its own scales, as in the state: {state['apart']} FP4 GEMMs more than shared"
+            )
     if cost := result["sharing_cost"]:
         text = f"one global scale for each of {result['groups']} groups costs: "
         text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"

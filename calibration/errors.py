@@ -14,6 +14,7 @@ __all__ = [
     "BadInputs",
     "BadRecipe",
     "NoEffect",
+    "NotReproduced",
     "OutputExists",
     "TooLittleSpace",
     "UnknownFamily",
@@ -44,6 +45,12 @@ class NoEffect(ValueError):
     """A method was to change a model's weights, and has not."""
 
     exit_code = 2
+
+
+class NotReproduced(ValueError):
+    """A result does not compute what the model computes that it was made from: a check that failed."""
+
+    exit_code = 1
 
 
 class UnsupportedLinear(ValueError):

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from calibration import nvfp4
+from calibration import fp8, nvfp4
 from calibration.straight_through import straight_through
 
 with warnings.catch_warnings():
@@ -26,16 +26,22 @@ with warnings.catch_warnings():
     )
     from modelopt.torch.quantization.nn.modules import tensor_quantizer
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+        SequentialQuantizer,
+        TensorQuantizer,
         is_registered_quant_backend,
         register_quant_backend,
     )
     from modelopt.torch.quantization.utils.numeric_utils import fp8_max_for_normalization
 
 __all__ = [
+    "BACKEND",
     "FOUR_OVER_SIX",
     "FP8",
+    "FP8_BACKEND",
     "NVFP4",
     "STATIC_NVFP4",
+    "SequentialQuantizer",
+    "TensorQuantizer",
     "fp8_max_for_normalization",
     "make_room_for_branches",
     "model_calib",
@@ -44,6 +50,10 @@ __all__ = [
 ]
 
 BACKEND: Final = "fp4trt_nvfp4"
+
+FP8_BACKEND: Final = "fp4trt_fp8"
+"""Divides by ``amax / 448``, as the stored format does, where ModelOpt multiplies by ``448 / amax``: another last place
+of the quotient, and at a tie another code. Only what is compared with a checkpoint bit for bit names it."""
 
 NVFP4: Final = {
     "num_bits": (2, 1),
@@ -72,6 +82,10 @@ def _fake_quantize(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
     # While AWQ-lite tries scales on a weight, that has no amax yet; ModelOpt's own kernel then takes the input's.
     amax = inputs.abs().amax() if quantizer.amax is None else quantizer.amax
     return nvfp4.fake_quantize(inputs, nvfp4.global_scale(amax.float()))
+
+
+def _fake_quantize_fp8(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
+    return fp8.fake_quantize(inputs, fp8.tensor_scale(quantizer.amax.float().reshape(())))
 
 
 def _fake_quantize_static(
@@ -104,4 +118,5 @@ def _fake_quantize_static(
 
 if not is_registered_quant_backend(BACKEND):
     register_quant_backend(BACKEND, _fake_quantize)
+    register_quant_backend(FP8_BACKEND, _fake_quantize_fp8)
 tensor_quantizer.static_blockwise_fp4_fake_quant = _fake_quantize_static

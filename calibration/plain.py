@@ -17,7 +17,7 @@ from calibration.safetensors_file import StoredTensor
 from calibration.source import empty_source, load_json
 from fp4trt.families import Family, family_of
 
-__all__ = ["Plain", "checked"]
+__all__ = ["Plain", "checked", "require_whole_blocks"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class Plain:
         model: empty.
         stored: its tensors, in the order of the model's own.
         recipe: how to quantize it.
-        formats: module path of every linear that the family can quantize to its format.
+        formats: module path of every linear that the family can quantize to its format; and of some others, where a
+            model that is quantized already has them so.
+        own_groups: the quantized linears by what they share, where that is not the family's to say.
+        own_attentions: the attentions in FP8, where that is not the recipe's to say.
     """
 
     folder: Path
@@ -41,6 +44,8 @@ class Plain:
     stored: Mapping[str, StoredTensor]
     recipe: Recipe
     formats: Mapping[str, str]
+    own_groups: tuple[tuple[str, ...], ...] | None = None
+    own_attentions: tuple[str, ...] | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -55,6 +60,8 @@ class Plain:
     @property
     def quantized_groups(self) -> tuple[tuple[str, ...], ...]:
         """All quantized linears by the input that they read."""
+        if self.own_groups is not None:
+            return self.own_groups
         return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] != "bf16")
 
     def of_format(self, kind: str) -> tuple[str, ...]:
@@ -64,6 +71,8 @@ class Plain:
     @property
     def fp8_attentions(self) -> tuple[str, ...]:
         """The attentions in FP8."""
+        if self.own_attentions is not None:
+            return self.own_attentions
         return self.family.attentions(self.config) if self.recipe.attention == "fp8" else ()
 
 
@@ -80,14 +89,14 @@ def checked(folder: Path, recipe: Recipe) -> Plain:
     formats = linear_formats(recipe.formats, family, config, shapes)
     for path, kind in formats.items():
         if kind == "nvfp4":
-            _require_whole_blocks(path, shapes[path][1])
+            require_whole_blocks(path, shapes[path][1])
     ordered = {name: stored[name] for name in model.state_dict()}
     plain = Plain(folder, config, family, model, ordered, recipe, formats)
     methods.require_fit(recipe.method, plain.groups, shapes)
     return plain
 
 
-def _require_whole_blocks(path: str, in_features: int) -> None:
+def require_whole_blocks(path: str, in_features: int) -> None:
     """Refuse a linear whose rows do not split into blocks of 16.
 
     Raises:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import click
 
 from calibration import methods, processes, write
 from calibration.block_calibration import require_device
@@ -15,13 +16,12 @@ from calibration.checkpoint import MANIFEST, load_manifest
 from calibration.errors import BadInputs, BadRecipe
 from calibration.fp8_attention import attention_scales
 from calibration.input_amax import Calibration, calibration_from, captured_from
-from calibration.one_pass import Done
 from calibration.plain import Plain, checked
 from calibration.preparation import Prepared, prepared_by_block
 from calibration.recipe import QAT, Recipe, load_recipe
 from calibration.result_files import Given, write_result
-from calibration.safetensors_file import hold, sha256_of
-from calibration.source import files_of, find_source, load_source, source_hashes
+from calibration.safetensors_file import hold
+from calibration.source import files_of, find_source
 
 __all__ = ["quantize"]
 
@@ -46,38 +46,41 @@ def quantize(
         source: BF16 checkpoint (see :func:`calibration.source.find_source`).
         output: folder of the result, written as ``OUTPUT.partial`` and renamed.
         recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`), or what was read; None for
-            the best that the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with maxima or a
-            state.
+            the best that the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with maxima; and
+            with a state for what that says. A recipe that says anything else than a state is refused.
         calibration: maxima (``.json``), or several files of them to be merged, or captured inputs
             (``.safetensors``); None for the built-in model's words.
-        modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here.
+        modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here. The result is
+            given its name only when it computes what the state's own model does.
         trust: allow reading that state, which is a pickle and can run code.
         force: replace an existing result.
         device: where to run the model on captured inputs, and to pack: ``cpu`` or ``cuda``.
 
     Returns:
-        What the command prints as JSON: paths, counts, bytes, the cost of sharing scales.
+        What the command prints as JSON: paths, counts, bytes, the cost of sharing scales; and of a state, how far the
+        result is from its own model.
 
     Raises:
         BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear, Untrusted: naming
             what is wrong.
+        NotReproduced: the result does not compute what a state's own model does.
     """
     if isinstance(recipe, Recipe):
         chosen = recipe
     else:
-        chosen = load_recipe(recipe or _usual_recipe(calibration, modelopt_state))
+        chosen = load_recipe(recipe or _usual_recipe(calibration))
     if calibration and modelopt_state is not None:
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
     require_device(device)
     directory, folder = Path(output), find_source(source)
     write.refuse_foreign(directory, force)
+    if modelopt_state is not None:
+        asked = checked(folder, chosen) if recipe is not None else None
+        return _from_state(folder, directory, asked, Path(modelopt_state), trust, force, device)
     plain = checked(folder, chosen)
     work = directory.with_name(f"{directory.name}.calibration.partial")
     given_by: AbstractContextManager[Given]
-    if modelopt_state is not None:
-        plain, restored = _restored(plain, modelopt_state, trust)
-        given_by = contextlib.nullcontext(restored)
-    elif isinstance(chosen.method, QAT):
+    if isinstance(chosen.method, QAT):
         training = directory.with_name(f"{directory.name}.training.partial")
         given_by = _trained(plain, chosen.method, calibration or None, training, device)
     elif methods.needs_activations(chosen.method):
@@ -95,10 +98,10 @@ def quantize(
     return _summary(directory, plain, load_manifest(directory / MANIFEST))
 
 
-def _usual_recipe(calibration: str | Path | Sequence[str | Path] | None, modelopt_state: str | Path | None) -> str:
+def _usual_recipe(calibration: str | Path | Sequence[str | Path] | None) -> str:
     """Return the preset that makes the most of what is there: maxima allow no more than rounding to nearest."""
     files = [Path(path) for path in ([calibration] if isinstance(calibration, str | Path) else calibration or ())]
-    only_maxima = modelopt_state is not None or len(files) > 1 or any(path.suffix == ".json" for path in files)
+    only_maxima = len(files) > 1 or any(path.suffix == ".json" for path in files)
     return "nvfp4-ptq" if only_maxima else "nvfp4-quality"
 
 
@@ -155,20 +158,26 @@ def _trained(
         yield Given(captured, Prepared(result.tensors), kept=result.files, training=result.figures)
 
 
-def _restored(plain: Plain, modelopt_state: str | Path, trust: bool) -> tuple[Plain, Given]:
-    """Take weights and maxima from a ModelOpt state of a plain checkpoint's model, which is held in memory for that."""
-    from calibration.modelopt_state import maxima, restore
+def _from_state(
+    folder: Path, directory: Path, asked: Plain | None, state: Path, trust: bool, force: bool, device: str
+) -> dict[str, Any]:
+    """Write what a ModelOpt state of a plain checkpoint's model says, once it computes what the state's model does."""
+    from calibration.modelopt_reference import INPUTS, require_reproduced
+    from calibration.modelopt_result import take
 
-    if methods.needs_activations(plain.recipe.method):
-        raise BadInputs(f"a ModelOpt state was given, and the recipe {plain.recipe.name}; expected one of plain PTQ")
-    formats = {path: kind for path, kind in plain.formats.items() if kind != "bf16"}
-    restored = restore(load_source(plain.folder), formats, modelopt_state, trust)
-    held = {name: hold(name, restored.state_dict()[name]) for name in plain.stored}
-    inputs, weights = maxima(restored, formats)
-    described = {"data": "modelopt state", "sha256": sha256_of(Path(modelopt_state))}
-    done = Done(source_hashes(plain.folder), {f"{path}.weight": value for path, value in weights.items()})
-    calibrated = Calibration(inputs, described)
-    return replace(plain, stored=held), Given(calibrated, _attention(plain, calibrated), done)
+    taken = take(folder, state, trust, asked)
+    plain = taken.plain
+    difference = 0.0
+    if processes.is_main():
+        if taken.rounded:
+            click.echo(f"warning: the weights of {state} are {taken.rounded}; they were rounded to bfloat16", err=True)
+        with write.replacing(directory, force) as partial:
+            write_result(partial, plain, taken.given, device)
+            click.echo(f"comparing the result with the model of {state.name} on {INPUTS} inputs", err=True)
+            difference = require_reproduced(partial, taken.expected, plain.family, plain.config, state.name)
+    processes.wait(device)
+    found = {"difference": difference, "inputs": INPUTS, "algorithms": list(taken.algorithms), "apart": taken.apart}
+    return {**_summary(directory, plain, load_manifest(directory / MANIFEST)), "modelopt_state": found}
 
 
 def _summary(directory: Path, plain: Plain, manifest: Mapping[str, Any]) -> dict[str, Any]:

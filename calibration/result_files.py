@@ -29,6 +29,7 @@ from calibration.preparation import Prepared
 from calibration.quantization_config import AWQ, quantization_config
 from calibration.safetensors_file import StoredTensor, sha256_of
 from calibration.source import files_of
+from fp4trt.account import OUTPUT_SCALE
 
 __all__ = ["Given", "write_result"]
 
@@ -110,8 +111,9 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     if len(planned) > 1:
         written[shards.INDEX] = write.write_json(partial / shards.INDEX, shards.index_of(planned))
     branches = _branches(prepared)
-    formats = {**plain.formats, **dict.fromkeys(_smoothed(prepared) - branches.keys(), AWQ)}
-    described = quantization_config(plain.model, formats, set(branches.values()))
+    formats = {**plain.formats, **dict.fromkeys((_smoothed(prepared) & set(plain.paths)) - branches.keys(), AWQ)}
+    ranks = {rank for path, rank in branches.items() if path in plain.paths}
+    described = quantization_config(plain.model, formats, ranks)
     config = {**plain.config, "quantization_config": described}
     written["config.json"] = write.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
@@ -146,6 +148,8 @@ def _amax(
             amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * largest
         elif leaf in SCALES:
             amax[f"{path}.{leaf.removesuffix('_scale')}_bmm_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
+        elif leaf == OUTPUT_SCALE:
+            amax[f"{path}.bmm2_output_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
     return amax
 
 

@@ -83,7 +83,7 @@ def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
         _forget_progress(directory)
         (directory / _MARK).unlink()
     finally:
-        if (partial / _PROGRESS).exists():
+        if identity and (partial / _PROGRESS).exists():
             click.echo(f"{partial} keeps what is finished: the same command goes on from there", err=True)
         else:
             discard(partial, _MARK)

@@ -123,7 +123,7 @@ def test_a_modelopt_state_of_both_formats_gives_the_same_checkpoint(
     quantize("digits", tmp_path / "again", recipe, modelopt_state=tmp_path / "state.pt", trust=True)
     assert sha256_of(tmp_path / "again" / WEIGHTS) == sha256_of(fp8_digits / WEIGHTS)
     with pytest.raises(BadCheckpoint, match=r"has num_bits \(4, 3\); expected NVFP4 in blocks of 16"):
-        quantize("digits", tmp_path / "other", modelopt_state=tmp_path / "state.pt", trust=True)
+        quantize("digits", tmp_path / "other", "nvfp4-ptq", modelopt_state=tmp_path / "state.pt", trust=True)
     found, theirs = load(fp8_digits), model
     inputs = read(fp8_digits).family.example_inputs(load_json(digits / "config.json"), 2, 16, 8, 0, torch.bfloat16)
     with torch.no_grad():

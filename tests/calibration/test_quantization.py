@@ -218,14 +218,16 @@ def test_a_modelopt_state_is_read_only_when_trusted_and_gives_the_same_weights(
     assert sha256_of(tmp_path / "out" / checkpoint.WEIGHTS) == sha256_of(quantized_digits / checkpoint.WEIGHTS)
 
 
-def test_a_modelopt_state_with_another_selection_of_linears_is_refused(tmp_path: Path, digits: Path) -> None:
+def test_a_modelopt_state_with_another_selection_of_linears_than_the_recipe_is_refused(
+    tmp_path: Path, digits: Path
+) -> None:
     model = load_source(digits)
     config = load_json(digits / "config.json")
     paths = family_of(config).quantized(config)
     _insert_quantizers(model, dict.fromkeys(paths[1:], 1.0))
     mto.save(model, str(tmp_path / "state.pt"))
     with pytest.raises(BadCheckpoint, match=r"transformer_blocks\.0\.norm1\.linear.*is not quantized"):
-        quantize("digits", tmp_path / "out", modelopt_state=tmp_path / "state.pt", trust=True)
+        quantize("digits", tmp_path / "out", "nvfp4-ptq", modelopt_state=tmp_path / "state.pt", trust=True)
 
 
 def test_an_existing_result_is_kept_without_force_and_replaced_with_it(copy_of_digits: Path) -> None:
