@@ -186,32 +186,35 @@ def account_of(
             format of the whole where that is none that is read.
         UnknownFamily: the model is of no family of ours.
     """
-    _refuse_other_algorithms(where, config.get("quantization_config"))
+    algorithms = _algorithms(where, config)
     refuse_foreign_layout(where, config, metadata, tensors)
-    family = family_of(config)
-    return _Reader(where, config, family, tensors, scalar).account()
+    return _Reader(where, config, algorithms, tensors, scalar).account()
 
 
-def _refuse_other_algorithms(where: str, described: Any) -> None:
-    """Refuse what the config says to be in a format that is not read, by its name."""
-    if described is None:
-        return
-    if not isinstance(described, Mapping):
-        raise BadCheckpoint(f"{where}: quantization_config is {described!r}, expected an object: copy it again")
-    algorithm = described.get("quant_algo")
+def _algorithms(where: str, config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return module path to what the config says to be its format; the empty path stands for all others.
+
+    Raises:
+        BadCheckpoint: it says so in another form than ModelOpt's, or names a format that is not read.
+    """
+    described = config.get("quantization_config", {})
+    layers = described.get("quantized_layers") or {} if isinstance(described, Mapping) else None
+    if not isinstance(layers, Mapping) or not all(isinstance(layer, Mapping) for layer in layers.values()):
+        raise BadCheckpoint(
+            f"{where}: quantization_config is {described!r}, expected ModelOpt's: copy config.json again"
+        )
+    whole = described.get("quant_algo")
+    named = {"": None if whole == "MIXED_PRECISION" else whole}
+    named |= {str(path): layer.get("quant_algo") for path, layer in layers.items()}
     read = [name for name in MODELOPT_ALGORITHMS if name != "MIXED_PRECISION"]
-    layers = described.get("quantized_layers")
-    named = {"": algorithm} if algorithm != "MIXED_PRECISION" else {}
-    for path, layer in layers.items() if isinstance(layers, Mapping) else ():
-        named[str(path)] = layer.get("quant_algo") if isinstance(layer, Mapping) else layer
     for path, name in named.items():
         if name is not None and name not in read:
             called = f" ({_CALLED[known]})" if (known := str(name).upper()) in _CALLED else ""
-            of = f"{path} in {where}" if path else where
             raise BadCheckpoint(
-                f"{of} is quantized to {name}{called}, says its quantization_config; expected one of "
-                f"{', '.join(read)}: {_ADVICE}"
+                f"{f'{path} in {where}' if path else where} is quantized to {name}{called}, says its "
+                f"quantization_config; expected one of {', '.join(read)}: {_ADVICE}"
             )
+    return named
 
 
 class _Reader:
@@ -221,12 +224,13 @@ class _Reader:
         self,
         where: str,
         config: Mapping[str, Any],
-        family: Family,
+        algorithms: Mapping[str, str | None],
         tensors: Mapping[str, TensorHeader],
         scalar: Callable[[str], float] | None,
     ) -> None:
-        self.where, self.config, self.family, self.tensors, self.scalar = where, config, family, tensors, scalar
-        self.state = family.state(config)
+        self.where, self.config, self.algorithms, self.tensors, self.scalar = where, config, algorithms, tensors, scalar
+        self.family = family_of(config)
+        self.state = self.family.state(config)
         self.meanings: dict[str, str] = {}
 
     def account(self) -> Account:
@@ -242,10 +246,8 @@ class _Reader:
 
     def _require_additions(self, linears: Mapping[str, StoredForm]) -> None:
         """Require the branch of what the config says that SVDQuant made, and the scaled input of what AWQ made."""
-        described = self.config.get("quantization_config") or {}
-        layers = described.get("quantized_layers") or {}
         for path, form in linears.items():
-            algorithm = layers[path].get("quant_algo") if path in layers else described.get("quant_algo")
+            algorithm = self.algorithms.get(path, self.algorithms[""])
             lacks = {"NVFP4_SVD": not form.rank, "NVFP4_AWQ": not form.smoothed}
             if form.format == "nvfp4" and lacks.get(str(algorithm), False):
                 leaf = BRANCH[0] if algorithm == "NVFP4_SVD" else SMOOTHING
@@ -346,8 +348,7 @@ class _Reader:
 
     def _require_fp8_cache(self, name: str) -> None:
         """Require that the quantizers of attention are FP8: the amax alone does not say so, the config's entry does."""
-        described = self.config.get("quantization_config") or {}
-        scheme = described.get("kv_cache_scheme") if isinstance(described, Mapping) else None
+        scheme = self.config.get("quantization_config", {}).get("kv_cache_scheme")
         is_fp8 = isinstance(scheme, Mapping) and (scheme.get("num_bits"), scheme.get("type")) == (8, "float")
         if not is_fp8:
             raise BadCheckpoint(

@@ -26,6 +26,7 @@ from calibration.errors import BadCheckpoint
 from calibration.fp8 import E4M3_MAX
 from calibration.fp8_attention import MODULE as FP8_ATTENTION
 from calibration.fp8_attention import FP8Attention
+from calibration.safetensors_file import StoredTensor
 from calibration.source import (
     BUILT_IN,
     empty_source,
@@ -34,6 +35,7 @@ from calibration.source import (
     load_json,
     tensors_of,
 )
+from fp4trt.account import SCALE_LEAVES
 from fp4trt.pipeline_folder import transformer_folder
 from onnx_functions import weight_gates
 from onnx_functions.attention_gates import AttentionTeacher
@@ -219,7 +221,8 @@ class Walk:
         folder, stored = held.directory, held.checkpoint.tensors
         if held.quantized:
             self._model = empty_model(held.checkpoint, quantize_activations)
-            tensor = reader(held.checkpoint, self._model, dtype)
+            read_as = reader(held.checkpoint, self._model, dtype)
+            tensor = lambda name: _as_in_graph(name, stored, read_as(name))  # noqa: E731
         else:
             self._model, _ = empty_source(folder)
             tensor = lambda name: finite_tensor(folder, name, stored[name]).to(dtype)  # noqa: E731
@@ -250,6 +253,13 @@ class Walk:
                 values.update(kept if keep_modules else {})
         values.update(self.finish(call, outputs))
         return Run(name_of(shape), arrays_of(call), values)
+
+
+def _as_in_graph(name: str, stored: Mapping[str, StoredTensor], value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a graph has it: what is stored in FP16 or FP32 and is no scale is rounded to BF16."""
+    if name.rpartition(".")[2] in SCALE_LEAVES or stored[name].dtype not in ("F16", "F32"):
+        return value
+    return value.to(torch.bfloat16).to(value.dtype)
 
 
 def name_of(shape: Shape) -> str:

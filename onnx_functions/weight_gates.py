@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import click
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -191,7 +192,7 @@ def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Refe
                 offenders.append((name, "is in the checkpoint but not in the graph"))
             continue
         try:
-            found, expected = _bytes(array_of(tensor, directory)), _bytes(reference.raw(name))
+            found, expected = _bytes(array_of(tensor, directory)), _bytes(_as_in_graph(tensor, reference.raw(name)))
         except BadGraph as error:
             offenders.append((name, str(error)))
             continue
@@ -205,6 +206,12 @@ def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Refe
     offenders += _bad_scales(graph, directory)
     compared = f"{checked} initializers equal the checkpoint's tensors of the same name"
     return gate_of_offenders("stored tensors", offenders, len(offenders), 0, compared, count=checked)
+
+
+def _as_in_graph(tensor: onnx.TensorProto, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a stored tensor as a graph has it: what is in FP16 or FP32 is rounded to BF16 where the graph has that."""
+    is_wider = stored.dtype in (np.float16, np.float32)
+    return stored.astype(ml_dtypes.bfloat16) if tensor.data_type == TensorProto.BFLOAT16 and is_wider else stored
 
 
 def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

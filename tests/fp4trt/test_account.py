@@ -28,7 +28,8 @@ from onnx_functions.inspect import describe
             {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"proj_out": {"quant_algo": "MXFP8"}}},
             r"proj_out in .* is quantized to MXFP8 \(MXFP8 with blocks of 32\)",
         ),
-        ([], r"quantization_config is \[\], expected an object"),
+        ([], r"quantization_config is \[\], expected ModelOpt's"),
+        ({"quantized_layers": {"proj_out": "NVFP4"}}, r"expected ModelOpt's: copy config\.json again"),
     ],
 )
 def test_a_format_that_is_not_read_is_named_by_every_reader(

@@ -143,8 +143,9 @@ def mutations(tensors: Mapping[str, Tensor]) -> Iterator[Mutation]:
                 yield Mutation("retype", name, {**others, name: _retyped(tensor, dtype)})
         for shape in _shapes(tensor):
             yield Mutation("reshape", name, {**others, name: shape})
-    linears = [name.removesuffix(".weight") for name, value in tensors.items() if value.dtype in ("U8", "F8_E4M3")]
-    plain = [path for path in formats(tensors) if path not in linears]
+    kinds = formats(tensors)
+    linears = [path for path, kind in kinds.items() if kind in ("nvfp4", "fp8")]
+    plain = [path for path in kinds if path not in linears]
     for path in dict.fromkeys((*linears[:2], *plain[:2], *plain[-1:])):
         yield from _additions(tensors, path)
     for name in ("stray", "proj_out.weight_quantizer._amax", "transformer_blocks.0.attn.softmax_quantizer._amax"):

@@ -169,8 +169,7 @@ def test_a_mutation_of_one_tensor_is_read_alike_by_all_verbs_or_refused_by_name(
         if refused is None:
             counts[f"{mutation.kind}: the same function"] += 1
             assert_same_function(folder, mutation.tensors, calls[0])
-            unchanged = mutation.kind == "reshape"  # a scalar as one of an axis of 1
-            assert lint(folder).passed == unchanged, f"{told}: the graph of before passes"
+            assert not lint(folder).passed, f"{told}: the graph of before passes"
             continue
         counts[f"{mutation.kind}: refused"] += 1
         stem = mutation.name.rpartition(".")[0] or mutation.name
@@ -218,7 +217,8 @@ def test_what_is_legal_outside_our_own_selection_walks_the_whole_road(
     assert report.passed, [gate.line for gate in report.failures]
     built = trt_build.build(folder, output=folder / "x.engine")
     checkpoint = read(folder)
-    assert built["quantized_linears"] == len(checkpoint.quantized) + len(checkpoint.fp8) == 20
+    count = 19 if kind.startswith("modelopt-svd") else 20  # ModelOpt's default leaves a block's proj_out in BF16
+    assert built["quantized_linears"] == len(checkpoint.quantized) + len(checkpoint.fp8) == count
     assert (built["lost"], built["lost_attentions"]) == ([], [])
     assert built["quantized_attentions"] == (0 if kind == "modelopt-svdquant" else 2)
-    assert (built["branch"] or {}).get("linears", 0) == {"modelopt-svdquant": 29, "mixed": 3}.get(kind, 0)
+    assert (built["branch"] or {}).get("linears", 0) == {"modelopt-svdquant": 28, "mixed": 3}.get(kind, 0)

@@ -1,4 +1,4 @@
-"""A preset's whole way, on a cut of the built-in model."""
+"""A preset's whole way, on a cut of the built-in model; and that of one whose graph is that of another."""
 
 from __future__ import annotations
 
@@ -74,5 +74,46 @@ def walk(short_digits: Path, captured: Path, tmp_path: Path) -> Walk:
             assert frozenset(expected) in merged, expected
         assert engine["fp4_gemms"] <= 10 + 3
         return engine
+
+    return check
+
+
+def _graph_is_made_of(folder: Path) -> tuple[Any, ...]:
+    """Return all that the exporter makes a graph of: names, types and shapes, who leads a group, what has a branch."""
+    from calibration.checkpoint import read
+    from exporter.onnx_export import branches, group_leaders
+
+    checkpoint = read(folder)
+    tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    return tensors, group_leaders(checkpoint), branches(checkpoint), checkpoint.account.linears
+
+
+@pytest.fixture(scope="session")
+def plain_graph(short_digits: Path, captured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """What the graph of plain post-training quantization is made of."""
+    from calibration import quantize
+
+    folder = tmp_path_factory.mktemp("plain") / "fp4"
+    quantize(short_digits, folder, "nvfp4-ptq", captured)
+    return _graph_is_made_of(folder)
+
+
+@pytest.fixture
+def quantize_plain(short_digits: Path, captured: Path, plain_graph: tuple[Any, ...], tmp_path: Path) -> Walk:
+    """Return what quantizes by a preset whose graph has to be that of plain rounding, which a walk takes further.
+
+    It returns the relative error of each weight.
+    """
+
+    def check(name: str) -> dict[str, float]:
+        from calibration import quantize
+        from calibration.checkpoint import read
+        from calibration.source import load_source
+
+        assert quantize(short_digits, tmp_path / "fp4", name, captured)["recipe"] == name
+        assert _graph_is_made_of(tmp_path / "fp4") == plain_graph
+        checkpoint, source = read(tmp_path / "fp4"), load_source(short_digits).float()
+        weights = {path: source.get_submodule(path).weight for path in checkpoint.quantized}
+        return {path: float((checkpoint.weight(path) - w).norm() / w.norm()) for path, w in weights.items()}
 
     return check

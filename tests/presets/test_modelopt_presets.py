@@ -1,4 +1,4 @@
-"""Every preset of ModelOpt's own calibrations goes all the way to an engine, and keeps what it promises."""
+"""ModelOpt's own calibrations become checkpoints whose graph is that of plain rounding; AWQ's goes to an engine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import fp4trt
 from calibration.recipe import load_recipe, preset_names
 from calibration.source import load_json
 
+AWQ = "nvfp4-modelopt-awq"
+PLAIN = [name for name in preset_names() if load_recipe(name).method.name == "modelopt" and name != AWQ]
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if load_recipe(name).method.name == "modelopt"])
-def test_a_preset_becomes_an_engine_with_all_gates_passed(name, walk, tmp_path, capsys):
-    engine = walk(name)
-    if name != "nvfp4-modelopt-awq":
-        assert engine["branch"] is None
-        return
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_preset_changes_no_more_than_the_weights(name, quantize_plain):
+    assert max(quantize_plain(name).values()) < 0.16
+
+
+def test_awq_becomes_an_engine_with_all_gates_passed(walk, tmp_path, capsys):
+    engine = walk(AWQ)
     assert (engine["branch"]["linears"], engine["branch"]["kernels"]) == (0, 0)
     assert engine["branch"]["bytes"] > 0
     described = load_json(tmp_path / "fp4" / "config.json")["quantization_config"]

@@ -1,14 +1,16 @@
-"""Every preset of our own methods that trains nothing goes all the way to an engine, and keeps what it promises."""
+"""Presets of our own methods that train nothing go all the way to an engine, and keep what they promise."""
 
 from __future__ import annotations
 
 import pytest
 
-from calibration.recipe import load_recipe, preset_names
 
-
-@pytest.mark.parametrize(
-    "name", [name for name in preset_names() if load_recipe(name).method.name not in ("modelopt", "qat")]
-)
+@pytest.mark.parametrize("name", ["nvfp4-quality", "svdquant-r8", "svdquant-r32"])
 def test_a_preset_becomes_an_engine_with_all_gates_passed(name, walk):
     walk(name)
+
+
+def test_plain_rounding_has_the_error_of_the_format(quantize_plain):
+    errors = quantize_plain("nvfp4-ptq")
+    assert len(errors) == 20
+    assert 0.08 < min(errors.values()) < max(errors.values()) < 0.12
