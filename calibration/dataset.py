@@ -28,7 +28,7 @@ WIDEST_GAP: Final = 0.35
 
 _TIME: Final = "timestep"
 _TRAIN_STEPS: Final = 1000
-"""Of diffusers' schedulers, whose timesteps run from that to 0."""
+"""The first timestep of diffusers' schedulers, which run from it to 0."""
 
 Inputs = dict[str, "torch.Tensor"]
 """One call of the transformer: input name to tensor, batch first where the graph has a batch."""

@@ -30,7 +30,7 @@ LIMIT: Final = 2**-12
 algorithms; the weight of one linear 2 % larger, a bias 10 % or an amax 1 % gave .0007 to .1 on the built-in model."""
 
 _TOKENS: Final = (16, 8)
-"""Of the image and of the text."""
+"""Tokens of the image and of the text."""
 
 
 def outputs_of(model: nn.Module, contents: Contents, family: Family, config: Mapping[str, Any]) -> list[torch.Tensor]:

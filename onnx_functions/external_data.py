@@ -71,7 +71,7 @@ _NAMED: Final = 4
 """Nodes of a circle that a message names."""
 
 _DIGITS: Final = 20
-"""Of the largest number that an offset may be."""
+"""Digits of the largest offset that is read."""
 
 Fault = Literal["type", "outside", "link", "length", "file"]
 

@@ -48,7 +48,7 @@ _TILE: Final = (256, 512)
 _FOLDED: Final = 32.0
 """Largest factor, up or down, that is believed to have been moved between a norm and a linear."""
 _UNEVEN: Final = 0.85
-"""Of the error that one factor for all would leave, what factors of each column or row may leave at most: else the
+"""The part of the error under one factor for all that factors of each column or row may leave at most: else the
 global scale is wrong, and they only follow the noise."""
 
 _OTHER_SCALE: Final = 1.1

@@ -43,7 +43,7 @@ _Bytes = npt.NDArray[np.uint8]
 _E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _LOW: Final = np.tile(np.concatenate((_E2M1, -_E2M1)), 16)
 _HIGH: Final = np.repeat(np.concatenate((_E2M1, -_E2M1)), 16)
-"""Of each byte, the value of its low and of its high nibble."""
+"""The values of the low and of the high nibble of each byte."""
 _FP8: Final[dict[str, Any]] = {"E4M3": ml_dtypes.float8_e4m3fn, "E5M2": ml_dtypes.float8_e5m2}
 _SIXTEEN: Final[dict[str, Any]] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 

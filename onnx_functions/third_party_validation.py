@@ -45,10 +45,10 @@ NO_REFERENCE: Final = (
 _GATES: Final = ("finite", "shapes", "inputs", "outputs", "second witness")
 _PLACEHOLDERS: Final = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ")
 _BYTES: Final = 6
-"""Of memory for each weight that a run may need, as in the validation against a checkpoint."""
+"""Bytes of memory for each weight that a run may need, as in the validation against a checkpoint."""
 
 _INPUT_BYTES: Final = 32
-"""Of memory for each number that goes in, as FP64 and as what it is, twice."""
+"""Bytes of memory for each number that goes in: as FP64 and as what it is, twice."""
 
 Values = Mapping[str, Array]
 

@@ -34,7 +34,7 @@ _LOGARITHMS: Final = np.log2(
         np.abs(np.nan_to_num(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))), 2.0**-10
     )
 )
-"""Of each byte as an E4M3 number; zero counts as half of the least one."""
+"""The logarithm of each byte as an E4M3 number; zero counts as half of the least one."""
 
 
 @rule(

@@ -79,7 +79,7 @@ def checkpoints(
 
 
 def modelopt_export(source: Path, calls: list[dict[str, torch.Tensor]], config: str, directory: Path) -> torch.Tensor:
-    """Quantize and export with ModelOpt alone, in the order of NVIDIA's example; return its output on the first call."""
+    """Quantize and export with ModelOpt alone, as NVIDIA's example does; return its output on the first call."""
     from modelopt.torch.export import export_hf_checkpoint
     from modelopt.torch.quantization import tensor_quant
 
