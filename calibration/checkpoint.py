@@ -160,6 +160,11 @@ class Checkpoint:
             return fp8.dequantize(self.tensor(f"{path}.weight"), self.tensor(f"{path}.weight_scale")).to(dtype)
         codes = nvfp4.unpack_codes(self.tensor(f"{path}.weight"))
         scales = self.tensor(f"{path}.weight_scale")
+        if not (scales.float() >= 0).all():
+            raise BadCheckpoint(
+                f"{path}.weight_scale holds NaN or negative block scales in {self.directory}; expected what NVFP4 has, "
+                "zero at least: quantize again"
+            )
         return nvfp4.dequantize(codes, scales, self.tensor(f"{path}.weight_scale_2")).to(dtype)
 
 
@@ -195,11 +200,11 @@ def read(directory: str | Path) -> Checkpoint:
     tensors = tensors_of(folder)
     if not is_quantized_checkpoint(config, tensors):
         raise _not_quantized(folder)
-    account = account_of(str(folder), config, metadata_of(folder), tensors, lambda name: _scalar(tensors[name]))
+    metadata = metadata_of(folder)
+    account = account_of(str(folder), config, metadata, tensors, lambda name: _scalar(tensors[name]), manifest)
     checkpoint = Checkpoint(folder, config, manifest, _normal(account, tensors), account)
     if not checkpoint.is_quantized:
         raise _not_quantized(folder)
-    _check_promise(checkpoint)
     return checkpoint
 
 
@@ -222,27 +227,6 @@ def _normal(account: Account, tensors: Mapping[str, StoredTensor]) -> dict[str, 
             is_scale = stored.dtype == "F32" and stored.shape == (1,) and name not in account.family_state
             normal[name] = replace(stored, shape=()) if is_scale else stored
     return normal
-
-
-def _check_promise(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that lacks what its manifest promises."""
-    promised, attention = (checkpoint.manifest.get(key, {}) for key in ("quantized", "attention"))
-    for kind, name, found in (
-        ("nvfp4", "NVFP4 weights", checkpoint.quantized),
-        ("fp8", "FP8 weights", checkpoint.fp8),
-        ("svdquant", "low-rank branch", [path for path in checkpoint.branched if checkpoint.rank(path)]),
-    ):
-        for path in promised.get(kind, []):
-            if path not in found:
-                raise BadCheckpoint(
-                    f"{checkpoint.directory} has no {name} for {path}, which its {MANIFEST} promises; quantize again"
-                )
-    for path in attention.get("fp8", []):
-        if path not in checkpoint.fp8_attentions:
-            raise BadCheckpoint(
-                f"{checkpoint.directory} has nothing as {path}.{fp8_attention.SCALES[0]}; expected an F32 scalar, as "
-                f"{path} is in FP8 by its {MANIFEST}: quantize again"
-            )
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
@@ -308,6 +292,11 @@ def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Call
             value = checkpoint.tensor(name)
         else:
             value = checkpoint.tensor(name).to(dtype)
+        if not value.isfinite().all():
+            raise BadCheckpoint(
+                f"{name} in {checkpoint.directory} holds values that are no finite {_name_of(dtype)} numbers; quantize "
+                "again"
+            )
         if value.shape != shapes[name]:
             raise BadCheckpoint(
                 f"{name} is {list(value.shape)} in {checkpoint.directory}, {list(shapes[name])} by its config.json"
@@ -315,6 +304,10 @@ def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Call
         return value
 
     return value_of
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}.get(dtype, str(dtype))
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

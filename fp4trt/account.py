@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, Protocol
 
+from fp4trt.declared import declared_algorithms, require_declared
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
-from fp4trt.layouts import MODELOPT_ALGORITHMS, refuse_foreign_layout
+from fp4trt.layouts import refuse_foreign_layout
 
 __all__ = [
     "ATTENTION_SCALES",
@@ -81,20 +82,6 @@ _FORMAT_OF: Final[Mapping[str, Format]] = {
     "F8_E4M3": "fp8",
     **dict.fromkeys(_FLOAT, "16-bit"),
 }
-_CALLED: Final[Mapping[str, str]] = {
-    "W4A16_NVFP4": "weight-only NVFP4",
-    "W4A8_NVFP4_FP8": "NVFP4 weights with FP8 activations",
-    "W4A8_MXFP4_FP8": "MXFP4 weights with FP8 activations",
-    "MXFP4": "MXFP4",
-    "MXFP8": "MXFP8 with blocks of 32",
-    "W8A8_SQ_PER_CHANNEL": "INT8 SmoothQuant",
-    "W8A16": "weight-only INT8",
-    "W4A16_AWQ": "weight-only INT4 AWQ",
-    "W4A8_AWQ": "INT4 AWQ weights with FP8 activations",
-    "FP8_PER_CHANNEL_PER_TOKEN": "FP8 per channel and token",
-    "FP8_PB_WO": "weight-only FP8 in blocks",
-}
-_ADVICE: Final = "quantize the 16-bit checkpoint with fp4trt quantize, or with ModelOpt's NVFP4 or FP8 configs"
 
 
 class TensorHeader(Protocol):
@@ -138,9 +125,11 @@ class Account:
         groups: all linears by shared input.
         family_state: names of the tensors that a plain checkpoint has.
         meanings: name of every tensor to what it is, in words.
+        config: the checkpoint's.
     """
 
     family: Family
+    config: Mapping[str, Any]
     groups: tuple[tuple[str, ...], ...]
     family_state: Collection[str]
     linears: Mapping[str, StoredForm]
@@ -171,6 +160,7 @@ def account_of(
     metadata: Mapping[str, str],
     tensors: Mapping[str, TensorHeader],
     scalar: Callable[[str], float] | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> Account:
     """Return what every tensor of a quantized checkpoint means.
 
@@ -180,41 +170,18 @@ def account_of(
         metadata: the ``__metadata__`` of its safetensors headers, merged.
         tensors: name to type and shape.
         scalar: name of a tensor of one element to its value; None leaves the values alone.
+        manifest: its fp4trt.json; None without one.
 
     Raises:
         BadCheckpoint: naming a tensor that is absent, contradictory, or of no meaning here, and what to do; or the
             format of the whole where that is none that is read.
         UnknownFamily: the model is of no family of ours.
     """
-    algorithms = _algorithms(where, config)
+    algorithms = declared_algorithms(where, config)
     refuse_foreign_layout(where, config, metadata, tensors)
-    return _Reader(where, config, algorithms, tensors, scalar).account()
-
-
-def _algorithms(where: str, config: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return module path to what the config says to be its format; the empty path stands for all others.
-
-    Raises:
-        BadCheckpoint: it says so in another form than ModelOpt's, or names a format that is not read.
-    """
-    described = config.get("quantization_config", {})
-    layers = described.get("quantized_layers") or {} if isinstance(described, Mapping) else None
-    if not isinstance(layers, Mapping) or not all(isinstance(layer, Mapping) for layer in layers.values()):
-        raise BadCheckpoint(
-            f"{where}: quantization_config is {described!r}, expected ModelOpt's: copy config.json again"
-        )
-    whole = described.get("quant_algo")
-    named = {"": None if whole == "MIXED_PRECISION" else whole}
-    named |= {str(path): layer.get("quant_algo") for path, layer in layers.items()}
-    read = [name for name in MODELOPT_ALGORITHMS if name != "MIXED_PRECISION"]
-    for path, name in named.items():
-        if name is not None and name not in read:
-            called = f" ({_CALLED[known]})" if (known := str(name).upper()) in _CALLED else ""
-            raise BadCheckpoint(
-                f"{f'{path} in {where}' if path else where} is quantized to {name}{called}, says its "
-                f"quantization_config; expected one of {', '.join(read)}: {_ADVICE}"
-            )
-    return named
+    account = _Reader(where, config, tensors, scalar).account()
+    require_declared(where, account, algorithms, manifest or {})
+    return account
 
 
 class _Reader:
@@ -224,11 +191,10 @@ class _Reader:
         self,
         where: str,
         config: Mapping[str, Any],
-        algorithms: Mapping[str, str | None],
         tensors: Mapping[str, TensorHeader],
         scalar: Callable[[str], float] | None,
     ) -> None:
-        self.where, self.config, self.algorithms, self.tensors, self.scalar = where, config, algorithms, tensors, scalar
+        self.where, self.config, self.tensors, self.scalar = where, config, tensors, scalar
         self.family = family_of(config)
         self.state = self.family.state(config)
         self.meanings: dict[str, str] = {}
@@ -240,21 +206,8 @@ class _Reader:
             if name not in self.meanings:
                 self._floating(name, shape, "of the model itself")
         self._refuse_unknown()
-        self._require_additions(linears)
         groups = self.family.groups_of(self.config, tuple(linears))
-        return Account(self.family, groups, self.state.keys(), linears, attentions, self.meanings)
-
-    def _require_additions(self, linears: Mapping[str, StoredForm]) -> None:
-        """Require the branch of what the config says that SVDQuant made, and the scaled input of what AWQ made."""
-        for path, form in linears.items():
-            algorithm = self.algorithms.get(path, self.algorithms[""])
-            lacks = {"NVFP4_SVD": not form.rank, "NVFP4_AWQ": not form.smoothed}
-            if form.format == "nvfp4" and lacks.get(str(algorithm), False):
-                leaf = BRANCH[0] if algorithm == "NVFP4_SVD" else SMOOTHING
-                raise BadCheckpoint(
-                    f"{self.where} lacks {path}.{leaf}; its quantization_config says that the linear is {algorithm}: "
-                    "copy the files again"
-                )
+        return Account(self.family, self.config, groups, self.state.keys(), linears, attentions, self.meanings)
 
     def _linear(self, path: str, shape: tuple[int, int]) -> StoredForm:
         name, (rows, columns) = f"{path}.weight", shape
@@ -364,7 +317,10 @@ class _Reader:
 
     def _required(self, name: str, meaning: str) -> TensorHeader:
         if name not in self.tensors:
-            near = difflib.get_close_matches(name, self.tensors.keys() - self.state.keys(), 1, 0.9)
+            strangers = [
+                key for key in self.tensors if key not in self.state and key.rpartition(".")[2] not in SCALE_LEAVES
+            ]
+            near = difflib.get_close_matches(name, strangers, 1, 0.9)
             hint = f"is it {near[0]}" if near else "is config.json the one of these weights"
             raise BadCheckpoint(f"{self.where} lacks {name}, {meaning}; {hint}? Copy the files again")
         return self.tensors[name]

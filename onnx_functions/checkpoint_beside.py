@@ -12,12 +12,14 @@ import numpy as np
 import onnx
 
 from fp4trt.account import Account, account_of, is_quantized_checkpoint
+from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.json_file import read_object
 from onnx_functions.safetensors_header import HeldTensor, metadata_in_folder, tensors_in_folder
 
 __all__ = ["CheckpointBeside", "account_in", "checkpoint_beside"]
 
 _STEM: Final = "diffusion_pytorch_model"
+_MANIFEST: Final = "fp4trt.json"
 
 _SCALARS: Final = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -47,7 +49,9 @@ def account_in(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, He
     def scalar(name: str) -> float:
         return float(np.frombuffer(tensors[name].bytes(), _SCALARS[tensors[name].dtype])[0])
 
-    return account_of(str(folder), config, metadata_in_folder(folder), tensors, scalar)
+    known = read_checkpoint_manifest(folder)  # which says if it is damaged
+    manifest = read_object(folder / _MANIFEST) if known is not None else None
+    return account_of(str(folder), config, metadata_in_folder(folder), tensors, scalar, manifest)
 
 
 def checkpoint_beside(path: Path, model: onnx.ModelProto) -> CheckpointBeside | None:

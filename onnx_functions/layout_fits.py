@@ -192,13 +192,17 @@ def _rounded(error: float) -> float:
     return round(error, 6) if math.isfinite(error) else math.inf
 
 
+_FAR: Final = 1e18
+"""What stands for a code or a scale that is no number: no reading with one fits."""
+
+
 def _scaled(linear: QuantizedLinear, given: Floats, tile: Tile) -> Floats:
     """Return a tile with what is known beside its codes, save for a single global scale."""
     if linear.smoothing is not None:
         given = given * linear.smoothing[tile.column : tile.column + tile.columns]
     if linear.scales.size > 1:
         given = given * linear.scales[tile.row : tile.row + tile.rows, None]
-    return np.nan_to_num(given, posinf=0, neginf=0)
+    return np.nan_to_num(given, nan=_FAR, posinf=_FAR, neginf=-_FAR)
 
 
 def _wanted(linear: QuantizedLinear, stretch: Stretch, source: Mapping[str, Stored], tile: Tile) -> Floats:

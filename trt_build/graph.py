@@ -15,6 +15,7 @@ from fp4trt.file_kind import what_it_lacks
 from fp4trt.pipeline_folder import graph_in
 from onnx_functions.attentions import Attention, find_attentions, promised_attentions
 from onnx_functions.branches import BRANCH_ADD, is_factor
+from onnx_functions.checkpoint_beside import checkpoint_beside
 from onnx_functions.checkpoint_manifest import CheckpointManifest, read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, UnknownArtifact
 from onnx_functions.external_data import Span, load_graph, span_of
@@ -226,6 +227,7 @@ def read_graph(path: Path) -> Graph:
 
     Raises:
         BadModelError: no such file, or not an ONNX model.
+        BadCheckpoint: the quantized checkpoint beside it has a tensor without a meaning, or lacks one.
     """
     if path.is_dir():
         path = graph_in(path)
@@ -236,6 +238,7 @@ def read_graph(path: Path) -> Graph:
     try:
         model = load_graph(path)
         require_form(path, model)
+        checkpoint_beside(path, model)  # before its bytes are looked for: they may be those of another checkpoint
         return Graph(path, model)
     except BadGraph as error:
         raise BadModelError(str(error)) from None

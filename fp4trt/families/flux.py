@@ -44,11 +44,20 @@ _COUNTS: Final = (
 )
 
 
+_MOST: Final = 100_000
+"""What no size of a model comes near: a config that asks for more is damaged."""
+
+
+_MOST_BLOCKS: Final = 1000
+
+
 def problem(config: Config) -> str | None:
     """Return what is wrong with a config, in one sentence, or None."""
     for key in _COUNTS:
-        if type(config.get(key)) is not int or config[key] < 1:
-            return f"{key} is {config.get(key)!r}, expected a whole number above 0"
+        if type(config.get(key)) is not int or not 0 < config[key] <= _MOST:
+            return f"{key} is {config.get(key)!r}, expected a whole number above 0, {_MOST:,} at most"
+    if (blocks := config["num_layers"] + config["num_single_layers"]) > _MOST_BLOCKS:
+        return f"num_layers and num_single_layers add up to {blocks}, expected {_MOST_BLOCKS} blocks at most"
     axes, width = config.get("axes_dims_rope", (16, 56, 56)), config["attention_head_dim"]
     if not isinstance(axes, list | tuple) or len(axes) != 3 or any(type(n) is not int or n % 2 for n in axes):
         return f"axes_dims_rope is {axes!r}, expected three even numbers"

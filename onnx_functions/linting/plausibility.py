@@ -26,6 +26,7 @@ _BANDS: Final = 4
 _LEAST_GAIN: Final = 0.02
 _CERTAINTY: Final = 3.0
 
+_LARGEST_ACTIVATION: Final = 1e5
 _LARGEST_WEIGHT: Final = 2.0**13
 
 _Bytes = npt.NDArray[np.uint8]
@@ -82,7 +83,23 @@ def weight_scale_reciprocal(subject: Subject) -> Iterator[Hit]:
             yield Hit(found, name_of(chain.scales), subject.constant(chain.global_scale))
 
 
-RULES = (block_scale_order, weight_scale_reciprocal)
+@rule("input-scale-reciprocal", "warning", "if the file's input scales are 2688/amax, take amax/2688 (FP8: amax/448)")
+def input_scale_reciprocal(subject: Subject) -> Iterator[Hit]:
+    """A scale under which activations reach above 100,000 is more likely the reciprocal of one.
+
+    The reciprocal gives such a number for all activations up to 72, and no model is known to have larger ones than
+    100,000. Source: the formats.
+    """
+    quantizers = [(chain.quantizer, chain.scale, 2688) for chain in subject.activations]
+    quantizers += [(node, node.input[1], 448) for node in subject.fp8_quantizers if len(node.input) > 1]
+    for node, name, largest in quantizers:
+        scale = subject.scalar(name)
+        if scale is not None and math.isfinite(scale) and scale * largest > _LARGEST_ACTIVATION:
+            found = f"the scale is {scale:.4g}, of activations up to {scale * largest:.3g}"
+            yield Hit(found, name_of(node), subject.constant(name))
+
+
+RULES = (block_scale_order, weight_scale_reciprocal, input_scale_reciprocal)
 
 
 def explained(grid: _Bytes) -> float:

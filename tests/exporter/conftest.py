@@ -173,7 +173,7 @@ def _traced_graph(
     formats = {path: "nvfp4" if keep(path) else "fp8" if fp8(path) else "16-bit" for path in family.quantized(config)}
     attentions = {path: {} for path in family.attentions(config) if keep(path) or fp8(path)}
     forms = {path: StoredForm(kind, family.linears(config)[path], 0, False) for path, kind in formats.items()}
-    checkpoint = Checkpoint(Path(), config, {}, {}, Account(family, (), (), forms, attentions, {}))
+    checkpoint = Checkpoint(Path(), config, {}, {}, Account(family, config, (), (), forms, attentions, {}))
     groups = (*checkpoint.groups, *checkpoint.groups_of(checkpoint.fp8))
     leaders = {path: group[0] for group in groups for path in group}
     model = graph_of(checkpoint, leaders, "float32", lambda hundredths: None)

@@ -257,3 +257,8 @@ def block_scales_in_the_tiles_of_cublas(graph: Damaged) -> None:
 @mutation("weight-scale-reciprocal", f"{OUT}.weight_scale_2", "accepted")
 def a_reciprocal_global_scale(graph: Damaged) -> None:
     graph.scalar(f"{OUT}.weight_scale_2", 2688 / 64.0)
+
+
+@mutation("input-scale-reciprocal", f"{OUT}.input_scale", "accepted")
+def a_reciprocal_input_scale(graph: Damaged) -> None:
+    graph.scalar(f"{OUT}.input_scale", 2688 / 8.0)
