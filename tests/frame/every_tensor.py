@@ -131,16 +131,16 @@ class Mutation:
 
 
 def mutations(tensors: Mapping[str, Tensor]) -> Iterator[Mutation]:
-    """Yield mutations of a checkpoint: of one tensor of each part of each kind of linear every one that there is."""
-    for name in _chosen(tensors):
+    """Yield mutations of a checkpoint: of one tensor of each part of each kind of linear, in turn."""
+    for turn, name in enumerate(_chosen(tensors)):
         others = {key: value for key, value in tensors.items() if key != name}
         tensor = tensors[name]
         yield Mutation("drop", name, others)
-        for renamed in (f"{name}_", name.replace(".", "_", 1), f"model.{name}"):
-            yield Mutation("rename", name, {**others, renamed: tensor})
-        for dtype in TYPES:
-            if dtype != tensor.dtype:
-                yield Mutation("retype", name, {**others, name: _retyped(tensor, dtype)})
+        renamed = (f"{name}_", name.replace(".", "_", 1), f"model.{name}")[turn % 3]
+        yield Mutation("rename", name, {**others, renamed: tensor})
+        dtypes = [dtype for dtype in TYPES if dtype != tensor.dtype]
+        for dtype in dtypes[turn % 2 :: 2]:
+            yield Mutation("retype", name, {**others, name: _retyped(tensor, dtype)})
         for shape in _shapes(tensor):
             yield Mutation("reshape", name, {**others, name: shape})
     kinds = formats(tensors)
