@@ -79,8 +79,8 @@ def _values(rng: np.random.Generator, value: onnx.ValueInfoProto, size: tuple[in
 
 def _first_of_row(drawn: Array) -> Array:
     copy = np.array(drawn)
-    copy[..., :1] = 1
-    return copy if copy.ndim else np.ones_like(copy)
+    copy[(..., slice(1)) if copy.ndim else ...] = 1
+    return copy
 
 
 def other_values(values: Array) -> Iterator[Array]:
@@ -92,9 +92,9 @@ def other_values(values: Array) -> Iterator[Array]:
         yield np.asarray(wide * 0.5 + rng.uniform(0.5, 1.5, wide.shape), np.float32).astype(kind)
         yield np.asarray(4 * rng.standard_normal(wide.shape), np.float32).astype(kind)
         return
-    turned = 1 - values.astype(np.int64)
+    turned = np.asarray(1 - values.astype(np.int64))  # numpy makes scalars of what has no axis
     yield (_first_of_row(turned) if values.size > 1 else turned).astype(kind)
     yield turned.astype(kind)
     if kind != np.bool_:
-        yield (values.astype(np.int64) + 1).astype(kind)
+        yield np.asarray(values.astype(np.int64) + 1).astype(kind)
         yield np.asarray(rng.integers(2, 5, values.shape)).astype(kind)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from onnx_functions.baked import baked_sizes, fitting_trial
-from onnx_functions.errors import BadGraph, CannotRun
+from onnx_functions.errors import BadEnvironment, BadGraph, CannotRun
 from onnx_functions.example_inputs import Array, example_inputs, other_values, require_tensors
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, span_of
 from onnx_functions.free_memory import available_memory
@@ -32,7 +32,9 @@ from onnx_functions.verdict import (
     Report,
     failed_to_run,
     gate_of_offenders,
+    refuse_environment,
     relative_l2,
+    require_runtime,
     skipped,
 )
 
@@ -125,8 +127,10 @@ def validate_third_party(
     Raises:
         BadGraph: weights wait to become FP4, external data are missing, or nothing can be put in.
         CannotRun: it needs more memory than is free.
+        BadEnvironment: ONNX Runtime cannot be imported, or the external data cannot be read.
         OutputExists, OSError: the report cannot be written; known before any gate runs.
     """
+    require_runtime()
     _require_finished(path, model)
     require_form(path, model, ordered=True)
     subject = _Subject(path, without_functions(model), require_tensors(model))
@@ -154,14 +158,28 @@ def _require_finished(path: Path, model: onnx.ModelProto) -> None:
 
 
 def _require_data(subject: _Subject) -> None:
-    weights = 0
+    weights, files = 0, set[Path]()
     for tensor in subject.model.graph.initializer:
         try:
-            span_of(tensor, subject.path.parent)
+            span = span_of(tensor, subject.path.parent)
             weights += nbytes_of(tensor)
         except BadSpan as fault:
             raise BadGraph(f"{subject.path}: {fault}") from None
+        if span is not None and span.file not in files:
+            files.add(span.file)
+            _require_readable(span.file)
     _require_memory(max(weights, _BYTES * elements_of(subject.model)), subject)
+
+
+def _require_readable(file: Path) -> None:
+    try:
+        with file.open("rb"):
+            return
+    except OSError as error:
+        raise BadEnvironment(
+            f"the graph's data {file} cannot be read ({error.strerror or error}); this says nothing of the graph: mend "
+            "that and run the same command again"
+        ) from error
 
 
 def _require_memory(need: int, subject: _Subject) -> None:
@@ -177,7 +195,10 @@ def _gates(subject: _Subject) -> Iterator[Gate]:
     runs: list[_Run] = []
     try:
         gate = _runs_gate(subject, runs)
-    except run_errors() as error:
+    except Exception as error:
+        refuse_environment(error, "runs")
+        if not isinstance(error, run_errors()):
+            raise
         gate = _not_run(error)
     yield gate
     if not gate.passed or not runs:
@@ -193,7 +214,10 @@ def _gates(subject: _Subject) -> Iterator[Gate]:
 def _guarded(name: str, check: Callable[[], Gate]) -> Iterator[Gate]:
     try:
         yield check()
-    except run_errors() as error:
+    except Exception as error:
+        refuse_environment(error, name)
+        if not isinstance(error, run_errors()):
+            raise
         yield failed_to_run(name, error)
 
 

@@ -248,6 +248,7 @@ _LACKING: Final = {
     "permission denied": "the rights to a file are lacking",
     "access is denied": "the rights to a file are lacking",
     "errcode = 13": "the rights to a file are lacking",
+    "systemerror : 13": "the rights to a file are lacking",
     "too many open files": "too many files are open",
     "input/output error": "a disk cannot be read",
     "max supported ir version": "this ONNX Runtime is too old",

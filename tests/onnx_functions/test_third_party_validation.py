@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -119,6 +120,44 @@ def test_masks_and_indices_are_changed_so_that_they_matter(tmp_path: Path) -> No
     inputs = [value("ids", "B", "S", kind=TensorProto.INT64), value("mask", "B", "S", 1, kind=TensorProto.BOOL)]
     report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, inputs, [Y], [table, nothing]))
     assert report.passed, [gate.line for gate in report.failures]
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT64, TensorProto.BOOL])
+def test_a_scalar_that_is_no_float_is_an_input_like_any_other(kind: int, tmp_path: Path) -> None:
+    nodes = [node("Cast", ["t"], "tf", to=TensorProto.FLOAT), node("Add", ["x", "tf"], "f"), product("f")]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, [X, value("t", kind=kind)], [Y]))
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["runs"].detail == "at x [2, 3, 64], t [] and at x [4, 5, 64], t [], in ONNX Runtime"
+
+
+def test_without_onnx_runtime_a_third_party_graph_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "theirs.onnx", [product("x")], [X], [Y])
+    monkeypatch.setitem(sys.modules, "onnxruntime.capi", None)
+    monkeypatch.delitem(sys.modules, "onnxruntime.capi.onnxruntime_pybind11_state", raising=False)
+    assert fp4trt.run(["validate", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "ONNX Runtime, which validates, cannot be imported" in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "validation").exists()
+
+
+def test_data_that_may_not_be_read_are_no_fault_of_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "theirs.onnx", [product("x")], [X], [Y])
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.data", size_threshold=0)
+    opened = Path.open
+
+    def refused(file: Path, *arguments: Any, **options: Any) -> Any:
+        if file.name == "w.data":
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert fp4trt.run(["validate", str(path)]) == 2
+    assert "w.data cannot be read (Permission denied); this says nothing of the graph" in capsys.readouterr().err
 
 
 def test_sizes_that_have_to_be_equal_are_tried_equal(tmp_path: Path) -> None:
