@@ -101,12 +101,151 @@ def test_the_input_that_changes_least_is_named_with_how_much(tmp_path: Path) -> 
 
 
 def test_an_output_that_stays_is_found_and_one_that_is_not_finite(tmp_path: Path) -> None:
-    nodes = [product("x"), node("Identity", ["row"], "still"), node("Sqrt", ["x"], "root")]
+    nodes = [
+        product("x"), node("Identity", ["row"], "still"), node("Mul", ["x", "x"], "square"),
+        node("Neg", ["square"], "below"), node("Sqrt", ["below"], "root"),
+    ]  # fmt: skip
     outputs = [Y, value("still", 64), value("root", "B", "S", 64)]
     report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, [X], outputs, [array("row", 64)]))
     assert _gates(report)["outputs"].offenders == ("still",)
     assert _gates(report)["finite"].offenders == ("root", "root")
     assert {gate.name for gate in report.failures} == {"finite", "outputs"}
+
+
+def _top() -> list[onnx.NodeProto]:
+    made = onnx.NodeProto(op_type="TopK", name="top", input=["x", "most"], output=["f", "at"])
+    made.attribute.append(helper.make_attribute("axis", 1))
+    return [made, product("f")]
+
+
+TIED = {
+    "tokens that are those of two inputs": (
+        [node("Concat", ["x", "t"], "joined", axis=1), node("Add", ["joined", "ids"], "f"), product("f")],
+        [X, value("t", "B", "T", 64), value("ids", "L", 64)], value("y", "B", "L", 32), [],
+        "at x [2, 3, 64], t [2, 4, 64], ids [7, 64] and at x [6, 7, 64], t [6, 8, 64], ids [15, 64]",
+    ),
+    "tokens that are height times width": (
+        [node("Reshape", ["x", "flat"], "r"), node("Add", ["r", "ids"], "f"), product("f")],
+        [value("x", "B", "H", "W", 64), value("ids", "L", 64)], value("y", "B", "L", 32), [integers("flat", 0, -1, 64)],
+        "at x [2, 3, 4, 64], ids [12, 64] and at x [6, 7, 8, 64], ids [56, 64]",
+    ),
+    "a batch that is twice another": (
+        [node("Concat", ["x", "x"], "joined", axis=0), node("Add", ["joined", "t"], "f"), product("f")],
+        [X, value("t", "B2", 1, 64)], value("y", "B2", "S", 32), [],
+        "at x [2, 3, 64], t [4, 1, 64] and at x [5, 6, 64], t [10, 1, 64]",
+    ),
+    "windows of 24": (
+        [node("Reshape", ["x", "windows"], "r"), node("Reshape", ["r", "flat"], "f"), product("f")],
+        [value("x", 1, "S", 64)], value("y", 1, "S", 32),
+        [integers("windows", 1, -1, 24, 64), integers("flat", 1, -1, 64)],
+        "at x [1, 24, 64] and at x [1, 48, 64]",
+    ),
+    "at least 32": (
+        _top(),
+        [X], value("y", "B", 32, 32), [integers("most", 32)],
+        "at x [2, 32, 64] and at x [4, 48, 64]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_sizes_that_are_tied_are_searched_for(name: str, tmp_path: Path) -> None:
+    nodes, inputs, output, stored, sizes = TIED[name]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, inputs, [output], stored))
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["runs"].detail == f"{sizes}, in ONNX Runtime"
+
+
+UNFITTING = {
+    "more tokens than are tried": (
+        _top(), [integers("most", 4000)],
+        "no sizes were found that the graph accepts; not at x [2, 3, 64]: the TopK top of x [2, 3, 64], most [1] ",
+    ),
+    "an index that no value gives": (
+        [node("Cast", ["x"], "i", to=TensorProto.INT64), node("Add", ["i", "far"], "j"),
+         node("Gather", ["row", "j"], "f"), product("f")],
+        [integers("far", 5000), array("row", 64)],
+        "no sizes and values were found that the graph accepts; at x [2, 3, 64], then x [4, 5, 64]: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFITTING)
+def test_a_graph_for_which_nothing_is_found_to_put_in_is_not_called_faulty(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes, stored, said = UNFITTING[name]
+    path = save(tmp_path / "theirs.onnx", nodes, [X], [value("y", "B", "N", 32)], stored)
+    assert fp4trt.run(["validate", str(path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["gates"][0]["detail"].startswith(f"could not be run here: {said}")
+    assert {gate["was_skipped"] for gate in found["gates"]} == {True}
+    assert [gate["passed"] for gate in found["gates"]] == [False, True, True, True, True, True]
+    assert not found["passed"]
+
+
+VALUES = {
+    "the logarithm of a variance": ([node("Log", ["t"], "e")], "values between 0 and 1", "NaN or infinite"),
+    "the root of one minus a square": (
+        [node("Mul", ["t", "t"], "tt"), node("Sub", ["one", "tt"], "r"), node("Sqrt", ["r"], "e")],
+        "values between 0 and 1", "NaN or infinite",
+    ),
+    "the place in a table of a time": (
+        [node("Mul", ["t", "most"], "tm"), node("Cast", ["tm"], "ti", to=TensorProto.INT64),
+         node("Gather", ["table", "ti"], "e")],
+        "values between 0 and 1", "does not run: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_a_model_is_not_made_for_are_not_held_against_it(name: str, tmp_path: Path) -> None:
+    nodes, drawn, before = VALUES[name]
+    stored = [array("one", 1), numpy_helper.from_array(np.float32([999]), "most"),
+              numpy_helper.from_array(np.linspace(1, 9, 1000, dtype=np.float32), "table")]  # fmt: skip
+    used = [tensor for tensor in stored if any(tensor.name in found.input for found in nodes)]
+    inputs = [X, value("t", "B", 1, 1)]
+    path = save(tmp_path / "theirs.onnx", [*nodes, node("Add", ["x", "e"], "f"), product("f")], inputs, [Y], used)
+    report = onnx_functions.validate(path)
+    assert report.passed, [gate.line for gate in report.failures]
+    told = _gates(report)["finite"].detail
+    assert told.startswith(f"832 values of the outputs are finite, with {drawn}; with standard normal values ")
+    assert before in told
+
+
+def test_what_no_values_make_finite_fails_there_and_hides_no_change(tmp_path: Path) -> None:
+    nodes = [node("Mul", ["x", "x"], "q"), node("Neg", ["q"], "n"), node("Log", ["n"], "f"), product("f")]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, [X], [Y]))
+    assert _outcomes(report) == {
+        "runs": "passed", "finite": "FAILED", "shapes": "passed", "inputs": "skipped", "outputs": "skipped",
+        "second witness": "skipped",
+    }  # fmt: skip
+    assert _gates(report)["inputs"].detail.startswith("no value of the outputs is finite, so no change can be seen")
+
+
+@pytest.mark.parametrize("mark", ["Cast", "Sign"])
+def test_a_mask_of_floats_is_changed_so_that_it_matters(mark: str, tmp_path: Path) -> None:
+    made = (
+        [node("Cast", ["mask"], "b", to=TensorProto.BOOL), node("Not", ["b"], "n")]
+        if mark == "Cast"
+        else [node("LessOrEqual", ["mask", "nothing"], "n")]
+    )
+    nodes = [*made, node("Where", ["n", "nothing", "x"], "f"), product("f")]
+    nothing = numpy_helper.from_array(np.zeros(1, np.float32), "nothing")
+    inputs = [X, value("mask", "B", "S", 1)]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, inputs, [Y], [nothing]))
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["inputs"].detail.startswith("all 2 change the outputs")
+
+
+def test_an_index_that_changes_with_some_values_alone_follows_the_inputs(tmp_path: Path) -> None:
+    nodes = [product("x"), node("ReduceMax", ["y", "last"], "m", keepdims=0), node("Greater", ["m", "most"], "over"),
+             node("Cast", ["over"], "count", to=TensorProto.INT64)]  # fmt: skip
+    stored = [integers("last", -1), numpy_helper.from_array(np.float32([60]), "most")]
+    outputs = [Y, value("count", "B", "S", kind=TensorProto.INT64)]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, [X], outputs, stored))
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["outputs"].detail == "all 2 change with the inputs"
 
 
 def test_masks_and_indices_are_changed_so_that_they_matter(tmp_path: Path) -> None:
@@ -183,7 +322,9 @@ def test_a_graph_with_a_body_is_run_by_the_evaluator_and_says_so(small_graph: ob
     assert _outcomes(report)["second witness"] == "skipped"
 
 
-def test_an_operator_without_a_kernel_is_named_and_nothing_is_said_of_the_numbers(tmp_path: Path) -> None:
+def test_an_operator_without_a_kernel_is_named_and_nothing_is_said_of_the_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     nodes = [node("TRT_Plugin", ["x"], "f", domain="trt"), product("f")]
     path = save(tmp_path / "theirs.onnx", nodes, [X], [Y])
     model = onnx.load(path)
@@ -191,7 +332,16 @@ def test_an_operator_without_a_kernel_is_named_and_nothing_is_said_of_the_number
     onnx.save(model, path)
     report = onnx_functions.validate(path)
     assert "TRT_Plugin" in _gates(report)["runs"].detail
-    assert set(_outcomes(report).values()) == {"FAILED", "skipped"}
+    assert set(_outcomes(report).values()) == {"skipped"}
+    assert (report.passed, report.failures) == (False, ())
+    capsys.readouterr()
+    assert fp4trt.run(["validate", str(path)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("no validation: the graph could not be run here: ")
+    assert "nothing is known of its numbers; report in" in last
+    assert "FAILED" not in last
+    page = (tmp_path / "validation" / "report.html").read_text(encoding="utf-8")
+    assert "Validation <span class=skipped>not run</span>" in page
 
 
 def test_weights_that_wait_to_become_fp4_are_refused_with_the_command_to_run(tmp_path: Path) -> None:
