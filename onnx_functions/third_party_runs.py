@@ -104,20 +104,28 @@ def runs_gate(subject: Subject, runs: list[Run]) -> Gate:
     for numbers in fitting_numbers(trials) if trials else [({},)]:
         runs.extend(_run_at(subject, numbers, refusals))
         if runs:
-            alone = trials and len(runs) == 1
-            more = ", the only size that was found to fit" if alone else ""
+            more = _alone(runs) if trials else ""
             return Gate("runs", True, 0, 0, f"at {' and at '.join(run.shown for run in runs)}{more}, in {where}")
     return _refused(subject, first, refusals)
+
+
+def _alone(runs: Sequence[Run]) -> str:
+    """Return which symbols have one number in all runs, for people; "" where each has two."""
+    same = [f"{name} {n}" for name, n in runs[0].numbers.items() if all(run.numbers.get(name) == n for run in runs)]
+    return f" (no other number than {', '.join(same)} was found to fit)" if same else ""
 
 
 def _baked(subject: Subject, first: Numbers) -> Gate | None:
     """Return the gate of a graph that no sizes fit for a reason that no numbers mend; None where that is not known."""
     sizes = filled(subject.declared, first)
     misfit = _misfit(subject, sizes)
-    fixed = not first or any(found.wrong for found in baked_sizes(subject.model, subject.path.parent))
-    if misfit is None or not fixed:
+    faults = [found for found in baked_sizes(subject.model, subject.path.parent) if found.wrong]
+    if misfit is None or (first and not faults):
         return None
-    return Gate("runs", False, float("inf"), 0, f"not at {_shown(sizes)}: {misfit.message}", (misfit.name,))
+    name, told = misfit.name, f"not at {_shown(sizes)}: {misfit.message}"
+    if first and faults[0].node != name:  # another node does not fit either, which other numbers would mend
+        name, told = faults[0].node or faults[0].tensor, faults[0].message
+    return Gate("runs", False, float("inf"), 0, told, (name,))
 
 
 def _refused(subject: Subject, first: Numbers, refusals: Sequence[str]) -> Gate:

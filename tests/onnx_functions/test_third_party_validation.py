@@ -184,6 +184,24 @@ def test_a_graph_for_which_nothing_is_found_to_put_in_is_not_called_faulty(
     assert not found["passed"]
 
 
+def test_a_symbol_that_fits_with_one_number_alone_is_told(tmp_path: Path) -> None:
+    path = save(tmp_path / "theirs.onnx", _top(), [X], [value("y", "B", 500, 32)], [integers("most", 500)])
+    report = onnx_functions.validate(path)
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["runs"].detail == (
+        "at x [2, 512, 64] and at x [4, 512, 64] (no other number than S 512 was found to fit), in ONNX Runtime"
+    )
+
+
+def test_a_baked_size_behind_one_that_other_numbers_mend_is_the_one_that_is_named(tmp_path: Path) -> None:
+    nodes = [*_top()[:1], node("Add", ["f", "ids"], "g"), product("g")]
+    inputs = [X, value("ids", "L", 64)]
+    path = save(tmp_path / "theirs.onnx", nodes, inputs, [value("y", "B", "L", 32)], [integers("most", 32)])
+    gate = _gates(onnx_functions.validate(path))["runs"]
+    assert (gate.passed, gate.was_skipped, gate.offenders) == (False, False, ("Add of g",))
+    assert gate.detail.startswith("the Add Add of g of f [")
+
+
 VALUES = {
     "the logarithm of a variance": ([node("Log", ["t"], "e")], "values between 0 and 1", "NaN or infinite"),
     "the root of one minus a square": (
