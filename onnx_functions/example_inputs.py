@@ -136,6 +136,8 @@ def other_values(values: Array, drawn: Range = RANGES[0]) -> Iterator[Array]:
     if kind != np.bool_:
         yield np.asarray(values.astype(np.int64) + 1).astype(kind)
         yield np.asarray(rng.integers(2, 5, values.shape)).astype(kind)
+    if np.issubdtype(kind, np.signedinteger):
+        yield np.full(values.shape, -1, kind)  # padding
 
 
 def _other_floats(rng: np.random.Generator, values: Array, drawn: Range) -> Iterator[Array]:
@@ -149,3 +151,4 @@ def _other_floats(rng: np.random.Generator, values: Array, drawn: Range) -> Iter
     yield np.zeros_like(values)
     yield -np.abs(values)
     yield np.abs(values)
+    yield 1000 * rng.standard_normal(values.shape)

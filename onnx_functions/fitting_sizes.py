@@ -31,7 +31,9 @@ _USUAL: Final = (2, 3, 4, 5, 6, 7, 8, 12, 14, 16, 24, 28, 32, 48, 49, 64, 77, 96
 
 
 def fitting_numbers(trials: list[Trial]) -> Iterator[tuple[Numbers, ...]]:
-    """Yield the numbers of a graph's symbols to run it at: two unlike each other where there are two.
+    """Yield numbers of a graph's symbols to run it at, two unlike each other where there are two; the likeliest first.
+
+    Not all that fit on paper run: shape inference rounds what some operators refuse.
 
     Args:
         trials: of :func:`onnx_functions.baked.small_trials`.
@@ -45,7 +47,6 @@ def fitting_numbers(trials: list[Trial]) -> Iterator[tuple[Numbers, ...]]:
             found = _Search(trial, end).pair()
             if found:
                 yield found
-                return
 
 
 def _empty(trial: Trial, sizes: Sizes) -> bool:

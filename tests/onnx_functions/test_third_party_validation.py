@@ -129,6 +129,12 @@ TIED = {
         [value("x", "B", "H", "W", 64), value("ids", "L", 64)], value("y", "B", "L", 32), [integers("flat", 0, -1, 64)],
         "at x [2, 3, 4, 64], ids [12, 64] and at x [6, 7, 8, 64], ids [56, 64]",
     ),
+    "patches of 2 by 2, which shape inference rounds": (
+        [node("SpaceToDepth", ["x"], "s", blocksize=2), node("Transpose", ["s"], "t", perm=[0, 2, 3, 1]),
+         node("Reshape", ["t", "flat"], "r"), node("Add", ["r", "ids"], "f"), product("f")],
+        [value("x", "B", 16, "H", "W"), value("ids", "L", 64)], value("y", "B", "L", 32), [integers("flat", 0, -1, 64)],
+        "at x [2, 16, 16, 16], ids [64, 64] and at x [32, 16, 32, 32], ids [256, 64]",
+    ),
     "a batch that is twice another": (
         [node("Concat", ["x", "x"], "joined", axis=0), node("Add", ["joined", "t"], "f"), product("f")],
         [X, value("t", "B2", 1, 64)], value("y", "B2", "S", 32), [],
