@@ -26,7 +26,7 @@ from onnx_functions.report import check_report_folder, write_report
 from onnx_functions.sizes import without_functions
 from onnx_functions.structure_gates import END_TO_END_LIMIT, INPUT_CHANGE, WITNESS_ELEMENTS
 from onnx_functions.symbols import evaluated, symbolic_outputs
-from onnx_functions.third_party_runs import Run, Subject, not_finite, runs_gate
+from onnx_functions.third_party_runs import Run, Subject, Values, not_finite, runs_gate
 from onnx_functions.verdict import (
     Gate,
     Report,
@@ -261,7 +261,32 @@ def _largest_change(subject: Subject, run: Run, name: str, moved: set[str]) -> t
             return largest, output
     if lost:
         return float("inf"), lost
-    return (largest, output) if ran else None
+    if not ran:
+        return None
+    return max((largest, output), _change_beside_others(subject, run, name))
+
+
+def _change_beside_others(subject: Subject, run: Run, name: str) -> tuple[float, str]:
+    """Return by how much an input changes an output where the others are changed too, for one may hide another."""
+    for inputs in _changed_at_once(run):
+        try:
+            one, other = subject.run(inputs), subject.run({**inputs, name: run.inputs[name]})
+        except run_errors():
+            continue
+        for key, before in one.items():
+            change = _change(other[key], before)
+            if np.isfinite(change) and change > INPUT_CHANGE:
+                return change, key
+    return 0.0, ""
+
+
+def _changed_at_once(run: Run) -> Iterator[Values]:
+    """Yield inputs that are all unlike those of a run."""
+    changed = {name: list(other_values(values, run.drawn)) for name, values in run.inputs.items()}
+    for together in zip_longest(*changed.values()):
+        # An input of fewer other values than another keeps the first of them.
+        pairs = zip(changed, together, strict=True)
+        yield {name: changed[name][0] if values is None else values for name, values in pairs}
 
 
 def _outputs_gate(subject: Subject, run: Run, moved: set[str]) -> Gate:
@@ -269,13 +294,9 @@ def _outputs_gate(subject: Subject, run: Run, moved: set[str]) -> Gate:
     if _nothing_finite(run):
         return skipped("outputs", f"no value of the outputs is finite, so no change can be seen, at {run.shown}")
     seen, ran = set(moved), bool(moved)
-    changed = {name: list(other_values(values, run.drawn)) for name, values in run.inputs.items()}
-    for together in zip_longest(*changed.values()):
+    for inputs in _changed_at_once(run):
         if seen >= run.outputs.keys():
             break
-        # An input of fewer other values than another keeps the first of them.
-        pairs = zip(changed, together, strict=True)
-        inputs = {name: changed[name][0] if values is None else values for name, values in pairs}
         try:
             found = subject.run(inputs)
         except run_errors():

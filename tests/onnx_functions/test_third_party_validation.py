@@ -262,6 +262,15 @@ def test_a_mask_of_floats_is_changed_so_that_it_matters(mark: str, tmp_path: Pat
     assert _gates(report)["inputs"].detail.startswith("all 2 change the outputs")
 
 
+def test_an_input_that_another_hides_at_first_is_seen_beside_others(tmp_path: Path) -> None:
+    nodes = [node("Greater", ["mask", "most"], "b"), node("Where", ["b", "x", "nothing"], "f"), product("f")]
+    stored = [numpy_helper.from_array(np.float32([100]), "most"), numpy_helper.from_array(np.float32([0]), "nothing")]
+    path = save(tmp_path / "theirs.onnx", nodes, [X, value("mask", "B", "S", 1)], [Y], stored)
+    report = onnx_functions.validate(path)
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["inputs"].detail.startswith("all 2 change the outputs")
+
+
 def test_an_index_that_changes_with_some_values_alone_follows_the_inputs(tmp_path: Path) -> None:
     nodes = [product("x"), node("ReduceMax", ["y", "last"], "m", keepdims=0), node("Greater", ["m", "most"], "over"),
              node("Cast", ["over"], "count", to=TensorProto.INT64)]  # fmt: skip
