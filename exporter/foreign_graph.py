@@ -15,6 +15,7 @@ from exporter.naming import name_of
 from exporter.quiet import quiet
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
 from fp4trt.file_kind import is_file, shortened, what_it_is, what_it_lacks
+from onnx_functions.external_data import BadSpan, load_graph, span_of
 from onnx_functions.linked_files import real_file
 
 __all__ = [
@@ -24,6 +25,9 @@ __all__ = [
     "refuse_untyped",
     "refuse_what_stays",
 ]
+
+_ALIAS: Final = "ai.onnx"
+"""Another name of the standard's domain, which is called ""."""
 
 _ARITY: Final = {WEIGHT_PLACEHOLDER: (1, 1), QUANTIZER: (2, 2)}
 """Inputs and outputs of TensorRT's operators that are rewritten."""
@@ -44,10 +48,13 @@ def load_foreign(path: Path) -> ir.Model:
         error: BaseException = refusal
         while error.__cause__ is not None:  # onnx_ir says first in which function it was
             error = error.__cause__
+        if fault := _misplaced(path):
+            raise BadGraph(f"{path}: {fault}") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadGraph(f"{path} {what_it_is(path) or f'is not an ONNX model ({reason}); export it again'}") from None
     if not len(model.graph):
         raise BadGraph(f"{path} {what_it_is(path) or 'is not an ONNX model: it has no node; export it again'}")
+    _name_standard(model)
     made: set[ir.Node] = set()
     for node in model.graph:
         for value in node.inputs:
@@ -56,6 +63,38 @@ def load_foreign(path: Path) -> ir.Model:
                 raise BadGraph(f"{name_of(node)} reads {value.name} before it is computed; export the graph again")
         made.add(node)
     return model
+
+
+def _misplaced(path: Path) -> str:
+    """Return which external data of a graph are not where they have to be; "" where all are, or it is no graph."""
+    try:
+        tensors = load_graph(path).graph.initializer
+        for tensor in tensors:
+            span_of(tensor, path.parent)
+    except BadSpan as fault:
+        return str(fault)
+    except (ValueError, OSError):
+        return ""
+    return ""
+
+
+def _name_standard(model: ir.Model) -> None:
+    """Call the standard's domain "" where a graph calls it by its alias ai.onnx.
+
+    Raises:
+        BadGraph: it declares two versions of the one domain.
+    """
+    imports = model.opset_imports
+    version = imports.pop(_ALIAS, None)
+    if version is not None and imports.setdefault("", version) != version:
+        raise BadGraph(
+            f"the graph declares opset {imports['']} and, under the name {_ALIAS}, {version}; both are the standard's: "
+            "export the graph again with one of them"
+        )
+    nodes = [*model.graph.all_nodes(), *(node for inner in model.functions.values() for node in inner.all_nodes())]
+    for node in nodes:
+        if node.domain == _ALIAS:
+            node.domain = ""
 
 
 def refuse_untyped(graph: ir.Graph) -> None:

@@ -27,7 +27,7 @@ from onnx_functions.symbols import (
     symbolic_outputs,
 )
 
-__all__ = ["Baked", "Trial", "baked_sizes", "fitting_trial"]
+__all__ = ["Baked", "Trial", "baked_sizes", "small_trials"]
 
 _BAKERS: Final = ("Expand", "GatherND", "Gather", "Pad", "Reshape", "Resize", "Slice", "Split", "Tile")
 """Operators that can give a tensor a size that a constant decides."""
@@ -136,13 +136,9 @@ def baked_sizes(model: onnx.ModelProto, directory: Path) -> list[Baked]:
     return [Baked(told.name, told.reads[0], f"{told.message} {tried}")]
 
 
-def fitting_trial(model: onnx.ModelProto, directory: Path) -> Trial | None:
-    """Return the first pair of sizes that a graph can take, the first of all where it can take none.
-
-    None for a graph without symbols.
-    """
-    trials = list(_trials(model, directory, small=True))
-    return next((trial for trial in trials if trial.fits), trials[0] if trials else None)
+def small_trials(model: onnx.ModelProto, directory: Path) -> list[Trial]:
+    """Return the pairs of sizes to try that a graph can be run at; none for a graph without symbols."""
+    return list(_trials(model, directory, small=True))
 
 
 def _trials(model: onnx.ModelProto, directory: Path, small: bool = False) -> Iterator[Trial]:

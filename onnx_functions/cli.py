@@ -48,7 +48,8 @@ def validate(
     MODEL is an exported ONNX file, or the folder that holds model.onnx. Exits with 1 when a gate fails; the
     report and the line of that gate name the tensor or node. A graph that lies apart from its checkpoint
     (export --copy-weights) needs --reference. A graph without fp4trt's metadata is run at two sizes: its outputs
-    have to be finite and to follow every input; whether they are right, nothing tells.
+    have to be finite and to follow every input; whether they are right, nothing tells. Exits with 1 too where it
+    could not be run here, and says so.
 
     \b
     Example:
@@ -74,7 +75,10 @@ def validate(
     if page is None:
         click.echo(NO_PLOTS)
     seen = f"; but {report.note}" if report.note else ""
-    click.echo(f"validation {'passed' if report.passed else 'FAILED: ' + failed}{seen}; report in {page or data}")
+    verdict = f"validation {'passed' if report.passed else 'FAILED: ' + failed}{seen}"
+    if report.not_run is not None:
+        verdict = f"no validation: the graph {report.not_run.detail}; nothing is known of its numbers"
+    click.echo(f"{verdict}; report in {page or data}")
     html = str(page.resolve()) if page is not None else None
     return {**report.as_dict(), "report": str(data.resolve()), "html": html}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from onnx import TensorProto
 from onnx_functions.errors import BadGraph
 from onnx_functions.external_data import type_name
 
-__all__ = ["Array", "example_inputs", "other_values", "require_tensors"]
+__all__ = ["RANGES", "Array", "Range", "example_inputs", "other_values", "require_tensors"]
 
 Array = npt.NDArray[Any]
 
@@ -57,44 +58,97 @@ def require_tensors(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     return inputs
 
 
+@dataclass(frozen=True)
+class Range:
+    """Where the values of inputs are drawn from.
+
+    Attributes:
+        told: for people.
+        floats: the least and the most of a uniform distribution; None for the standard normal one.
+        integers: the most of an integer; the least is 0.
+    """
+
+    told: str
+    floats: tuple[float, float] | None = None
+    integers: int = 1
+
+
+RANGES: Final = (
+    Range("standard normal values"),
+    Range("standard normal values and indices of 0", None, 0),
+    Range("values between 0 and 1", (0.0625, 0.9375)),
+    Range("values between 0 and 1 and indices of 0", (0.0625, 0.9375), 0),
+    Range("small positive values", (0.0078125, 0.0625)),
+    Range("values between 1 and 2", (1.0625, 2.0)),
+)
+"""Values to try a graph at, for a model may take a part of all numbers alone: a time, a variance, an index."""
+
+
 def example_inputs(
-    inputs: Sequence[onnx.ValueInfoProto], sizes: Mapping[str, Sequence[int]], seed: int = 0
+    inputs: Sequence[onnx.ValueInfoProto],
+    sizes: Mapping[str, Sequence[int]],
+    seed: int = 0,
+    drawn: Range = RANGES[0],
 ) -> dict[str, Array]:
-    """Return values for every input, in its own type: normal ones, and 0 and 1 for integers and truth values.
+    """Return values for every input, in its own type: by default normal ones, and 0 and 1 for integers and truth.
 
     The first of each row of integers is 1, so that no mask hides all of a row, and 0 and 1 are indices of nearly all
     tables.
     """
     rng = np.random.default_rng(seed)
-    return {value.name: _values(rng, value, tuple(sizes[value.name])) for value in inputs}
+    return {value.name: _values(rng, value, tuple(sizes[value.name]), drawn) for value in inputs}
 
 
-def _values(rng: np.random.Generator, value: onnx.ValueInfoProto, size: tuple[int, ...]) -> Array:
+def _values(rng: np.random.Generator, value: onnx.ValueInfoProto, size: tuple[int, ...], drawn: Range) -> Array:
     kind = _TYPES[value.type.tensor_type.elem_type]
     if kind in _FLOATS:
-        return np.asarray(rng.standard_normal(size), np.float32).astype(kind)
-    drawn = np.asarray(rng.integers(0, 2, size))
-    return _first_of_row(drawn).astype(kind)
+        return _floats(rng, size, drawn).astype(kind)
+    numbers = np.asarray(rng.integers(0, 2, size))
+    if drawn.integers == 0 and kind != np.bool_:
+        numbers = np.zeros_like(numbers)
+        return numbers.astype(kind)
+    return _first_of_row(numbers).astype(kind)
+
+
+def _floats(rng: np.random.Generator, size: tuple[int, ...], drawn: Range) -> Array:
+    if drawn.floats is None:
+        return np.asarray(rng.standard_normal(size), np.float32)
+    return np.asarray(rng.uniform(*drawn.floats, size), np.float32)
 
 
 def _first_of_row(drawn: Array) -> Array:
     copy = np.array(drawn)
-    copy[..., :1] = 1
-    return copy if copy.ndim else np.ones_like(copy)
+    copy[(..., slice(1)) if copy.ndim else ...] = 1
+    return copy
 
 
-def other_values(values: Array) -> Iterator[Array]:
+def other_values(values: Array, drawn: Range = RANGES[0]) -> Iterator[Array]:
     """Yield values unlike those of an input, the likeliest to change what is computed of it first."""
     rng = np.random.default_rng(1)
     kind: Any = values.dtype
     if kind in _FLOATS:
-        wide = values.astype(np.float32)
-        yield np.asarray(wide * 0.5 + rng.uniform(0.5, 1.5, wide.shape), np.float32).astype(kind)
-        yield np.asarray(4 * rng.standard_normal(wide.shape), np.float32).astype(kind)
+        for floats in _other_floats(rng, values.astype(np.float32), drawn):
+            yield np.asarray(floats, np.float32).astype(kind)
         return
-    turned = 1 - values.astype(np.int64)
+    turned = np.asarray(1 - values.astype(np.int64))  # numpy makes scalars of what has no axis
     yield (_first_of_row(turned) if values.size > 1 else turned).astype(kind)
     yield turned.astype(kind)
     if kind != np.bool_:
-        yield (values.astype(np.int64) + 1).astype(kind)
+        yield np.asarray(values.astype(np.int64) + 1).astype(kind)
         yield np.asarray(rng.integers(2, 5, values.shape)).astype(kind)
+    if np.issubdtype(kind, np.signedinteger):
+        yield np.full(values.shape, -1, kind)  # padding
+
+
+def _other_floats(rng: np.random.Generator, values: Array, drawn: Range) -> Iterator[Array]:
+    if drawn.floats is not None:
+        yield _floats(rng, values.shape, drawn)
+    yield values * 0.5 + rng.uniform(0.5, 1.5, values.shape)
+    yield 4 * rng.standard_normal(values.shape)
+    # A mask may be stored in floats, of which only zero, or the sign, tells.
+    kept = _first_of_row(np.zeros_like(values)) if values.size > 1 else np.zeros_like(values)
+    yield values * kept
+    yield np.zeros_like(values)
+    yield -np.abs(values)
+    yield np.abs(values)
+    yield 1000 * rng.standard_normal(values.shape)

@@ -13,7 +13,7 @@ import onnx
 
 from onnx_functions.errors import BadGraph
 from onnx_functions.example_inputs import Array
-from onnx_functions.library import TRT_DOMAIN
+from onnx_functions.library import SIMULATION_DOMAIN, TRT_DOMAIN
 from onnx_functions.simulation import runtime_session, simulate
 from onnx_functions.structure_gates import WITNESS_ELEMENTS
 from onnx_functions.verdict import runtime_errors
@@ -21,16 +21,23 @@ from onnx_functions.verdict import runtime_errors
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["EvaluatorFailed", "Runner", "elements_of", "evaluator", "run_errors", "runner"]
+__all__ = ["CannotOpen", "EvaluatorFailed", "Runner", "elements_of", "evaluator", "run_errors", "runner"]
 
 _SMALL: Final = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn)
 """Floats that a simulation takes as FP32."""
+
+_SIMULATED: Final = ("FP4WeightDequantize", "GatherBlockQuantized", SIMULATION_DOMAIN)
+"""What the simulation alone brings into a graph."""
 
 Values = Mapping[str, Array]
 
 
 class EvaluatorFailed(BadGraph):
     """The ReferenceEvaluator could not run a graph to its end."""
+
+
+class CannotOpen(BadGraph):
+    """Neither runtime has what a graph needs, which says nothing of the graph."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +63,31 @@ def runner(path: Path, model: onnx.ModelProto) -> Runner:
         model: that file's graph, without local functions.
 
     Raises:
-        BadGraph, ONNX Runtime's errors: neither can, or the graph is too large for the second.
+        CannotOpen: neither has what the graph needs, or it is too large for the second.
+        ONNX Runtime's errors: the graph is at fault.
     """
     try:
         return _in_onnx_runtime(_session(model, path.parent))
     except run_errors() as error:
-        # What is wrong with the graph itself is wrong everywhere; a kernel that is missing is not.
-        lacks = isinstance(error, BadGraph) or type(error).__name__ == "NotImplemented"
-        if not lacks or elements_of(model) > WITNESS_ELEMENTS:
+        # What is wrong with the graph itself is wrong everywhere; what a runtime, or the simulation, lacks is not.
+        if not _lacks(error):
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        # What the user could do about a graph of fp4trt's own is no advice here.
+        reason = _first_line(error).partition("; expected")[0].partition("; export")[0]
+    if (count := elements_of(model)) > WITNESS_ELEMENTS:
+        most = f"onnx's ReferenceEvaluator takes no more than {WITNESS_ELEMENTS} weights, and there are {count}"
+        raise CannotOpen(f"{reason}; {most}")
     try:
         return Runner("onnx's ReferenceEvaluator", evaluator(path, model), reason)
     except EvaluatorFailed as error:
-        raise BadGraph(f"{reason}; nor in onnx's ReferenceEvaluator: {error}") from None
+        raise CannotOpen(f"{reason}; nor in onnx's ReferenceEvaluator: {error}") from None
+
+
+def _lacks(error: Exception) -> bool:
+    """Whether ONNX Runtime, or the rewriting for it, and not the graph keeps a graph from being opened."""
+    if isinstance(error, BadGraph) or type(error).__name__ == "NotImplemented":
+        return True
+    return any(operator in str(error) for operator in _SIMULATED)
 
 
 def evaluator(path: Path, model: onnx.ModelProto) -> Callable[[Values], Values]:

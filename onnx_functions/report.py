@@ -100,8 +100,9 @@ def write_report(report: Report, directory: Path, force: bool = False) -> tuple[
 
 
 def _page(report: Report) -> str:
-    verdict = "passed" if report.passed else "failed"
+    verdict = "passed" if report.passed else "failed" if report.failures else "not run"
     figures = "".join(f"<figure>{svg}</figure>" for svg in _plots(report))
+    shown = "skipped" if verdict == "not run" else verdict
     measured = "the quantized checkpoint" if report.reference_kind == "quantized" else "the 16-bit checkpoint"
     name = report.reference.name if report.reference is not None else ""
     against = f"against {measured} <code>{html.escape(name)}</code>, level {report.level}" if name else "by itself"
@@ -109,7 +110,7 @@ def _page(report: Report) -> str:
     errors = f"<h2>Errors</h2>{figures}<h2>Worst linears</h2>{_worst_table(report.linears)}" if report.linears else ""
     return (
         f"{_HEAD}<title>Validation: {verdict}</title>"
-        f"<style>{_STYLE}</style><h1>Validation <span class={verdict}>{verdict}</span></h1>"
+        f"<style>{_STYLE}</style><h1>Validation <span class={shown}>{verdict}</span></h1>"
         f"<p><code>{html.escape(report.model.name)}</code> {against}.</p>{note}"
         f"<h2>Gates</h2>{_gates_table(report)}{errors}</html>\n"
     )

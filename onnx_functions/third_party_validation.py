@@ -5,34 +5,36 @@ For graphs of third parties, which carry no promise and no checkpoint. No torch.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import onnx
 
-from onnx_functions.baked import baked_sizes, fitting_trial
-from onnx_functions.errors import BadGraph, CannotRun
-from onnx_functions.example_inputs import Array, example_inputs, other_values, require_tensors
+from onnx_functions.baked import baked_sizes
+from onnx_functions.errors import BadEnvironment, BadGraph, CannotRun
+from onnx_functions.example_inputs import Array, other_values, require_tensors
 from onnx_functions.external_data import BadSpan, load_graph, nbytes_of, span_of
 from onnx_functions.free_memory import available_memory
-from onnx_functions.graph_runner import EvaluatorFailed, Runner, elements_of, evaluator, run_errors, runner
+from onnx_functions.graph_runner import EvaluatorFailed, elements_of, evaluator, run_errors
 from onnx_functions.linears import metadata_of
 from onnx_functions.linting import require_form
 from onnx_functions.report import check_report_folder, write_report
-from onnx_functions.sizes import sizes_at, without_functions
+from onnx_functions.sizes import without_functions
 from onnx_functions.structure_gates import END_TO_END_LIMIT, INPUT_CHANGE, WITNESS_ELEMENTS
-from onnx_functions.symbols import evaluated, filled, symbolic_inputs, symbolic_outputs
+from onnx_functions.symbols import evaluated, symbolic_outputs
+from onnx_functions.third_party_runs import Run, Subject, Values, not_finite, runs_gate
 from onnx_functions.verdict import (
     Gate,
     Report,
     failed_to_run,
     gate_of_offenders,
+    refuse_environment,
     relative_l2,
+    require_runtime,
     skipped,
 )
 
@@ -46,48 +48,6 @@ _GATES: Final = ("finite", "shapes", "inputs", "outputs", "second witness")
 _PLACEHOLDERS: Final = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ")
 _BYTES: Final = 6
 """Bytes of memory for each weight that a run may need, as in the validation against a checkpoint."""
-
-_INPUT_BYTES: Final = 32
-"""Bytes of memory for each number that goes in: as FP64 and as what it is, twice."""
-
-Values = Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One run: the sizes of the inputs, for people, what went in and what came out."""
-
-    sizes: Mapping[str, Sequence[int]]
-    numbers: Mapping[str, int]
-    inputs: Values
-    outputs: Values
-
-    @property
-    def shown(self) -> str:
-        return _shown(self.sizes)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A graph of a third party.
-
-    Attributes:
-        path: its file.
-        model: without functions; external data not loaded.
-        inputs: those that are no initializers.
-    """
-
-    path: Path
-    model: onnx.ModelProto
-    inputs: Sequence[onnx.ValueInfoProto]
-
-    @cached_property
-    def runner(self) -> Runner:
-        return runner(self.path, self.model)
-
-    def run(self, inputs: Values) -> Values:
-        """Return the outputs for inputs in the graph's own types."""
-        return self.runner.run(inputs)
 
 
 def is_third_party(model: onnx.ModelProto) -> bool:
@@ -125,11 +85,13 @@ def validate_third_party(
     Raises:
         BadGraph: weights wait to become FP4, external data are missing, or nothing can be put in.
         CannotRun: it needs more memory than is free.
+        BadEnvironment: ONNX Runtime cannot be imported, or the external data cannot be read.
         OutputExists, OSError: the report cannot be written; known before any gate runs.
     """
+    require_runtime()
     _require_finished(path, model)
     require_form(path, model, ordered=True)
-    subject = _Subject(path, without_functions(model), require_tensors(model))
+    subject = Subject(path, without_functions(model), require_tensors(model), partial(_require_memory, path))
     _require_data(subject)
     if report_dir is not None:
         check_report_folder(report_dir, force)
@@ -153,99 +115,86 @@ def _require_finished(path: Path, model: onnx.ModelProto) -> None:
         )
 
 
-def _require_data(subject: _Subject) -> None:
-    weights = 0
+def _require_data(subject: Subject) -> None:
+    weights, files = 0, set[Path]()
     for tensor in subject.model.graph.initializer:
         try:
-            span_of(tensor, subject.path.parent)
+            span = span_of(tensor, subject.path.parent)
             weights += nbytes_of(tensor)
         except BadSpan as fault:
             raise BadGraph(f"{subject.path}: {fault}") from None
-    _require_memory(max(weights, _BYTES * elements_of(subject.model)), subject)
+        if span is not None and span.file not in files:
+            files.add(span.file)
+            _require_readable(span.file)
+    subject.require_memory(max(weights, _BYTES * elements_of(subject.model)))
 
 
-def _require_memory(need: int, subject: _Subject) -> None:
+def _require_readable(file: Path) -> None:
+    try:
+        with file.open("rb"):
+            return
+    except OSError as error:
+        raise BadEnvironment(
+            f"the graph's data {file} cannot be read ({error.strerror or error}); this says nothing of the graph: mend "
+            "that and run the same command again"
+        ) from error
+
+
+def _require_memory(path: Path, need: int) -> None:
     free = available_memory()
     if free is not None and need > free:
         raise CannotRun(
-            f"running {subject.path.name} needs about {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are "
+            f"running {path.name} needs about {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are "
             "free here; validate it on a machine that has them"
         )
 
 
-def _gates(subject: _Subject) -> Iterator[Gate]:
-    runs: list[_Run] = []
+def _gates(subject: Subject) -> Iterator[Gate]:
+    runs: list[Run] = []
     try:
-        gate = _runs_gate(subject, runs)
-    except run_errors() as error:
-        gate = _not_run(error)
+        gate = runs_gate(subject, runs)
+    except Exception as error:
+        refuse_environment(error, "runs")
+        if not isinstance(error, run_errors()):
+            raise
+        gate = failed_to_run("runs", error)
     yield gate
     if not gate.passed or not runs:
         yield from (skipped(name, "the graph could not be run") for name in _GATES)
         return
     yield _finite_gate(runs)
     yield _shapes_gate(subject, runs)
-    yield from _guarded("inputs", lambda: _inputs_gate(subject, runs[0]))
-    yield from _guarded("outputs", lambda: _outputs_gate(subject, runs[0]))
+    moved: set[str] = set()
+    yield from _guarded("inputs", lambda: _inputs_gate(subject, runs[0], moved))
+    yield from _guarded("outputs", lambda: _outputs_gate(subject, runs[0], moved))
     yield _witness_gate(subject, runs[0])
 
 
 def _guarded(name: str, check: Callable[[], Gate]) -> Iterator[Gate]:
     try:
         yield check()
-    except run_errors() as error:
+    except Exception as error:
+        refuse_environment(error, name)
+        if not isinstance(error, run_errors()):
+            raise
         yield failed_to_run(name, error)
 
 
-def _not_run(error: Exception) -> Gate:
-    """Return the gate of a graph that cannot be opened; a kernel that is missing says nothing of its numbers."""
-    gate = failed_to_run("runs", error)
-    if type(error).__name__ == "NotImplemented":
-        told = f"{gate.detail}; ONNX Runtime has no kernel for it on the CPU, which says nothing of the graph's numbers"
-        return Gate("runs", False, gate.figure, gate.limit, told)
-    return gate
-
-
-def _runs_gate(subject: _Subject, runs: list[_Run]) -> Gate:
-    """Run the graph at each size, adding to `runs`; fails at the first that it cannot take."""
-    declared = symbolic_inputs(subject.model)
-    trial = fitting_trial(subject.model, subject.path.parent)
-    pairs: list[Mapping[str, int]] = [{}] if trial is None else [trial.assignment.first, trial.assignment.second]
-    where = subject.runner.name  # what is wrong with the graph as such is no matter of sizes
-    where += f", for ONNX Runtime cannot ({subject.runner.instead})" if subject.runner.instead else ""
-    for seed, numbers in enumerate(pairs):
-        sizes = filled(declared, numbers)
-        if lacking := [value.name for value in subject.inputs if value.name not in sizes]:
-            size = ", ".join(map(str, declared[lacking[0]]))
-            told = (
-                f"the input {lacking[0]} has the size [{size}], for which there are no numbers: nothing can be put in"
-            )
-            return Gate("runs", False, float("inf"), 0, told, (lacking[0],))
-        _require_memory(sum(_INPUT_BYTES * math.prod(size) for size in sizes.values()), subject)
-        inputs = example_inputs(subject.inputs, sizes, seed)
-        try:
-            runs.append(_Run(sizes, numbers, inputs, subject.run(inputs)))
-        except run_errors() as error:
-            misfit = next(iter(sizes_at(subject.model, sizes, subject.path.parent).misfits), None)
-            why = misfit.message if misfit is not None else failed_to_run("runs", error).detail
-            at = (misfit.name,) if misfit is not None else ()
-            return Gate("runs", False, float("inf"), 0, f"not at {_shown(sizes)}: {why}", at)
-    return Gate("runs", True, 0, 0, f"at {' and at '.join(run.shown for run in runs)}, in {where}")
-
-
-def _finite_gate(runs: Sequence[_Run]) -> Gate:
+def _finite_gate(runs: Sequence[Run]) -> Gate:
     offenders, bad, count = [], 0, 0
     for run in runs:
         for name, values in run.outputs.items():
-            wrong = int((~np.isfinite(np.asarray(values, np.float64))).sum())
+            wrong = not_finite(values)
             count += np.size(values)
             bad += wrong
             if wrong:
                 offenders.append((name, f"{wrong} of {np.size(values)} values are NaN or infinite at {run.shown}"))
-    return gate_of_offenders("finite", offenders, bad, 0, f"{count} values of the outputs are finite", count=count)
+    before = f", with {runs[0].drawn.told}; {runs[0].before}" if runs[0].before else ""
+    told = f"{count} values of the outputs are finite{before}"
+    return gate_of_offenders("finite", offenders, bad, 0, told, count=count)
 
 
-def _shapes_gate(subject: _Subject, runs: Sequence[_Run]) -> Gate:
+def _shapes_gate(subject: Subject, runs: Sequence[Run]) -> Gate:
     """Compare the outputs' shapes with the declared symbols, and ask the shapes inside for sizes that are baked in."""
     offenders: dict[str, str] = {}
     for name, declared in symbolic_outputs(subject.model).items():
@@ -264,49 +213,113 @@ def _shapes_gate(subject: _Subject, runs: Sequence[_Run]) -> Gate:
     )
 
 
-def _inputs_gate(subject: _Subject, run: _Run) -> Gate:
-    """Change each input alone; every one has to change some output."""
-    changes: dict[str, tuple[float, str]] = {}
-    for value in subject.inputs:
-        changes[value.name] = _largest_change(subject, run, value.name)
-    without = [name for name, (change, _) in changes.items() if not change > INPUT_CHANGE]
-    least = min(changes, key=lambda name: changes[name][0])
+def _inputs_gate(subject: Subject, run: Run, moved: set[str]) -> Gate:
+    """Change each input alone; every one has to change some output. Adds the outputs that change to `moved`."""
+    if _nothing_finite(run):
+        return skipped("inputs", f"no value of the outputs is finite, so no change can be seen, at {run.shown}")
+    changes = {value.name: _largest_change(subject, run, value.name, moved) for value in subject.inputs}
+    tried = {name: found for name, found in changes.items() if found is not None}
+    without = [name for name, (change, _) in tried.items() if not change > INPUT_CHANGE]
+    if without and any(not_finite(values) for values in run.outputs.values()):
+        told = f"changing {', '.join(without)} changes no finite value, and others are NaN or infinite, at {run.shown}"
+        return skipped("inputs", told)
     if without:
         told = f"changing {', '.join(without)} changes nothing in the outputs, at {run.shown}"
         return Gate("inputs", False, len(without), 0, told, tuple(without))
-    change, output = changes[least]
-    told = f"all {len(changes)} change the outputs, {least} the least: {output} by {change:.2g} (relative L2)"
-    return Gate("inputs", True, 0, 0, told)
+    stuck = [name for name in changes if name not in tried]
+    left = f"the graph runs with no other values of {', '.join(stuck)} that were tried" if stuck else ""
+    if not tried:
+        return skipped("inputs", left)
+    least = min(tried, key=lambda name: tried[name][0])
+    change, output = tried[least]
+    told = f"all {len(tried)} change the outputs, {least} the least: {output} by {change:.2g} (relative L2)"
+    return Gate("inputs", True, 0, 0, f"{told}; {left}" if left else told)
 
 
-def _largest_change(subject: _Subject, run: _Run, name: str) -> tuple[float, str]:
-    """Return by how much an input changes an output at most, and which; the first values that do so count."""
-    largest, output, failure = 0.0, "", None
-    for values in other_values(run.inputs[name]):
+def _largest_change(subject: Subject, run: Run, name: str, moved: set[str]) -> tuple[float, str] | None:
+    """Return by how much an input changes an output at most, and which; the first values that do so count.
+
+    Values for which an output is no longer finite count last, for they may be none that the model is made for. None
+    where the graph runs with no other values.
+    """
+    largest, output, ran, lost = 0.0, "", False, ""
+    for values in other_values(run.inputs[name], run.drawn):
         try:
             found = subject.run({**run.inputs, name: values})
-        except run_errors() as error:
-            failure = error  # an index that a table has not, most likely
-            continue
+        except run_errors():
+            continue  # an index that a table has not, most likely
+        ran = True
         for key, before in run.outputs.items():
             change = _change(found[key], before)
-            if change > largest:
+            if change > INPUT_CHANGE:
+                moved.add(key)
+            if np.isfinite(change) and change > largest:
                 largest, output = change, key
+            elif not np.isfinite(change):
+                lost = key
         if largest > INPUT_CHANGE:
             return largest, output
-    if failure is not None and not output:
-        raise failure
-    return largest, output
+    if lost:
+        return float("inf"), lost
+    if not ran:
+        return None
+    return max((largest, output), _change_beside_others(subject, run, name))
 
 
-def _outputs_gate(subject: _Subject, run: _Run) -> Gate:
-    """Change all inputs at once; every output has to change."""
-    found = subject.run({name: next(other_values(values)) for name, values in run.inputs.items()})
-    still = [name for name, before in run.outputs.items() if not _change(found[name], before) > INPUT_CHANGE]
+def _change_beside_others(subject: Subject, run: Run, name: str) -> tuple[float, str]:
+    """Return by how much an input changes an output where the others are changed too, for one may hide another."""
+    for inputs in _changed_at_once(run):
+        try:
+            one, other = subject.run(inputs), subject.run({**inputs, name: run.inputs[name]})
+        except run_errors():
+            continue
+        for key, before in one.items():
+            change = _change(other[key], before)
+            if np.isfinite(change) and change > INPUT_CHANGE:
+                return change, key
+    return 0.0, ""
+
+
+def _changed_at_once(run: Run) -> Iterator[Values]:
+    """Yield inputs that are all unlike those of a run."""
+    changed = {name: list(other_values(values, run.drawn)) for name, values in run.inputs.items()}
+    for together in zip_longest(*changed.values()):
+        # An input of fewer other values than another keeps the first of them.
+        pairs = zip(changed, together, strict=True)
+        yield {name: changed[name][0] if values is None else values for name, values in pairs}
+
+
+def _outputs_gate(subject: Subject, run: Run, moved: set[str]) -> Gate:
+    """Change all inputs at once; every output has to change, then or with one input alone (`moved`)."""
+    if _nothing_finite(run):
+        return skipped("outputs", f"no value of the outputs is finite, so no change can be seen, at {run.shown}")
+    seen, ran = set(moved), bool(moved)
+    for inputs in _changed_at_once(run):
+        if seen >= run.outputs.keys():
+            break
+        try:
+            found = subject.run(inputs)
+        except run_errors():
+            continue
+        ran = True
+        seen.update(name for name, before in run.outputs.items() if _change(found[name], before) > INPUT_CHANGE)
+    still = [name for name, values in run.outputs.items() if name not in seen and not _all_lost(values)]
+    if not ran:
+        return skipped("outputs", "the graph runs with no other values of the inputs that were tried")
     if still:
         told = f"{', '.join(still)} stays the same whatever the inputs are"
         return Gate("outputs", False, len(still), 0, told, tuple(still))
     return Gate("outputs", True, 0, 0, f"all {len(run.outputs)} change with the inputs")
+
+
+def _nothing_finite(run: Run) -> bool:
+    """Whether no output has a finite value."""
+    return all(_all_lost(values) for values in run.outputs.values())
+
+
+def _all_lost(values: Array) -> bool:
+    """Whether there are values, and none of them is finite."""
+    return 0 < np.size(values) == not_finite(values)
 
 
 def _change(found: Array, before: Array) -> float:
@@ -317,8 +330,10 @@ def _change(found: Array, before: Array) -> float:
     return relative_l2(one[np.isfinite(one)], other[np.isfinite(other)])
 
 
-def _witness_gate(subject: _Subject, run: _Run) -> Gate:
+def _witness_gate(subject: Subject, run: Run) -> Gate:
     """Run the file as it is in onnx's ReferenceEvaluator and compare."""
+    if _nothing_finite(run):
+        return skipped("second witness", "no value of the outputs is finite, so nothing can be compared")
     if subject.runner.instead:
         return skipped("second witness", f"only {subject.runner.name} takes the graph")
     if (count := elements_of(subject.model)) > WITNESS_ELEMENTS:
@@ -333,7 +348,3 @@ def _witness_gate(subject: _Subject, run: _Run) -> Gate:
     told = f"{worst} differs by {errors[worst]:.3g} (relative L2) between ONNX Runtime and the ReferenceEvaluator"
     passed = errors[worst] <= END_TO_END_LIMIT
     return Gate("second witness", passed, errors[worst], END_TO_END_LIMIT, told, () if passed else (worst,))
-
-
-def _shown(sizes: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"{name} {list(size)}" for name, size in sizes.items())

@@ -19,6 +19,7 @@ __all__ = [
     "failed_to_run",
     "gate_of_offenders",
     "guarded",
+    "not_run",
     "refuse_environment",
     "relative_l2",
     "require_runtime",
@@ -37,7 +38,7 @@ class Gate:
 
     Attributes:
         name: of the check, such as `weights`.
-        passed: whether `figure` keeps to `limit`; True for a check that was skipped.
+        passed: whether `figure` keeps to `limit`; True for a check that was skipped, unless no check could be run.
         figure: the worst value that was found.
         limit: what it may be at most.
         detail: one line; names the tensor or node where the check failed, or says what was compared.
@@ -110,13 +111,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every gate passed."""
+        """Whether every gate passed; False too where the graph could not be run."""
         return all(gate.passed for gate in self.gates)
 
     @property
     def failures(self) -> tuple[Gate, ...]:
-        """The gates that did not pass."""
-        return tuple(gate for gate in self.gates if not gate.passed)
+        """The gates that found a fault."""
+        return tuple(gate for gate in self.gates if not gate.passed and not gate.was_skipped)
+
+    @property
+    def not_run(self) -> Gate | None:
+        """The gate that could not be run, so that there is no verdict: nothing passed, and nothing failed."""
+        return next((gate for gate in self.gates if not gate.passed and gate.was_skipped), None)
 
     def as_dict(self, *, absolute: bool = True) -> dict[str, Any]:
         """Return the report as JSON holds it; numbers that JSON has no word for are None.
@@ -176,6 +182,11 @@ def gate_of_offenders(
 def skipped(name: str, why: str) -> Gate:
     """Return the gate of a check that was not run."""
     return Gate(name, True, 0.0, 0.0, why, was_skipped=True)
+
+
+def not_run(name: str, why: str) -> Gate:
+    """Return the gate of a check without which there is no verdict, and that could not be run here."""
+    return Gate(name, False, 0.0, 0.0, f"could not be run here: {why}", was_skipped=True)
 
 
 def failed_to_run(name: str, error: Exception) -> Gate:
@@ -248,6 +259,7 @@ _LACKING: Final = {
     "permission denied": "the rights to a file are lacking",
     "access is denied": "the rights to a file are lacking",
     "errcode = 13": "the rights to a file are lacking",
+    "systemerror : 13": "the rights to a file are lacking",
     "too many open files": "too many files are open",
     "input/output error": "a disk cannot be read",
     "max supported ir version": "this ONNX Runtime is too old",

@@ -297,3 +297,36 @@ def test_data_in_a_link_elsewhere_are_refused_for_what_they_are(graph: Any, tmp_
     data.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BadGraph, match=r"w lies in .*, a link out of the graph's folder that is not one of a hub's"):
         export_graph(path, tmp_path / "ours.onnx")
+
+
+def test_the_standards_domain_may_be_called_by_its_alias(graph: Any, tmp_path: Path) -> None:
+    graph.product(_mark(graph))
+    path = graph.save(tmp_path / "theirs.onnx")
+    model = onnx.load(path)
+    (standard,) = [entry for entry in model.opset_import if entry.domain == ""]
+    standard.domain = "ai.onnx"
+    for node in model.graph.node:
+        node.domain = node.domain or "ai.onnx"
+    onnx.save(model, path)
+    result = export_graph(path, tmp_path / "ours.onnx")
+    assert result["declared_opset"] == standard.version
+    written = onnx.load(tmp_path / "ours.onnx", load_external_data=False)
+    assert {entry.domain: entry.version for entry in written.opset_import}[""] == 23
+    assert "ai.onnx" not in {node.domain for node in written.graph.node}
+    model.opset_import.append(helper.make_opsetid("", standard.version - 1))
+    onnx.save(model, path)
+    with pytest.raises(BadGraph, match=f"declares opset {standard.version - 1} and, under the name ai.onnx"):
+        export_graph(path, tmp_path / "second.onnx")
+
+
+def test_external_data_of_a_length_that_is_no_number_are_named(graph: Any, tmp_path: Path) -> None:
+    graph.product(_mark(graph))
+    path = graph.save(tmp_path / "theirs.onnx")
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    (length,) = [entry for entry in model.graph.initializer[0].external_data if entry.key == "length"]
+    length.value = "abc"
+    onnx.save(model, path)
+    with pytest.raises(BadGraph, match="initializer w has the length 'abc' in its external data"):
+        export_graph(path, tmp_path / "ours.onnx")

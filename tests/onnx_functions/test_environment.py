@@ -34,6 +34,7 @@ FAIL, *_, RUNTIME = runtime_errors()
             "memory is lacking",
         ),
         (FAIL("open file weights.data fail, errcode = 13 - unknown error"), "the rights to a file are lacking"),
+        (FAIL("[ONNXRuntimeError] : 18 : SystemError : 13 : open file"), "the rights to a file are lacking"),
         (FAIL("Unsupported model IR version: 14, max supported IR version: 13"), "this ONNX Runtime is too old"),
         (ImportError("libonnxruntime.so.1: cannot open shared object file"), "a package cannot be imported"),
     ],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -100,12 +101,59 @@ def test_the_input_that_changes_least_is_named_with_how_much(tmp_path: Path) -> 
 
 
 def test_an_output_that_stays_is_found_and_one_that_is_not_finite(tmp_path: Path) -> None:
-    nodes = [product("x"), node("Identity", ["row"], "still"), node("Sqrt", ["x"], "root")]
+    nodes = [
+        product("x"), node("Identity", ["row"], "still"), node("Mul", ["x", "x"], "square"),
+        node("Neg", ["square"], "below"), node("Sqrt", ["below"], "root"),
+    ]  # fmt: skip
     outputs = [Y, value("still", 64), value("root", "B", "S", 64)]
     report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, [X], outputs, [array("row", 64)]))
     assert _gates(report)["outputs"].offenders == ("still",)
     assert _gates(report)["finite"].offenders == ("root", "root")
     assert {gate.name for gate in report.failures} == {"finite", "outputs"}
+
+
+def test_what_no_values_make_finite_fails_there_and_hides_no_change(tmp_path: Path) -> None:
+    nodes = [node("Mul", ["x", "x"], "q"), node("Neg", ["q"], "n"), node("Log", ["n"], "f"), product("f")]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, [X], [Y]))
+    assert _outcomes(report) == {
+        "runs": "passed", "finite": "FAILED", "shapes": "passed", "inputs": "skipped", "outputs": "skipped",
+        "second witness": "skipped",
+    }  # fmt: skip
+    assert _gates(report)["inputs"].detail.startswith("no value of the outputs is finite, so no change can be seen")
+
+
+@pytest.mark.parametrize("mark", ["Cast", "Sign"])
+def test_a_mask_of_floats_is_changed_so_that_it_matters(mark: str, tmp_path: Path) -> None:
+    made = (
+        [node("Cast", ["mask"], "b", to=TensorProto.BOOL), node("Not", ["b"], "n")]
+        if mark == "Cast"
+        else [node("LessOrEqual", ["mask", "nothing"], "n")]
+    )
+    nodes = [*made, node("Where", ["n", "nothing", "x"], "f"), product("f")]
+    nothing = numpy_helper.from_array(np.zeros(1, np.float32), "nothing")
+    inputs = [X, value("mask", "B", "S", 1)]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, inputs, [Y], [nothing]))
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["inputs"].detail.startswith("all 2 change the outputs")
+
+
+def test_an_input_that_another_hides_at_first_is_seen_beside_others(tmp_path: Path) -> None:
+    nodes = [node("Greater", ["mask", "most"], "b"), node("Where", ["b", "x", "nothing"], "f"), product("f")]
+    stored = [numpy_helper.from_array(np.float32([100]), "most"), numpy_helper.from_array(np.float32([0]), "nothing")]
+    path = save(tmp_path / "theirs.onnx", nodes, [X, value("mask", "B", "S", 1)], [Y], stored)
+    report = onnx_functions.validate(path)
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["inputs"].detail.startswith("all 2 change the outputs")
+
+
+def test_an_index_that_changes_with_some_values_alone_follows_the_inputs(tmp_path: Path) -> None:
+    nodes = [product("x"), node("ReduceMax", ["y", "last"], "m", keepdims=0), node("Greater", ["m", "most"], "over"),
+             node("Cast", ["over"], "count", to=TensorProto.INT64)]  # fmt: skip
+    stored = [integers("last", -1), numpy_helper.from_array(np.float32([60]), "most")]
+    outputs = [Y, value("count", "B", "S", kind=TensorProto.INT64)]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, [X], outputs, stored))
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["outputs"].detail == "all 2 change with the inputs"
 
 
 def test_masks_and_indices_are_changed_so_that_they_matter(tmp_path: Path) -> None:
@@ -119,6 +167,44 @@ def test_masks_and_indices_are_changed_so_that_they_matter(tmp_path: Path) -> No
     inputs = [value("ids", "B", "S", kind=TensorProto.INT64), value("mask", "B", "S", 1, kind=TensorProto.BOOL)]
     report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, inputs, [Y], [table, nothing]))
     assert report.passed, [gate.line for gate in report.failures]
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT64, TensorProto.BOOL])
+def test_a_scalar_that_is_no_float_is_an_input_like_any_other(kind: int, tmp_path: Path) -> None:
+    nodes = [node("Cast", ["t"], "tf", to=TensorProto.FLOAT), node("Add", ["x", "tf"], "f"), product("f")]
+    report = onnx_functions.validate(save(tmp_path / "theirs.onnx", nodes, [X, value("t", kind=kind)], [Y]))
+    assert report.passed, [gate.line for gate in report.failures]
+    assert _gates(report)["runs"].detail == "at x [2, 3, 64], t [] and at x [4, 5, 64], t [], in ONNX Runtime"
+
+
+def test_without_onnx_runtime_a_third_party_graph_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "theirs.onnx", [product("x")], [X], [Y])
+    monkeypatch.setitem(sys.modules, "onnxruntime.capi", None)
+    monkeypatch.delitem(sys.modules, "onnxruntime.capi.onnxruntime_pybind11_state", raising=False)
+    assert fp4trt.run(["validate", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "ONNX Runtime, which validates, cannot be imported" in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "validation").exists()
+
+
+def test_data_that_may_not_be_read_are_no_fault_of_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "theirs.onnx", [product("x")], [X], [Y])
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.data", size_threshold=0)
+    opened = Path.open
+
+    def refused(file: Path, *arguments: Any, **options: Any) -> Any:
+        if file.name == "w.data":
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert fp4trt.run(["validate", str(path)]) == 2
+    assert "w.data cannot be read (Permission denied); this says nothing of the graph" in capsys.readouterr().err
 
 
 def test_sizes_that_have_to_be_equal_are_tried_equal(tmp_path: Path) -> None:
@@ -144,7 +230,9 @@ def test_a_graph_with_a_body_is_run_by_the_evaluator_and_says_so(small_graph: ob
     assert _outcomes(report)["second witness"] == "skipped"
 
 
-def test_an_operator_without_a_kernel_is_named_and_nothing_is_said_of_the_numbers(tmp_path: Path) -> None:
+def test_an_operator_without_a_kernel_is_named_and_nothing_is_said_of_the_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     nodes = [node("TRT_Plugin", ["x"], "f", domain="trt"), product("f")]
     path = save(tmp_path / "theirs.onnx", nodes, [X], [Y])
     model = onnx.load(path)
@@ -152,7 +240,16 @@ def test_an_operator_without_a_kernel_is_named_and_nothing_is_said_of_the_number
     onnx.save(model, path)
     report = onnx_functions.validate(path)
     assert "TRT_Plugin" in _gates(report)["runs"].detail
-    assert set(_outcomes(report).values()) == {"FAILED", "skipped"}
+    assert set(_outcomes(report).values()) == {"skipped"}
+    assert (report.passed, report.failures) == (False, ())
+    capsys.readouterr()
+    assert fp4trt.run(["validate", str(path)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("no validation: the graph could not be run here: ")
+    assert "nothing is known of its numbers; report in" in last
+    assert "FAILED" not in last
+    page = (tmp_path / "validation" / "report.html").read_text(encoding="utf-8")
+    assert "Validation <span class=skipped>not run</span>" in page
 
 
 def test_weights_that_wait_to_become_fp4_are_refused_with_the_command_to_run(tmp_path: Path) -> None:
