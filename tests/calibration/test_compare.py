@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +171,32 @@ def test_what_does_not_fit_is_refused_in_one_line(
     (tmp_path / "out" / "compare.json").write_text('{"mine": 1}')
     assert "which fp4trt did not write" in refused("digits", named, "--force")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flux", "out"]
+
+
+def test_without_matplotlib_all_but_what_it_draws_is_there(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Blocked(importlib.machinery.PathFinder):
+        """Finds neither matplotlib nor what imports it: torchmetrics does where its metadata are there."""
+
+        @classmethod
+        def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+            return None if fullname.partition(".")[0] == "matplotlib" else super().find_spec(fullname, path, target)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("matplotlib", "torchmetrics")]:
+        monkeypatch.delitem(sys.modules, name)
+    finders = [Blocked if one is importlib.machinery.PathFinder else one for one in sys.meta_path]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    command = ["compare", "digits", f"good={good}", "-o", str(tmp_path / "out")]
+    assert fp4trt.run([*command, "--images", "10", "--steps", "1", "--seeds", "5,6"]) == 0
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics"]:
+        del sys.modules[name]  # what was imported of it before it failed
+    told = capfd.readouterr().err
+    assert "matplotlib is not installed, so compare.html has no plot: pip install 'fp4trt[report]'" in told
+    assert "SSIM is left out: a package is not installed: pip install matplotlib" in told
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "matplotlib is not installed" in page
+    assert "<svg" not in page
 
 
 def test_words_choose_the_digits(good: Path, tmp_path: Path) -> None:
