@@ -138,6 +138,11 @@ def test_an_empty_input_in_a_file_is_named_with_its_call(symbol: str, found: str
     assert str(refused.value) == f"call 1: {found}; expected no dimension of 0: capture it again"
 
 
+def test_a_folder_of_inputs_is_called_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(BadInputs, match="is a folder; expected captured inputs"):
+        load_inputs(tmp_path)
+
+
 def test_captured_in_fp16_or_fp32_calibrates_as_in_bf16(tiny_flux: Callable[..., Path], tmp_path: Path) -> None:
     flux = tiny_flux(tmp_path / "flux")
     amax = {}
