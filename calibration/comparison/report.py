@@ -13,6 +13,7 @@ from typing import Any, Final
 from calibration.comparison.measurement import Comparison
 from calibration.comparison.statistics import Estimate, estimate
 from calibration.comparison.table import difference_text, estimate_text, verdict
+from calibration.write import write_text
 
 __all__ = ["AMPLIFIED", "NO_PLOTS", "has_plots", "write_report"]
 
@@ -61,7 +62,7 @@ def write_report(comparison: Comparison, described: Mapping[str, Any], grid: Pat
         f"<h2>Velocity error by time</h2>{_by_time(comparison)}"
         f"<h2>What the figures mean</h2>{_meanings(comparison)}<p>{_METHOD}</p></html>\n"
     )
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_text(path, page)
 
 
 def has_plots() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import json
 import shutil
@@ -19,11 +20,13 @@ import fp4trt
 from calibration.checkpoint import load
 from calibration.comparison import compare as comparing
 from calibration.comparison.compare import compare
+from calibration.comparison.grid import draw_grid
 from calibration.comparison.perceptual import perceptual_metrics
 from calibration.digits.model import load_transformer
 from calibration.digits.quality import compare as compare_digits
 from calibration.input_amax import calibrate
 from calibration.quantization import quantize
+from calibration.write import replacing
 
 SMALL = ("--images", "10", "--steps", "2", "--seeds", "1000,1001")
 
@@ -197,6 +200,22 @@ def test_without_matplotlib_all_but_what_it_draws_is_there(
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert "matplotlib is not installed" in page
     assert "<svg" not in page
+
+
+def test_a_full_disk_is_told_with_the_file_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def unfit() -> str:
+        with pytest.raises(OSError, match="No space left on device") as told, replacing(tmp_path / "out", force=False):
+            draw_grid(torch.zeros(1, 8, 8), {"a": torch.zeros(1, 8, 8)}, ["a"], tmp_path / "out.partial" / "grid.png")
+        assert list(tmp_path.iterdir()) == []
+        return Path(told.value.filename).name
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert unfit() == "grid.png.partial"
+    monkeypatch.setattr(Path, "write_text", full)
+    assert unfit() == ".fp4trt-partial"
 
 
 def test_words_choose_the_digits(good: Path, tmp_path: Path) -> None:
