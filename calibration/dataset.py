@@ -16,6 +16,7 @@ import numpy.typing as npt
 from calibration.errors import BadCheckpoint, BadInputs
 from calibration.safetensors_file import DTYPE_BYTES, READABLE, StoredTensor, bytes_of, plan_of, read_header, write
 from fp4trt.families import Family
+from fp4trt.file_kind import is_file, what_it_lacks
 
 if TYPE_CHECKING:
     import torch
@@ -84,8 +85,10 @@ def load_inputs(path: str | Path) -> Sequence[Inputs]:
     Raises:
         BadInputs: the file is missing, damaged or holds something else.
     """
-    if not Path(path).is_file():
-        raise BadInputs(f"{path} does not exist; expected captured inputs (fp4trt calibrate --save-inputs writes them)")
+    if not is_file(Path(path)):
+        raise BadInputs(
+            f"{path} {what_it_lacks(Path(path))}; expected captured inputs (fp4trt calibrate --save-inputs writes them)"
+        )
     try:
         tensors = read_header(Path(path))
     except BadCheckpoint as error:

@@ -191,6 +191,8 @@ def _refuse_other_source(file: Path, metadata: Any, source: str) -> None:
 
 
 def _load_amax(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise BadAmax(f"{path} is a folder; expected maxima that fp4trt calibrate wrote")
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from calibration.errors import BadInputs
 from calibration.safetensors_file import sha256_of
 from calibration.source import load_json
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.pipeline_folder import PIPELINE
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _files(pictures: Path) -> tuple[Path, ...]:
     if pictures.is_file():
         return (pictures,)
     if not pictures.is_dir():
-        raise BadInputs(f"{pictures} does not exist; expected a picture, or a folder of pictures")
+        raise BadInputs(f"{pictures} {what_it_lacks(pictures)}; expected a picture, or a folder of pictures")
     files = sorted(file for file in pictures.iterdir() if file.is_file() and not file.name.startswith("."))
     files = [file for file in files if not file.name.endswith(_MASK)]
     if not files:
@@ -143,7 +144,16 @@ def _opened(file: Path) -> Image.Image:
             return ImageOps.exif_transpose(picture).copy()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise BadInputs(f"{file} is not a picture that can be read ({reason}); expected PNG, JPEG or such") from None
+        kind = _other_kind(file) or f"is not a picture that can be read ({reason})"
+        raise BadInputs(f"{file} {kind}; expected PNG, JPEG or such") from None
+
+
+def _other_kind(file: Path) -> str | None:
+    """Return what a file is in place of a picture, such as a Git LFS pointer, where it can be read and tells."""
+    try:
+        return what_it_is(file)
+    except OSError:
+        return None
 
 
 def _mask(file: Path, picture: Image.Image) -> Image.Image:

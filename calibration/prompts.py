@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import torch
@@ -19,6 +19,7 @@ from calibration.pictures import conditions_of
 from calibration.source import load_json
 from fp4trt.families import Family
 from fp4trt.families.digits import DIGITS
+from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.pipeline_folder import PIPELINE
 
 __all__ = [
@@ -31,6 +32,10 @@ __all__ = [
     "read_prompts",
     "refuse_sampling",
 ]
+
+
+_POINTER: Final = "version https://git-lfs"
+"""What a Git LFS pointer begins with, which is text as prompts are."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,17 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         BadInputs: there are none, or there is no such file.
     """
+    if path.is_dir():
+        raise BadInputs(f"{path} is a folder; expected a text file, one prompt a line")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
-        raise BadInputs(f"{path} does not exist; expected a text file, one prompt a line") from None
+        raise BadInputs(f"{path} {what_it_lacks(path)}; expected a text file, one prompt a line") from None
     except UnicodeDecodeError as error:
-        raise BadInputs(f"{path} is not UTF-8 text ({error}); expected one prompt a line") from None
+        kind = what_it_is(path) or f"is not UTF-8 text ({error})"
+        raise BadInputs(f"{path} {kind}; expected one prompt a line") from None
+    if lines and lines[0].startswith(_POINTER):
+        raise BadInputs(f"{path} {what_it_is(path)}; expected one prompt a line")
     prompts = [line for line in lines if line]
     if not prompts:
         raise BadInputs(f"{path} holds no prompt; expected one a line")

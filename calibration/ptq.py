@@ -6,18 +6,25 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from calibration import nvfp4
 from calibration.errors import BadAmax
+from fp4trt.file_kind import shortened
 
 __all__ = ["Amax", "checked", "checked_weights", "measure_input_amax"]
 
 Amax = dict[str, float]
 """Module path of a linear to the largest magnitude of its input; ``A.q`` of an attention's operand to its own."""
+
+
+_FP32: Final = torch.finfo(torch.float32)
+_SMALLEST: Final = _FP32.tiny * nvfp4.E2M1_MAX * nvfp4.E4M3_MAX
+_LARGEST: Final = _FP32.max
+"""Between them a maximum is an FP32 number, and its global scale a normal one, which hardware does not take for 0."""
 
 
 def measure_input_amax(module: nn.Module, paths: Sequence[str], run: Callable[[], None]) -> Amax:
@@ -46,15 +53,20 @@ def checked(amax: Mapping[str, Any], paths: Sequence[str]) -> Amax:
     """Return the maxima of these linears in their order.
 
     Raises:
-        BadAmax: one is missing, or gives no finite global scale above 0 in FP32 (zero, negative, NaN, infinite, no
-            number, too small or too large), naming the linear.
+        BadAmax: one is missing, or gives no normal global scale in FP32 (zero, negative, NaN, infinite, no number, too
+            small or too large), naming the linear.
     """
     for path in paths:
         value = amax.get(path)
         if value is None:
             raise BadAmax(f"no amax for the input of {path}; calibrate with data that reach every quantized linear")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _gives_scale(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise BadAmax(f"amax of the input of {path} is {value!r}; expected a number above 0: calibrate again")
+        if not _SMALLEST <= value <= _LARGEST:
+            raise BadAmax(
+                f"amax of the input of {path} is {shortened(repr(value))}, which is beyond FP32's range or gives a "
+                f"scale that is no normal FP32 number; expected {_SMALLEST:.3g} to {_LARGEST:.3g}: calibrate again"
+            )
     return {path: float(amax[path]) for path in paths}
 
 

@@ -152,6 +152,8 @@ class StoredTensor:
                 f"{self.file} holds a tensor {list(self.shape)} as {self.dtype}, which fp4trt does not read; expected "
                 f"one of: {', '.join(READABLE)}"
             )
+        if not self.nbytes:  # of no elements; torch views only what has a stride
+            return torch.empty(self.shape, dtype=_TORCH[self.dtype])
         return torch.from_numpy(self.bytes()).view(_TORCH[self.dtype]).reshape(self.shape)
 
     def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:

@@ -75,9 +75,10 @@ def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
     if not (identity and mark.is_file() and mark.read_text(encoding="utf-8") == identity):
         _forget_progress(partial)
         discard(partial, _MARK)
-    partial.mkdir(parents=True, exist_ok=True)
-    mark.write_text(identity, encoding="utf-8")
     try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with naming(mark):
+            mark.write_text(identity, encoding="utf-8")
         yield partial
         _publish(partial, directory)
         _forget_progress(directory)

@@ -51,12 +51,16 @@ def export(
       fp4trt export FLUX.1-dev --precision bf16 -o flux-bf16
       fp4trt export theirs.onnx -o ours
     """
+    from exporter.errors import BadGraph
+
     if source.is_file() or source.suffix == ".onnx":
         if precision != "nvfp4" or scale_dtype is not None or copy_weights:
             raise click.UsageError("--precision, --scale-dtype and --copy-weights are for checkpoints, not for a graph")
         if output is None:
             raise click.UsageError(f"{source} is a graph; name the one to write with --output")
         return _export_graph(source, output, force, allow_slow)
+    if source.exists() and not source.is_dir():
+        raise BadGraph(f"{source} is not a regular file; expected an ONNX file or a checkpoint's folder")
     if allow_slow:
         raise click.UsageError("--allow-slow is for a graph of other origin, not for a checkpoint")
     return _export_checkpoint(source, output, scale_dtype, copy_weights, force, precision)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from calibration.bfloat16 import largest_magnitude, pieces_of
-from calibration.errors import BadCheckpoint
+from calibration.errors import BadCheckpoint, TooLittleSpace
 from calibration.safetensors_file import HeldTensor, StoredTensor, naming
 from exporter.errors import BadGraph
 from fp4trt.account import SCALE_LEAVES
@@ -30,6 +31,7 @@ __all__ = [
     "folder_for",
     "must_copy",
     "must_round",
+    "refuse_little_space",
     "save_pointing",
     "save_self_contained",
     "save_with_copies",
@@ -144,6 +146,22 @@ def must_round(tensors: Mapping[str, StoredTensor]) -> str | None:
     rounded = (tensor.dtype for name, tensor in tensors.items() if name.rpartition(".")[2] not in SCALE_LEAVES)
     others = sorted({"F16", "F32"}.intersection(rounded))
     return f"weights stored as {', '.join(others)} are rounded to BF16" if others else None
+
+
+def refuse_little_space(tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    """Refuse to copy weights beside a graph onto a disk that they do not fit on, before the graph is made.
+
+    Raises:
+        TooLittleSpace: naming the folder.
+    """
+    rounded = {name for name, tensor in tensors.items() if tensor.dtype == "F32" and must_round({name: tensor})}
+    needed = sum(tensor.nbytes // 2 if name in rounded else tensor.nbytes for name, tensor in tensors.items())
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise TooLittleSpace(
+            f"{path.parent} has {free:,} bytes free, the weights beside the graph need {needed:,}; make room, or "
+            "choose another --output"
+        )
 
 
 def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, accept: Accept) -> None:

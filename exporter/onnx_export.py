@@ -29,6 +29,7 @@ from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
 from exporter.trace import OPSET, other_linears, trace, translate
 from fp4trt.pipeline_folder import transformer_folder
+from onnx_functions.file_output import check_writable
 
 __all__ = ["IR_VERSION", "Precision", "branches", "export", "graph_of", "graph_path", "group_leaders"]
 
@@ -64,7 +65,7 @@ def export(
     Raises:
         BadCheckpoint: the folder is no such checkpoint.
         WrongPrecision: it is a checkpoint of the other kind, or the scale dtype is of no use.
-        BadGraph, OutputExists: naming what is wrong.
+        BadGraph, OutputExists, TooLittleSpace: naming what is wrong.
         LintError: the graph would not be built right; nothing is written.
     """
     for what, given, known in (
@@ -84,6 +85,9 @@ def export(
     copies = copy_weights or reason is not None
     with external_weights.folder_for(path):
         refuse_existing_results(path, copies, force)
+        check_writable(path)
+        if copies:
+            external_weights.refuse_little_space(checkpoint.tensors, path)
         nodes = _write(checkpoint, path, scale_dtype or "float32", copies)
     return {
         "onnx": str(path.resolve()),

@@ -43,6 +43,7 @@ from onnx_functions.checkpoint_manifest import read_checkpoint_manifest
 from onnx_functions.errors import BadGraph, BadReference
 from onnx_functions.external_data import array_of
 from onnx_functions.linears import Graph, Linear, metadata_of, promised_linears
+from onnx_functions.reference_sizes import refuse_other_sizes
 from onnx_functions.structure_gates import Run
 from onnx_functions.teacher_gates import Teacher
 from onnx_functions.verdict import FloatArray
@@ -182,6 +183,8 @@ def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | 
     for path in (path for paths in promised.values() for path in paths):
         if f"{path}.weight" not in checkpoint.tensors:
             raise BadReference(f"{folder} has no {path}.weight, which the graph needs; give the graph's own checkpoint")
+    if reference is not None:  # with the checkpoint beside it, other sizes are the gates' to tell
+        refuse_other_sizes(graph, folder, checkpoint.family, config)
     made = set[str]() if quantized else {f"{path}.weight" for kind in FORMATS for path in promised.get(kind, [])}
     names = tuple(name for name in checkpoint.tensors if name not in made)
     # A 16-bit reference says what the linears are; which of them are quantized is then the graph's word and that of the

@@ -17,6 +17,7 @@ from trt_build import manifest
 from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
 from trt_build.branch_cost import branch_cost
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
+from trt_build.disk_space import require_room
 from trt_build.errors import BackendMissingError
 from trt_build.graph import Graph, read_graph
 from trt_build.layer_info import parse_layers
@@ -118,6 +119,8 @@ def build(
     cached = content is not None
     if content is None:
         for line in memory_lines(weights, plan.targets):
+            on_line(line)
+        for line in require_room(plan.engine, weights):
             on_line(line)
         content = _build_and_publish(plan, request, allow_slow=allow_slow, on_progress=on_progress)
     elif not allow_slow:

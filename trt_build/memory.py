@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from onnx_functions.free_memory import available_memory
 from trt_build.targets import Target
 
-__all__ = ["GIB", "available_memory", "build_memory", "memory_lines"]
+__all__ = ["GIB", "available_memory", "build_memory", "memory_lines", "size_text"]
 
 GIB = 1 << 30
 _BYTES_PER_WEIGHT_BYTE = 2.8  # measured: peak RSS of a streamed build of FLUX.1-dev over its weight data
@@ -22,9 +22,9 @@ def build_memory(weight_bytes: int) -> int:
 def memory_lines(weight_bytes: int, targets: Sequence[Target]) -> list[str]:
     """Return the estimate, and a warning for memory or GPU memory that it exceeds, one line each."""
     need, free = build_memory(weight_bytes), available_memory()
-    lines = [f"memory: the build of {_size(weight_bytes)} of weights needs about {_size(need)}"]
+    lines = [f"memory: the build of {size_text(weight_bytes)} of weights needs about {size_text(need)}"]
     if free is not None and need > free:
-        lines.append(f"warning: only {_size(free)} of memory are available; the build may be killed")
+        lines.append(f"warning: only {size_text(free)} of memory are available; the build may be killed")
     small = (target for target in targets if weight_bytes > target.memory_gib * GIB)
     return lines + [
         f"warning: the engine exceeds the {target.memory_gib} GiB of {target.name}; use --weight-streaming"
@@ -32,7 +32,8 @@ def memory_lines(weight_bytes: int, targets: Sequence[Target]) -> list[str]:
     ]
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a number of bytes for people."""
     units = {GIB: "GiB", 1 << 20: "MiB", 1 << 10: "KiB"}
     unit = next((unit for unit in units if count >= unit), None)
     return f"{count / unit:.1f} {units[unit]}" if unit else f"{count} bytes"

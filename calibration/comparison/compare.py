@@ -21,7 +21,7 @@ from calibration.comparison.drawing import Sampler, as_unit, follow
 from calibration.comparison.grid import draw_grid
 from calibration.comparison.measurement import Comparison, measure
 from calibration.comparison.metrics import Metric, Shown
-from calibration.comparison.report import AMPLIFIED, write_report
+from calibration.comparison.report import AMPLIFIED, NO_PLOTS, has_plots, write_report
 from calibration.comparison.store import Store
 from calibration.comparison.table import table
 from calibration.digits.progress import progress
@@ -44,8 +44,6 @@ _WORK: Final = "finished"
 _COLUMNS: Final = 10
 _IMAGES: Final = 500
 _VERSIONED: Final = ("torch", "diffusers", "numpy")
-
-NO_SSIM: Final = "a package is not installed: pip install 'fp4trt[metrics]'"
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,8 @@ def compare(
     sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
     task = _task(find_source(source), checkpoints, seeds, images, prompts, sampling)
     ours = (DATA, PAGE, GRID) if _is_comparison(directory) else ()
+    if not has_plots():
+        click.echo(NO_PLOTS, err=True)
     with write.replacing(directory, force, task.identity(), ours) as partial:
         store = Store(partial / _WORK)
         _draw(task, store, lambda: write.note_progress(partial, {"compared": list(task.checkpoints)}))
@@ -261,8 +261,9 @@ def _measured(task: _Task, store: Store) -> Comparison:
 
 def _metrics(family: Family) -> tuple[list[Metric], dict[str, str]]:
     """Return what can be measured of a family's images, and what cannot and why."""
-    metrics = [known.PSNR, known.SSIM, known.VELOCITY] if known.has_ssim() else [known.PSNR, known.VELOCITY]
-    unavailable = {} if known.has_ssim() else {known.SSIM.title: NO_SSIM}
+    no_ssim = known.why_no_ssim()
+    metrics = [known.PSNR, known.SSIM, known.VELOCITY] if no_ssim is None else [known.PSNR, known.VELOCITY]
+    unavailable = {} if no_ssim is None else {known.SSIM.title: no_ssim}
     if family is DIGITS:
         from calibration.digits.quality import digits_metrics
 

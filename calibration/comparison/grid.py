@@ -8,6 +8,8 @@ from typing import Final
 
 import torch
 
+from calibration.safetensors_file import naming
+
 __all__ = ["draw_grid"]
 
 _CELL: Final = (64, 256)
@@ -58,7 +60,8 @@ def draw_grid(
             resized = Image.fromarray(picture.numpy()).resize((width, height), enlarge)
             canvas.paste(resized, (left + column * (width + _GAP), top))
     partial = path.with_name(path.name + ".partial")
-    canvas.save(partial, format="PNG")
+    with naming(partial):
+        canvas.save(partial, format="PNG")
     partial.replace(path)
 
 

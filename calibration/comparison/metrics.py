@@ -24,14 +24,18 @@ __all__ = [
     "Shown",
     "frechet",
     "has_ssim",
+    "lacking",
     "per_image",
     "psnr_db",
     "recognised",
     "velocity_at",
+    "why_no_ssim",
 ]
 
 # An MSE below this counts as this much: two equal images have 120 dB, and a mean over images stays finite.
 _SMALLEST_MSE: Final = 1e-12
+
+NO_SSIM: Final = "a package is not installed: pip install 'fp4trt[metrics]'"
 
 _AT_ONCE: Final = 8
 """Images whose SSIM is computed together: those of a pipeline are large."""
@@ -141,8 +145,26 @@ VELOCITY: Final = Metric(
 
 
 def has_ssim() -> bool:
-    """Whether the package that computes the SSIM is installed."""
-    return importlib.util.find_spec("torchmetrics") is not None
+    """Whether the package that computes the SSIM can be imported."""
+    return why_no_ssim() is None
+
+
+def why_no_ssim() -> str | None:
+    """Return what the SSIM lacks, its package or one that this imports; None where it can be computed."""
+    if importlib.util.find_spec("torchmetrics") is None:
+        return NO_SSIM
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: F401
+    except ImportError as error:
+        return lacking(error)
+    return None
+
+
+def lacking(error: ImportError) -> str:
+    """Return, in one line, what an installed package does not find when it is imported."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"a package is not installed: pip install {error.name.partition('.')[0]}"
+    return f"a package cannot be imported: {' '.join(str(error).split())}"
 
 
 def frechet(key: str, title: str, features: Callable[[torch.Tensor], torch.Tensor], network: str) -> Metric:

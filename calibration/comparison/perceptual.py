@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from calibration.comparison.metrics import Metric, frechet, per_image
+from calibration.comparison.metrics import Metric, frechet, lacking, per_image
 
 __all__ = ["CLIP", "perceptual_metrics"]
 
@@ -46,15 +46,18 @@ def perceptual_metrics() -> tuple[list[Metric], dict[str, str]]:
     """Return the metrics that can be had here, and of the others the title and, in one line, what is missing."""
     found, missing = [], {}
     for judge in _JUDGES:
-        lacking = [how for module, how in judge.packages.items() if importlib.util.find_spec(module) is None]
-        if lacking:
-            missing[judge.title] = f"a package is not installed: {', '.join(lacking)}"
+        absent = [how for module, how in judge.packages.items() if importlib.util.find_spec(module) is None]
+        if absent:
+            missing[judge.title] = f"a package is not installed: {', '.join(absent)}"
             continue
         weights = judge.weights()
         if isinstance(weights, str):
             missing[judge.title] = weights
-        else:
+            continue
+        try:
             found.append(judge.build(weights))
+        except ImportError as error:  # a package that one of these imports itself
+            missing[judge.title] = lacking(error)
     return found, missing
 
 

@@ -13,11 +13,14 @@ from typing import Any, Final
 from calibration.comparison.measurement import Comparison
 from calibration.comparison.statistics import Estimate, estimate
 from calibration.comparison.table import difference_text, estimate_text, verdict
+from calibration.write import write_text
 
-__all__ = ["AMPLIFIED", "write_report"]
+__all__ = ["AMPLIFIED", "NO_PLOTS", "has_plots", "write_report"]
 
 AMPLIFIED: Final = 8
 """Factor on the differences in the picture."""
+
+NO_PLOTS: Final = "matplotlib is not installed, so compare.html has no plot: pip install 'fp4trt[report]'"
 
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -59,7 +62,12 @@ def write_report(comparison: Comparison, described: Mapping[str, Any], grid: Pat
         f"<h2>Velocity error by time</h2>{_by_time(comparison)}"
         f"<h2>What the figures mean</h2>{_meanings(comparison)}<p>{_METHOD}</p></html>\n"
     )
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_text(path, page)
+
+
+def has_plots() -> bool:
+    """Whether the package that draws the plot is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _figures(comparison: Comparison) -> str:
@@ -122,7 +130,7 @@ def _meanings(comparison: Comparison) -> str:
 
 def _by_time(comparison: Comparison) -> str:
     """Return the plot, or the numbers where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_plots():
         return "<p>matplotlib is not installed: pip install 'fp4trt[report]'; the numbers are in compare.json.</p>"
     import matplotlib as mpl
     from matplotlib.figure import Figure

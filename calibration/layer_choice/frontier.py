@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from calibration.layer_choice.allocation import allocate
 from calibration.layer_choice.sensitivity import Group, Sensitivity
+from calibration.safetensors_file import naming
 
 __all__ = ["BUDGETS", "Point", "draw", "frontier", "table"]
 
@@ -90,7 +91,8 @@ def draw(sensitivity: Sensitivity, points: Sequence[Point], chosen: Point, path:
     left, right = figure.subplots(1, 2, width_ratios=(3, 4))
     _draw_frontier(left, points, chosen)
     _draw_groups(right, sensitivity.groups, chosen)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    with naming(path):
+        figure.savefig(path, format="png", metadata={"Software": None})
     return True
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from calibration.safetensors_file import naming
 from calibration.write import write_json
 
 __all__ = ["write_losses"]
@@ -37,5 +38,6 @@ def write_losses(losses: Mapping[str, Sequence[float]], folder: Path) -> dict[st
     axes.grid(alpha=0.3)
     axes.legend()
     files["loss.png"] = folder / "loss.png"
-    figure.savefig(files["loss.png"], format="png", metadata={"Software": None})
+    with naming(files["loss.png"]):
+        figure.savefig(files["loss.png"], format="png", metadata={"Software": None})
     return files

@@ -288,6 +288,14 @@ def test_a_number_that_is_no_maximum_is_refused_though_another_file_has_a_larger
         merged([good, bad], paths)
 
 
+@pytest.mark.parametrize("value", [1e300, 1e-300, 1e-36, 10**400])
+def test_a_maximum_that_gives_no_scale_says_so(value: float, paths: tuple[str, ...], tmp_path: Path) -> None:
+    file = _write_amax(tmp_path / "amax.json", {**dict.fromkeys(paths, 9.0), paths[3]: value})
+    with pytest.raises(BadAmax, match=r"beyond FP32's range or gives a scale.*expected 3\.16e-35 to 3\.4e\+38") as told:
+        merged([file], paths)
+    assert len(str(told.value)) < 400
+
+
 def test_merged_files_must_be_maxima_of_this_model_and_cover_it(paths: tuple[str, ...], tmp_path: Path) -> None:
     part = _write_amax(tmp_path / "part.json", dict.fromkeys(paths[:5], 1.0))
     with pytest.raises(BadAmax, match=f"no amax for the input of {paths[5]}"):
@@ -296,6 +304,8 @@ def test_merged_files_must_be_maxima_of_this_model_and_cover_it(paths: tuple[str
         merged([part, _write_amax(tmp_path / "other.json", {"foo.bar": 1.0})], paths)
     with pytest.raises(BadAmax, match="does not exist"):
         merged([part, tmp_path / "absent.json"], paths)
+    with pytest.raises(BadAmax, match="is a folder; expected maxima"):
+        merged([part, tmp_path], paths)
 
 
 def test_captured_inputs_are_read_one_call_at_a_time(inputs: Path, tmp_path: Path) -> None:

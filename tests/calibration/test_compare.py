@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.machinery
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +20,13 @@ import fp4trt
 from calibration.checkpoint import load
 from calibration.comparison import compare as comparing
 from calibration.comparison.compare import compare
+from calibration.comparison.grid import draw_grid
 from calibration.comparison.perceptual import perceptual_metrics
 from calibration.digits.model import load_transformer
 from calibration.digits.quality import compare as compare_digits
 from calibration.input_amax import calibrate
 from calibration.quantization import quantize
+from calibration.write import replacing
 
 SMALL = ("--images", "10", "--steps", "2", "--seeds", "1000,1001")
 
@@ -169,6 +174,48 @@ def test_what_does_not_fit_is_refused_in_one_line(
     (tmp_path / "out" / "compare.json").write_text('{"mine": 1}')
     assert "which fp4trt did not write" in refused("digits", named, "--force")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flux", "out"]
+
+
+def test_without_matplotlib_all_but_what_it_draws_is_there(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Blocked(importlib.machinery.PathFinder):
+        """Finds neither matplotlib nor what imports it: torchmetrics does where its metadata are there."""
+
+        @classmethod
+        def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+            return None if fullname.partition(".")[0] == "matplotlib" else super().find_spec(fullname, path, target)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("matplotlib", "torchmetrics")]:
+        monkeypatch.delitem(sys.modules, name)
+    finders = [Blocked if one is importlib.machinery.PathFinder else one for one in sys.meta_path]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    command = ["compare", "digits", f"good={good}", "-o", str(tmp_path / "out")]
+    assert fp4trt.run([*command, "--images", "10", "--steps", "1", "--seeds", "5,6"]) == 0
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics"]:
+        del sys.modules[name]  # what was imported of it before it failed
+    told = capfd.readouterr().err
+    assert "matplotlib is not installed, so compare.html has no plot: pip install 'fp4trt[report]'" in told
+    assert "SSIM is left out: a package is not installed: pip install matplotlib" in told
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "matplotlib is not installed" in page
+    assert "<svg" not in page
+
+
+def test_a_full_disk_is_told_with_the_file_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def unfit() -> str:
+        with pytest.raises(OSError, match="No space left on device") as told, replacing(tmp_path / "out", force=False):
+            draw_grid(torch.zeros(1, 8, 8), {"a": torch.zeros(1, 8, 8)}, ["a"], tmp_path / "out.partial" / "grid.png")
+        assert list(tmp_path.iterdir()) == []
+        return Path(told.value.filename).name
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert unfit() == "grid.png.partial"
+    monkeypatch.setattr(Path, "write_text", full)
+    assert unfit() == ".fp4trt-partial"
 
 
 def test_words_choose_the_digits(good: Path, tmp_path: Path) -> None:

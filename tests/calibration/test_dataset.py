@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
 from calibration.errors import BadInputs
@@ -110,6 +111,36 @@ def test_a_file_without_a_call_is_refused(tmp_path: Path) -> None:
     save_inputs(tmp_path / "inputs.safetensors", [call_of()])
     with pytest.raises(BadInputs, match="holds no call"):
         check_inputs(load_inputs(tmp_path / "inputs.safetensors")[:0], FAMILY, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "found"),
+    [
+        ("B", "hidden_states has shape [0, 9, 64]"),
+        ("L", "hidden_states has shape [2, 0, 64]"),
+        ("T", "encoder_hidden_states has shape [2, 0, 32]"),
+    ],
+)
+def test_an_empty_input_in_a_file_is_named_with_its_call(symbol: str, found: str, tmp_path: Path) -> None:
+    call, shapes = call_of(), FAMILY.input_shapes(CONFIG)
+    empty = {
+        name: value.narrow(shapes[name].index(symbol), 0, 0).contiguous() if symbol in shapes[name] else value
+        for name, value in call.items()
+    }
+    tensors = {
+        f"0000{index}.{name}": value for index, each in enumerate([call_of(), empty]) for name, value in each.items()
+    }
+    save_file(tensors, tmp_path / "inputs.safetensors")
+    stored = load_inputs(tmp_path / "inputs.safetensors")
+    assert {name: value.shape for name, value in stored[1].items()} == {n: v.shape for n, v in empty.items()}
+    with pytest.raises(BadInputs) as refused:
+        check_inputs(stored, FAMILY, CONFIG)
+    assert str(refused.value) == f"call 1: {found}; expected no dimension of 0: capture it again"
+
+
+def test_a_folder_of_inputs_is_called_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(BadInputs, match="is a folder; expected captured inputs"):
+        load_inputs(tmp_path)
 
 
 def test_captured_in_fp16_or_fp32_calibrates_as_in_bf16(tiny_flux: Callable[..., Path], tmp_path: Path) -> None:

@@ -154,4 +154,11 @@ def test_a_pipeline_that_cannot_be_sampled_is_named(named: Named, pictures: Path
     assert "b.png has no mask; expected b.mask.png beside it" in refusal(folder, pictures)
     (pictures / "a.png").write_text("no picture")
     assert "a.png is not a picture that can be read" in refusal(folder, pictures)
+    for content, kind in (
+        (b"", "is empty: copy or download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the file that it stands for"),
+        (b"<!DOCTYPE html><title>", "is a web page, not the file"),
+    ):
+        (pictures / "a.png").write_bytes(content)
+        assert f"a.png {kind}" in refusal(folder, pictures)
     assert "nowhere does not exist; expected a picture" in refusal(folder, pictures / "nowhere")

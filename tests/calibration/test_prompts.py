@@ -60,7 +60,14 @@ def test_a_transformer_alone_cannot_sample_prompts(tiny_flux: Callable[..., Path
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfe", "UTF-8")]
+    ("content", "words"),
+    [
+        (b"", "holds no prompt"),
+        (b"\n \n", "holds no prompt"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"\x1f\x8b\xff", "is compressed by gzip: unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "is a Git LFS pointer"),
+    ],
 )
 def test_a_file_without_prompts_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
@@ -68,3 +75,5 @@ def test_a_file_without_prompts_is_refused(content: bytes, words: str, tmp_path:
         read_prompts(tmp_path / "prompts.txt")
     with pytest.raises(BadInputs, match="does not exist"):
         read_prompts(tmp_path / "absent.txt")
+    with pytest.raises(BadInputs, match="is a folder; expected a text file, one prompt a line"):
+        read_prompts(tmp_path)

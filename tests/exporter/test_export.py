@@ -15,6 +15,7 @@ import onnx_ir as ir
 import pytest
 
 from calibration import checkpoint
+from calibration.errors import TooLittleSpace
 from calibration.safetensors_file import sha256_of
 from exporter import export, external_weights
 from exporter.errors import BadGraph, OutputExists
@@ -169,6 +170,18 @@ def test_copied_weights_hold_the_same_values_and_need_no_checkpoint(quantized_di
     shutil.move(tmp_path / "alone", tmp_path / "moved")
     onnx.checker.check_model(tmp_path / "moved" / "model.onnx", full_check=True)
     assert _values(tmp_path / "moved" / "model.onnx") == _values(quantized_digits / "model.onnx")
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_refused_before_the_graph_is_made(
+    quantized_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.onnx_export.graph_of", lambda *_: pytest.fail("the graph was made"))
+    needed = sum(tensor.nbytes for tensor in checkpoint.read(quantized_digits).tensors.values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(TooLittleSpace, match=f"has {needed - 1:,} bytes free, the weights .* need {needed:,}; make"):
+        export(quantized_digits, tmp_path / "new" / "model.onnx", copy_weights=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_are_copied_where_a_graph_cannot_point_at_them(copy_of_digits: Path) -> None:

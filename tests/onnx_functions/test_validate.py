@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,25 @@ def test_the_command_exits_with_1_and_names_the_tensor(
 def test_a_reference_of_another_model_is_refused(quantized_digits: Path, tmp_path: Path) -> None:
     with pytest.raises(BadReference, match=r"config\.json"):
         validate(quantized_digits, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, r"norm1\.linear\.weight is \[192, 32\] in .* and \[768, 128\] in the graph: it is a checkpoint of other"),
+        (
+            {"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24), "in_channels": 16, "patch_size": 1}
+            | {"joint_attention_dim": 64, "pooled_projection_dim": 64, "num_single_layers": 5},
+            r"has a single_transformer_blocks\.4, of which the graph has nothing: it is a checkpoint of another depth",
+        ),
+    ],
+)
+def test_a_reference_of_other_sizes_is_refused(
+    changes: dict[str, object], words: str, quantized_digits: Path, tiny_flux: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = tiny_flux(tmp_path / "other", **{"num_layers": 2, "num_single_layers": 4, **changes})
+    with pytest.raises(BadReference, match=words):
+        validate(quantized_digits, other)
 
 
 def test_a_missing_graph_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from trt_build.errors import (
     BackendMissingError,
     BadModelError,
     BuilderFailedError,
+    EngineWriteError,
     OutputExistsError,
     UnsupportedFormatError,
 )
@@ -235,6 +237,30 @@ def test_a_manifest_that_cannot_be_written_names_its_file(attention_graph: Any, 
     with pytest.raises(OSError, match="No space left") as caught:
         trt_build.build(model)
     assert caught.value.filename == str(model.parent / "rtx5090.json")
+    assert names_in(model.parent) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    attention_graph: Any, monkeypatch: Any
+) -> None:
+    model = attention_graph()
+    before = names_in(model.parent)
+    monkeypatch.setattr("trt_build.builder.run_child", lambda *_: pytest.fail("it was compiled"))
+
+    def refuse(path: Path, *_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "touch", refuse)
+        with pytest.raises(OSError, match="Read-only") as caught:
+            trt_build.build(model)
+    assert caught.value.filename == str(model.parent / "rtx5090.engine.partial")
+    usage = shutil.disk_usage(model.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=500))
+    with pytest.raises(
+        EngineWriteError, match=r"has 500 bytes free, and the engine holds .* KiB of weights: make room"
+    ):
+        trt_build.build(model)
     assert names_in(model.parent) == before
 
 
