@@ -14,7 +14,7 @@ PLAIN = [name for name in preset_names() if load_recipe(name).method.name == "mo
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_preset_changes_no_more_than_the_weights(name, quantize_plain):
-    assert max(quantize_plain(name).values()) < 0.16
+    assert max(quantize_plain(name).values()) < 0.2
 
 
 def test_awq_becomes_an_engine_with_all_gates_passed(walk, tmp_path, capsys):
