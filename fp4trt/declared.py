@@ -110,12 +110,12 @@ def _require_smoothing(where: str, account: Account, algorithms: Algorithms, man
     made = [path for path in forms if algorithms.get(path, algorithms[""]) == "NVFP4_SVD"]
     chosen = set(account.family.quantized(account.config))
     vectors = {path for path in made if path in chosen and not account.family.stream(path)}
-    some = any(forms[path].smoothed for path in vectors)
+    like = next((f", as {path} has one" for path in made if path in vectors and forms[path].smoothed), "")
     for path in made:
-        if not forms[path].smoothed and (some or path not in vectors):
+        if not forms[path].smoothed and (like or path not in vectors):
             raise BadCheckpoint(
-                f"{where} lacks {path}.pre_quant_scale; SVDQuant made the linear, says its quantization_config, and "
-                "its weight is of a scaled input: copy the files again"
+                f"{where} lacks {path}.pre_quant_scale{like if path in vectors else ''}; SVDQuant made the linear, says "
+                "its quantization_config, and its weight is of a scaled input: copy the files again"
             )
 
 
