@@ -114,8 +114,8 @@ def _require_smoothing(where: str, account: Account, algorithms: Algorithms, man
     for path in made:
         if not forms[path].smoothed and (like or path not in vectors):
             raise BadCheckpoint(
-                f"{where} lacks {path}.pre_quant_scale{like if path in vectors else ''}; SVDQuant made the linear, says "
-                "its quantization_config, and its weight is of a scaled input: copy the files again"
+                f"{where} lacks {path}.pre_quant_scale{like if path in vectors else ''}; SVDQuant made the linear, "
+                "says its quantization_config, and its weight is of a scaled input: copy the files again"
             )
 
 
