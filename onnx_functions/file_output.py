@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -44,12 +45,16 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 def check_writable(path: Path) -> None:
     """Raise the OSError that writing a file would raise, whose folder need not exist; leave nothing behind."""
-    folder, probe = path.parent, partial_path(path)
+    folder = path.parent
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
-        with made_folder(folder), naming(probe):
-            probe.touch()
-            probe.unlink()
+        with made_folder(folder):
+            handle, probe = tempfile.mkstemp(dir=folder)  # a name of its own: a partial file may be somebody's
+            os.close(handle)
+            Path(probe).unlink()
+    except OSError as error:
+        error.filename = str(partial_path(path))
+        raise
     finally:
         _remove(missing)
 
