@@ -175,7 +175,7 @@ def merged(
 
 
 def _refuse_other_source(file: Path, metadata: Any, source: str) -> None:
-    """Refuse maxima that were measured on another model; say it where they do not tell on which."""
+    """Refuse amax that was measured on another model; warn where the file does not say on which."""
     measured_on = metadata.get(SOURCE) if isinstance(metadata, dict) else None
     if measured_on is None:
         click.echo(
