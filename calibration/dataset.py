@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, overload
@@ -60,14 +60,14 @@ def _bytes(calls: Sequence[Inputs], tensor: str) -> npt.NDArray[np.uint8]:
     return bytes_of(calls[int(index)][name])
 
 
-class _StoredCalls(Sequence[Inputs]):
-    """Captured calls on disk; each is read when it is asked for."""
+class _LazyCalls(Sequence[Inputs]):
+    """Captured calls, each made when it is asked for, by its number among all of them."""
 
-    def __init__(self, calls: Sequence[dict[str, StoredTensor]]) -> None:
-        self._calls = calls
+    def __init__(self, numbers: Sequence[int], call: Callable[[int], Inputs]) -> None:
+        self._numbers, self._call = numbers, call
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self._numbers)
 
     @overload
     def __getitem__(self, index: int) -> Inputs: ...
@@ -75,8 +75,8 @@ class _StoredCalls(Sequence[Inputs]):
     def __getitem__(self, index: slice) -> Sequence[Inputs]: ...
     def __getitem__(self, index: int | slice) -> Inputs | Sequence[Inputs]:
         if isinstance(index, slice):
-            return _StoredCalls(self._calls[index])
-        return {name: stored.tensor() for name, stored in self._calls[index].items()}
+            return _LazyCalls(self._numbers[index], self._call)
+        return self._call(self._numbers[index])
 
 
 def load_inputs(path: str | Path) -> Sequence[Inputs]:
@@ -103,7 +103,10 @@ def load_inputs(path: str | Path) -> Sequence[Inputs]:
                 f"{path} holds {name} as {tensors[name].dtype}; expected floating-point numbers, such as BF16"
             )
         calls.setdefault(index, {})[key] = tensors[name]
-    return _StoredCalls([calls[index] for index in sorted(calls)])
+    stored = [calls[index] for index in sorted(calls)]
+    return _LazyCalls(
+        range(len(stored)), lambda number: {name: tensor.tensor() for name, tensor in stored[number].items()}
+    )
 
 
 def check_inputs(calls: Sequence[Inputs], family: Family, config: dict[str, object]) -> Sequence[Inputs]:
@@ -117,7 +120,8 @@ def check_inputs(calls: Sequence[Inputs], family: Family, config: dict[str, obje
     """
     if not calls:
         raise BadInputs("the file of captured inputs holds no call; expected at least one")
-    converted = _ConvertedCalls(calls, _Expected.of(family, config))
+    expected = _Expected.of(family, config)
+    converted = _LazyCalls(range(len(calls)), lambda number: expected.converted(number, calls[number]))
     for _ in converted:  # each is checked as it is read
         pass
     return converted
@@ -219,25 +223,6 @@ def _refuse_other_times(index: int, times: torch.Tensor) -> None:
             "transformer; divide yours too"
         )
     raise BadInputs(f"call {index}: {_TIME} holds {outside[0]:g}; this model takes 0 (picture) to 1 (noise): {advice}")
-
-
-class _ConvertedCalls(Sequence[Inputs]):
-    """Captured calls; each is converted when it is asked for."""
-
-    def __init__(self, calls: Sequence[Inputs], expected: _Expected) -> None:
-        self._calls, self._expected = calls, expected
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    @overload
-    def __getitem__(self, index: int) -> Inputs: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Inputs]: ...
-    def __getitem__(self, index: int | slice) -> Inputs | Sequence[Inputs]:
-        if isinstance(index, slice):
-            return _ConvertedCalls(self._calls[index], self._expected)
-        return self._expected.converted(index, self._calls[index])
 
 
 def partial_schedule(calls: Sequence[Inputs]) -> str | None:
