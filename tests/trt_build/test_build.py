@@ -247,11 +247,11 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_compiled(
     before = names_in(model.parent)
     monkeypatch.setattr("trt_build.builder.run_child", lambda *_: pytest.fail("it was compiled"))
 
-    def refuse(path: Path, *_: Any) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    def refuse(**asked: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(asked["dir"]))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "touch", refuse)
+        patched.setattr("tempfile.mkstemp", refuse)
         with pytest.raises(OSError, match="Read-only") as caught:
             trt_build.build(model)
     assert caught.value.filename == str(model.parent / "rtx5090.engine.partial")
