@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared_folders import SharedFolder, shared_folder
+
+__all__ = ["shared_folder"]  # a fixture
+
 # The models of the tests are so small that a second thread costs more than it brings. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -75,68 +79,128 @@ def digits() -> Path:
 
 
 @pytest.fixture(scope="session")
-def quantized_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized_digits(shared_folder: SharedFolder) -> Path:
     """The built-in model after plain post-training quantization, exported; not to be changed."""
-    from calibration import quantize
-    from exporter import export
 
-    directory = tmp_path_factory.mktemp("quantized") / "digits-fp4"
-    quantize("digits", directory, "nvfp4-ptq")
-    export(directory)
-    return directory
+    def make(folder: Path) -> None:
+        from calibration import quantize
+        from exporter import export
+
+        quantize("digits", folder / "digits-fp4", "nvfp4-ptq")
+        export(folder / "digits-fp4")
+
+    return shared_folder("quantized", make) / "digits-fp4"
 
 
 @pytest.fixture(scope="session")
-def fp8_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fp8_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
     """The built-in model quantized with its modulation in FP8, and exported; not to be changed."""
-    from calibration import quantize
-    from exporter import export
 
-    folder = tmp_path_factory.mktemp("fp8")
-    measured = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
-    inputs = {name.removesuffix(".input_quantizer"): amax for name, amax in measured.items() if ".input" in name}
-    (folder / "amax.json").write_text(json.dumps(inputs), encoding="utf-8")
-    rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
-    recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
-    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-    quantize("digits", folder / "digits-fp8", folder / "recipe.yaml", folder / "amax.json")
-    export(folder / "digits-fp8")
-    return folder / "digits-fp8"
+    def make(folder: Path) -> None:
+        from calibration import quantize
+        from exporter import export
+
+        measured = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
+        inputs = {name.removesuffix(".input_quantizer"): amax for name, amax in measured.items() if ".input" in name}
+        (folder / "amax.json").write_text(json.dumps(inputs), encoding="utf-8")
+        rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
+        recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
+        (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+        quantize("digits", folder / "digits-fp8", folder / "recipe.yaml", folder / "amax.json")
+        export(folder / "digits-fp8")
+
+    return shared_folder("fp8", make) / "digits-fp8"
 
 
 @pytest.fixture(scope="session")
-def bfloat16_digits(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bfloat16_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
     """The quantized built-in model exported with BF16 scales; not to be changed."""
-    from exporter import export
 
-    directory = tmp_path_factory.mktemp("bfloat16") / "digits-fp4"
-    shutil.copytree(quantized_digits, directory)
-    export(directory, scale_dtype="bfloat16", force=True)
-    return directory
+    def make(folder: Path) -> None:
+        from exporter import export
+
+        shutil.copytree(quantized_digits, folder / "digits-fp4")
+        export(folder / "digits-fp4", scale_dtype="bfloat16", force=True)
+
+    return shared_folder("bfloat16", make) / "digits-fp4"
 
 
 @pytest.fixture(scope="session")
-def svdquant_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copied_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
+    """The quantized built-in model's graph in a folder of its own, with its weights; not to be changed."""
+
+    def make(folder: Path) -> None:
+        from exporter import export
+
+        result = export(quantized_digits, folder / "model.onnx")
+        assert "outside" in result["copied_because"]
+
+    return shared_folder("copied", make)
+
+
+@pytest.fixture(scope="session")
+def plain_digits(digits: Path, shared_folder: SharedFolder) -> Path:
+    """The built-in model in BF16, exported in place; not to be changed."""
+
+    def make(folder: Path) -> None:
+        from exporter import export
+
+        (folder / "digits").mkdir()
+        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+            shutil.copy(digits / name, folder / "digits")
+        export(folder / "digits", precision="bf16")
+
+    return shared_folder("plain", make) / "digits"
+
+
+@pytest.fixture(scope="session")
+def copied_plain(shared_folder: SharedFolder) -> Path:
+    """The built-in model's BF16 graph in a folder of its own, by the command; not to be changed."""
+
+    def make(folder: Path) -> None:
+        import fp4trt
+
+        assert fp4trt.run(["export", "digits", "--precision", "bf16", "-o", str(folder)]) == 0
+
+    return shared_folder("plain-copied", make)
+
+
+@pytest.fixture(scope="session")
+def five_calls(shared_folder: SharedFolder) -> Path:
+    """Calls of the built-in model over a short schedule, to calibrate on; not to be changed."""
+
+    def make(folder: Path) -> None:
+        from calibration.dataset import save_inputs
+        from calibration.digits.model import load_transformer
+        from calibration.digits.sampling import capture
+
+        save_inputs(folder / "inputs.safetensors", capture(load_transformer(), seeds=(0,), steps=5))
+
+    return shared_folder("five-calls", make) / "inputs.safetensors"
+
+
+@pytest.fixture(scope="session")
+def svdquant_checkpoint(five_calls: Path, shared_folder: SharedFolder) -> Path:
     """The built-in model quantized by SVDQuant on a few of its calls, not exported; not to be changed."""
-    from calibration import quantize
-    from calibration.dataset import save_inputs
-    from calibration.digits.model import load_transformer
-    from calibration.digits.sampling import capture
 
-    folder = tmp_path_factory.mktemp("svdquant")
-    save_inputs(folder / "inputs.safetensors", capture(load_transformer(), seeds=(0,), steps=5))
-    quantize("digits", folder / "digits-svdquant", "svdquant-r8", folder / "inputs.safetensors")
-    return folder / "digits-svdquant"
+    def make(folder: Path) -> None:
+        from calibration import quantize
+
+        quantize("digits", folder / "digits-svdquant", "svdquant-r8", five_calls)
+
+    return shared_folder("svdquant", make) / "digits-svdquant"
 
 
 @pytest.fixture(scope="session")
-def svdquant_digits(svdquant_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def svdquant_digits(svdquant_checkpoint: Path, shared_folder: SharedFolder) -> Path:
     """The same, exported; not to be changed."""
-    from exporter import export
 
-    directory = shutil.copytree(svdquant_checkpoint, tmp_path_factory.mktemp("exported") / "digits-svdquant")
-    export(directory)
-    return directory
+    def make(folder: Path) -> None:
+        from exporter import export
+
+        export(shutil.copytree(svdquant_checkpoint, folder / "digits-svdquant"))
+
+    return shared_folder("svdquant-exported", make) / "digits-svdquant"
 
 
 @pytest.fixture
@@ -196,18 +260,18 @@ def fp8_attention_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fp8_attention_digits(
-    quantized_digits: Path, fp8_attention_recipe: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def fp8_attention_digits(quantized_digits: Path, fp8_attention_recipe: Path, shared_folder: SharedFolder) -> Path:
     """The built-in model with attention in FP8, quantized and exported; not to be changed."""
-    from calibration import quantize
-    from exporter import export
 
-    directory = tmp_path_factory.mktemp("fp8-attention") / "digits-fp8"
-    calls = quantized_digits / "calibration" / "inputs.safetensors"
-    quantize("digits", directory, recipe=fp8_attention_recipe, calibration=calls)
-    export(directory)
-    return directory
+    def make(folder: Path) -> None:
+        from calibration import quantize
+        from exporter import export
+
+        calls = quantized_digits / "calibration" / "inputs.safetensors"
+        quantize("digits", folder / "digits-fp8", recipe=fp8_attention_recipe, calibration=calls)
+        export(folder / "digits-fp8")
+
+    return shared_folder("fp8-attention", make) / "digits-fp8"
 
 
 @pytest.fixture(scope="session")

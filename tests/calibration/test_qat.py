@@ -40,10 +40,8 @@ method: {name: qat, start: nvfp4-ptq, steps: %d, learning_rate: 0.0002, batch: %
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start") / "ptq"
-    quantize("digits", folder, "nvfp4-ptq")
-    return folder
+def start(quantized_digits: Path) -> Path:
+    return quantized_digits
 
 
 @pytest.fixture(scope="module")
@@ -295,12 +293,14 @@ def test_a_batch_that_does_not_split_over_the_processes_is_refused(digits, start
         losses_of(digits, start, calls, tmp_path)
 
 
-def test_a_start_that_leaves_nothing_to_train_is_refused(tmp_path, capfd):
-    (tmp_path / "branches.yaml").write_text((RECIPE % (2, 4)).replace("nvfp4-ptq", "svdquant-r8"))
+def test_a_start_that_leaves_nothing_to_train_is_refused(five_calls, tmp_path, capfd):
+    start = tmp_path / "start.yaml"
+    start.write_text("{name: of-branches, method: {name: svdquant, rank: 1, smoothing: false}}")
+    (tmp_path / "branches.yaml").write_text((RECIPE % (2, 4)).replace("nvfp4-ptq", json.dumps(str(start))))
     command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "branches.yaml")]
-    assert fp4trt.run(command) == 2
-    assert "svdquant-r8 leaves no linear in plain NVFP4" in capfd.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["branches.yaml"]
+    assert fp4trt.run([*command, "--calibration", str(five_calls)]) == 2
+    assert "of-branches leaves no linear in plain NVFP4" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["branches.yaml", "start.yaml"]
 
 
 def test_training_that_starts_from_training_is_refused(tmp_path, capfd):

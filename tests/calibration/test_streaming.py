@@ -36,18 +36,29 @@ SMALL = 24_000
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module")
+def sources(tiny_flux: MakeFlux, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A tiny FLUX of 2 + 2 blocks, in one file and in shards; to be copied with its files' times."""
+    folder = tmp_path_factory.mktemp("sources")
+    flux = tiny_flux(folder / "flux", num_layers=2, num_single_layers=2)
+    return {False: flux, True: _reshard(flux, folder / "resharded")}
+
+
 @pytest.fixture
-def flux(tiny_flux: MakeFlux, tmp_path: Path) -> Path:
-    """A tiny FLUX of 2 + 2 blocks."""
-    return tiny_flux(tmp_path / "flux", num_layers=2, num_single_layers=2)
+def flux(sources: dict[bool, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(sources[False], tmp_path / "flux")
 
 
 @pytest.fixture
 def amax(flux: Path, tmp_path: Path) -> Path:
+    return _write_amax(flux, tmp_path / "amax.json")
+
+
+def _write_amax(flux: Path, file: Path) -> Path:
     config = load_json(flux / "config.json")
     values = {path: 1 + index / 7 for index, path in enumerate(family_of(config).quantized(config))}
-    (tmp_path / "amax.json").write_text(json.dumps({METADATA: {}, **values}))
-    return tmp_path / "amax.json"
+    file.write_text(json.dumps({METADATA: {}, **values}))
+    return file
 
 
 def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -181,10 +192,20 @@ quantize(sys.argv[1], sys.argv[2], calibration=sys.argv[3])
 """
 
 
-def _kill(flux: Path, output: Path, amax: Path) -> None:
-    arguments = [sys.executable, "-c", KILLED, str(flux), str(output), str(amax), str(SMALL)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run(arguments, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def left(sources: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """What two killed runs left, of one file and of a sharded checkpoint: folders to be copied."""
+    if os.name == "nt":
+        pytest.skip("kill -9 is POSIX")
+    folder = tmp_path_factory.mktemp("killed")
+    for sharded, source in sources.items():
+        arguments = (source, folder / str(sharded), _write_amax(source, folder / "amax.json"), SMALL)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, check=False, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (folder / str(sharded)).exists()
+    return {sharded: folder / f"{sharded}.partial" for sharded in sources}
 
 
 def _count_packing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -199,17 +220,19 @@ def _count_packing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return packed
 
 
-@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
-    sharded: bool, flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sharded: bool,
+    sources: dict[bool, Path],
+    left: dict[bool, Path],
+    amax: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = _reshard(flux, tmp_path / "resharded") if sharded else flux
-    _kill(source, tmp_path / "killed", amax)
-    partial = tmp_path / "killed.partial"
+    source = sources[sharded]
+    partial = shutil.copytree(left[sharded], tmp_path / "killed.partial")
     written = set(progress_of(partial)["written"])
     assert written
-    assert not (tmp_path / "killed").exists()
     _small_shards(monkeypatch)
     packed = _count_packing(monkeypatch)
     quantize(source, tmp_path / "killed", calibration=amax)
@@ -222,28 +245,29 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
     assert not partial.exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 def test_the_bar_reaches_its_end_in_a_run_that_goes_on_too(
-    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: dict[bool, Path],
+    left: dict[bool, Path],
+    amax: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source, told = _reshard(flux, tmp_path / "resharded"), list[int]()
-    _kill(source, tmp_path / "killed", amax)
+    source, told = sources[True], list[int]()
+    shutil.copytree(left[True], tmp_path / "killed.partial")
     _small_shards(monkeypatch)
     monkeypatch.setattr(result_files, "_bar", lambda _: contextlib.nullcontext(told.append))
-    wanted = 2 * sum(value.nbytes for value in load_file(flux / checkpoint.WEIGHTS).values())
+    wanted = 2 * sum(value.nbytes for value in load_file(sources[False] / checkpoint.WEIGHTS).values())
     for name in ("killed", "whole"):
         told.clear()
         quantize(source, tmp_path / name, calibration=amax)
         assert sum(told) == wanted
 
 
-@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 @pytest.mark.parametrize("how", ["gone", "short", "another header"])
 def test_files_that_are_not_as_they_were_left_are_written_anew(
-    how: str, flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, left: dict[bool, Path], flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _kill(flux, tmp_path / "out", amax)
-    file = sorted((tmp_path / "out.partial").glob("*.safetensors"))[1]
+    file = sorted(shutil.copytree(left[False], tmp_path / "out.partial").glob("*.safetensors"))[1]
     content = file.read_bytes()
     file.unlink()
     if how != "gone":
@@ -254,11 +278,10 @@ def test_files_that_are_not_as_they_were_left_are_written_anew(
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 def test_what_a_run_that_begins_anew_removes_is_not_relied_on_from_the_first_file_on(
-    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _kill(flux, tmp_path / "out", amax)
+    shutil.copytree(left[False], tmp_path / "out.partial")
     removed: list[str] = []
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda path, **how: removed.append(path.name) or unlink(path, **how))
@@ -298,11 +321,10 @@ def test_a_result_that_a_kill_met_as_it_got_its_name_is_ours(flux: Path, amax: P
     assert _files(tmp_path / "out") == before
 
 
-@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 def test_what_a_killed_run_left_is_not_used_for_another_result(
-    flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left: dict[bool, Path], flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _kill(flux, tmp_path / "out", amax)
+    shutil.copytree(left[False], tmp_path / "out.partial")
     values = load_json(amax)
     amax.write_text(json.dumps({name: 2 * value if name != METADATA else value for name, value in values.items()}))
     _small_shards(monkeypatch)

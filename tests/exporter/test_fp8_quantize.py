@@ -11,7 +11,6 @@ from onnx import TensorProto
 
 from calibration.checkpoint import WEIGHTS, read
 from calibration.safetensors_file import read_header
-from exporter import export
 from onnx_functions.linears import promised_linears
 
 Q, K, V = (f"transformer_blocks.0.attn.to_{name}" for name in "qkv")
@@ -71,12 +70,3 @@ def test_an_export_points_at_the_codes_and_promises_what_the_checkpoint_has(fp8_
     assert promised["fp8"] == list(checkpoint.fp8)
     assert promised["nvfp4"] == list(checkpoint.quantized)
     assert len(promised["bf16"]) == 10
-
-
-def test_copied_weights_hold_the_same_bytes(fp8_digits: Path, tmp_path: Path) -> None:
-    result = export(fp8_digits, tmp_path / "copied.onnx", copy_weights=True)
-    assert (result["quantized_linears"], result["fp8_linears"]) == (52, 8)
-    model = onnx.load(tmp_path / "copied.onnx")
-    tensors = {tensor.name: tensor.raw_data for tensor in model.graph.initializer}
-    checkpoint = read(fp8_digits)
-    assert all(tensors[f"{path}.weight"] == checkpoint.raw(f"{path}.weight").tobytes() for path in checkpoint.fp8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,6 @@ from exporter.errors import BadGraph, WrongPrecision
 from fp4trt.families import family_of
 
 BF16 = onnx.TensorProto.BFLOAT16
-
-
-@pytest.fixture(scope="module")
-def plain_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model in BF16, exported in place; not to be changed."""
-    folder = tmp_path_factory.mktemp("plain") / "digits"
-    folder.mkdir()
-    for name in ("config.json", checkpoint.WEIGHTS):
-        shutil.copy(digits / name, folder / name)
-    export(folder, precision="bf16")
-    return folder
 
 
 @pytest.fixture
@@ -95,13 +85,14 @@ def test_it_computes_what_the_model_computes(plain_digits: Path) -> None:
     assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
 
 
-def test_fp32_weights_are_rounded_into_a_copy(copy_of_plain: Path) -> None:
-    tensors = load_file(copy_of_plain / checkpoint.WEIGHTS)
+def test_fp32_weights_are_rounded_into_a_copy(tiny_flux: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny_flux(tmp_path / "flux")
+    tensors = load_file(source / checkpoint.WEIGHTS)
     exact = {name: value.float() * (1 + 2.0**-9) for name, value in tensors.items()}
-    save_file(exact, copy_of_plain / checkpoint.WEIGHTS)
-    result = export(copy_of_plain, precision="bf16")
+    save_file(exact, source / checkpoint.WEIGHTS)
+    result = export(source, precision="bf16")
     assert result["copied_because"] == "weights stored as F32 are rounded to BF16"
-    model = onnx.load(copy_of_plain / "model.onnx")
+    model = onnx.load(source / "model.onnx")
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in exact}
     assert weights.keys() == exact.keys()
     for name, tensor in weights.items():
@@ -109,10 +100,9 @@ def test_fp32_weights_are_rounded_into_a_copy(copy_of_plain: Path) -> None:
         assert tensor.raw_data == exact[name].to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
 
-def test_the_built_in_model_is_copied_to_where_the_output_is(tmp_path: Path) -> None:
-    assert fp4trt.run(["export", "digits", "--precision", "bf16", "-o", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "model.onnx.data"]
-    onnx.checker.check_model(tmp_path / "out" / "model.onnx", full_check=True)
+def test_the_built_in_model_is_copied_to_where_the_output_is(copied_plain: Path) -> None:
+    assert sorted(path.name for path in copied_plain.iterdir()) == ["model.onnx", "model.onnx.data"]
+    onnx.checker.check_model(copied_plain / "model.onnx", full_check=True)
 
 
 def test_the_built_in_model_needs_an_output() -> None:

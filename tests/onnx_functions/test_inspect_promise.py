@@ -125,11 +125,8 @@ def test_a_graph_with_placeholders_names_the_next_command(tmp_path: Path) -> Non
     assert any("not FP4 yet; next: fp4trt export theirs.onnx -o ours" in line for line in table(found))
 
 
-def test_a_plain_bf16_export_is_as_promised(digits: Path, tmp_path: Path) -> None:
-    from exporter import export
-
-    export(digits, tmp_path / "plain", precision="bf16", copy_weights=True)
-    found = describe(tmp_path / "plain" / "model.onnx")
+def test_a_plain_bf16_export_is_as_promised(copied_plain: Path) -> None:
+    found = describe(copied_plain / "model.onnx")
     assert found["promise"]["promised"] == found["promise"]["found"] == {"bf16": 62}
     assert "  every linear is as promised" in table(found)
 

@@ -84,11 +84,8 @@ def test_against_the_16_bit_model_the_gates_measure_the_quantization_error(
     assert gates["rounded weights"].figure == 0
 
 
-def test_the_bfloat16_scale_chain_passes_every_gate_too(quantized_digits: Path, tmp_path: Path) -> None:
-    from exporter import export
-
-    export(quantized_digits, tmp_path / "model.onnx", "bfloat16", copy_weights=True)
-    report = validate(tmp_path / "model.onnx", quantized_digits)
+def test_the_bfloat16_scale_chain_passes_every_gate_too(bfloat16_digits: Path, quantized_digits: Path) -> None:
+    report = validate(bfloat16_digits / "model.onnx", quantized_digits)
     assert failures(report) == {}
     assert not any(gate.was_skipped for gate in report.gates)
 

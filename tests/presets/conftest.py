@@ -8,39 +8,31 @@ from typing import Any
 
 import pytest
 
+from tests.shared_folders import SharedFolder
+
 Walk = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def short_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_digits(digits: Path, shared_folder: SharedFolder) -> Path:
     """The built-in model with the first of its double and the first of its single blocks: trained weights."""
-    from diffusers import FluxTransformer2DModel
 
-    from calibration.source import load_json, load_source
+    def make(folder: Path) -> None:
+        from diffusers import FluxTransformer2DModel
 
-    config = load_json(digits / "config.json") | {"num_layers": 1, "num_single_layers": 1}
-    model = FluxTransformer2DModel.from_config(config)
-    wanted = model.state_dict().keys()
-    model.load_state_dict({name: value for name, value in load_source(digits).state_dict().items() if name in wanted})
-    folder = tmp_path_factory.mktemp("short") / "digits"
-    model.bfloat16().save_pretrained(folder)
-    return folder
+        from calibration.source import load_json, load_source
 
+        config = load_json(digits / "config.json") | {"num_layers": 1, "num_single_layers": 1}
+        model = FluxTransformer2DModel.from_config(config)
+        wanted, state = model.state_dict().keys(), load_source(digits).state_dict()
+        model.load_state_dict({name: value for name, value in state.items() if name in wanted})
+        model.bfloat16().save_pretrained(folder / "digits")
 
-@pytest.fixture(scope="session")
-def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few calls to calibrate on, over the whole schedule: what enters the cut model is what enters the whole one."""
-    from calibration.dataset import save_inputs
-    from calibration.digits.model import load_transformer
-    from calibration.digits.sampling import capture
-
-    file = tmp_path_factory.mktemp("captured") / "inputs.safetensors"
-    save_inputs(file, capture(load_transformer(), seeds=(0,), steps=5))
-    return file
+    return shared_folder("short", make) / "digits"
 
 
 @pytest.fixture
-def walk(short_digits: Path, captured: Path, tmp_path: Path) -> Walk:
+def walk(short_digits: Path, five_calls: Path, tmp_path: Path) -> Walk:
     """Return what takes a preset from the checkpoint to an engine, and checks every promise on the way.
 
     It returns what was built.
@@ -54,7 +46,7 @@ def walk(short_digits: Path, captured: Path, tmp_path: Path) -> Walk:
         from trt_build import build
 
         recipe = load_recipe(name)
-        quantized = quantize(short_digits, tmp_path / "fp4", name, captured)
+        quantized = quantize(short_digits, tmp_path / "fp4", name, five_calls)
         assert quantized["recipe"] == name
         export(tmp_path / "fp4")
         report = validate(tmp_path / "fp4")
@@ -89,28 +81,31 @@ def _graph_is_made_of(folder: Path) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="session")
-def plain_graph(short_digits: Path, captured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+def plain_graph(short_digits: Path, five_calls: Path, shared_folder: SharedFolder) -> tuple[Any, ...]:
     """What the graph of plain post-training quantization is made of."""
-    from calibration import quantize
 
-    folder = tmp_path_factory.mktemp("plain") / "fp4"
-    quantize(short_digits, folder, "nvfp4-ptq", captured)
-    return _graph_is_made_of(folder)
+    def make(folder: Path) -> None:
+        from calibration import quantize
+
+        quantize(short_digits, folder / "fp4", "nvfp4-ptq", five_calls)
+
+    return _graph_is_made_of(shared_folder("short-plain", make) / "fp4")
 
 
 @pytest.fixture
-def quantize_plain(short_digits: Path, captured: Path, plain_graph: tuple[Any, ...], tmp_path: Path) -> Walk:
+def quantize_plain(short_digits: Path, five_calls: Path, plain_graph: tuple[Any, ...], tmp_path: Path) -> Walk:
     """Return what quantizes by a preset whose graph has to be that of plain rounding, which a walk takes further.
 
     It returns the relative error of each weight.
     """
 
-    def check(name: str) -> dict[str, float]:
+    def check(recipe: str | Path) -> dict[str, float]:
         from calibration import quantize
         from calibration.checkpoint import read
+        from calibration.recipe import load_recipe
         from calibration.source import load_source
 
-        assert quantize(short_digits, tmp_path / "fp4", name, captured)["recipe"] == name
+        assert quantize(short_digits, tmp_path / "fp4", recipe, five_calls)["recipe"] == load_recipe(recipe).name
         assert _graph_is_made_of(tmp_path / "fp4") == plain_graph
         checkpoint, source = read(tmp_path / "fp4"), load_source(short_digits).float()
         weights = {path: source.get_submodule(path).weight for path in checkpoint.quantized}
