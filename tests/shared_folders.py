@@ -26,7 +26,7 @@ SharedFolder = Callable[[str, Callable[[Path], object]], Path]
 @functools.cache
 def _sources() -> bytes:
     """Return the hash of all that can change what a folder holds."""
-    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if path.suffix != ".pyc"]
+    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if "__pycache__" not in path.parts]
     digest = hashlib.sha256()
     for path in (*files, ROOT / "constraints.txt"):
         if path.is_file():
