@@ -49,14 +49,20 @@ def check_writable(path: Path) -> None:
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         with made_folder(folder):
-            handle, probe = tempfile.mkstemp(dir=folder)  # a name of its own: a partial file may be somebody's
-            os.close(handle)
-            Path(probe).unlink()
+            _probe(path)
+    finally:
+        _remove(missing)
+
+
+def _probe(path: Path) -> None:
+    """Write an empty file beside a path, of a name of its own: a partial file there may be somebody's."""
+    try:
+        handle, probe = tempfile.mkstemp(dir=path.parent)
     except OSError as error:
         error.filename = str(partial_path(path))
         raise
-    finally:
-        _remove(missing)
+    os.close(handle)
+    Path(probe).unlink()
 
 
 def write_texts(texts: Mapping[Path, str]) -> None:
