@@ -28,7 +28,7 @@ def _sources() -> bytes:
     """Return the hash of all that can change what a folder holds."""
     files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if "__pycache__" not in path.parts]
     digest = hashlib.sha256()
-    for path in (*files, ROOT / "constraints.txt"):
+    for path in (*files, ROOT / "constraints.txt", ROOT / "tests" / "conftest.py"):
         if path.is_file():
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.digest()
