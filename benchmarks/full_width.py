@@ -28,7 +28,7 @@ from measure.child import ROOT, fp4trt, run
 from measure.result import machine, publish
 from measure.work import Data, groups_of, work_of
 
-from calibration.recipe import load_recipe
+from calibration.recipes.recipe import load_recipe
 
 RECIPES = ["nvfp4-ptq", "nvfp4-quality", "svdquant-r32"]
 GPU = "rtx5090"

@@ -32,16 +32,17 @@ sys.path.insert(0, str(ROOT))
 from measure.result import machine, publish  # noqa: E402
 
 from calibration import quantize  # noqa: E402
-from calibration.checkpoint import load  # noqa: E402
-from calibration.input_amax import captured_from  # noqa: E402
+from calibration.by_block.input_amax import captured_from  # noqa: E402
+from calibration.checkpoints.plain import find_source, load_source  # noqa: E402
+from calibration.checkpoints.quantized import load  # noqa: E402
+from calibration.formats.modelopt_backend import FP8, NVFP4, mtq  # noqa: E402
 from calibration.layer_choice.allocation import allocate  # noqa: E402
 from calibration.layer_choice.measurement import relative_error, spread  # noqa: E402
 from calibration.layer_choice.search import DATA, search  # noqa: E402
 from calibration.layer_choice.sensitivity import Sensitivity  # noqa: E402
-from calibration.modelopt_backend import FP8, NVFP4, mtq  # noqa: E402
-from calibration.recipe import FormatRules, Recipe, load_recipe  # noqa: E402
-from calibration.source import find_source, load_json, load_source  # noqa: E402
+from calibration.recipes.recipe import FormatRules, Recipe, load_recipe  # noqa: E402
 from fp4trt.families.digits import DIGITS  # noqa: E402
+from fp4trt.json_file import load_json  # noqa: E402
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 CALLS = 16

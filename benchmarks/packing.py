@@ -38,15 +38,15 @@ Bits = npt.NDArray[np.uint16]
 
 
 def with_packer(bits: Bits) -> Packed:
-    from calibration import nvfp4
-    from calibration.bfloat16 import largest_magnitude
-    from calibration.packing import Packer
+    from calibration.formats import nvfp4
+    from calibration.formats.bfloat16 import largest_magnitude
+    from calibration.formats.nvfp4_packer import Packer
 
     return Packer(float(nvfp4.global_scale(largest_magnitude(bits)))).pack(bits)[0].reshape(-1)
 
 
 def with_torch(bits: Bits) -> Packed:
-    from calibration import nvfp4
+    from calibration.formats import nvfp4
 
     weight = tensor(bits)
     codes, _ = nvfp4.quantize(weight, nvfp4.global_scale(weight.abs().amax().float()))

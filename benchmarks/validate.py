@@ -35,7 +35,7 @@ def evaluate(checkpoint: Path) -> None:
     import torch
 
     from fp4trt.families import family_of
-    from onnx_functions.reference_ops import reference_evaluator
+    from onnx_functions.simulation.reference_ops import reference_evaluator
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     inputs = family_of(config).example_inputs(config, **TOKENS, seed=0, dtype=torch.bfloat16)

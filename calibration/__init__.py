@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from fp4trt import moved
+
 __all__ = ["calibrate", "compare", "load", "quantize", "read", "search"]
 
 _HOME = {
-    "calibrate": "calibration.input_amax",
-    "compare": "calibration.comparison.compare",
+    "calibrate": "calibration.by_block.input_amax",
+    "compare": "generation.comparison.compare",
     "search": "calibration.layer_choice.search",
     "quantize": "calibration.quantization",
-    "load": "calibration.checkpoint",
-    "read": "calibration.checkpoint",
+    "load": "calibration.checkpoints.quantized",
+    "read": "calibration.checkpoints.quantized",
 }
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

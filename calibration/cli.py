@@ -54,7 +54,7 @@ def calibrate(
       fp4trt calibrate digits -o amax.json --save-inputs inputs.safetensors
       fp4trt calibrate FLUX.1-dev -o amax.json --prompts prompts.txt --steps 20
     """
-    from calibration.input_amax import calibrate as run
+    from calibration.by_block.input_amax import calibrate as run
 
     result = run(source, output, inputs, prompts, save_inputs, steps, resolution, force, device, pictures)
     click.echo(f"calibrated {result['linears']} linears on {result['calls']} calls -> {output}")
@@ -76,7 +76,7 @@ def recipes(name: str | None) -> dict[str, Any]:
     """
     import yaml
 
-    from calibration.recipe import load_recipe, preset_names
+    from calibration.recipes.recipe import load_recipe, preset_names
 
     if name is not None:
         described = load_recipe(name).described()

@@ -10,18 +10,20 @@ from typing import Any
 
 import click
 
-from calibration import methods, processes, write
-from calibration.block_calibration import require_device
-from calibration.checkpoint import MANIFEST, load_manifest
-from calibration.errors import BadInputs, BadRecipe
-from calibration.fp8_attention import attention_scales
-from calibration.input_amax import Calibration, calibration_from, captured_from
-from calibration.plain import Plain, checked
-from calibration.preparation import Prepared, prepared_by_block
-from calibration.recipe import QAT, Recipe, load_recipe
-from calibration.result_files import Given, write_result
-from calibration.safetensors_file import hold
-from calibration.source import files_of, find_source
+from calibration.by_block import processes
+from calibration.by_block.input_amax import Calibration, calibration_from, captured_from
+from calibration.by_block.measure_amax import require_device
+from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
+from calibration.checkpoints.plain import files_of, find_source
+from calibration.formats.fp8_attention import attention_scales
+from calibration.methods.plan import Plain, checked
+from calibration.methods.registry import registry
+from calibration.recipes.recipe import QAT, Recipe, load_recipe
+from calibration.results import Given, write_result
+from fp4trt import publish
+from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
+from fp4trt.errors import BadInputs, BadRecipe
+from fp4trt.safetensors_file import hold
 
 __all__ = ["quantize"]
 
@@ -38,16 +40,16 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a BF16 checkpoint and write the quantized one, a few MiB of it in memory at a time.
 
-    The source is read once (see :mod:`calibration.one_pass`), after what the recipe's method does block by block (see
-    :mod:`calibration.preparation`). A run that is killed goes on, when it is started again, after what it had brought
-    to disk.
+    The source is read once (see :mod:`calibration.checkpoints.one_pass`), after what the recipe's method does block by
+    block (see :mod:`calibration.by_block.quantize_blocks`). A killed run resumes, when it is started again, after what
+    it had brought to disk.
 
     Args:
-        source: BF16 checkpoint (see :func:`calibration.source.find_source`).
+        source: BF16 checkpoint (see :func:`calibration.checkpoints.plain.find_source`).
         output: folder of the result, written as ``OUTPUT.partial`` and renamed.
-        recipe: a preset's name or a YAML file (see :func:`calibration.recipe.load_recipe`), or what was read; None for
-            the best that the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with maxima; and
-            with a state for what that says. A recipe that says anything else than a state is refused.
+        recipe: a preset's name or a YAML file (see :func:`calibration.recipes.recipe.load_recipe`), or what was read;
+            None for the best that the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with an
+            amax file; and with a state for what that says. A recipe that says anything else than a state is refused.
         calibration: maxima (``.json``), or several files of them to be merged, or captured inputs
             (``.safetensors``); None for the built-in model's words.
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here. The result is
@@ -73,7 +75,7 @@ def quantize(
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
     require_device(device)
     directory, folder = Path(output), find_source(source)
-    write.refuse_foreign(directory, force)
+    publish.refuse_foreign(directory, force)
     if modelopt_state is not None:
         asked = checked(folder, chosen) if recipe is not None else None
         return _from_state(folder, directory, asked, Path(modelopt_state), trust, force, device)
@@ -83,7 +85,7 @@ def quantize(
     if isinstance(chosen.method, QAT):
         training = directory.with_name(f"{directory.name}.training.partial")
         given_by = _trained(plain, chosen.method, calibration or None, training, device)
-    elif methods.needs_activations(chosen.method):
+    elif registry.needs_activations(chosen.method):
         if not processes.is_main():  # goes block by block in one process
             processes.wait(device)
             return _summary(directory, plain, load_manifest(directory / MANIFEST))
@@ -92,7 +94,7 @@ def quantize(
         given_by = _calibrated(plain, calibration or None, work, device)
     with given_by as given:
         if processes.is_main():
-            with write.replacing(directory, force, given.identity(plain)) as partial:
+            with publish.replacing(directory, force, given.identity(plain)) as partial:
                 write_result(partial, plain, given, device)
     processes.wait(device)
     return _summary(directory, plain, load_manifest(directory / MANIFEST))
@@ -130,7 +132,7 @@ def _prepared(
 ) -> Iterator[Given]:
     """Run a plain checkpoint on captured inputs, and let the recipe's method quantize each block on its own."""
     captured = captured_from(plain.folder, calibration)
-    method = methods.of_block(plain.recipe.method, plain.family)
+    method = registry.of_block(plain.recipe.method, plain.family)
     recipe = plain.recipe.resolved()
     task = (plain.folder, captured.calls, plain.formats, method, recipe, work, device, plain.fp8_attentions)
     with prepared_by_block(*task) as prepared:
@@ -142,7 +144,7 @@ def _trained(
     plain: Plain, options: QAT, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
 ) -> Iterator[Given]:
     """Quantize a plain checkpoint by the recipe to start from, and train what comes of it."""
-    from calibration.qat.distillation import trained
+    from calibration.methods.qat.distillation import trained
 
     first = load_recipe(options.start)
     if isinstance(first.method, QAT):
@@ -162,8 +164,8 @@ def _from_state(
     folder: Path, directory: Path, asked: Plain | None, state: Path, trust: bool, force: bool, device: str
 ) -> dict[str, Any]:
     """Write what a ModelOpt state of a plain checkpoint's model says, once it computes what the state's model does."""
-    from calibration.modelopt_reference import INPUTS, require_reproduced
-    from calibration.modelopt_result import take
+    from calibration.modelopt_states.reference import INPUTS, require_reproduced
+    from calibration.modelopt_states.to_checkpoint import take
 
     taken = take(folder, state, trust, asked)
     plain = taken.plain
@@ -171,7 +173,7 @@ def _from_state(
     if processes.is_main():
         if taken.rounded:
             click.echo(f"warning: the weights of {state} are {taken.rounded}; they were rounded to bfloat16", err=True)
-        with write.replacing(directory, force) as partial:
+        with publish.replacing(directory, force) as partial:
             write_result(partial, plain, taken.given, device)
             click.echo(f"comparing the result with the model of {state.name} on {INPUTS} inputs", err=True)
             difference = require_reproduced(partial, taken.expected, plain.family, plain.config, state.name)

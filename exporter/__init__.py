@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fp4trt import moved
+
 __all__ = ["export", "export_graph"]
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -51,7 +51,7 @@ def export(
       fp4trt export FLUX.1-dev --precision bf16 -o flux-bf16
       fp4trt export theirs.onnx -o ours
     """
-    from exporter.errors import BadGraph
+    from fp4trt.errors import BadGraph
 
     if source.is_file() or source.suffix == ".onnx":
         if precision != "nvfp4" or scale_dtype is not None or copy_weights:

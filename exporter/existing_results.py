@@ -7,11 +7,10 @@ from typing import Final
 
 import onnx
 
-from calibration.write import refuse_existing
-from exporter.errors import OutputExists
 from exporter.external_weights import data_file
-from onnx_functions.errors import BadGraph
-from onnx_functions.external_data import load_graph
+from fp4trt.errors import BadGraph, OutputExists
+from fp4trt.publish import refuse_existing
+from onnx_functions.graph.external_data import load_graph
 
 __all__ = ["MARK", "refuse_existing_results"]
 

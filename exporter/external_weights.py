@@ -17,11 +17,10 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from calibration.bfloat16 import largest_magnitude, pieces_of
-from calibration.errors import BadCheckpoint, TooLittleSpace
-from calibration.safetensors_file import HeldTensor, StoredTensor, naming
-from exporter.errors import BadGraph
+from calibration.formats.bfloat16 import largest_magnitude, pieces_of
 from fp4trt.account import SCALE_LEAVES
+from fp4trt.errors import BadCheckpoint, BadGraph, TooLittleSpace
+from fp4trt.safetensors_file import HeldTensor, StoredTensor, naming
 
 __all__ = [
     "Accept",

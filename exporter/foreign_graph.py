@@ -10,13 +10,13 @@ from typing import Final
 
 import onnx_ir as ir
 
-from exporter.errors import BadGraph, NoPlaceholders
 from exporter.naming import name_of
 from exporter.quiet import quiet
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
+from fp4trt.errors import BadGraph, NoPlaceholders
 from fp4trt.file_kind import is_file, shortened, what_it_is, what_it_lacks
-from onnx_functions.external_data import BadSpan, load_graph, span_of
-from onnx_functions.linked_files import real_file
+from fp4trt.linked_files import real_file
+from onnx_functions.graph.external_data import BadSpan, load_graph, span_of
 
 __all__ = [
     "checked_files",

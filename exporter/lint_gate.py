@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnx_functions.errors import LintError
+from fp4trt.errors import LintError
 from onnx_functions.linting import lint
 
 __all__ = ["passed_lint"]

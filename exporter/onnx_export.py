@@ -12,10 +12,9 @@ from typing import Any, Literal, get_args
 import click
 import onnx_ir as ir
 
-from calibration.checkpoint import BRANCH, SMOOTHING, Checkpoint, read
-from calibration.source import BUILT_IN, find_source
+from calibration.checkpoints.plain import BUILT_IN, find_source
+from calibration.checkpoints.quantized import BRANCH, SMOOTHING, Checkpoint, read
 from exporter import external_weights, plain_checkpoint
-from exporter.errors import BadGraph, WrongPrecision
 from exporter.existing_results import refuse_existing_results
 from exporter.lint_gate import passed_lint
 from exporter.passes.add_branches import Branch, add_branches
@@ -28,8 +27,9 @@ from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
 from exporter.trace import OPSET, other_linears, trace, translate
+from fp4trt.errors import BadGraph, WrongPrecision
+from fp4trt.file_output import check_writable
 from fp4trt.pipeline_folder import transformer_folder
-from onnx_functions.file_output import check_writable
 
 __all__ = ["IR_VERSION", "Precision", "branches", "export", "graph_of", "graph_path", "group_leaders"]
 
@@ -50,7 +50,7 @@ def export(
     """Export a checkpoint as an opset-23 graph: quantized, in double-DequantizeLinear form, or plain, in BF16.
 
     Args:
-        directory: the checkpoint; with ``bf16`` whatever :func:`calibration.source.find_source` takes.
+        directory: the checkpoint; with ``bf16`` whatever :func:`calibration.checkpoints.plain.find_source` takes.
         output: the graph, or a folder for ``model.onnx``; default ``DIRECTORY/model.onnx``, whose initializers point
             into the checkpoint's safetensors.
         scale_dtype: ``float32``, the default, computes what fake quantization computes, bit for bit; ``bfloat16`` needs

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from calibration import nvfp4
-from exporter.errors import BadGraph
+from calibration.formats import nvfp4
+from fp4trt.errors import BadGraph
 
 __all__ = ["PackedWeight"]
 

@@ -15,7 +15,6 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from exporter.errors import BadGraph, OutputExists
 from exporter.existing_results import MARK, refuse_existing_results
 from exporter.external_weights import Chunks, data_file, folder_for, save_self_contained
 from exporter.foreign_graph import (
@@ -34,7 +33,8 @@ from exporter.passes.raise_opset import raise_opset
 from exporter.passes.settle_activations import settle_activations
 from exporter.trace import OPSET
 from exporter.trt_ops import QUANTIZER
-from onnx_functions.external_data import load_graph
+from fp4trt.errors import BadGraph, OutputExists
+from onnx_functions.graph.external_data import load_graph
 from onnx_functions.linting import require_form
 
 __all__ = ["export_graph"]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from calibration.bfloat16 import largest_magnitude, pieces_of, refuse_other_types, why_unusable
-from calibration.checkpoint import Checkpoint
-from calibration.errors import BadCheckpoint
-from calibration.safetensors_file import StoredTensor
-from calibration.source import find_source, load_json, model_class, refuse_other_shapes, tensors_of
-from exporter.errors import WrongPrecision
+from calibration.checkpoints.plain import find_source, model_class, refuse_other_shapes, tensors_of
+from calibration.checkpoints.quantized import Checkpoint
+from calibration.formats.bfloat16 import largest_magnitude, pieces_of, refuse_other_types, why_unusable
+from fp4trt.errors import BadCheckpoint, WrongPrecision
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import StoredTensor
 
 __all__ = ["is_plain", "read"]
 
@@ -29,7 +29,7 @@ def read(source: str | Path) -> Checkpoint:
     """Read a plain checkpoint's description, checking names, shapes and values: every byte is read once.
 
     Args:
-        source: what :func:`calibration.source.find_source` takes.
+        source: what :func:`calibration.checkpoints.plain.find_source` takes.
 
     Raises:
         BadCheckpoint: something is missing, damaged or contradictory.

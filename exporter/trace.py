@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from calibration.checkpoint import Checkpoint, plain_config
-from calibration.source import model_class
+from calibration.checkpoints.plain import model_class
+from calibration.checkpoints.quantized import Checkpoint, plain_config
 from exporter.decompose import decompose
 from exporter.passes.stamp_blocks import TRACED_BLOCKS
 from exporter.quiet import quiet

@@ -14,15 +14,14 @@ in FP8 the F32 scalars ``A.q_scale``, ``A.k_scale``, ``A.v_scale`` and, where it
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Final, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
 
 from fp4trt.declared import declared_algorithms, require_declared
 from fp4trt.errors import BadCheckpoint
-from fp4trt.families import Family, family_of
+from fp4trt.families import family_of
 from fp4trt.layouts import refuse_foreign_layout
+from fp4trt.stored_forms import Account, Format, StoredForm
 
 __all__ = [
     "ATTENTION_SCALES",
@@ -40,8 +39,6 @@ __all__ = [
     "account_of",
     "is_quantized_checkpoint",
 ]
-
-Format = Literal["nvfp4", "fp8", "16-bit"]
 
 BLOCK_SIZE: Final = 16
 """Weights under one block scale of NVFP4."""
@@ -94,56 +91,6 @@ class TensorHeader(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
-
-
-@dataclass(frozen=True)
-class StoredForm:
-    """How a linear is stored.
-
-    Attributes:
-        format: of its weight.
-        shape: [N, K], in elements.
-        rank: of its low-rank branch, 0 without one.
-        smoothed: whether its input is scaled by channel first.
-    """
-
-    format: Format
-    shape: tuple[int, int]
-    rank: int
-    smoothed: bool
-
-
-@dataclass(frozen=True)
-class Account:
-    """What a quantized checkpoint holds, every tensor of it.
-
-    Attributes:
-        family: of the model.
-        linears: module path of every linear to how it is stored, those that the family quantizes first, in graph order.
-        attentions: module path of each attention in FP8 to scale (of :data:`ATTENTION_SCALES` or
-            :data:`OUTPUT_SCALE`) to the tensor that gives it: the scale itself, or ModelOpt's amax.
-        groups: all linears by shared input.
-        family_state: names of the tensors that a plain checkpoint has.
-        meanings: name of every tensor to what it is, in words.
-        config: the checkpoint's.
-    """
-
-    family: Family
-    config: Mapping[str, Any]
-    groups: tuple[tuple[str, ...], ...]
-    family_state: Collection[str]
-    linears: Mapping[str, StoredForm]
-    attentions: Mapping[str, Mapping[str, str]]
-    meanings: Mapping[str, str]
-
-    def of_format(self, kind: Format) -> tuple[str, ...]:
-        """Return the linears in a format."""
-        return tuple(path for path, form in self.linears.items() if form.format == kind)
-
-    @cached_property
-    def altered(self) -> tuple[str, ...]:
-        """The linears with a branch or a scaled input, whatever the format of their weight."""
-        return tuple(path for path, form in self.linears.items() if form.rank or form.smoothed)
 
 
 def is_quantized_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> bool:

@@ -47,10 +47,10 @@ COMMANDS: dict[str, Entry] = {
     "lint": Entry("onnx_functions.cli:lint", "Find what TensorRT would accept wrongly or degrade in silence."),
     "build": Entry("trt_build.cli:build_command", "Compile a graph into a TensorRT engine; no GPU needed."),
     "compare": Entry(
-        "calibration.comparison.cli:compare", "Draw the same images with several checkpoints, and measure."
+        "generation.comparison.cli:compare", "Draw the same images with several checkpoints, and measure."
     ),
     "inspect": Entry("onnx_functions.cli:inspect", "Say what an artifact is: formats, sizes, FP4 coverage."),
-    "demo": Entry("calibration.digits.cli:demo", "Walk the whole road on the built-in model."),
+    "demo": Entry("generation.demo.cli:demo", "Walk the whole road on the built-in model."),
 }
 
 # Which extra brings a package that a room imports; everything else that fails to import is a bug.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from fp4trt.errors import BadCheckpoint
 from fp4trt.layouts import MODELOPT_ALGORITHMS
-
-if TYPE_CHECKING:
-    from fp4trt.account import Account
+from fp4trt.stored_forms import Account
 
 __all__ = ["declared_algorithms", "require_declared"]
 

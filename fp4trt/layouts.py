@@ -3,7 +3,7 @@
 NVFP4 files of several producers share tensor names, dtypes and shapes, and mean other numbers by them: block scales in
 row-major order or in the tiles of cuBLAS, the first of two codes in the low or the high nibble, a global scale that
 multiplies or divides. Nothing here reads a weight: only what its writer left beside the weights is evidence, and what
-leaves two readings open is refused. :mod:`onnx_functions.layout_detection` proves a reading against the 16-bit source.
+leaves two readings open is refused. :mod:`onnx_functions.layouts.detection` proves a reading against the 16-bit source.
 Sources: the producers' own code, see docs/interchange.md.
 """
 

@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnx_functions.linting import lint
-    from onnx_functions.simulation import session, simulate
-    from onnx_functions.validation import validate
+    from onnx_functions.simulation.simulate import session, simulate
+    from onnx_functions.validation.run_gates import validate
+
+from fp4trt import moved
 
 __all__ = ["lint", "session", "simulate", "validate"]
 
 _HOME = {
     "lint": "onnx_functions.linting",
-    "session": "onnx_functions.simulation",
-    "simulate": "onnx_functions.simulation",
-    "validate": "onnx_functions.validation",
+    "session": "onnx_functions.simulation.simulate",
+    "simulate": "onnx_functions.simulation.simulate",
+    "validate": "onnx_functions.validation.run_gates",
 }
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -57,8 +57,8 @@ def validate(
       fp4trt validate flux-fp4/ --level blocks --tokens 512,128
     """
     from fp4trt.pipeline_folder import graph_in
-    from onnx_functions.report import NO_PLOTS, report_files
-    from onnx_functions.third_party_validation import third_party_graph, validate_third_party
+    from onnx_functions.validation.report import NO_PLOTS, report_files
+    from onnx_functions.validation.third_party_validation import third_party_graph, validate_third_party
 
     file = graph_in(model)
     folder = output or file.parent / "validation"
@@ -67,7 +67,9 @@ def validate(
     if graph is not None:
         report = validate_third_party(file, graph, folder, force, click.echo)
     else:
-        from onnx_functions.validation import validate as check  # torch, which a third party's graph does not need
+        from onnx_functions.validation.run_gates import (
+            validate as check,  # torch, which a third party's graph does not need
+        )
 
         report = check(model, reference, level, folder, force, click.echo, blocks, tokens)
     data, page = report_files(folder)
@@ -132,14 +134,14 @@ def inspect(artifact: Path, as_tree: bool, against: Path | None) -> dict[str, An
       fp4trt inspect flux1-dev-nvfp4.safetensors --against FLUX.1-dev
     """
     if against is not None:
-        from onnx_functions.layout_detection import detect, lines_of
+        from onnx_functions.layouts.detection import detect, lines_of
 
         proof = detect(artifact, against)
         for line in lines_of(proof):
             click.echo(line)
         return proof
-    from onnx_functions.inspect import describe
-    from onnx_functions.inspect_table import table, tree_table
+    from onnx_functions.inspection.inspect import describe
+    from onnx_functions.inspection.table import table, tree_table
 
     found = describe(artifact)
     for line in (tree_table if as_tree else table)(found):

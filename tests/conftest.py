@@ -39,10 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 _KILLED_AFTER = """
 import os, signal, sys
-from calibration import block_checkpoint
+from calibration.by_block import progress
 import fp4trt
 
-finish = block_checkpoint.BlockCheckpoint.finish
+finish = progress.BlockCheckpoint.finish
 
 
 def finish_and_die(self, block, result):
@@ -51,7 +51,7 @@ def finish_and_die(self, block, result):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-block_checkpoint.BlockCheckpoint.finish = finish_and_die
+progress.BlockCheckpoint.finish = finish_and_die
 sys.exit(fp4trt.run(sys.argv[2:]))
 """
 
@@ -73,7 +73,7 @@ def kill_after() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def digits() -> Path:
     """The built-in model's folder, in BF16."""
-    from calibration.source import BUILT_IN, find_source
+    from calibration.checkpoints.plain import BUILT_IN, find_source
 
     return find_source(BUILT_IN)
 
@@ -170,9 +170,9 @@ def five_calls(shared_folder: SharedFolder) -> Path:
     """Calls of the built-in model over a short schedule, to calibrate on; not to be changed."""
 
     def make(folder: Path) -> None:
-        from calibration.dataset import save_inputs
         from calibration.digits.model import load_transformer
         from calibration.digits.sampling import capture
+        from calibration.inputs.captured import save_inputs
 
         save_inputs(folder / "inputs.safetensors", capture(load_transformer(), seeds=(0,), steps=5))
 
@@ -233,8 +233,9 @@ def fp8_attention(quantized_digits: Path) -> Callable[..., Path]:
         import torch
         from safetensors.torch import load_file, save_file
 
-        from calibration.checkpoint import MANIFEST, WEIGHTS
-        from calibration.safetensors_file import sha256_of
+        from calibration.checkpoints.quantized import WEIGHTS
+        from fp4trt.checkpoint_manifest import MANIFEST
+        from fp4trt.safetensors_file import sha256_of
 
         shutil.copytree(quantized_digits, directory, ignore=shutil.ignore_patterns("*.onnx"))
         tensors = load_file(directory / WEIGHTS)

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trt_build.builder import build as build
 
+from fp4trt import moved
+
 __all__ = ["build"]
+
+moved.install()
 
 
 def __getattr__(name: str) -> object:

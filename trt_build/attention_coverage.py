@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from onnx_functions.attentions import Attention
-from trt_build.errors import CoverageError
+from fp4trt.errors import CoverageError
+from onnx_functions.graph.attentions import Attention
 from trt_build.graph import Graph
 from trt_build.layer_info import Layer
 

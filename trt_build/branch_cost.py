@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from onnx_functions.branches import SMOOTHING, is_factor
-from onnx_functions.external_data import nbytes_of
+from onnx_functions.graph.branches import SMOOTHING, is_factor
+from onnx_functions.graph.external_data import nbytes_of
 from trt_build.graph import Graph
 from trt_build.layer_info import Layer
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_functions.file_output import partial_path
+from fp4trt.errors import BackendMissingError
+from fp4trt.file_output import partial_path
 from onnx_functions.linting import require_clean
 from trt_build import manifest
 from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
 from trt_build.branch_cost import branch_cost
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.disk_space import require_room
-from trt_build.errors import BackendMissingError
 from trt_build.graph import Graph, read_graph
 from trt_build.layer_info import parse_layers
 from trt_build.least_tokens import require_tokens
@@ -101,7 +101,7 @@ def build(
 
     Raises:
         LintError: the graph would be built wrongly, or slowly without `allow_slow`.
-        BuildError and its kin (trt_build.errors); EngineWriteError where the disk is full.
+        BuildError and its kin (fp4trt.errors); EngineWriteError where the disk is full.
     """
     started = time.monotonic()
     options = {"resolution": resolution, "batch": batch, "text": text, "shapes": shapes}

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import onnx
 
-from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER
-from trt_build.errors import CoverageError
+from fp4trt.errors import CoverageError
+from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER
 from trt_build.graph import Graph
 from trt_build.layer_info import Gemm, Layer, find_gemms
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from onnx_functions.file_output import check_writable
-from trt_build.errors import EngineWriteError
+from fp4trt.errors import EngineWriteError
+from fp4trt.file_output import check_writable
 from trt_build.memory import size_text
 
 __all__ = ["require_room"]

@@ -11,18 +11,17 @@ from typing import Any
 
 import onnx
 
+from fp4trt.checkpoint_manifest import CheckpointManifest, read_checkpoint_manifest
+from fp4trt.errors import BadGraph, BadModelError, UnknownArtifact
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.pipeline_folder import graph_in
-from onnx_functions.attentions import Attention, find_attentions, promised_attentions
-from onnx_functions.branches import BRANCH_ADD, is_factor
-from onnx_functions.checkpoint_beside import checkpoint_beside
-from onnx_functions.checkpoint_manifest import CheckpointManifest, read_checkpoint_manifest
-from onnx_functions.errors import BadGraph, UnknownArtifact
-from onnx_functions.external_data import Span, load_graph, span_of
-from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER, declared_symbols, metadata_of, promised_linears
-from onnx_functions.linears import Graph as Index
+from onnx_functions.graph.attentions import Attention, find_attentions, promised_attentions
+from onnx_functions.graph.branches import BRANCH_ADD, is_factor
+from onnx_functions.graph.checkpoint_beside import checkpoint_beside
+from onnx_functions.graph.external_data import Span, load_graph, span_of
+from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER, declared_symbols, metadata_of, promised_linears
+from onnx_functions.graph.linears import Graph as Index
 from onnx_functions.linting import require_form
-from trt_build.errors import BadModelError
 from trt_build.profiles import InputShape
 
 __all__ = ["Graph", "read_graph"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from trt_build.errors import BadProfileError
+from fp4trt.errors import BadProfileError
 
 __all__ = ["LEAST_TOKENS", "raised", "require_tokens"]
 

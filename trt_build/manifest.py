@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onnx_functions.file_output import naming, partial_path
-from trt_build.errors import OutputExistsError
+from fp4trt.errors import OutputExistsError
+from fp4trt.file_output import naming, partial_path
 from trt_build.graph import Graph
 
 __all__ = [

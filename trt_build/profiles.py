@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_build.errors import BadModelError, BadProfileError
+from fp4trt.errors import BadModelError, BadProfileError
 from trt_build.least_tokens import raised
 
 __all__ = ["Extent", "InputShape", "Profile", "make_profile"]

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from string import Template
 
-from onnx_functions.file_output import made_folder, write_texts
-from trt_build.errors import OutputExistsError
+from fp4trt.errors import OutputExistsError
+from fp4trt.file_output import made_folder, write_texts
 from trt_build.graph import Graph
 from trt_build.profiles import Profile
 from trt_build.targets import Target

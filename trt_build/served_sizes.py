@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx
 
-from onnx_functions.dependence import dependences
-from onnx_functions.sizes import sizes_at, without_functions
-from onnx_functions.symbols import Symbolic, evaluated, symbolic_inputs, symbolic_outputs
-from trt_build.errors import BadProfileError
+from fp4trt.errors import BadProfileError
+from onnx_functions.graph.dependence import dependences
+from onnx_functions.graph.sizes import sizes_at, without_functions
+from onnx_functions.graph.symbols import Symbolic, evaluated, symbolic_inputs, symbolic_outputs
 from trt_build.profiles import Profile
 
 __all__ = ["require_served"]

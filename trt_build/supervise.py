@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from trt_build.errors import BuilderFailedError, EngineWriteError
+from fp4trt.errors import BuilderFailedError, EngineWriteError
 
 __all__ = ["run_child"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trt_build.errors import UnknownGpuError, UnsupportedFormatError
+from fp4trt.errors import UnknownGpuError, UnsupportedFormatError
 
 __all__ = ["TARGETS", "Target", "parse_gpus", "require_format"]
 

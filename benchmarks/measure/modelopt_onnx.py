@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
-from calibration import nvfp4
-from calibration.modelopt_backend import mtq
-from calibration.source import load_source
+from calibration.checkpoints.plain import load_source
+from calibration.formats import nvfp4
+from calibration.formats.modelopt_backend import mtq
 from fp4trt.families import family_of
 
 OPSET = 20

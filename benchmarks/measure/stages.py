@@ -61,20 +61,23 @@ class Stopwatch:
 
 def watch(stopwatch: Stopwatch) -> None:
     """Wrap what the methods are made of."""
-    import calibration.modelopt_backend  # noqa: F401  a second or two, that would be the first block's
-    from calibration import block_calibration, gptq, input_statistics, methods, preparation, quality, svdquant
+    import calibration.formats.modelopt_backend  # noqa: F401  a second or two, that would be the first block's
+    from calibration.by_block import input_statistics, measure_amax, quantize_blocks
+    from calibration.methods.registry import registry
+    from calibration.methods.registry.modelopt import svdquant
+    from calibration.methods.registry.quality import gptq, quantize_block
 
     def wrap(owner: Any, name: str, stage: str, closed: bool = False) -> None:
         setattr(owner, name, stopwatch.stage(stage, getattr(owner, name), closed))
 
-    wrap(preparation._Run, "__call__", "runs")
-    wrap(quality, "fold_block", "folds")
+    wrap(quantize_blocks._Run, "__call__", "runs")
+    wrap(quantize_block, "fold_block", "folds")
     wrap(gptq, "inverse_root", "inverse root")
     wrap(gptq, "round_with_feedback", "GPTQ")
     wrap(gptq, "descend", "descent")
-    wrap(quality._Work, "note", "figures")
-    wrap(quality, "correlate", "Wiener")
-    wrap(quality, "wiener_target", "Wiener")
+    wrap(quantize_block._Work, "note", "figures")
+    wrap(quantize_block, "correlate", "Wiener")
+    wrap(quantize_block, "wiener_target", "Wiener")
     wrap(svdquant, "smooth", "smoothing", closed=True)
     wrap(svdquant, "_split", "decomposition", closed=True)
     wrap(svdquant, "measure", "maxima", closed=True)
@@ -82,17 +85,15 @@ def watch(stopwatch: Stopwatch) -> None:
     watching = input_statistics._watching
     input_statistics._watching = lambda modules, add: watching(modules, stopwatch.stage("moments", add))
 
-    of_block = methods.of_block
+    of_block = registry.of_block
 
     def timed_method(*args: Any) -> Any:
         method = of_block(*args)
         return lambda task: stopwatch.block(task.path, lambda: method(task))
 
-    methods.of_block = timed_method
-    measure = stopwatch.stage("runs", block_calibration._measure)
-    block_calibration._measure = lambda runner, block, *args: stopwatch.block(
-        block, lambda: measure(runner, block, *args)
-    )
+    registry.of_block = timed_method
+    measure = stopwatch.stage("runs", measure_amax._measure)
+    measure_amax._measure = lambda runner, block, *args: stopwatch.block(block, lambda: measure(runner, block, *args))
 
 
 def main() -> None:

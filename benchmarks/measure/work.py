@@ -12,9 +12,10 @@ from measure.checkpoints import Size
 from synthetic.flux import config_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calibration import column_rounding, gptq, nvfp4
-from calibration.recipe import Quality, SVDQuant
-from calibration.source import model_class
+from calibration.checkpoints.plain import model_class
+from calibration.formats import nvfp4
+from calibration.methods.registry.quality import column_rounding, gptq
+from calibration.recipes.recipe import Quality, SVDQuant
 from fp4trt.families.flux import FLUX, groups, stream
 
 EXPONENTS = 12

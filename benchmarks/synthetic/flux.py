@@ -26,10 +26,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from calibration.dataset import save_inputs  # noqa: E402
-from calibration.safetensors_file import TensorPlan, write  # noqa: E402
-from calibration.source import model_class  # noqa: E402
+from calibration.checkpoints.plain import model_class  # noqa: E402
+from calibration.inputs.captured import save_inputs  # noqa: E402
 from fp4trt.families import family_of  # noqa: E402
+from fp4trt.safetensors_file import TensorPlan, write  # noqa: E402
 
 SHARD_BYTES = 9_990_000_000
 PIECE = 1 << 22

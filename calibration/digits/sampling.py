@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from calibration.comparison.drawing import Transformer
 from calibration.digits import latents as packing
-from calibration.digits.progress import progress
 from calibration.digits.prompts import WORDS, embed_prompts, words_of
+from fp4trt.families import Transformer
+from fp4trt.progress import progress
 
 __all__ = [
     "GUIDANCE",

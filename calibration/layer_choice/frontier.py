@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from calibration.layer_choice.allocation import allocate
 from calibration.layer_choice.sensitivity import Group, Sensitivity
-from calibration.safetensors_file import naming
+from fp4trt.safetensors_file import naming
 
 __all__ = ["BUDGETS", "Point", "draw", "frontier", "table"]
 

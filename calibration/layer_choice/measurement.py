@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from calibration.block_runner import Outputs
-from calibration.dataset import Inputs
+from calibration.by_block.runner import Outputs
+from calibration.inputs.captured import Inputs
 from calibration.layer_choice.mixture import Mixture
 
 __all__ = ["Errors", "measure_groups", "relative_error", "runs_of", "spread"]

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.block_runner import BlockRunner, Outputs, fill
-from calibration.checkpoint import Checkpoint, empty_model, reader
-from calibration.dataset import Inputs
-from calibration.safetensors_file import StoredTensor
-from calibration.source import empty_source, finite_tensor, load_json
+from calibration.by_block.runner import BlockRunner, Outputs, fill
+from calibration.checkpoints.plain import empty_source, finite_tensor
+from calibration.checkpoints.quantized import Checkpoint, empty_model, reader
+from calibration.inputs.captured import Inputs
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import StoredTensor
 
 __all__ = ["Mixture", "Quantized"]
 

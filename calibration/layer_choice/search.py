@@ -15,22 +15,25 @@ from typing import Any, Final
 import click
 import yaml
 
-from calibration import methods, write
-from calibration.block_calibration import identity_of, require_device
-from calibration.checkpoint import MANIFEST, Checkpoint, read
-from calibration.dataset import Inputs
-from calibration.errors import BadCheckpoint, BadInputs, BadRecipe
-from calibration.input_amax import captured_from
+from calibration.by_block.input_amax import captured_from
+from calibration.by_block.measure_amax import identity_of, require_device
+from calibration.by_block.quantize_blocks import prepared_by_block
+from calibration.checkpoints.plain import find_source
+from calibration.checkpoints.quantized import Checkpoint, read
+from calibration.inputs.captured import Inputs
 from calibration.layer_choice.frontier import BUDGETS, Point, draw, frontier, table
 from calibration.layer_choice.measurement import Errors, measure_groups, relative_error, runs_of, spread
 from calibration.layer_choice.mixture import Mixture, Quantized
 from calibration.layer_choice.sensitivity import BITS, Group, Sensitivity, groups_of
-from calibration.plain import Plain, checked
-from calibration.preparation import prepared_by_block
+from calibration.methods.plan import Plain, checked
+from calibration.methods.registry import registry
 from calibration.quantization import quantize
-from calibration.recipe import QAT, FormatRules, Recipe, Rule, load_recipe
-from calibration.safetensors_file import StoredTensor
-from calibration.source import find_source, load_json
+from calibration.recipes.recipe import QAT, FormatRules, Recipe, Rule, load_recipe
+from fp4trt import publish
+from fp4trt.checkpoint_manifest import MANIFEST
+from fp4trt.errors import BadCheckpoint, BadInputs, BadRecipe
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import StoredTensor
 
 __all__ = ["DATA", "LARGEST", "PICTURE", "RECIPE", "search"]
 
@@ -94,7 +97,7 @@ def search(
     run that is killed goes on after the block that it had measured last.
 
     Args:
-        source: BF16 checkpoint (see :func:`calibration.source.find_source`).
+        source: BF16 checkpoint (see :func:`calibration.checkpoints.plain.find_source`).
         output: folder of the result: recipe.yaml, search.json and, with matplotlib, frontier.png.
         budget: what may be spent beyond NVFP4; all linears in FP8 cost 1.
         of: ``flops``, ``bytes``, or ``both``: neither may exceed the budget.
@@ -120,7 +123,7 @@ def search(
     directory, folder = Path(output), find_source(source)
     chosen = load_recipe(recipe)
     ours = (DATA, RECIPE, PICTURE) if _is_search(directory) else ()
-    write.refuse_foreign(directory, force, ours)
+    publish.refuse_foreign(directory, force, ours)
     plain = checked(folder, _without_training(chosen))
     formats = tuple(BITS) if bf16 else _ALONE
     if sensitivity is not None:
@@ -130,7 +133,7 @@ def search(
         captured = captured_from(folder, calibration).calls
         task = _Task(plain, chosen, calibration, captured, spread(captured, calls), device)
         identity, measured_on = task.identity(), len(task.some)
-    with write.replacing(directory, force, identity, ours) as partial:
+    with publish.replacing(directory, force, identity, ours) as partial:
         if sensitivity is not None:
             points = frontier(found, {*BUDGETS, budget}, of, formats)
         else:
@@ -148,7 +151,7 @@ def search(
             "sensitivity": found.as_dict(),
             "frontier": [asdict(point) for point in points],
         }
-        write.write_json(partial / DATA, result)
+        publish.write_json(partial / DATA, result)
         _write_recipe(partial / RECIPE, _recipe(chosen, found, point, of))
         drawn = draw(found, points, point, partial / PICTURE)
     files = {"data": DATA, "recipe_file": RECIPE, **({"picture": PICTURE} if drawn else {})}
@@ -222,8 +225,8 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
         partial: folder for what is finished.
         runs: choices that will be measured.
     """
-    finished = write.progress_of(partial)
-    write.note_progress(partial, {"errors": {}, **finished})
+    finished = publish.progress_of(partial)
+    publish.note_progress(partial, {"errors": {}, **finished})
     plain = task.plain
     quantized = {kind: Quantized(_uniform(task, partial / kind, kind)) for kind in _ALONE}
     groups = plain.family.groups(plain.config)
@@ -237,7 +240,7 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
         model = Mixture(plain.folder, changed, quantized, task.device)
         stack.enter_context(model.loaded())
         folded = relative_error(model.outputs(task.some, {}, bar.update), wanted)
-        keep = lambda errors: write.note_progress(partial, {"errors": errors})  # noqa: E731
+        keep = lambda errors: publish.note_progress(partial, {"errors": errors})  # noqa: E731
         errors = measure_groups(model, groups, task.some, wanted, finished.get("errors", {}), keep, bar.update)
         base = folded or min(min(found.values()) for found in errors.values())
         sensitivity = Sensitivity(_sized(plain, _beyond(errors, base)), base)
@@ -268,10 +271,10 @@ def _uniform(task: _Task, directory: Path, kind: str) -> Checkpoint:
 def _folded(task: _Task, work: Path) -> Iterator[Mapping[str, StoredTensor]]:
     """Give what the method makes of linears that stay in 16 bit, by name."""
     options = task.plain.recipe.method
-    if not methods.changes_plain_linears(options):
+    if not registry.changes_plain_linears(options):
         yield {}
         return
-    method = methods.of_block(options, task.plain.family)
+    method = registry.of_block(options, task.plain.family)
     formats = dict.fromkeys(task.plain.formats, "bf16")
     recipe = task.plain.recipe.resolved()
     with prepared_by_block(task.plain.folder, task.calls, formats, method, recipe, work, task.device) as prepared:
@@ -306,5 +309,5 @@ def _recipe(base: Recipe, sensitivity: Sensitivity, point: Point, of: str) -> Re
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
     """Write a recipe so that quantize takes it."""
-    write.write_text(path, yaml.safe_dump(recipe.described(), sort_keys=False, width=100))
+    publish.write_text(path, yaml.safe_dump(recipe.described(), sort_keys=False, width=100))
     load_recipe(path)

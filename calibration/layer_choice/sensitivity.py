@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from calibration.errors import BadInputs
+from fp4trt.errors import BadInputs
 from fp4trt.families import Family
 from fp4trt.families.family import Config
 

@@ -26,11 +26,11 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional
 
-from calibration.digits.classifier import FILE_NAME, accuracy, build_classifier
 from calibration.digits.latents import IMAGE_SIZE, decode, encode, image_ids, text_ids
 from calibration.digits.model import METRICS_NAME, load_transformer
 from calibration.digits.prompts import WIDTH, WORDS, embed_prompts
 from calibration.digits.sampling import STEPS, sample
+from generation.comparison.digit_classifier import FILE_NAME, accuracy, build_classifier
 
 CONFIG = {
     "in_channels": 16,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from calibration.checkpoint import BRANCH, SMOOTHING
+from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER
-from onnx_functions.branches import BRANCH_ADD
+from onnx_functions.graph.branches import BRANCH_ADD
 
 __all__ = ["Branch", "add_branches"]
 

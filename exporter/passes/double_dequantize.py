@@ -8,9 +8,9 @@ from typing import Final, Literal
 
 import onnx_ir as ir
 
-from exporter.errors import BadGraph
 from exporter.naming import FreeNames, name_of
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, QUANTIZER, WEIGHT_PLACEHOLDER
+from fp4trt.errors import BadGraph
 
 __all__ = ["BLOCK_SIZE", "QuantizedWeight", "ScaleDtype", "double_dequantize"]
 

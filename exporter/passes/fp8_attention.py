@@ -9,10 +9,10 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from calibration.fp8_attention import PROBABILITY_SCALE
-from exporter.errors import BadGraph
+from calibration.formats.fp8_attention import PROBABILITY_SCALE
 from exporter.naming import name_of
 from exporter.passes.name_nodes import module_path
+from fp4trt.errors import BadGraph
 
 __all__ = ["fp8_attention"]
 
@@ -31,8 +31,8 @@ def fp8_attention(model: ir.Model, attentions: Mapping[str, bool]) -> None:
     3. What Softmax gives is rounded to E4M3 under 1 / 448, out of FP32: a Cast before it would undo the fusion.
     4. What the second product gives is rounded as its operands are, where that is asked for.
 
-    This is what :class:`calibration.fp8_attention.FP8Attention` computes. Measured with TensorRT-RTX 1.7.1: one kernel,
-    where a sequence is never shorter than 32; the Attention operator with rounded operands would run in 16 bit.
+    This is what :class:`calibration.formats.fp8_attention.FP8Attention` computes. Measured with TensorRT-RTX 1.7.1: one
+    kernel, where a sequence is never shorter than 32; the Attention operator with rounded operands would run in 16 bit.
 
     Args:
         model: constants folded, nodes still with the tracer's scopes.

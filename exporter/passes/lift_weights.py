@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from exporter.errors import BadGraph
 from exporter.naming import FreeNames, name_of
 from exporter.trt_ops import WEIGHT_PLACEHOLDER
+from fp4trt.errors import BadGraph
 
 __all__ = ["constant_to_initializer", "lift_weights"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import defs
 
-from exporter.errors import BadGraph
+from fp4trt.errors import BadGraph
 
 __all__ = ["raise_opset"]
 

@@ -6,10 +6,10 @@ from typing import Final
 
 from fp4trt.errors import BadCheckpoint, UnknownFamily
 from fp4trt.families.digits import DIGITS
-from fp4trt.families.family import Config, Family, Symbol
+from fp4trt.families.family import Config, Family, Symbol, Transformer
 from fp4trt.families.flux import FLUX
 
-__all__ = ["FAMILIES", "Family", "Symbol", "family_of"]
+__all__ = ["FAMILIES", "Family", "Symbol", "Transformer", "family_of"]
 
 FAMILIES: Final = (DIGITS, FLUX)
 """In the order in which a config is tried on them: the narrower first."""

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Config", "Family", "Modulated", "Symbol"]
+__all__ = ["Config", "Family", "Modulated", "Symbol", "Transformer"]
 
 Config = Mapping[str, Any]
+
+Transformer = Callable[..., Any]
+"""Called with the family's inputs by name and ``return_dict=False``; returns a tuple, the velocity first."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Final
 
 import onnx
 
+from fp4trt.errors import BadGraph, LintError
 from fp4trt.pipeline_folder import graph_in
-from onnx_functions.errors import BadGraph, LintError
-from onnx_functions.external_data import read_model
+from onnx_functions.graph.external_data import read_model
 from onnx_functions.linting import (
     activations,
     attentions,

@@ -8,8 +8,8 @@ from typing import Final
 
 from onnx import TensorProto
 
-from onnx_functions.attentions import KEY, Attention, Operand, find_attentions
-from onnx_functions.external_data import type_name
+from onnx_functions.graph.attentions import KEY, Attention, Operand, find_attentions
+from onnx_functions.graph.external_data import type_name
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, name_of
 

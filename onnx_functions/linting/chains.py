@@ -7,8 +7,8 @@ from typing import Final
 
 from onnx import NodeProto, TensorProto, ValueInfoProto
 
-from onnx_functions.element_types import attributes_of
-from onnx_functions.external_data import type_name
+from onnx_functions.graph.element_types import attributes_of
+from onnx_functions.graph.external_data import type_name
 from onnx_functions.linting.operators import graphs_of, nodes_with_inner
 from onnx_functions.linting.promised_tensors import product_of
 from onnx_functions.linting.rule import Hit, rule

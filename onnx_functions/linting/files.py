@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx_functions.external_data import BadSpan, Fault, Span
+from onnx_functions.graph.external_data import BadSpan, Fault, Span
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject
 

@@ -8,8 +8,8 @@ from typing import Final
 
 from onnx import NodeProto, TensorProto
 
-from onnx_functions.element_types import attributes_of
-from onnx_functions.external_data import type_name
+from onnx_functions.graph.element_types import attributes_of
+from onnx_functions.graph.external_data import type_name
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import FP8Product, Subject, integer, name_of
 

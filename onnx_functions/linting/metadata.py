@@ -10,13 +10,13 @@ from typing import Any, Final
 
 from onnx import TensorProto
 
-from onnx_functions.external_data import type_name
-from onnx_functions.json_file import lists_of_strings, object_of, strings
+from fp4trt.json_file import lists_of_strings, object_of, strings
+from onnx_functions.graph.external_data import type_name
+from onnx_functions.graph.stored_linears import FORMAT_OF
 from onnx_functions.linting.promise import CONTRACTS
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, name_of
 from onnx_functions.linting.weights import output_type
-from onnx_functions.stored_linears import FORMAT_OF
 
 __all__ = ["KEYS", "RULES"]
 

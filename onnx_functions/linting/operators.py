@@ -9,7 +9,7 @@ from typing import Final
 
 from onnx import AttributeProto, GraphProto, NodeProto, defs
 
-from onnx_functions.element_types import attributes_of, opset_of
+from onnx_functions.graph.element_types import attributes_of, opset_of
 from onnx_functions.linting.opset import OPSET
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, integer, name_of

@@ -7,8 +7,8 @@ from typing import Final
 import onnx
 from onnx import defs
 
-from onnx_functions.element_types import opset_of
-from onnx_functions.errors import BadGraph
+from fp4trt.errors import BadGraph
+from onnx_functions.graph.element_types import opset_of
 
 __all__ = ["OLDEST", "OPSET", "differing_nodes", "normalise", "opset_of"]
 

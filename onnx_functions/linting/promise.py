@@ -8,7 +8,7 @@ from typing import Final
 
 from onnx import TensorProto, ValueInfoProto
 
-from onnx_functions.external_data import type_name
+from onnx_functions.graph.external_data import type_name
 from onnx_functions.linting.promised_tensors import product_of
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, name_of

@@ -8,8 +8,8 @@ from typing import Final
 
 from onnx import NodeProto
 
-from onnx_functions.branches import BRANCH_ADD, FACTORS, SMOOTHING, find_branch, find_smoothing
-from onnx_functions.errors import BadGraph
+from fp4trt.errors import BadGraph
+from onnx_functions.graph.branches import BRANCH_ADD, FACTORS, SMOOTHING, find_branch, find_smoothing
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import FP8Product, Product, Subject
 

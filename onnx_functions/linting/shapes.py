@@ -12,8 +12,8 @@ from typing import Final
 import onnx
 from onnx import NodeProto, ValueInfoProto, helper
 
-from onnx_functions.element_types import attributes_of
-from onnx_functions.linears import QUANTIZER, Graph
+from onnx_functions.graph.element_types import attributes_of
+from onnx_functions.graph.linears import QUANTIZER, Graph
 
 __all__ = ["Shape", "Shapes"]
 

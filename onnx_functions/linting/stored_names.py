@@ -8,11 +8,11 @@ from typing import Final
 
 from onnx import TensorProto
 
-from onnx_functions.external_data import BITS, BadSpan, Span, type_name
+from fp4trt.safetensors_header import HeldTensor
+from onnx_functions.graph.external_data import BITS, BadSpan, Span, type_name
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject
 from onnx_functions.linting.values import inner_bytes
-from onnx_functions.safetensors_header import HeldTensor
 
 __all__ = ["RULES"]
 

@@ -9,7 +9,7 @@ from typing import Final
 import onnx
 from onnx import GraphProto, NodeProto, defs
 
-from onnx_functions.element_types import attributes_of
+from onnx_functions.graph.element_types import attributes_of
 from onnx_functions.library import TRT_DOMAIN
 from onnx_functions.linting.operators import graphs_of, nodes_with_inner
 from onnx_functions.linting.opset import OLDEST, OPSET, differing_nodes, opset_of

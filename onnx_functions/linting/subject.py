@@ -13,16 +13,16 @@ from typing import Any, Final
 import onnx
 from onnx import NodeProto, TensorProto
 
-from onnx_functions.baked import Baked, baked_sizes
-from onnx_functions.checkpoint_beside import CheckpointBeside, checkpoint_beside
-from onnx_functions.dependence import Dependence, dependences
-from onnx_functions.element_types import attributes_of
-from onnx_functions.errors import UnknownArtifact
-from onnx_functions.external_data import BadSpan, Span, nbytes_of, span_of
-from onnx_functions.linears import FP8_QUANTIZER, QUANTIZER, Graph, gives_fp8, metadata_of
+from fp4trt.errors import UnknownArtifact
+from fp4trt.safetensors_header import HeldTensor, tensors_in_file
+from onnx_functions.graph.baked import Baked, baked_sizes
+from onnx_functions.graph.checkpoint_beside import CheckpointBeside, checkpoint_beside
+from onnx_functions.graph.dependence import Dependence, dependences
+from onnx_functions.graph.element_types import attributes_of
+from onnx_functions.graph.external_data import BadSpan, Span, nbytes_of, span_of
+from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER, Graph, gives_fp8, metadata_of
 from onnx_functions.linting.shapes import Shapes
 from onnx_functions.linting.values import Values, read_values
-from onnx_functions.safetensors_header import HeldTensor, tensors_in_file
 
 __all__ = [
     "ActivationChain",

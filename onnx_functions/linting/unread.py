@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fp4trt.account import BMM_AMAX, BRANCH, SMOOTHING
-from onnx_functions.checkpoint_beside import CheckpointBeside
+from onnx_functions.graph.checkpoint_beside import CheckpointBeside
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject
 

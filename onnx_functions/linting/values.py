@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, numpy_helper
 
-from onnx_functions.external_data import BadSpan, Span
+from onnx_functions.graph.external_data import BadSpan, Span
 
 __all__ = ["Values", "inner_bytes", "read_values"]
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration.dataset import save_inputs
-from calibration.errors import BadAmax
-from calibration.input_amax import METADATA, SOURCE, calibrate, calibration_from
-from calibration.source import load_json, weights_fingerprint
+from calibration.by_block.input_amax import METADATA, SOURCE, calibrate, calibration_from
+from calibration.checkpoints.plain import weights_fingerprint
+from calibration.inputs.captured import save_inputs
+from fp4trt.errors import BadAmax
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -14,17 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration import input_amax, ptq
-from calibration.attention_amax import OperandAmax, operands_of
-from calibration.block_calibration import measured_by_block
-from calibration.block_checkpoint import STATE, finished_blocks
-from calibration.block_runner import BlockRunner, Outputs
-from calibration.dataset import Inputs, load_inputs, save_inputs
-from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
-from calibration.input_amax import METADATA, calibrate, calibration_from, merged
-from calibration.safetensors_file import read_header
-from calibration.source import empty_source, load_json, load_source
+from calibration.by_block import input_amax
+from calibration.by_block.input_amax import METADATA, calibrate, calibration_from, merged
+from calibration.by_block.measure_amax import measured_by_block
+from calibration.by_block.progress import STATE, finished_blocks
+from calibration.by_block.runner import BlockRunner, Outputs
+from calibration.checkpoints.plain import empty_source, load_source
+from calibration.formats import input_quantizers
+from calibration.formats.attention_amax import OperandAmax, operands_of
+from calibration.inputs.captured import Inputs, load_inputs, save_inputs
+from fp4trt.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import read_header
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +55,7 @@ def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_
 ) -> None:
     calls, model = load_inputs(inputs)[::20], load_source(digits)
     with OperandAmax(attentions) as operands:
-        whole = ptq.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None)
+        whole = input_quantizers.measure_input_amax(model, paths, lambda: [model(**call) for call in calls] and None)
     whole |= operands.amax
     with measured_by_block(digits, calls, tmp_path / "work") as by_block:
         assert by_block == whole
@@ -64,7 +66,7 @@ def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_
 def test_the_maxima_of_attentions_are_those_that_modelopt_measures(
     digits: Path, inputs: Path, attentions: tuple[str, ...], tmp_path: Path
 ) -> None:
-    from calibration.modelopt_backend import mtq
+    from calibration.formats.modelopt_backend import mtq
 
     calls, model = load_inputs(inputs)[::20], load_source(digits)
     with measured_by_block(digits, calls, tmp_path / "work") as by_block:
@@ -110,11 +112,11 @@ def test_a_run_from_a_block_on_gives_the_models_own_output(digits: Path, inputs:
 def test_each_weight_is_read_once_whatever_the_number_of_calls(
     digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from calibration import block_calibration
+    from calibration.by_block import measure_amax
 
     read: list[str] = []
-    finite = block_calibration.finite_tensor
-    monkeypatch.setattr(block_calibration, "finite_tensor", lambda *of: read.append(of[1]) or finite(*of))
+    finite = measure_amax.finite_tensor
+    monkeypatch.setattr(measure_amax, "finite_tensor", lambda *of: read.append(of[1]) or finite(*of))
     with measured_by_block(digits, load_inputs(inputs)[:3], tmp_path / "work"):
         pass
     assert sorted(read) == sorted(read_header(digits / "diffusion_pytorch_model.safetensors"))

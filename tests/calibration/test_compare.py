@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 
 import fp4trt
-from calibration.checkpoint import load
-from calibration.comparison import compare as comparing
-from calibration.comparison.compare import compare
-from calibration.comparison.grid import draw_grid
-from calibration.comparison.perceptual import perceptual_metrics
+from calibration.by_block.input_amax import calibrate
+from calibration.checkpoints.quantized import load
 from calibration.digits.model import load_transformer
-from calibration.digits.quality import compare as compare_digits
-from calibration.input_amax import calibrate
 from calibration.quantization import quantize
-from calibration.write import replacing
+from fp4trt.publish import replacing
+from generation.comparison import compare as comparing
+from generation.comparison.compare import compare
+from generation.comparison.digits import compare as compare_digits
+from generation.comparison.grid import draw_grid
+from generation.comparison.perceptual import perceptual_metrics
 
 SMALL = ("--images", "10", "--steps", "2", "--seeds", "1000,1001")
 
@@ -112,7 +112,7 @@ def test_the_same_command_gives_the_same_bytes_and_needs_force(
 
 _KILLED = """
 import os, signal, sys
-from calibration.comparison.store import Store
+from generation.comparison.store import Store
 import fp4trt
 
 keep = Store.keep
@@ -252,7 +252,7 @@ def test_a_pipelines_images_are_compared_through_the_pipeline(
 
 
 def test_a_metric_that_cannot_be_had_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("calibration.comparison.perceptual.CLIP", "nobody/has-this-model")
+    monkeypatch.setattr("generation.comparison.perceptual.CLIP", "nobody/has-this-model")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     found, missing = perceptual_metrics()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.comparison.frechet import frechet_distance, frechet_scores
-from calibration.comparison.statistics import Scores, difference, estimate, jackknife, scores_of
+from generation.comparison.frechet import frechet_distance, frechet_scores
+from generation.comparison.statistics import Scores, difference, estimate, jackknife, scores_of
 
 
 def test_one_seeds_interval_is_students():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calibration.dataset import Inputs, check_inputs, load_inputs, save_inputs
-from calibration.errors import BadInputs
-from calibration.input_amax import METADATA, calibrate
+from calibration.by_block.input_amax import METADATA, calibrate
+from calibration.inputs.captured import Inputs, check_inputs, load_inputs, save_inputs
+from fp4trt.errors import BadInputs
 from fp4trt.families import family_of
 
 CONFIG = {

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from torch import nn
 
 from calibration.digits import DIRECTORY
-from calibration.digits.classifier import FILE_NAME, load_classifier, predict
 from calibration.digits.latents import decode, encode, image_ids
 from calibration.digits.model import METRICS_NAME, load_metrics, load_transformer
 from calibration.digits.prompts import WORDS, embed_prompts, embed_word, words_of
-from calibration.digits.quality import balanced_labels
 from calibration.digits.sampling import model_inputs, noise, sample
+from generation.comparison.digit_classifier import FILE_NAME, load_classifier, predict
+from generation.comparison.digits import balanced_labels
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration.comparison.metrics import psnr_db
-from calibration.comparison.statistics import estimate
-from calibration.digits.grid import grid
 from calibration.digits.model import load_transformer
-from calibration.digits.quality import compare
 from calibration.digits.sampling import capture, denoise, noise, sample, schedule
+from generation.comparison.digits import compare
+from generation.comparison.metrics import psnr_db
+from generation.comparison.statistics import estimate
+from generation.demo.grid import grid
 
 INPUTS = [
     "hidden_states",

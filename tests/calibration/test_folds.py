@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.checkpoint import load
-from calibration.dataset import Inputs, load_inputs
+from calibration.by_block.input_statistics import observe_channels
+from calibration.checkpoints.quantized import load
 from calibration.digits.model import load_transformer
-from calibration.folds import fold_block
-from calibration.input_statistics import observe_channels
-from calibration.source import load_json
+from calibration.inputs.captured import Inputs, load_inputs
+from calibration.methods.quality.folds import fold_block
 from fp4trt.families import family_of
 from fp4trt.families.family import Modulated
+from fp4trt.json_file import load_json
 
 
 def _places(model: nn.Module, digits: Path) -> Iterator[tuple[nn.Module, tuple[Modulated, ...]]]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.checkpoint import WEIGHTS
-from calibration.source import load_json, metadata_of, tensors_of
+from calibration.checkpoints.plain import metadata_of, tensors_of
+from calibration.checkpoints.quantized import WEIGHTS
 from fp4trt.errors import BadCheckpoint
+from fp4trt.json_file import load_json
 from fp4trt.layouts import Layout, recognised, refuse_foreign_layout
 
 EVIDENCE = "quantization_config in the safetensors header"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from calibration import fp8
-from calibration.fp8_linear import FP8Linear
-from calibration.modelopt_backend import mtq
+from calibration.formats import fp8
+from calibration.formats.fp8_linear import FP8Linear
+from calibration.formats.modelopt_backend import mtq
 
 F32 = npt.NDArray[np.float32]
 

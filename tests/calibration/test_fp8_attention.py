@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fp4trt
-from calibration import fp8
-from calibration.attention_amax import OperandAmax, checked_attentions
-from calibration.block_calibration import measured_by_block
-from calibration.checkpoint import WEIGHTS, load, read
-from calibration.dataset import load_inputs
-from calibration.errors import BadAmax, BadCheckpoint
-from calibration.fp8_attention import SCALES, FP8Attention, attention_scales
-from calibration.input_amax import merged
-from calibration.preparation import BlockResult, BlockTask, prepared_by_block
-from calibration.source import find_source, load_source
+from calibration.by_block.input_amax import merged
+from calibration.by_block.measure_amax import measured_by_block
+from calibration.by_block.quantize_blocks import BlockResult, BlockTask, prepared_by_block
+from calibration.checkpoints.plain import find_source, load_source
+from calibration.checkpoints.quantized import WEIGHTS, load, read
+from calibration.formats import fp8
+from calibration.formats.attention_amax import OperandAmax, checked_attentions
+from calibration.formats.fp8_attention import SCALES, FP8Attention, attention_scales
+from calibration.inputs.captured import load_inputs
+from fp4trt.errors import BadAmax, BadCheckpoint
 
 FIRST, LAST = "transformer_blocks.0.attn", "single_transformer_blocks.3.attn"
 

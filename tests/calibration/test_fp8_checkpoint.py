@@ -17,19 +17,23 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import fp8, methods, nvfp4, shards
-from calibration.checkpoint import MANIFEST, WEIGHTS, load, read
-from calibration.dataset import save_inputs
-from calibration.errors import BadCheckpoint
-from calibration.fp8_linear import FP8Linear
-from calibration.modelopt_backend import FP8, NVFP4, mto, mtq
-from calibration.nvfp4_linear import NVFP4Linear
-from calibration.preparation import BlockResult, BlockTask
+from calibration.by_block.quantize_blocks import BlockResult, BlockTask
+from calibration.checkpoints import layout
+from calibration.checkpoints.plain import load_source, tensors_of
+from calibration.checkpoints.quantized import WEIGHTS, load, read
+from calibration.formats import fp8, nvfp4
+from calibration.formats.fp8_linear import FP8Linear
+from calibration.formats.modelopt_backend import FP8, NVFP4, mto, mtq
+from calibration.formats.nvfp4_linear import NVFP4Linear
+from calibration.inputs.captured import save_inputs
+from calibration.methods.registry import registry
 from calibration.quantization import quantize
-from calibration.recipe import load_recipe
-from calibration.safetensors_file import TensorPlan, read_header, sha256_of, write
-from calibration.source import load_json, load_source, tensors_of
+from calibration.recipes.recipe import load_recipe
+from fp4trt.checkpoint_manifest import MANIFEST
+from fp4trt.errors import BadCheckpoint
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import TensorPlan, read_header, sha256_of, write
 
 FIRST = "transformer_blocks.0.norm1.linear"
 
@@ -152,8 +156,8 @@ def test_what_is_written_does_not_depend_on_shards(
     """Every group of a tiny FLUX in another format, q/k/v in FP8 too, in one file and in many."""
     flux, recipe, amax = _mixed(tiny_flux, tmp_path)
     quantize(flux, tmp_path / "one", recipe, tmp_path / "amax.json")
-    plan = shards.plan_shards
-    monkeypatch.setattr(shards, "plan_shards", lambda *given: plan(*given, limit=24_000))
+    plan = layout.plan_shards
+    monkeypatch.setattr(layout, "plan_shards", lambda *given: plan(*given, limit=24_000))
     quantize(flux, tmp_path / "many", recipe, tmp_path / "amax.json")
     one, many = read(tmp_path / "one"), read(tmp_path / "many")
     assert len({tensor.file for tensor in many.tensors.values()}) > 2
@@ -179,7 +183,7 @@ def test_what_is_written_does_not_depend_on_shards(
 def test_a_resumed_run_knows_what_each_tensor_of_the_source_became(fp8_digits: Path, digits: Path) -> None:
     checkpoint = read(fp8_digits)
     groups = checkpoint.family.groups(checkpoint.config)
-    results = shards.results_of(tensors_of(digits), groups, fp8=checkpoint.fp8)
+    results = layout.results_of(tensors_of(digits), groups, fp8=checkpoint.fp8)
     assert sorted(results) == sorted(checkpoint.tensors)
 
 
@@ -211,8 +215,8 @@ def test_what_a_method_prepared_in_both_formats_is_kept_as_it_is(
     config = load_json(flux / "config.json")
     call = family_of(config).example_inputs(config, 1, 16, 8, 0, torch.bfloat16)
     save_inputs(tmp_path / "inputs.safetensors", [call])
-    monkeypatch.setattr(methods, "needs_activations", lambda _: True)
-    monkeypatch.setattr(methods, "of_block", lambda *_: rounded)
+    monkeypatch.setattr(registry, "needs_activations", lambda _: True)
+    monkeypatch.setattr(registry, "of_block", lambda *_: rounded)
     quantize(flux, tmp_path / "prepared", recipe, tmp_path / "inputs.safetensors")
     assert sha256_of(tmp_path / "prepared" / WEIGHTS) == sha256_of(tmp_path / "packed" / WEIGHTS)
     packed, prepared = (read(tmp_path / name).manifest["amax"] for name in ("packed", "prepared"))

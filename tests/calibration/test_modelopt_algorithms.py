@@ -16,14 +16,14 @@ import yaml
 from torch import nn
 
 import fp4trt
-from calibration import fp8, nvfp4
+from calibration.by_block.quantize_blocks import BlockResult, BlockTask
 from calibration.digits.model import load_transformer
 from calibration.digits.sampling import capture
-from calibration.errors import NoEffect
-from calibration.modelopt_algorithms import calibrated
-from calibration.preparation import BlockResult, BlockTask
-from calibration.recipe import ModelOpt
-from calibration.svdquant_linear import SVDQuantLinear
+from calibration.formats import fp8, nvfp4
+from calibration.formats.svdquant_linear import SVDQuantLinear
+from calibration.methods.modelopt.algorithms import calibrated
+from calibration.recipes.recipe import ModelOpt
+from fp4trt.errors import NoEffect
 
 BLOCK = "single_transformer_blocks.0"
 MODULATION = (f"{BLOCK}.norm.linear",)
@@ -256,7 +256,7 @@ def test_linears_in_fp8_are_rounded_to_nearest_whatever_the_algorithm(algorithm:
 
 
 def test_an_algorithm_that_changes_nothing_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from calibration import modelopt_backend
+    from calibration.formats import modelopt_backend
 
     # With a backend on the weights the sweep passes every quantizer over, without a word.
     attributes = {**modelopt_backend.STATIC_NVFP4, "backend": modelopt_backend.BACKEND}
@@ -270,7 +270,7 @@ def test_an_algorithm_that_changes_nothing_is_refused_in_one_line(monkeypatch: p
 
 
 def test_the_static_quantizer_is_the_reference_block_by_block() -> None:
-    from calibration.modelopt_backend import tensor_quantizer
+    from calibration.formats.modelopt_backend import tensor_quantizer
 
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 64, generator=random) * torch.logspace(-6, 1, 64)[:, None]
@@ -296,7 +296,7 @@ def test_the_static_quantizer_is_the_reference_block_by_block() -> None:
 def test_the_static_quantizer_is_modelopts_kernel_but_for_the_last_place_of_its_scales() -> None:
     from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
 
-    from calibration.modelopt_backend import tensor_quantizer
+    from calibration.formats.modelopt_backend import tensor_quantizer
 
     bounds, levels = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]), torch.tensor(nvfp4.E2M1_VALUES)
     equal = 0

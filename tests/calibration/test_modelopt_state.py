@@ -17,14 +17,18 @@ from modelopt.torch.quantization.config import RotateConfig
 from torch import nn
 
 import fp4trt
-from calibration import modelopt_result, nvfp4, quantize
-from calibration.checkpoint import MANIFEST, load, read
-from calibration.errors import BadAmax, BadCheckpoint, BadInputs
-from calibration.modelopt_backend import SequentialQuantizer, TensorQuantizer, mto, mtq
-from calibration.modelopt_contents import contents_of, tensors_of
-from calibration.safetensors_file import sha256_of
-from calibration.source import load_json, load_source
+from calibration import quantize
+from calibration.checkpoints.plain import load_source
+from calibration.checkpoints.quantized import load, read
+from calibration.formats import nvfp4
+from calibration.formats.modelopt_backend import SequentialQuantizer, TensorQuantizer, mto, mtq
+from calibration.modelopt_states import to_checkpoint
+from calibration.modelopt_states.contents import contents_of, tensors_of
+from fp4trt.checkpoint_manifest import MANIFEST
+from fp4trt.errors import BadAmax, BadCheckpoint, BadInputs
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import sha256_of
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6.0])
@@ -269,7 +273,7 @@ def test_a_result_that_computes_something_else_gets_no_name(
     def forgetful(*given: Any) -> dict[str, torch.Tensor]:
         return {name: value for name, value in tensors_of(*given).items() if not name.startswith(f"{TO_Q}.svdquant_")}
 
-    monkeypatch.setattr(modelopt_result, "tensors_of", forgetful)
+    monkeypatch.setattr(to_checkpoint, "tensors_of", forgetful)
     arguments = ["quantize", "digits", "-o", str(tmp_path / "out"), "--modelopt-state", str(svdquant[1]), "--trust"]
     assert fp4trt.run(arguments) == 1
     assert "does not compute what the model of state.pt computes: relative difference" in capsys.readouterr().err

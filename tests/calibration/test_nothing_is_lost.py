@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from calibration import write
-from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
-from calibration.input_amax import calibrate
+from calibration.by_block.input_amax import calibrate
 from calibration.quantization import quantize
-from calibration.source import load_json
+from fp4trt import publish
+from fp4trt.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
 
 
 def _files(directory: Path) -> dict[str, bytes]:
@@ -26,21 +26,21 @@ def test_a_folder_of_the_users_named_partial_is_in_the_way_and_stays(tmp_path: P
     (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
     with (
         pytest.raises(OutputExists, match=r"out\.partial is in the way"),
-        write.replacing(tmp_path / "out", force=True),
+        publish.replacing(tmp_path / "out", force=True),
     ):
         pytest.fail("nothing may be written")
     assert _files(tmp_path) == {"out.partial/thesis.txt": b"mine"}
 
 
 def test_a_partial_folder_of_ours_that_a_kill_left_is_taken_over(tmp_path: Path) -> None:
-    with write.replacing(tmp_path / "out", force=False) as partial:
+    with publish.replacing(tmp_path / "out", force=False) as partial:
         (partial / "half").write_text("half")
         left = {name: content for name, content in _files(partial).items() if name != "half"}
     (tmp_path / "other.partial").mkdir()
     for name, content in left.items():
         (tmp_path / "other.partial" / name).write_bytes(content)
     (tmp_path / "other.partial" / "half").write_text("half")
-    with write.replacing(tmp_path / "other", force=False) as partial:
+    with publish.replacing(tmp_path / "other", force=False) as partial:
         (partial / "whole").write_text("whole")
     assert _files(tmp_path) == {"out/half": b"half", "other/whole": b"whole"}
 
@@ -49,7 +49,7 @@ def test_a_folder_of_the_users_named_old_stays(copy_of_digits: Path) -> None:
     old = copy_of_digits.with_name("digits-fp4.old")
     old.mkdir()
     (old / "thesis.txt").write_text("mine")
-    with write.replacing(copy_of_digits, force=True) as partial:
+    with publish.replacing(copy_of_digits, force=True) as partial:
         (partial / "new").write_text("new")
     assert _files(copy_of_digits.parent) == {"digits-fp4/new": b"new", "digits-fp4.old/thesis.txt": b"mine"}
 
@@ -76,7 +76,7 @@ def test_a_file_of_the_users_anywhere_in_a_result_keeps_it(
     path.parent.mkdir(exist_ok=True)
     path.write_text("{}")
     with pytest.raises(OutputExists, match="which fp4trt did not write"):
-        write.refuse_foreign(copy_of_digits, force=True)
+        publish.refuse_foreign(copy_of_digits, force=True)
 
 
 def test_what_every_stage_writes_into_a_result_may_be_replaced(copy_of_digits: Path) -> None:
@@ -85,14 +85,14 @@ def test_what_every_stage_writes_into_a_result_may_be_replaced(copy_of_digits: P
     (copy_of_digits / "rtx5090.engine").write_bytes(b"engine")
     (copy_of_digits / "rtx5090.json").write_text('{"engine_sha256": "0"}')
     (copy_of_digits / "b200.build.py").write_text("# Written by fp4trt: run it on the machine with the GPU\n")
-    write.refuse_foreign(copy_of_digits, force=True)
+    publish.refuse_foreign(copy_of_digits, force=True)
 
 
 def test_an_empty_folder_is_replaced_with_force(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    write.refuse_foreign(tmp_path / "out", force=True)
+    publish.refuse_foreign(tmp_path / "out", force=True)
     with pytest.raises(OutputExists, match="--force"):
-        write.refuse_foreign(tmp_path / "out", force=False)
+        publish.refuse_foreign(tmp_path / "out", force=False)
 
 
 def test_one_file_cannot_be_two_results_nor_a_result_and_the_input(quantized_digits: Path, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_config_that_contradicts_itself_is_refused(change: dict[str, object], 
     "manifest", ['{"files": []}', '{"quantized": []}', '{"quantized": {"nvfp4": [1]}}', '{"recipe": "x"}', "[]", "{"]
 )
 def test_a_damaged_manifest_is_refused(manifest: str, copy_of_digits: Path) -> None:
-    from calibration.checkpoint import read
+    from calibration.checkpoints.quantized import read
 
     (copy_of_digits / "fp4trt.json").write_text(manifest)
     with pytest.raises(BadCheckpoint, match=r"fp4trt\.json"):
@@ -160,7 +160,7 @@ def test_a_damaged_manifest_is_refused(manifest: str, copy_of_digits: Path) -> N
 
 @pytest.mark.parametrize("index", ['{"weight_map": [1]}', '{"weight_map": {}}', "{}", '{"weight_map": {"a": 1}}'])
 def test_a_damaged_index_is_refused(index: str, copy_of_digits: Path) -> None:
-    from calibration.source import tensors_of
+    from calibration.checkpoints.plain import tensors_of
 
     (copy_of_digits / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
     with pytest.raises(BadCheckpoint, match="weight_map"):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calibration import nvfp4
-from calibration.bfloat16 import largest_magnitude
-from calibration.compiled import compiled
-from calibration.packing import DevicePacker, Packer
+from calibration.formats import nvfp4
+from calibration.formats.bfloat16 import largest_magnitude
+from calibration.formats.compiled import compiled
+from calibration.formats.nvfp4_packer import DevicePacker, Packer
 
 SCALES = [float(np.float32(value)) for value in (1e-45, 1e-38, 2.3e-7, 0.02 / 2688, 1e-3, 1.0, 31.0, 1e30, 3e38)]
 

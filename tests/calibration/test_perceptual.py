@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.comparison import perceptual
-from calibration.comparison.metrics import Metric, Shown
+from generation.comparison import perceptual
+from generation.comparison.metrics import Metric, Shown
 
 pytest.importorskip("torchmetrics")
 

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 import fp4trt
-from calibration.comparison.drawing import follow
-from calibration.comparison.pipeline import pipeline_sampler
-from calibration.dataset import load_inputs
-from calibration.errors import BadInputs
-from calibration.pictures import conditions_of
-from calibration.prompts import Sampling
-from calibration.source import load_json, load_source
+from calibration.checkpoints.plain import load_source
+from calibration.inputs.captured import load_inputs
+from calibration.inputs.pictures import conditions_of
+from calibration.inputs.prompts import Sampling
+from fp4trt.errors import BadInputs
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from generation.comparison.drawing import follow
+from generation.comparison.pipeline import pipeline_sampler
 
 CHANNELS: dict[str, dict[str, int]] = {
     "FluxFillPipeline": {"in_channels": 132, "out_channels": 64},

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from calibration.dataset import load_inputs
-from calibration.input_statistics import Moments, observe_moments
-from calibration.preparation import BlockResult, BlockTask, prepared_by_block
-from calibration.source import load_json
+from calibration.by_block.input_statistics import Moments, observe_moments
+from calibration.by_block.quantize_blocks import BlockResult, BlockTask, prepared_by_block
+from calibration.inputs.captured import load_inputs
 from fp4trt.families.flux import FLUX
+from fp4trt.json_file import load_json
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.attention_amax import operands_of
-from calibration.dataset import load_inputs
-from calibration.errors import BadInputs
-from calibration.input_amax import METADATA, calibrate
-from calibration.prompts import read_prompts
-from calibration.source import load_json
+from calibration.by_block.input_amax import METADATA, calibrate
+from calibration.formats.attention_amax import operands_of
+from calibration.inputs.captured import load_inputs
+from calibration.inputs.prompts import read_prompts
+from fp4trt.errors import BadInputs
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
 
 
 def test_a_pipelines_prompts_are_sampled_over_the_whole_schedule(pipeline: Path, tmp_path: Path) -> None:

@@ -15,22 +15,23 @@ import torch
 from torch import nn
 
 import fp4trt
-from calibration import processes
-from calibration.checkpoint import WEIGHTS, load, read
+from calibration.by_block import processes
+from calibration.checkpoints.plain import tensors_of
+from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.digits.model import load_transformer
-from calibration.digits.quality import compare
 from calibration.digits.sampling import capture
-from calibration.errors import BadInputs, BadRecipe
-from calibration.fp8_linear import FP8Linear
-from calibration.nvfp4_linear import NVFP4Linear
-from calibration.qat import distillation
-from calibration.qat.student import StudentLinear, make_student, student_linears, student_tensors
-from calibration.qat.training import learning_rate, train
-from calibration.qat.trajectories import Trajectories
+from calibration.formats.fp8_linear import FP8Linear
+from calibration.formats.nvfp4_linear import NVFP4Linear
+from calibration.methods.qat.student import StudentLinear, make_student, student_linears, student_tensors
+from calibration.methods.qat.training import learning_rate, train
+from calibration.methods.qat.trajectories import Trajectories
+from calibration.methods.registry.qat import distillation
 from calibration.quantization import quantize
-from calibration.recipe import QAT
-from calibration.source import load_json, tensors_of
+from calibration.recipes.recipe import QAT
+from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from generation.comparison.digits import compare
 
 ROOT = Path(fp4trt.__file__).parents[1]
 RECIPE = """
@@ -102,7 +103,7 @@ def test_the_gradient_goes_straight_through_every_rounding(start):
     given = torch.randn(3, linear.weight.shape[1], generator=random).requires_grad_()
     output = linear(given)
     output.square().sum().backward()
-    from calibration import nvfp4
+    from calibration.formats import nvfp4
 
     plain = [
         linear.rounded(linear.weight.detach()), linear.bias.detach().bfloat16().float(),
@@ -182,7 +183,7 @@ def test_global_scales_and_groups_are_those_it_started_from(trained, start):
 
 _KILLED = """
 import os, signal, sys
-from calibration.qat import training
+from calibration.methods.qat import training
 import fp4trt
 
 training._REST_S = training._SHARE = 0
@@ -202,7 +203,7 @@ sys.exit(fp4trt.run(sys.argv[1:]))
 
 _KILLED_BEFORE_ITS_MARK = """
 import os, signal, sys
-from calibration import work_folder
+from fp4trt import work_folder
 import fp4trt
 
 work_folder.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

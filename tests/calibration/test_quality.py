@@ -10,12 +10,13 @@ import torch
 import yaml
 
 import fp4trt
-from calibration.checkpoint import MANIFEST, WEIGHTS, load, read
-from calibration.dataset import load_inputs, save_inputs
+from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.digits.model import load_transformer
+from calibration.inputs.captured import load_inputs, save_inputs
 from calibration.quantization import quantize
-from calibration.safetensors_file import sha256_of
-from calibration.source import load_json
+from fp4trt.checkpoint_manifest import MANIFEST
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import sha256_of
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import checkpoint, nvfp4, shards
-from calibration.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists, UnknownFamily, Untrusted
-from calibration.input_amax import METADATA, calibrate
-from calibration.modelopt_backend import NVFP4, mto, mtq
+from calibration.by_block.input_amax import METADATA, calibrate
+from calibration.checkpoints import layout
+from calibration.checkpoints import quantized as checkpoint
+from calibration.checkpoints.plain import find_source, load_source
+from calibration.formats import nvfp4
+from calibration.formats.modelopt_backend import NVFP4, mto, mtq
 from calibration.quantization import quantize
-from calibration.safetensors_file import read_header, sha256_of
-from calibration.source import find_source, load_json, load_source
+from fp4trt.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists, UnknownFamily, Untrusted
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import read_header, sha256_of
 
 MakeFlux = Callable[..., Path]
 
@@ -197,7 +200,7 @@ def test_a_flux_checkpoint_needs_calibration_data(tiny_flux: MakeFlux, tmp_path:
 
 @pytest.mark.parametrize("guidance", [True, False])
 def test_a_flux_checkpoint_quantizes_from_captured_inputs(guidance: bool, tiny_flux: MakeFlux, tmp_path: Path) -> None:
-    from calibration.dataset import save_inputs
+    from calibration.inputs.captured import save_inputs
 
     source = tiny_flux(tmp_path / "flux", guidance_embeds=guidance)
     save_inputs(tmp_path / "inputs.safetensors", [_example(source, seed=seed) for seed in range(3)])
@@ -265,7 +268,7 @@ def test_a_failure_while_writing_leaves_neither_a_result_nor_the_old_one_lost(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.ShardFiles, "put", full)
+    monkeypatch.setattr(layout.ShardFiles, "put", full)
     with pytest.raises(OSError, match="No space"):
         quantize("digits", copy_of_digits, "nvfp4-ptq", force=True)
     assert sha256_of(copy_of_digits / checkpoint.WEIGHTS) == before

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.modelopt_backend import FP8, NVFP4, mtq
-from calibration.quantization_config import AWQ, quantization_config
-from calibration.source import load_json, model_class
+from calibration.checkpoints.plain import model_class
+from calibration.formats.modelopt_backend import FP8, NVFP4, mtq
+from calibration.formats.quantization_config import AWQ, quantization_config
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
 
 MakeFlux = Callable[..., Path]
 

@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 import fp4trt
-from calibration.dataset import load_inputs, save_inputs
-from calibration.errors import BadRecipe
+from calibration.checkpoints.plain import tensors_of
+from calibration.inputs.captured import load_inputs, save_inputs
 from calibration.quantization import quantize
-from calibration.recipe import FormatRules, Rule, linear_formats, load_recipe, preset_names
-from calibration.source import load_json, tensors_of
+from calibration.recipes.recipe import FormatRules, Rule, linear_formats, load_recipe, preset_names
+from fp4trt.errors import BadRecipe
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
 
 MODULATION = "*.norm*.linear"
 

@@ -13,9 +13,9 @@ import yaml
 
 import calibration
 import fp4trt
-from calibration.checkpoint import load, read
-from calibration.errors import BadInputs, BadRecipe
-from calibration.input_amax import captured_from
+from calibration.by_block.input_amax import captured_from
+from calibration.checkpoints.plain import load_source
+from calibration.checkpoints.quantized import load, read
 from calibration.layer_choice import search as room
 from calibration.layer_choice.allocation import UNITS, allocate
 from calibration.layer_choice.frontier import frontier
@@ -23,9 +23,10 @@ from calibration.layer_choice.measurement import relative_error, spread
 from calibration.layer_choice.search import DATA, PICTURE, RECIPE, search
 from calibration.layer_choice.sensitivity import BITS, Group, Sensitivity
 from calibration.quantization import quantize
-from calibration.recipe import FormatRules, load_recipe
-from calibration.source import load_json, load_source
+from calibration.recipes.recipe import FormatRules, load_recipe
+from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
 
 CALLS = 4
 

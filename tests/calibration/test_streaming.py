@@ -18,15 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration import checkpoint, one_pass, result_files, shards, write
-from calibration.block_checkpoint import finished_blocks
-from calibration.errors import BadCheckpoint, OutputExists, TooLittleSpace
-from calibration.input_amax import METADATA
+from calibration import results
+from calibration.by_block.input_amax import METADATA
+from calibration.by_block.progress import finished_blocks
+from calibration.checkpoints import layout, one_pass
+from calibration.checkpoints import quantized as checkpoint
 from calibration.quantization import quantize
-from calibration.safetensors_file import StoredTensor
-from calibration.source import load_json
-from calibration.write import progress_of, replacing
+from fp4trt import publish
+from fp4trt.errors import BadCheckpoint, OutputExists, TooLittleSpace
 from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from fp4trt.publish import progress_of, replacing
+from fp4trt.safetensors_file import StoredTensor
 
 MakeFlux = Callable[..., Path]
 
@@ -71,8 +74,8 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = shards.plan_shards
-    monkeypatch.setattr(shards, "plan_shards", lambda *given: plan(*given, limit=SMALL))
+    plan = layout.plan_shards
+    monkeypatch.setattr(layout, "plan_shards", lambda *given: plan(*given, limit=SMALL))
 
 
 def _reshard(flux: Path, folder: Path) -> Path:
@@ -86,7 +89,7 @@ def _reshard(flux: Path, folder: Path) -> Path:
         file = f"{stem}-{number + 1:05d}-of-00003.safetensors"
         save_file(part, folder / file)
         index |= dict.fromkeys(part, file)
-    (folder / shards.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / layout.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
 
 
@@ -97,11 +100,11 @@ def test_shards_hold_the_tensors_of_one_file_whole_groups_at_a_time(
     _small_shards(monkeypatch)
     quantize(_reshard(flux, tmp_path / "resharded"), tmp_path / "many", calibration=amax)
     assert _tensors(tmp_path / "one") == _tensors(tmp_path / "many")
-    manifest, index = (load_json(tmp_path / "many" / name) for name in ("fp4trt.json", shards.INDEX))
+    manifest, index = (load_json(tmp_path / "many" / name) for name in ("fp4trt.json", layout.INDEX))
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3
     assert files == sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
-    assert set(manifest["files"]) == {*files, shards.INDEX, "config.json"}
+    assert set(manifest["files"]) == {*files, layout.INDEX, "config.json"}
     stored = checkpoint.read(tmp_path / "many")
     assert index["weight_map"] == {name: tensor.file.name for name, tensor in stored.tensors.items()}
     for group in stored.groups:
@@ -171,9 +174,10 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(
 KILLED = """
 import os, signal, sys, threading
 import numpy as np
-from calibration import one_pass, shards, write
+from calibration.checkpoints import layout, one_pass
+from fp4trt import publish
 from calibration.quantization import quantize
-plan, note, pack, noted, packed = shards.plan_shards, write.note_progress, one_pass._Pass._pack, threading.Event(), []
+plan, note, pack, noted, packed = layout.plan_shards, publish.note_progress, one_pass._Pass._pack, threading.Event(), []
 def note_and_tell(*words):
     note(*words)
     if any(f"{path}.weight" in words[1]["written"] for path in packed):
@@ -186,8 +190,8 @@ def pack_or_die(self, path, packer, begin, end):
         os.kill(os.getpid(), signal.SIGKILL)
     pack(self, path, packer, begin, end)
 one_pass.NOTE_EVERY = 0
-shards.plan_shards = lambda *given: plan(*given, limit=int(sys.argv[4]))
-write.note_progress, one_pass._Pass._pack = note_and_tell, pack_or_die
+layout.plan_shards = lambda *given: plan(*given, limit=int(sys.argv[4]))
+publish.note_progress, one_pass._Pass._pack = note_and_tell, pack_or_die
 quantize(sys.argv[1], sys.argv[2], calibration=sys.argv[3])
 """
 
@@ -255,7 +259,7 @@ def test_the_bar_reaches_its_end_in_a_run_that_goes_on_too(
     source, told = sources[True], list[int]()
     shutil.copytree(left[True], tmp_path / "killed.partial")
     _small_shards(monkeypatch)
-    monkeypatch.setattr(result_files, "_bar", lambda _: contextlib.nullcontext(told.append))
+    monkeypatch.setattr(results, "_bar", lambda _: contextlib.nullcontext(told.append))
     wanted = 2 * sum(value.nbytes for value in load_file(sources[False] / checkpoint.WEIGHTS).values())
     for name in ("killed", "whole"):
         told.clear()
@@ -342,9 +346,9 @@ def test_after_a_failure_what_was_noted_stays_for_the_next_run_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    put, note, noted = shards.ShardFiles.put, write.note_progress, threading.Event()
+    put, note, noted = layout.ShardFiles.put, publish.note_progress, threading.Event()
 
-    def full(self: shards.ShardFiles, name: str, *rest: Any) -> None:
+    def full(self: layout.ShardFiles, name: str, *rest: Any) -> None:
         if name.endswith("single_transformer_blocks.1.proj_out.weight") and (not kept or noted.wait(60)):
             raise OSError(28, "No space left on device", name)
         put(self, name, *rest)
@@ -357,8 +361,8 @@ def test_after_a_failure_what_was_noted_stays_for_the_next_run_and_nothing_else(
     with monkeypatch.context() as failing:
         if kept:
             failing.setattr(one_pass, "NOTE_EVERY", 0)
-        failing.setattr(shards.ShardFiles, "put", full)
-        failing.setattr(write, "note_progress", note_and_tell)
+        failing.setattr(layout.ShardFiles, "put", full)
+        failing.setattr(publish, "note_progress", note_and_tell)
         with pytest.raises(OSError, match="No space"):
             quantize(flux, tmp_path / "out", calibration=amax)
     assert not (tmp_path / "out").exists()
@@ -403,9 +407,9 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(
     change: Callable[[dict[str, str]], None], words: str, flux: Path, amax: Path, tmp_path: Path
 ) -> None:
     folder = _reshard(flux, tmp_path / "many")
-    index = load_json(folder / shards.INDEX)
+    index = load_json(folder / layout.INDEX)
     change(index["weight_map"])
-    (folder / shards.INDEX).write_text(json.dumps(index))
+    (folder / layout.INDEX).write_text(json.dumps(index))
     with pytest.raises(BadCheckpoint, match=words):
         quantize(folder, tmp_path / "out", calibration=amax)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["amax.json", "flux", "many"]
@@ -413,9 +417,9 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(
 
 def test_a_shard_that_the_index_does_not_have_is_missed(flux: Path, amax: Path, tmp_path: Path) -> None:
     folder = _reshard(flux, tmp_path / "many")
-    index = load_json(folder / shards.INDEX)
+    index = load_json(folder / layout.INDEX)
     kept = {name: file for name, file in index["weight_map"].items() if "00002-of" not in file}
-    (folder / shards.INDEX).write_text(json.dumps({"weight_map": kept}))
+    (folder / layout.INDEX).write_text(json.dumps({"weight_map": kept}))
     with pytest.raises(BadCheckpoint, match=r"is absent in .*many"):
         quantize(folder, tmp_path / "out", calibration=amax)
 

@@ -13,16 +13,16 @@ import yaml
 from torch import nn
 
 import fp4trt
-from calibration import fp8, nvfp4
-from calibration.checkpoint import load, read
+from calibration.by_block.quantize_blocks import BlockResult, BlockTask
+from calibration.checkpoints.quantized import load, read
 from calibration.digits.model import load_transformer
-from calibration.digits.quality import compare
-from calibration.errors import BadCheckpoint
-from calibration.preparation import BlockResult, BlockTask
-from calibration.safetensors_file import read_header, write
-from calibration.source import load_json
-from calibration.svdquant import svdquant
-from calibration.svdquant_linear import SVDQuantLinear
+from calibration.formats import fp8, nvfp4
+from calibration.formats.svdquant_linear import SVDQuantLinear
+from calibration.methods.modelopt.svdquant import svdquant
+from fp4trt.errors import BadCheckpoint
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import read_header, write
+from generation.comparison.digits import compare
 
 BLOCK = "single_transformer_blocks.0"
 MERGED = tuple(f"{BLOCK}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
@@ -228,7 +228,7 @@ def test_a_damaged_branch_is_refused(change: Any, message: str, svdquant_checkpo
 
 
 def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    from calibration.safetensors_file import bytes_of, plan_of
+    from fp4trt.safetensors_file import bytes_of, plan_of
 
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     plan = [plan_of(name, value) for name, value in ordered.items()]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration import gptq, nvfp4
-from calibration.input_statistics import Moments, observe_moments
-from calibration.wiener import correlate, wiener_target
+from calibration.by_block.input_statistics import Moments, observe_moments
+from calibration.formats import nvfp4
+from calibration.methods.quality.wiener import correlate, wiener_target
+from calibration.methods.registry.quality import gptq
 
 ROWS, K, N = 4000, 64, 24
 

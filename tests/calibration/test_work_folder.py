@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from calibration.errors import OutputExists
-from calibration.work_folder import work_folder, write_mark
+from fp4trt.errors import OutputExists
+from fp4trt.work_folder import work_folder, write_mark
 
 MARK = "mark.json"
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from calibration.work_folder import work_folder, write_mark
-from calibration import work_folder as module
+from fp4trt.work_folder import work_folder, write_mark
+from fp4trt import work_folder as module
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from calibration.checkpoint import Checkpoint
+from calibration.checkpoints.quantized import Checkpoint
 from exporter.onnx_export import graph_of
 from fp4trt.account import Account, StoredForm
 from fp4trt.families import family_of
@@ -65,8 +65,8 @@ def modelopt_export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
     from modelopt.torch.quantization import tensor_quant
     from modelopt.torch.quantization.export_onnx import configure_linear_module_onnx_quantizers
 
-    from calibration import nvfp4
-    from calibration.modelopt_backend import mtq
+    from calibration.formats import nvfp4
+    from calibration.formats.modelopt_backend import mtq
 
     def fake_quantize(x: torch.Tensor, block_size: int, amax: torch.Tensor, *_: object) -> torch.Tensor:
         return nvfp4.fake_quantize(x, nvfp4.global_scale(amax.float()))

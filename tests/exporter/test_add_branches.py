@@ -9,12 +9,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from calibration.checkpoint import read
-from calibration.safetensors_file import read_header
+from calibration.checkpoints.quantized import read
 from exporter.onnx_export import branches, group_leaders
 from exporter.passes.add_branches import Branch, add_branches
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN
-from onnx_functions.linears import Graph
+from fp4trt.safetensors_file import read_header
+from onnx_functions.graph.linears import Graph
 
 GROUP = tuple(f"single_transformer_blocks.2.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -14,12 +14,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from calibration import checkpoint
-from calibration.errors import TooLittleSpace
-from calibration.safetensors_file import sha256_of
+from calibration.checkpoints import quantized as checkpoint
 from exporter import export, external_weights
-from exporter.errors import BadGraph, OutputExists
 from exporter.onnx_export import group_leaders
+from fp4trt.errors import BadGraph, OutputExists, TooLittleSpace
+from fp4trt.safetensors_file import sha256_of
 from onnx_functions.linting import lint
 
 BF16, FP32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
@@ -238,10 +237,10 @@ def test_linears_whose_scales_differ_lead_themselves(copy_of_digits: Path) -> No
 def test_schnell_has_no_guidance_input(tiny_flux: Callable[..., Path], tmp_path: Path) -> None:
     import torch
 
-    from calibration.dataset import save_inputs
+    from calibration.inputs.captured import save_inputs
     from calibration.quantization import quantize
-    from calibration.source import load_json
     from fp4trt.families import family_of
+    from fp4trt.json_file import load_json
 
     source = tiny_flux(tmp_path / "schnell", guidance_embeds=False)
     config = load_json(source / "config.json")

@@ -15,11 +15,10 @@ from onnx import TensorProto, helper
 
 import fp4trt
 from exporter import export_graph
-from exporter.errors import BadGraph
 from exporter.lint_gate import passed_lint
-from onnx_functions.errors import LintError
+from fp4trt.errors import BadGraph, LintError
 from onnx_functions.linting import lint
-from onnx_functions.reference_ops import reference_evaluator
+from onnx_functions.simulation.reference_ops import reference_evaluator
 
 BF16, FP16, FP32, BOOL = TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BOOL
 Maker = Callable[..., Any]

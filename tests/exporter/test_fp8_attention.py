@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from exporter import export
-from exporter.errors import BadGraph
 from exporter.passes.fp8_attention import fp8_attention as write_out
 from exporter.passes.name_nodes import SCOPES
+from fp4trt.errors import BadGraph
 
 QUANTIZED = ("transformer_blocks.1.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.3.attn")
 

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from calibration.checkpoint import WEIGHTS, read
-from calibration.safetensors_file import read_header
-from onnx_functions.linears import promised_linears
+from calibration.checkpoints.quantized import WEIGHTS, read
+from fp4trt.safetensors_file import read_header
+from onnx_functions.graph.linears import promised_linears
 
 Q, K, V = (f"transformer_blocks.0.attn.to_{name}" for name in "qkv")
 FP4 = "transformer_blocks.0.ff.net.2"

@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.errors import BadGraph
 from exporter.passes.double_dequantize import double_dequantize
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.remove_no_op_slices import remove_no_op_slices
+from fp4trt.errors import BadGraph
 
 
 def _value(name: str, shape: list[int | str], dtype: ir.DataType = ir.DataType.BFLOAT16) -> ir.Value:

@@ -16,11 +16,11 @@ import torch
 from onnx import TensorProto, helper
 
 import fp4trt
-from calibration import nvfp4
+from calibration.formats import nvfp4
 from exporter import export, export_graph
-from exporter.errors import OutputExists
+from fp4trt.errors import OutputExists
 from onnx_functions.linting import lint
-from onnx_functions.reference_ops import reference_evaluator
+from onnx_functions.simulation.reference_ops import reference_evaluator
 from trt_build import build
 
 BF16, FP16, FP32 = TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fp4trt
-from calibration import checkpoint
-from calibration.errors import BadCheckpoint
-from calibration.source import load_source
+from calibration.checkpoints import quantized as checkpoint
+from calibration.checkpoints.plain import load_source
 from exporter import export
-from exporter.errors import BadGraph, WrongPrecision
+from fp4trt.errors import BadCheckpoint, BadGraph, WrongPrecision
 from fp4trt.families import family_of
 
 BF16 = onnx.TensorProto.BFLOAT16

@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from exporter.errors import BadGraph
 from exporter.passes.raise_opset import raise_opset
+from fp4trt.errors import BadGraph
 
 
 def _model(opset: int, *nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("y",)) -> ir.Model:

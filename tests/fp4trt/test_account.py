@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from calibration.checkpoint import read
-from calibration.source import load_json
+from calibration.checkpoints.quantized import read
 from fp4trt.errors import BadCheckpoint
-from onnx_functions.inspect import describe
+from fp4trt.json_file import load_json
+from onnx_functions.inspection.inspect import describe
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from calibration.errors import BadCheckpoint
-from calibration.input_amax import merged
-from calibration.prompts import read_prompts
-from calibration.recipe import load_recipe
-from calibration.safetensors_file import read_header
-from calibration.source import finite_tensor, load_json, tensors_of
+from calibration.by_block.input_amax import merged
+from calibration.checkpoints.plain import finite_tensor, tensors_of
+from calibration.inputs.prompts import read_prompts
+from calibration.recipes.recipe import load_recipe
+from fp4trt.errors import BadCheckpoint, UnknownArtifact
 from fp4trt.file_kind import what_it_is, what_it_lacks
-from onnx_functions.errors import UnknownArtifact
-from onnx_functions.json_file import read_object
-from onnx_functions.safetensors_header import tensors_in_file
+from fp4trt.json_file import load_json, read_object
+from fp4trt.safetensors_file import read_header
+from fp4trt.safetensors_header import tensors_in_file
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 23802932552\n"
 

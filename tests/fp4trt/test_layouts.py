@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fp4trt.errors import BadCheckpoint
+from fp4trt.errors import BadCheckpoint, UnknownArtifact
 from fp4trt.layouts import recognised, refuse_foreign_layout
-from onnx_functions.errors import UnknownArtifact
-from onnx_functions.safetensors_header import metadata_in_file, metadata_in_folder, tensors_in_file
+from fp4trt.safetensors_header import metadata_in_file, metadata_in_folder, tensors_in_file
 
 Q = "transformer_blocks.0.attn.to_q"
 QKV = "double_blocks.0.img_attn.qkv"

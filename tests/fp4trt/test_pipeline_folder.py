@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 import fp4trt
-from calibration import checkpoint
-from calibration.source import find_source
+from calibration.checkpoints import quantized as checkpoint
+from calibration.checkpoints.plain import find_source
 from exporter.onnx_export import _open
 from fp4trt.pipeline_folder import graph_in
-from onnx_functions.external_data import load_graph
-from onnx_functions.inspect import describe
+from onnx_functions.graph.external_data import load_graph
+from onnx_functions.inspection.inspect import describe
 from onnx_functions.linting import lint
-from onnx_functions.torch_reference import open_reference
+from onnx_functions.validation.torch_reference import open_reference
 from trt_build.graph import read_graph
 
 INDEX = "model_index.json"

@@ -13,7 +13,7 @@ import pytest
 import fp4trt
 
 ROOT = Path(fp4trt.__file__).parents[1]
-ROOMS = ("calibration", "exporter", "fp4trt", "onnx_functions", "trt_build")
+ROOMS = ("calibration", "exporter", "fp4trt", "generation", "onnx_functions", "trt_build")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 

@@ -19,11 +19,12 @@ import exporter
 import onnx_functions
 import trt_build
 from calibration import quantize
-from calibration.checkpoint import load, plain_config, read
-from calibration.dataset import save_inputs
-from calibration.source import load_json, load_source, model_class
+from calibration.checkpoints.plain import load_source, model_class
+from calibration.checkpoints.quantized import load, plain_config, read
+from calibration.inputs.captured import save_inputs
 from fp4trt.families import family_of
-from onnx_functions.inspect import describe
+from fp4trt.json_file import load_json
+from onnx_functions.inspection.inspect import describe
 from onnx_functions.linting import lint
 
 _SPEC = importlib.util.spec_from_file_location("every_tensor", Path(__file__).with_name("every_tensor.py"))
@@ -83,8 +84,8 @@ def modelopt_export(source: Path, calls: list[dict[str, torch.Tensor]], config: 
     from modelopt.torch.export import export_hf_checkpoint
     from modelopt.torch.quantization import tensor_quant
 
-    from calibration import nvfp4
-    from calibration.modelopt_backend import mtq
+    from calibration.formats import nvfp4
+    from calibration.formats.modelopt_backend import mtq
 
     def on_the_cpu(x: torch.Tensor, _block: object, amax: torch.Tensor | None, *_: object) -> torch.Tensor:
         largest = x.abs().amax() if amax is None or not amax.numel() else amax.max()

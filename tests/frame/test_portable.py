@@ -12,7 +12,7 @@ import pytest
 import fp4trt
 
 ROOT = Path(fp4trt.__file__).parents[1]
-PACKAGES = ("calibration", "exporter", "fp4trt", "onnx_functions", "trt_build")
+PACKAGES = ("calibration", "exporter", "fp4trt", "generation", "onnx_functions", "trt_build")
 SOURCES = [path for room in PACKAGES for path in sorted((ROOT / room).rglob("*.py"))]
 
 POSIX_MODULES = set("crypt curses fcntl grp nis ossaudiodev posix pty pwd resource spwd syslog termios tty".split())

@@ -16,10 +16,10 @@ import pytest
 from lint_damage import Damaged
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration import nvfp4
-from onnx_functions.cut import cut
-from onnx_functions.linears import Graph
-from onnx_functions.simulation import runtime_session, simulate
+from calibration.formats import nvfp4
+from onnx_functions.graph.cut import cut
+from onnx_functions.graph.linears import Graph
+from onnx_functions.simulation.simulate import runtime_session, simulate
 
 GROUPS = (("first", "second"), ("third",))
 WIDTH = 32

@@ -13,10 +13,10 @@ if __name__ == "__main__":
 
 from lint_mutations_fp8 import MUTATIONS
 
+from fp4trt.errors import BuildError
 from onnx_functions.linting import RULES
 from trt_build.attention_coverage import measure_attentions
 from trt_build.coverage import measure_coverage
-from trt_build.errors import BuildError
 from trt_build.graph import Graph, read_graph
 from trt_build.layer_info import parse_layers
 from trt_build.profiles import make_profile

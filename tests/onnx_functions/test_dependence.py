@@ -10,11 +10,11 @@ from onnx import TensorProto, helper
 from small_graphs import array, node, product, save, value
 
 import fp4trt
-from onnx_functions.dependence import dependences
-from onnx_functions.errors import BadGraph
-from onnx_functions.external_data import load_graph
+from fp4trt.errors import BadGraph
+from onnx_functions.graph.dependence import dependences
+from onnx_functions.graph.external_data import load_graph
+from onnx_functions.graph.wires import circle
 from onnx_functions.linting import lint
-from onnx_functions.wires import circle
 
 X, Y = value("x", "B", "S", 64), value("y", "B", "S", 32)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import fp4trt
-from onnx_functions import weight_gates
-from onnx_functions.errors import BadEnvironment, BadGraph
-from onnx_functions.verdict import Gate, guarded, require_runtime, runtime_errors
+from fp4trt.errors import BadEnvironment, BadGraph
+from onnx_functions.validation.run_gates import weight_gates
+from onnx_functions.validation.verdict import Gate, guarded, require_runtime, runtime_errors
 
 
 def raising(error: Exception) -> Iterator[Gate]:

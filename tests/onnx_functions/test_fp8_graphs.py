@@ -11,13 +11,13 @@ import pytest
 from lint_damage import WEIGHTS, Damaged
 from onnx import TensorProto
 
-from onnx_functions.inspect import describe
-from onnx_functions.inspect_table import table, tree_table
-from onnx_functions.linears import Graph, promised_linears
-from onnx_functions.promise_gate import promise_gate
-from onnx_functions.torch_reference import open_reference
-from onnx_functions.validation import validate
-from onnx_functions.verdict import Report
+from onnx_functions.graph.linears import Graph, promised_linears
+from onnx_functions.inspection.inspect import describe
+from onnx_functions.inspection.table import table, tree_table
+from onnx_functions.validation.promise_gate import promise_gate
+from onnx_functions.validation.run_gates import validate
+from onnx_functions.validation.torch_reference import open_reference
+from onnx_functions.validation.verdict import Report
 
 ROOT = "transformer_blocks.0"
 FIRST, CONTEXT = f"{ROOT}.norm1.linear", f"{ROOT}.norm1_context.linear"

@@ -14,10 +14,9 @@ import onnx
 import pytest
 
 import fp4trt
-from fp4trt.errors import BadCheckpoint
-from onnx_functions.errors import BadGraph, UnknownArtifact
-from onnx_functions.inspect import describe
-from onnx_functions.inspect_table import table
+from fp4trt.errors import BadCheckpoint, BadGraph, UnknownArtifact
+from onnx_functions.inspection.inspect import describe
+from onnx_functions.inspection.table import table
 
 
 def test_a_quantized_checkpoint_is_described(quantized_digits: Path) -> None:
@@ -281,7 +280,7 @@ def test_the_command_prints_a_table_and_json(digits: Path, capsys: pytest.Captur
 def test_inspecting_needs_no_torch(quantized_digits: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from onnx_functions.inspect import describe\n"
+        "from onnx_functions.inspection.inspect import describe\n"
         "for path in sys.argv[1:]: print(describe(path)['kind'])"
     )
     paths = [str(quantized_digits), str(quantized_digits / "model.onnx")]

@@ -9,10 +9,10 @@ import pytest
 from lint_damage import Damaged
 from lint_mutations_attention import A, B, in_fp8
 
-from calibration.checkpoint import MANIFEST
-from onnx_functions.inspect import describe
-from onnx_functions.inspect_attention import of_engine
-from onnx_functions.inspect_table import table
+from fp4trt.checkpoint_manifest import MANIFEST
+from onnx_functions.inspection.attention import of_engine
+from onnx_functions.inspection.inspect import describe
+from onnx_functions.inspection.table import table
 
 
 def test_a_checkpoint_and_its_graph_are_described(fp8_attention_digits: Path) -> None:

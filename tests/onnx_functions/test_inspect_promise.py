@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import fp4trt
-from onnx_functions.inspect import describe
-from onnx_functions.inspect_table import table, tree_table
+from onnx_functions.inspection.inspect import describe
+from onnx_functions.inspection.table import table, tree_table
 
 NOTHING = "  promises nothing of its linears; described by its own pattern"
 

@@ -13,11 +13,11 @@ import pytest
 from layout_writer import LAYOUTS, Tensors, codes_of, pack, swizzled, write, write_layout, write_source
 
 import fp4trt
-from onnx_functions.errors import UnknownArtifact
-from onnx_functions.inspect import describe
-from onnx_functions.layout_detection import detect, lines_of
-from onnx_functions.layout_readings import unswizzled
-from onnx_functions.safetensors_header import tensors_in_file
+from fp4trt.errors import UnknownArtifact
+from fp4trt.safetensors_header import tensors_in_file
+from onnx_functions.inspection.inspect import describe
+from onnx_functions.layouts.detection import detect, lines_of
+from onnx_functions.layouts.readings import unswizzled
 
 SHAPES = {"attn.to_q": (128, 128), "ff": (256, 64), "odd": (48, 80), "deep": (64, 256)}
 OURS = "ModelOpt's unified export, which fp4trt writes"

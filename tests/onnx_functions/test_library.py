@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from calibration import nvfp4
+from calibration.formats import nvfp4
 from onnx_functions import library
-from onnx_functions.reference_ops import quantize_nvfp4
+from onnx_functions.simulation.reference_ops import quantize_nvfp4
 
 E2M1 = np.array([*nvfp4.E2M1_VALUES, *(-value for value in nvfp4.E2M1_VALUES)], np.float32)
 TIES = np.array([0, -0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -1.25, -1.75, -2.5, -5, 6], np.float32)

@@ -13,13 +13,12 @@ import onnx
 import pytest
 
 import fp4trt
+from fp4trt.errors import BadGraph, BadModelError
+from fp4trt.linked_files import real_file
 from onnx_functions import session
-from onnx_functions.errors import BadGraph
-from onnx_functions.external_data import array_of, embedded, in_real_files, load_graph, span_of
-from onnx_functions.linked_files import real_file
+from onnx_functions.graph.external_data import array_of, embedded, in_real_files, load_graph, span_of
 from onnx_functions.linting import lint
-from onnx_functions.validation import validate
-from trt_build.errors import BadModelError
+from onnx_functions.validation.run_gates import validate
 from trt_build.graph import read_graph
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a link needs a privilege on Windows")

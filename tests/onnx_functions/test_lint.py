@@ -19,9 +19,9 @@ from lint_mutations_fp8 import MUTATIONS
 from onnx import helper
 
 import fp4trt
+from fp4trt.errors import BadGraph, LintError
 from fp4trt.families.digits import DIGITS
 from fp4trt.families.flux import FLUX
-from onnx_functions.errors import BadGraph, LintError
 from onnx_functions.linting import RULES, lint, normalise, promise, require_clean, values
 from trt_build.graph import read_graph
 

@@ -8,8 +8,8 @@ from lint_damage import Damaged
 from lint_mutations import MODULATION, OUT, K, Q
 from onnx import helper
 
-from calibration.recipe import preset_names
-from onnx_functions.linears import metadata_of
+from calibration.recipes.recipe import preset_names
+from onnx_functions.graph.linears import metadata_of
 from onnx_functions.linting import lint
 
 

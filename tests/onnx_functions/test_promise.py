@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from onnx_functions.errors import BadGraph, BadReference, UnknownArtifact
-from onnx_functions.linears import promised_linears
-from onnx_functions.validation import validate
-from onnx_functions.verdict import Report, gate_of_offenders
+from fp4trt.errors import BadGraph, BadReference, UnknownArtifact
+from onnx_functions.graph.linears import promised_linears
+from onnx_functions.validation.run_gates import validate
+from onnx_functions.validation.verdict import Report, gate_of_offenders
 
 TO_Q = "transformer_blocks.1.attn.to_q"
 NOTHING: dict[str, list[str]] = {"nvfp4": [], "bf16": []}

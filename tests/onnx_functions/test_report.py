@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import onnx_functions
-from onnx_functions.errors import OutputExists
-from onnx_functions.report import check_report_folder, write_report
-from onnx_functions.verdict import Figures, Gate, Report, gate_of_offenders, relative_l2
+from fp4trt.errors import OutputExists
+from onnx_functions.validation.report import check_report_folder, write_report
+from onnx_functions.validation.verdict import Figures, Gate, Report, gate_of_offenders, relative_l2
 
 
 def report(tmp_path: Path) -> Report:

@@ -10,14 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from calibration import nvfp4
-from onnx_functions.cut import cut
-from onnx_functions.element_types import element_types
-from onnx_functions.errors import BadGraph
-from onnx_functions.external_data import load_graph
-from onnx_functions.linears import Graph
-from onnx_functions.reference_ops import reference_evaluator
-from onnx_functions.simulation import runtime_session, session, simulate, teacher_forced
+from calibration.formats import nvfp4
+from fp4trt.errors import BadGraph
+from onnx_functions.graph.cut import cut
+from onnx_functions.graph.element_types import element_types
+from onnx_functions.graph.external_data import load_graph
+from onnx_functions.graph.linears import Graph
+from onnx_functions.simulation.reference_ops import reference_evaluator
+from onnx_functions.simulation.simulate import runtime_session, session, simulate, teacher_forced
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_a_placeholder_that_was_left_in_the_graph_is_named(small_graph) -> None:
 
 @pytest.mark.parametrize("location", ["../small.safetensors", "/etc/hosts", "C:\\data", ""])
 def test_data_outside_the_models_folder_is_refused(small_graph, location: str) -> None:
-    from onnx_functions.external_data import span_of
+    from onnx_functions.graph.external_data import span_of
 
     tensor = load_graph(small_graph.path).graph.initializer[0]
     tensor.external_data[0].value = location

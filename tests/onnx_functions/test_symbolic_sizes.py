@@ -9,9 +9,9 @@ import pytest
 from onnx import NodeProto
 from small_graphs import array, integers, node, product, save, value
 
+from onnx_functions.graph.sizes import sizes_at
+from onnx_functions.graph.symbols import assignments, evaluated
 from onnx_functions.linting import lint
-from onnx_functions.sizes import sizes_at
-from onnx_functions.symbols import assignments, evaluated
 
 X, Y = value("x", "B", "S", 64), value("y", "B", "S", 32)
 SLICE = [integers("begin", 0), integers("end", 16), integers("axis", 1)]

@@ -13,7 +13,7 @@ from small_graphs import array, integers, node, product, save, value
 
 import fp4trt
 import onnx_functions
-from onnx_functions.verdict import Gate, Report
+from onnx_functions.validation.verdict import Gate, Report
 
 X, Y = value("x", "B", "S", 64), value("y", "B", "S", 32)
 

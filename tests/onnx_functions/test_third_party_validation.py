@@ -17,9 +17,9 @@ from small_graphs import array, integers, node, product, save, value
 
 import fp4trt
 import onnx_functions
-from onnx_functions.errors import BadGraph, CannotRun
-from onnx_functions.third_party_validation import NO_REFERENCE
-from onnx_functions.verdict import Gate, Report
+from fp4trt.errors import BadGraph, CannotRun
+from onnx_functions.validation.third_party_validation import NO_REFERENCE
+from onnx_functions.validation.verdict import Gate, Report
 
 X, Y = value("x", "B", "S", 64), value("y", "B", "S", 32)
 
@@ -268,7 +268,7 @@ def test_what_needs_a_checkpoint_is_refused_as_before(
 
 
 def test_too_little_memory_is_no_failure_of_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnx_functions.third_party_validation.available_memory", lambda: 1000)
+    monkeypatch.setattr("onnx_functions.validation.third_party_validation.available_memory", lambda: 1000)
     with pytest.raises(CannotRun, match=r"running theirs\.onnx needs about .* GiB of memory"):
         onnx_functions.validate(save(tmp_path / "theirs.onnx", [product("x")], [X], [Y]))
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fp4trt
-from calibration.checkpoint import read
-from onnx_functions.errors import BadGraph, BadReference
-from onnx_functions.validation import validate
-from onnx_functions.verdict import Report
+from calibration.checkpoints.quantized import read
+from fp4trt.errors import BadGraph, BadReference
+from onnx_functions.validation.run_gates import validate
+from onnx_functions.validation.verdict import Report
 
 TO_Q = "transformer_blocks.1.attn.to_q"
 TO_K = "transformer_blocks.1.attn.to_k"

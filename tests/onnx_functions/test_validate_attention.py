@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import NodeProto, numpy_helper
 
-from onnx_functions.validation import validate
-from onnx_functions.verdict import Gate
+from onnx_functions.validation.run_gates import validate
+from onnx_functions.validation.verdict import Gate
 
 BLOCK = "transformer_blocks.0"
 A = f"{BLOCK}.attn"

@@ -10,14 +10,12 @@ import onnx
 import pytest
 import torch
 
-from calibration.errors import OutputExists
-from onnx_functions import validation
-from onnx_functions.block_selection import chosen_blocks, token_counts
-from onnx_functions.element_types import element_types
-from onnx_functions.errors import BadSelection
-from onnx_functions.torch_reference import Outputs, Walk, open_reference
-from onnx_functions.validation import validate
-from onnx_functions.verdict import Gate, Report
+from fp4trt.errors import BadSelection, OutputExists
+from onnx_functions.graph.element_types import element_types
+from onnx_functions.validation.block_selection import chosen_blocks, token_counts
+from onnx_functions.validation.run_gates import run_gates, validate
+from onnx_functions.validation.torch_reference import Outputs, Walk, open_reference
+from onnx_functions.validation.verdict import Gate, Report
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 FLUX = [f"{DOUBLE}.{index}" for index in range(19)] + [f"{SINGLE}.{index}" for index in range(38)]
@@ -135,7 +133,7 @@ def test_token_counts_that_cannot_be_run_are_refused(asked: str, words: str) -> 
 def test_a_graph_that_does_not_fit_is_run_block_by_block_and_the_estimate_is_told(
     quantized_digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validation, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(run_gates, "available_memory", lambda: 1 << 20)
     report = validate(quantized_digits, blocks=None)
     assert report.passed
     assert gate(report, "structure").detail.startswith("6 blocks and what lies outside them")
@@ -154,8 +152,8 @@ def test_the_estimate_counts_every_weight_once(quantized_digits: Path, monkeypat
             asked.append(need)
             return True
 
-    monkeypatch.setattr(validation, "available_memory", Free)
-    assert validation._why_by_block("full", None, model) is None
+    monkeypatch.setattr(run_gates, "available_memory", Free)
+    assert run_gates._why_by_block("full", None, model) is None
     assert asked[0] == pytest.approx(6 * 2.35e6, rel=0.07)
 
 

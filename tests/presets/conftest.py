@@ -20,7 +20,8 @@ def short_digits(digits: Path, shared_folder: SharedFolder) -> Path:
     def make(folder: Path) -> None:
         from diffusers import FluxTransformer2DModel
 
-        from calibration.source import load_json, load_source
+        from calibration.checkpoints.plain import load_source
+        from fp4trt.json_file import load_json
 
         config = load_json(digits / "config.json") | {"num_layers": 1, "num_single_layers": 1}
         model = FluxTransformer2DModel.from_config(config)
@@ -40,7 +41,7 @@ def walk(short_digits: Path, five_calls: Path, tmp_path: Path) -> Walk:
 
     def check(name: str) -> dict[str, Any]:
         from calibration import quantize
-        from calibration.recipe import load_recipe
+        from calibration.recipes.recipe import load_recipe
         from exporter import export
         from onnx_functions import validate
         from trt_build import build
@@ -72,7 +73,7 @@ def walk(short_digits: Path, five_calls: Path, tmp_path: Path) -> Walk:
 
 def _graph_is_made_of(folder: Path) -> tuple[Any, ...]:
     """Return all that the exporter makes a graph of: names, types and shapes, who leads a group, what has a branch."""
-    from calibration.checkpoint import read
+    from calibration.checkpoints.quantized import read
     from exporter.onnx_export import branches, group_leaders
 
     checkpoint = read(folder)
@@ -101,9 +102,9 @@ def quantize_plain(short_digits: Path, five_calls: Path, plain_graph: tuple[Any,
 
     def check(recipe: str | Path) -> dict[str, float]:
         from calibration import quantize
-        from calibration.checkpoint import read
-        from calibration.recipe import load_recipe
-        from calibration.source import load_source
+        from calibration.checkpoints.plain import load_source
+        from calibration.checkpoints.quantized import read
+        from calibration.recipes.recipe import load_recipe
 
         assert quantize(short_digits, tmp_path / "fp4", recipe, five_calls)["recipe"] == load_recipe(recipe).name
         assert _graph_is_made_of(tmp_path / "fp4") == plain_graph

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import fp4trt
-from calibration.recipe import load_recipe, preset_names
-from calibration.source import load_json
+from calibration.recipes.recipe import load_recipe, preset_names
+from fp4trt.json_file import load_json
 
 AWQ = "nvfp4-modelopt-awq"
 PLAIN = [name for name in preset_names() if load_recipe(name).method.name == "modelopt" and name != AWQ]

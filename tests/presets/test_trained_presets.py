@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from calibration.recipe import load_recipe, preset_names
+from calibration.recipes.recipe import load_recipe, preset_names
 
 
 @pytest.mark.parametrize("name", [name for name in preset_names() if load_recipe(name).method.name == "qat"])

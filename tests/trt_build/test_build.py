@@ -14,12 +14,12 @@ import onnx
 import pytest
 
 import trt_build
-from onnx_functions.errors import LintError
-from trt_build.errors import (
+from fp4trt.errors import (
     BackendMissingError,
     BadModelError,
     BuilderFailedError,
     EngineWriteError,
+    LintError,
     OutputExistsError,
     UnsupportedFormatError,
 )

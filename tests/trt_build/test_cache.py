@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import trt_build
-from trt_build.errors import OutputExistsError
+from fp4trt.errors import OutputExistsError
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import trt_build
+from fp4trt.errors import BuilderFailedError, EngineWriteError
 from trt_build import supervise
 from trt_build.callbacks import EngineFile
-from trt_build.errors import BuilderFailedError, EngineWriteError
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from onnx_functions.errors import LintError
+from fp4trt.errors import LintError, UnknownGpuError
 from trt_build.cli import build_command
-from trt_build.errors import UnknownGpuError
 
 
 def call(*arguments: str) -> Any:

@@ -12,9 +12,8 @@ from onnx import helper, numpy_helper
 
 import fp4trt
 import trt_build
-from onnx_functions.errors import LintError
+from fp4trt.errors import CoverageError, LintError
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
-from trt_build.errors import CoverageError
 from trt_build.graph import read_graph
 from trt_build.layer_info import Layer
 

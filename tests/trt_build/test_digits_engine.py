@@ -11,8 +11,8 @@ import pytest
 
 import fp4trt
 from calibration import quantize
-from calibration.dataset import load_inputs, save_inputs
-from onnx_functions.validation import validate
+from calibration.inputs.captured import load_inputs, save_inputs
+from onnx_functions.validation.run_gates import validate
 from trt_build import build
 
 ROOT = Path(fp4trt.__file__).parents[1]

@@ -13,12 +13,11 @@ import pytest
 
 import fp4trt
 from calibration import quantize
-from calibration.source import load_json
 from exporter import export
+from fp4trt.errors import BadProfileError, CoverageError, LintError
 from fp4trt.families import family_of
-from onnx_functions.errors import LintError
+from fp4trt.json_file import load_json
 from trt_build import build
-from trt_build.errors import BadProfileError, CoverageError
 
 pytest.importorskip("tensorrt_rtx")
 

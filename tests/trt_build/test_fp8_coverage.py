@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import trt_build
+from fp4trt.errors import CoverageError, UnsupportedFormatError
 from trt_build import builder
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
-from trt_build.errors import CoverageError, UnsupportedFormatError
 from trt_build.graph import read_graph
 from trt_build.layer_info import Layer
 

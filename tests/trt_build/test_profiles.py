@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trt_build.errors import BadModelError, BadProfileError
+from fp4trt.errors import BadModelError, BadProfileError
 from trt_build.least_tokens import require_tokens
 from trt_build.profiles import Profile, make_profile
 

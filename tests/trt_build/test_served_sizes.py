@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 import fp4trt
 import trt_build
-from trt_build.errors import BadProfileError
+from fp4trt.errors import BadProfileError
 from trt_build.graph import read_graph
 from trt_build.profiles import make_profile
 from trt_build.served_sizes import require_served

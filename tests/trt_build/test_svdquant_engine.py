@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import fp4trt
-from onnx_functions.inspect import describe
-from onnx_functions.safetensors_header import tensors_in_folder
-from onnx_functions.validation import validate
+from fp4trt.safetensors_header import tensors_in_folder
+from onnx_functions.inspection.inspect import describe
+from onnx_functions.validation.run_gates import validate
 from trt_build import build
 
 GROUPS = 32

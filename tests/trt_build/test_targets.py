@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from trt_build.errors import UnknownGpuError, UnsupportedFormatError
+from fp4trt.errors import UnknownGpuError, UnsupportedFormatError
 from trt_build.targets import TARGETS, parse_gpus, require_format
 
 

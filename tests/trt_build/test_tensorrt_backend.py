@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import trt_build
-from trt_build.errors import BackendMissingError, OutputExistsError
+from fp4trt.errors import BackendMissingError, OutputExistsError
 
 pytest.importorskip("tensorrt_rtx")
 

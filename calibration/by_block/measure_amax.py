@@ -1,0 +1,127 @@
+"""Measure what enters a plain checkpoint's linears and attentions, block by block, going on after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+
+from calibration.by_block.progress import finished_blocks
+from calibration.by_block.runner import BlockRunner, Outputs
+from calibration.checkpoints.plain import empty_source, files_of, finite_tensor
+from calibration.formats import input_quantizers
+from calibration.formats.attention_amax import OperandAmax, checked_attentions
+from calibration.inputs.captured import Inputs
+from fp4trt.errors import BadInputs
+from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import bytes_of
+
+__all__ = ["identity_of", "measured_by_block", "require_device"]
+
+_VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt")
+
+
+@contextlib.contextmanager
+def measured_by_block(
+    folder: Path, calls: Sequence[Inputs], work: Path, device: str = "cpu"
+) -> Iterator[input_quantizers.Amax]:
+    """Give the largest magnitude that enters each linear and attention that the family quantizes, over all calls.
+
+    In memory at a time: one block, what lies outside the blocks, and the activations of one call. The outputs of a
+    block for every call are on disk (28 MB a call for FLUX.1 at 1024 pixels), beside those of the block before it.
+
+    Args:
+        folder: a plain checkpoint.
+        calls: captured inputs.
+        work: folder for what is finished, as :func:`calibration.by_block.progress.finished_blocks` has it: until the
+            end of the ``with`` statement the same call gives the same maxima again, and need not measure.
+        device: where to compute, ``cpu`` or ``cuda``.
+
+    Raises:
+        BadCheckpoint: the folder is not what :func:`calibration.checkpoints.plain.load_source` accepts.
+        BadAmax: a linear was never reached, or its maximum is zero, NaN or infinite.
+        BadInputs: there is no such device.
+        OutputExists: ``work`` is somebody else's.
+    """
+    require_device(device)
+    config = load_json(folder / "config.json")
+    family = family_of(config)
+    blocks, paths, attentions = family.blocks(config), family.quantized(config), family.attentions(config)
+    model, stored = empty_source(folder)
+    tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
+    runner = BlockRunner(model, blocks, tensor, device)
+    length = len(blocks) * len(calls)
+    progress = click.progressbar(length=length, label="calibrating", file=sys.stderr, show_eta=True)
+    with finished_blocks(work, identity_of(folder, config, calls, device)) as finished, progress as bar:
+        bar.update(len(finished.results) * len(calls))
+        for block in blocks[len(finished.results) :]:
+            members, inner = ([p for p in listed if p.startswith(f"{block}.")] for listed in (paths, attentions))
+            add = finished.add if block != blocks[-1] else _drop
+            finished.finish(block, _measure(runner, block, members, inner, calls, finished.outputs, add, bar.update))
+        amax = {path: value for result in finished.results.values() for path, value in result.items()}
+        yield input_quantizers.checked(amax, paths) | checked_attentions(amax, attentions)
+
+
+def _drop(_: Outputs) -> None:
+    """Keep nothing of what the last block gives: no block reads it."""
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        BadInputs: naming it.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInputs("torch sees no CUDA GPU; expected one for --device cuda: use --device cpu")
+
+
+def _measure(
+    runner: BlockRunner,
+    block: str,
+    paths: Sequence[str],
+    attentions: Sequence[str],
+    calls: Sequence[Inputs],
+    before: Callable[[int], Outputs],
+    add: Callable[[Outputs], None],
+    tell: Callable[[int], object],
+) -> input_quantizers.Amax:
+    """Run one block on every call, keeping its outputs, and return its maxima by full path."""
+
+    def run() -> None:
+        for index, call in enumerate(calls):
+            add(runner.run(block, call, before(index)))
+            tell(1)
+
+    names = [path.removeprefix(f"{block}.") for path in paths]
+    with runner.loaded(block) as module, OperandAmax(attentions) as operands:
+        measured = input_quantizers.measure_input_amax(module, names, run)
+    amax = {f"{block}.{name}": value for name, value in measured.items()}
+    return input_quantizers.checked(amax, paths) | checked_attentions(operands.amax, attentions)
+
+
+def identity_of(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], device: str) -> dict[str, Any]:
+    """Return what must be the same for a run to go on; the weights are known by size and time of change."""
+    digest = hashlib.sha256()
+    for call in calls:
+        for name, value in call.items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(bytes_of(value).data)
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(folder)]
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {
+        "measured": "linears and attentions",
+        "weights": weights,
+        "config": config,
+        "calls": digest.hexdigest(),
+        "device": device,
+        "versions": versions,
+    }

@@ -1,0 +1,207 @@
+"""The files of a quantized checkpoint: what lies where is decided here, and filled in any order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.checkpoints.quantized import FP8_SCALES, WEIGHTS
+from calibration.formats import nvfp4
+from fp4trt.safetensors_file import StoredTensor, TensorPlan, is_reserved, naming, reserve, sha256_of
+
+__all__ = [
+    "GLOBAL_SCALES",
+    "INDEX",
+    "SHARD_BYTES",
+    "Groups",
+    "Shard",
+    "ShardFiles",
+    "are_reserved",
+    "index_of",
+    "plan_shards",
+    "results_of",
+    "seal",
+]
+
+INDEX: Final = f"{WEIGHTS}.index.json"
+
+SHARD_BYTES: Final = 2_000_000_000
+"""A shard is closed before it grows beyond this."""
+
+GLOBAL_SCALES: Final = ("weight_scale_2", "input_scale")
+"""What a linear in NVFP4 has in FP32: the global scale of its weight, and that of its input."""
+
+_METADATA: Final = {"format": "pt"}
+
+Groups = Sequence[Sequence[str]]
+"""Module paths of the quantized linears, by shared input, in graph order."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: first 32- and 16-bit tensors, where it has any, then whole groups, codes before block scales."""
+
+    name: str
+    plan: tuple[TensorPlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors."""
+        return sum(tensor.nbytes for tensor in self.plan)
+
+
+def plan_shards(
+    stored: Mapping[str, StoredTensor],
+    groups: Groups,
+    prepared: Mapping[str, StoredTensor] = MappingProxyType({}),
+    fp8: Container[str] = (),
+    limit: int = SHARD_BYTES,
+) -> list[Shard]:
+    """Return the files to write: one, or more where a file would grow beyond ``limit`` bytes.
+
+    Order of the bytes: 32-bit tensors, 16-bit tensors, then group by group in graph order the codes of its members and
+    their block scales. So every offset is a multiple of the element size, and a merged group's codes are one span.
+
+    Args:
+        stored: name to tensor of the plain checkpoint.
+        groups: the quantized linears that read the same input.
+        prepared: tensors of the result that are made already, in the place of what would be made of ``stored``, or
+            beside it.
+        fp8: those of the quantized linears that are in FP8; the others are in NVFP4.
+        limit: in bytes.
+    """
+    quantized = {f"{path}.weight" for group in groups for path in group}
+    wide: dict[str, tuple[str, tuple[int, ...]]]
+    four = [path for group in groups for path in group if path not in fp8]
+    eight = [path for group in groups for path in group if path in fp8]
+    wide = {f"{path}.{kind}": ("F32", ()) for kind in GLOBAL_SCALES for path in four}
+    wide |= {f"{path}.{kind}": ("F32", ()) for kind in FP8_SCALES for path in eight}
+    narrow = {name: ("BF16", tensor.shape) for name, tensor in stored.items() if name not in quantized}
+    packed = {f"{path}.weight" for path in (*four, *eight)} | {f"{path}.weight_scale" for path in four}
+    for name, tensor in prepared.items():
+        if name not in packed:
+            (wide if tensor.dtype == "F32" else narrow)[name] = (tensor.dtype, tensor.shape)
+    parts = [[TensorPlan(name, dtype, shape) for name, (dtype, shape) in (*wide.items(), *narrow.items())]]
+    for group in groups:
+        plan = _fp8_plan(stored, group) if group[0] in fp8 else _group_plan(stored, group)
+        if sum(tensor.nbytes for tensor in (*parts[-1], *plan)) > limit:
+            parts.append([])
+        parts[-1].extend(plan)
+    stem = WEIGHTS.removesuffix(".safetensors")
+    names = [f"{stem}-{index:05d}-of-{len(parts):05d}.safetensors" for index in range(1, len(parts) + 1)]
+    return [Shard(name if len(parts) > 1 else WEIGHTS, tuple(plan)) for name, plan in zip(names, parts, strict=True)]
+
+
+def _group_plan(stored: Mapping[str, StoredTensor], group: Sequence[str]) -> list[TensorPlan]:
+    shapes = {path: stored[f"{path}.weight"].shape for path in group}
+    codes = [TensorPlan(f"{path}.weight", "U8", (n, k // 2)) for path, (n, k) in shapes.items()]
+    block = nvfp4.BLOCK_SIZE
+    return codes + [TensorPlan(f"{path}.weight_scale", "F8_E4M3", (n, k // block)) for path, (n, k) in shapes.items()]
+
+
+def _fp8_plan(stored: Mapping[str, StoredTensor], group: Sequence[str]) -> list[TensorPlan]:
+    return [TensorPlan(f"{path}.weight", "F8_E4M3", stored[f"{path}.weight"].shape) for path in group]
+
+
+def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Return what the index file of several shards holds, as diffusers reads it."""
+    names = {tensor.name: shard.name for shard in shards for tensor in shard.plan}
+    return {"metadata": {"total_size": sum(shard.nbytes for shard in shards)}, "weight_map": names}
+
+
+def are_reserved(folder: Path, shards: Iterable[Shard]) -> bool:
+    """Whether all files are in a folder as :class:`ShardFiles` made them: what is written in them can be relied on."""
+    return all(is_reserved(folder / shard.name, shard.plan, _METADATA) for shard in shards)
+
+
+def results_of(
+    names: Iterable[str], groups: Groups, prepared: Container[str] = (), fp8: Container[str] = ()
+) -> list[str]:
+    """Return what tensors of the plain checkpoint become: of a quantized weight its codes and scales.
+
+    A tensor that is prepared already is its own result.
+    """
+    quantized = {f"{path}.weight": path for group in groups for path in group if f"{path}.weight" not in prepared}
+
+    def of(name: str) -> list[str]:
+        path = quantized.get(name)
+        if path is None:
+            return [name]
+        scales = FP8_SCALES if path in fp8 else ("weight_scale", *GLOBAL_SCALES)
+        return [f"{path}.{kind}" for kind in ("weight", *scales)]
+
+    return [result for name in names for result in of(name)]
+
+
+class ShardFiles:
+    """The files of a result, filled by several threads in any order.
+
+    Args:
+        folder: where.
+        shards: of :func:`plan_shards`. Data that an earlier run wrote into them stay.
+        written: those of their tensors that are there already.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], written: Iterable[str] = ()) -> None:
+        self._lock = threading.Lock()
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._missing: dict[Path, int] = {}
+        sizes: dict[str, int] = {}
+        for shard in shards:
+            path = folder / shard.name
+            begins = reserve(path, shard.plan, _METADATA)
+            self._places |= {name: (path, begin) for name, begin in begins.items()}
+            self._missing[path] = shard.nbytes
+            sizes |= {tensor.name: tensor.nbytes for tensor in shard.plan}
+        for name in written:
+            self._missing[self._places[name][0]] -= sizes[name]
+
+    def put(self, name: str, begin: int, data: npt.NDArray[Any]) -> None:
+        """Write some of a tensor.
+
+        Args:
+            name: of the tensor.
+            begin: byte of the tensor that ``data`` start with.
+            data: contiguous.
+        """
+        path, offset = self._places[name]
+        with naming(path), path.open("r+b") as file:
+            file.seek(offset + begin)
+            file.write(data.reshape(-1).view(np.uint8).data)
+        with self._lock:
+            self._missing[path] -= data.nbytes
+
+    def sync(self) -> None:
+        """Bring to disk what has been written."""
+        for path in self._missing:
+            _sync(path)
+
+    def missing(self) -> int:
+        """Return how many bytes are still to be written."""
+        with self._lock:
+            return sum(self._missing.values())
+
+    def whole(self) -> list[Path]:
+        """Return the files that nothing is missing in."""
+        with self._lock:
+            return [path for path, missing in self._missing.items() if not missing]
+
+
+def seal(path: Path) -> str:
+    """Bring a whole file to disk and return its SHA-256."""
+    digest = sha256_of(path)
+    _sync(path)
+    return digest
+
+
+def _sync(path: Path) -> None:
+    with naming(path), path.open("r+b") as file:
+        os.fsync(file.fileno())

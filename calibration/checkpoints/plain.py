@@ -1,0 +1,280 @@
+"""Unquantized checkpoints: find them, hash them, load them strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+from torch import nn
+
+from calibration.formats.bfloat16 import bits_of, refuse_other_types, why_unusable
+from fp4trt.errors import BadCheckpoint
+from fp4trt.families import Family, family_of
+from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.json_file import load_json
+from fp4trt.layouts import refuse_foreign_layout
+from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.safetensors_file import StoredTensor, metadata_in_file, read_header, sha256_of
+
+__all__ = [
+    "BUILT_IN",
+    "check_source",
+    "empty_source",
+    "files_of",
+    "find_source",
+    "finite_tensor",
+    "load_source",
+    "metadata_of",
+    "model_class",
+    "refuse_other_shapes",
+    "refuse_quantized",
+    "source_hashes",
+    "tensors_of",
+    "weights_fingerprint",
+]
+
+BUILT_IN: Final = "digits"
+"""What a user types for the model that comes with the package."""
+
+_SAMPLED: Final = 2048
+"""Values of each tensor that a fingerprint is of."""
+
+_STEM: Final = "diffusion_pytorch_model"
+
+
+def find_source(source: str | Path) -> Path:
+    """Return the folder of a transformer: config.json beside diffusion_pytorch_model*.safetensors.
+
+    Args:
+        source: such a folder, a pipeline's folder with a ``transformer`` sub-folder, ``digits`` for the built-in model,
+            or the name of a hub repository, whose transformer is then downloaded.
+
+    Raises:
+        BadCheckpoint: there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        found = transformer_folder(folder)
+        if not (found / "config.json").is_file():
+            lacks = what_it_lacks(found / "config.json").removeprefix("does not exist")
+            raise BadCheckpoint(
+                f"{folder} has no config.json (nor transformer/config.json){lacks}; expected a diffusers checkpoint"
+            )
+        return found
+    if folder.is_file():
+        kind = what_it_is(folder) or "is a single file"
+        raise BadCheckpoint(f"{folder} {kind}; expected the folder of a diffusers checkpoint")
+    if str(source) == BUILT_IN:
+        return Path(str(importlib.resources.files("calibration") / "digits"))
+    if str(source).count("/") == 1 and not folder.is_absolute():
+        return _download(str(source))
+    raise BadCheckpoint(f"{source} is not a folder; expected a diffusers checkpoint, a hub name or '{BUILT_IN}'")
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(repository, allow_patterns=["transformer/*"])) / "transformer"
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadCheckpoint(
+            f"{repository} is no folder here and could not be downloaded ({reason}); give the path of a local copy"
+        ) from None
+    if not found.is_dir():
+        raise BadCheckpoint(f"{repository} has no transformer/; expected a pipeline around a diffusion transformer")
+    return found
+
+
+def files_of(folder: Path) -> tuple[Path, ...]:
+    """Return the safetensors files of a checkpoint, sharded or not, in the order of their names.
+
+    Raises:
+        BadCheckpoint: there are none, or the index names one that is missing.
+    """
+    names = _index(folder)
+    files = sorted(set(names.values())) if names is not None else [f"{_STEM}.safetensors"]
+    return tuple(folder / name for name in files)
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """Return tensor name to file name, or None where the checkpoint is one file."""
+    index = folder / f"{_STEM}.safetensors.index.json"
+    if not index.exists():
+        return None
+    names = load_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise BadCheckpoint(f"{index} has no weight_map of tensor names to file names; copy it again")
+    if outside := next((name for name in names.values() if Path(name).name != name or "\\" in name), None):
+        raise BadCheckpoint(f"{index} speaks of {outside!r}; expected the name of a file beside it: copy it again")
+    return names
+
+
+def tensors_of(folder: Path) -> dict[str, StoredTensor]:
+    """Return where every tensor of a checkpoint lies.
+
+    Raises:
+        BadCheckpoint: a file is missing or damaged, two files define one tensor, or the index says otherwise.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    files = files_of(folder)
+    if not any(file.exists() for file in files):
+        _refuse_other_weights(folder)
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise BadCheckpoint(f"{name} is both in {tensors[name].file.name} and in {file.name}; keep one of them")
+            tensors[name] = tensor
+    for name, file_name in (_index(folder) or {}).items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            where = f"it is in {tensors[name].file.name}" if name in tensors else "no file has it"
+            raise BadCheckpoint(f"the index of {folder} has {name} in {file_name}, but {where}; copy the files again")
+    return tensors
+
+
+def metadata_of(folder: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_of` reads, as one."""
+    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse a folder that has weights, but in other files than the ones that are read.
+
+    Raises:
+        BadCheckpoint: naming one of them.
+    """
+    formats = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf")
+    others = [file for kind in formats for file in sorted(folder.glob(f"*.{kind}")) if file.is_file()]
+    if not others:
+        return
+    file = others[0]
+    if kind := what_it_is(file):
+        what = kind
+    elif file.suffix == ".safetensors":
+        what = f"is not the name that is read: copy or link it as {_STEM}.safetensors, shards with their index"
+    else:
+        what = "is not safetensors: save the model with save_pretrained(safe_serialization=True)"
+    raise BadCheckpoint(f"{folder} has no {_STEM}.safetensors, and its {file.name} {what}")
+
+
+def model_class(family: Family) -> Any:
+    """Return the diffusers class of a family."""
+    import diffusers
+
+    return getattr(diffusers, family.class_name)
+
+
+def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Load a plain checkpoint as its diffusers class, in eval mode, on the CPU.
+
+    Raises:
+        BadCheckpoint: names, shapes or values are not what config.json asks for.
+        UnknownFamily: the model is of no family of ours.
+    """
+    model, stored = empty_source(folder)
+    state = {name: finite_tensor(folder, name, tensor).to(dtype) for name, tensor in stored.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
+    """Return the diffusers model of a plain checkpoint on the meta device, and where its tensors lie.
+
+    Stricter than ``from_pretrained``, which fills missing weights with random ones and only warns.
+
+    Raises:
+        BadCheckpoint: names or shapes are not what config.json asks for.
+        UnknownFamily: the model is of no family of ours.
+    """
+    config = load_json(folder / "config.json")
+    refuse_quantized(folder, config)
+    stored = tensors_of(folder)
+    refuse_foreign_layout(str(folder), config, metadata_of(folder), stored)
+    cls = model_class(family_of(config))
+    with torch.device("meta"):
+        model = cls.from_config(config)
+    refuse_other_shapes(folder, model, stored)
+    return model, stored
+
+
+def check_source(folder: Path) -> None:
+    """Read every tensor of a plain checkpoint once, one in memory at a time, before hours are spent on it.
+
+    Raises:
+        BadCheckpoint, UnknownFamily: as :func:`load_source`.
+    """
+    _, stored = empty_source(folder)
+    size = sum(tensor.nbytes for tensor in stored.values())
+    with click.progressbar(length=size, label="checking weights", file=sys.stderr, show_eta=True) as bar:
+        for name, tensor in stored.items():
+            finite_tensor(folder, name, tensor)
+            bar.update(tensor.nbytes)
+
+
+def finite_tensor(folder: Path, name: str, stored: StoredTensor) -> torch.Tensor:
+    """Read a tensor of a plain checkpoint.
+
+    Raises:
+        BadCheckpoint: it is no floating-point number of 16 or 32 bit, or holds a value that BF16 cannot.
+    """
+    refuse_other_types(f"{folder}: {name}", stored)
+    value = stored.tensor()
+    if not value.to(torch.bfloat16).isfinite().all():
+        raise BadCheckpoint(f"{folder}: {name} {why_unusable(stored)}")
+    return value
+
+
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is not plain.
+
+    Raises:
+        BadCheckpoint: it is quantized already.
+    """
+    if "quantization_config" in config:
+        raise BadCheckpoint(f"{folder} is quantized already; expected the BF16 checkpoint that it was made from")
+
+
+def refuse_other_shapes(folder: Path, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model that its config describes.
+
+    Raises:
+        BadCheckpoint: naming the first tensor that is absent, superfluous or of another shape.
+    """
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise BadCheckpoint(
+                f"{name} is {_shape(found.get(name))} in {folder}, {_shape(wanted.get(name))} by its config.json"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return what tells a checkpoint's weights from those of any other model of the same shapes, in a second.
+
+    That is a SHA-256 over name, shape and the first values of each tensor, as BF16: it is the same for shards and for
+    one file, and for a copy of BF16 weights in FP32.
+    """
+    digest = hashlib.sha256()
+    for name, stored in sorted(tensors_of(folder).items()):
+        refuse_other_types(f"{folder}: {name}", stored)
+        digest.update(f"{name} {list(stored.shape)}".encode())
+        digest.update(bits_of(stored, 0, min(math.prod(stored.shape), _SAMPLED)).tobytes())
+    return digest.hexdigest()
+
+
+def source_hashes(folder: Path) -> dict[str, str]:
+    """Return file name to SHA-256 of a checkpoint's config and weights."""
+    return {file.name: sha256_of(file) for file in (folder / "config.json", *files_of(folder))}

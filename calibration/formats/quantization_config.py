@@ -1,0 +1,83 @@
+"""What a quantized checkpoint's config.json says of its formats, as ModelOpt's unified export says it.
+
+Written here because ModelOpt takes six seconds to load, longer than many a model to quantize; the tests ask ModelOpt.
+Source: ``modelopt.torch.export`` 0.47, ``process_layer_quant_config`` and ``convert_hf_quant_config_format``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final
+
+from torch import nn
+
+from calibration.formats import nvfp4
+
+__all__ = ["AWQ", "quantization_config"]
+
+AWQ: Final = "nvfp4_awq"
+"""Format of a linear in NVFP4 whose input is scaled by channel, and that has no low-rank branch."""
+
+_NVFP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": nvfp4.BLOCK_SIZE}
+_FP8: Final = {"dynamic": False, "num_bits": 8, "type": "float"}
+_OPERANDS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+    "nvfp4": {"input_activations": _NVFP4, "weights": _NVFP4},
+    AWQ: {"input_activations": {**_NVFP4, "num_bits": 8}, "weights": _NVFP4},  # 8 is what ModelOpt writes; it means 4
+    "fp8": {"input_activations": _FP8, "weights": _FP8},
+}
+_SMOOTHED: Final = {"group_size": nvfp4.BLOCK_SIZE, "has_zero_point": False, "pre_quant_scale": True}
+_LAYERS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "nvfp4": {"quant_algo": "NVFP4", "group_size": nvfp4.BLOCK_SIZE},
+    AWQ: {"quant_algo": "NVFP4_AWQ", **_SMOOTHED},
+    "fp8": {"quant_algo": "FP8"},
+}
+"""What ModelOpt says of one linear of a mixed model."""
+_SVDQUANT: Final = {"quant_algo": "NVFP4_SVD", **_SMOOTHED}
+"""And of one in NVFP4 with a low-rank branch."""
+
+
+def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Collection[int] = ()) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a model some of whose linears are in NVFP4 or FP8.
+
+    Args:
+        model: may be on the meta device.
+        formats: module path to ``nvfp4``, :data:`AWQ`, ``fp8``, or ``bf16`` for a linear that is not quantized.
+        ranks: of the low-rank branches that SVDQuant put beside the linears in NVFP4; none where it did not.
+    """
+    layers = {**_LAYERS, "nvfp4": _SVDQUANT} if ranks else _LAYERS
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantized = {name: formats[name] for name in linears if formats.get(name, "bf16") != "bf16"}
+    kinds = list(dict.fromkeys(quantized.values()))
+    mixed = len(kinds) > 1
+    groups: dict[str, dict[str, Any]] = {
+        f"group_{index}": {
+            **{operand: dict(described) for operand, described in _OPERANDS[kind].items()},
+            "targets": sorted(name for name, found in quantized.items() if found == kind) if mixed else ["Linear"],
+        }
+        for index, kind in enumerate(kinds)
+    }
+    if ranks:
+        told = not mixed and len(ranks) == 1  # ModelOpt knows one rank for all, and of a mixed model does not say it
+        rank = {"lora_rank": next(iter(ranks))} if told else {}
+        groups[f"group_{kinds.index('nvfp4')}"] |= {"has_zero_point": False, "pre_quant_scale": True, **rank}
+    return {
+        **({} if kinds == [AWQ] else {"config_groups": groups}),  # then ModelOpt has none
+        **({"quantized_layers": {name: dict(layers[kind]) for name, kind in quantized.items()}} if mixed else {}),
+        # Of a mixed model ModelOpt names the linears that are quantized, and none that are not.
+        "ignore": [] if mixed else sorted({_pattern(name, quantized) for name in linears if name not in quantized}),
+        "quant_algo": "MIXED_PRECISION" if mixed else layers[kinds[0]]["quant_algo"],
+        "producer": {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")},
+        "quant_method": "modelopt",
+    }
+
+
+def _pattern(name: str, quantized: Iterable[str]) -> str:
+    """Return the widest pattern that takes in a linear and no quantized one: ``stem*``, ``stem.*``, or its name."""
+    for index in (index for index, character in enumerate(name) if character == "."):
+        stem = name[:index]
+        if not any(path.startswith(stem) for path in quantized):
+            return f"{stem}*"
+        if not any(path == stem or path.startswith(f"{stem}.") for path in quantized):
+            return f"{stem}.*"
+    return name

@@ -1,0 +1,1 @@
+"""What the transformer is run on: captured calls, prompts and pictures."""

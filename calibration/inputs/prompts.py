@@ -1,0 +1,200 @@
+"""From prompts to captured transformer inputs: run the family's pipeline over its whole schedule and listen."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+from torch import nn
+
+from calibration.inputs.captured import Inputs, capturing
+from calibration.inputs.pictures import conditions_of
+from fp4trt.errors import BadInputs
+from fp4trt.families import Family
+from fp4trt.families.digits import DIGITS
+from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.json_file import load_json
+from fp4trt.pipeline_folder import PIPELINE
+
+__all__ = [
+    "Sampling",
+    "capture_prompts",
+    "digit_labels",
+    "drawing",
+    "load_pipeline",
+    "pipeline_of",
+    "read_prompts",
+    "refuse_sampling",
+]
+
+
+_POINTER: Final = "version https://git-lfs"
+"""What a Git LFS pointer begins with, which is text as prompts are."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the prompts of a pipeline are sampled; None leaves a setting to the pipeline.
+
+    Attributes:
+        steps: of the schedule.
+        resolution: pixels of a side.
+        pictures: a picture or a folder of them, for a pipeline that reads some beside the prompts.
+    """
+
+    steps: int | None = None
+    resolution: int | None = None
+    pictures: Path | None = None
+
+    def as_arguments(self) -> dict[str, int]:
+        """Return what a pipeline is called with."""
+        settings = {"num_inference_steps": self.steps, "height": self.resolution, "width": self.resolution}
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+def capture_prompts(
+    model: nn.Module, folder: Path, family: Family, prompts: str | Path | None, sampling: Sampling
+) -> list[Inputs]:
+    """Return every call that sampling the prompts makes of the transformer.
+
+    Args:
+        model: the transformer, loaded from ``folder``.
+        folder: its checkpoint; the pipeline (text encoders, tokenizers, scheduler) is expected in the parent folder.
+        family: the model's family.
+        prompts: a text file, one prompt a line; None for the built-in model's ten words.
+        sampling: of a pipeline; the built-in model has its own schedule.
+
+    Raises:
+        BadInputs: there are no prompts, or no pipeline to run them.
+    """
+    if family is DIGITS:
+        return _capture_digits(model, None if prompts is None else read_prompts(Path(prompts)))
+    if prompts is None:
+        raise BadInputs(f"{folder} needs calibration data; give captured inputs, or prompts, or an amax.json")
+    return _capture_pipeline(model, folder, family, read_prompts(Path(prompts)), sampling)
+
+
+def refuse_sampling(folder: Path, family: Family, prompts: str | Path | None, sampling: Sampling) -> None:
+    """Refuse prompts and pictures that the pipeline around a transformer cannot be sampled with, before it is loaded.
+
+    Raises:
+        BadInputs: as :func:`capture_prompts`.
+    """
+    if sampling.pictures is not None and (family is DIGITS or prompts is None):
+        what = "the built-in model reads no pictures" if family is DIGITS else "pictures go with --prompts"
+        raise BadInputs(f"--pictures {sampling.pictures} was given, but {what}: leave it out")
+    if family is not DIGITS and prompts is not None:
+        read_prompts(Path(prompts))
+        conditions_of(pipeline_of(folder), load_json(folder / "config.json"), sampling.pictures)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank.
+
+    Raises:
+        BadInputs: there are none, or there is no such file.
+    """
+    if path.is_dir():
+        raise BadInputs(f"{path} is a folder; expected a text file, one prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise BadInputs(f"{path} {what_it_lacks(path)}; expected a text file, one prompt a line") from None
+    except UnicodeDecodeError as error:
+        kind = what_it_is(path) or f"is not UTF-8 text ({error})"
+        raise BadInputs(f"{path} {kind}; expected one prompt a line") from None
+    if lines and lines[0].startswith(_POINTER):
+        raise BadInputs(f"{path} {what_it_is(path)}; expected one prompt a line")
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise BadInputs(f"{path} holds no prompt; expected one a line")
+    return prompts
+
+
+def digit_labels(words: list[str]) -> list[int]:
+    """Return the digits that the built-in model's words ask for.
+
+    Raises:
+        BadInputs: naming a word that it does not know.
+    """
+    from calibration.digits.prompts import WORDS
+
+    unknown = sorted(set(words) - set(WORDS))
+    if unknown:
+        raise BadInputs(f"'{unknown[0]}' is no prompt of the built-in model; it knows: {', '.join(WORDS)}")
+    return [WORDS.index(word) for word in words]
+
+
+def _capture_digits(model: nn.Module, words: list[str] | None) -> list[Inputs]:
+    from calibration.digits.sampling import capture
+
+    if words is None:
+        return capture(model, dtype=torch.bfloat16)
+    return capture(model, digit_labels(words), dtype=torch.bfloat16)
+
+
+def pipeline_of(folder: Path) -> Path:
+    """Return the pipeline's folder around a transformer's.
+
+    Raises:
+        BadInputs: there is none.
+    """
+    if not (folder.parent / PIPELINE).is_file():
+        raise BadInputs(
+            f"{folder.parent} is not a pipeline (no {PIPELINE}), whose text encoders the prompts need; give the "
+            "pipeline's folder"
+        )
+    return folder.parent
+
+
+@contextlib.contextmanager
+def drawing(root: Path) -> Iterator[None]:
+    """Tell in one line that a pipeline cannot be loaded or does not draw, in diffusers' own words.
+
+    Raises:
+        BadInputs: naming the pipeline.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        if hasattr(error, "exit_code"):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInputs(f"{root} does not draw ({reason}); expected a pipeline that draws in diffusers") from error
+
+
+def load_pipeline(root: Path, transformer: Any) -> Any:
+    """Return the BF16 pipeline in a folder around a transformer, on the GPU where there is one, without a bar."""
+    import diffusers
+    import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
+
+    load: Any = diffusers.DiffusionPipeline.from_pretrained
+    with drawing(root):
+        pipeline = load(root, transformer=transformer, torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    if torch.cuda.is_available():
+        pipeline.enable_model_cpu_offload()
+    return pipeline
+
+
+def _capture_pipeline(
+    model: nn.Module, folder: Path, family: Family, prompts: list[str], sampling: Sampling
+) -> list[Inputs]:
+    """Sample every prompt, on the GPU where there is one, and keep every call of the transformer."""
+    root, config = pipeline_of(folder), load_json(folder / "config.json")
+    conditions = conditions_of(root, config, sampling.pictures)
+    pipeline = load_pipeline(root, model)
+    progress = click.progressbar(prompts, label="sampling prompts", file=sys.stderr)
+    with capturing(model, family, config) as calls, progress as bar:
+        for seed, prompt in enumerate(bar):
+            settings = sampling.as_arguments() | conditions.arguments(seed, sampling.resolution)
+            generator = torch.Generator().manual_seed(seed)
+            with drawing(root):
+                pipeline(prompt=prompt, generator=generator, output_type="latent", **settings)
+    return calls

@@ -1,0 +1,1 @@
+"""Quantization methods, and the plan that holds a recipe against a checkpoint."""

@@ -1,0 +1,151 @@
+"""The linears of a block with ModelOpt's quantizers: put them in, let them measure, and store what they hold.
+
+Linears that read the same input are one linear here (``fused_linears.py``), so that they share all their scales.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibration.by_block.quantize_blocks import BlockTask
+from calibration.checkpoints.quantized import BRANCH, SMOOTHING
+from calibration.formats import fp8, input_quantizers, nvfp4
+from calibration.methods.modelopt.fused_linears import Fused
+
+__all__ = ["fp8_tensors", "insert_quantizers", "measure", "nvfp4_tensors", "only", "quiet", "smooth", "weight_scales"]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep from the terminal what ModelOpt tells of its steps, and its progress bars, which would break ours."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def insert_quantizers(block: nn.Module, formats: Mapping[str, str], weights: Mapping[str, Any]) -> None:
+    """Give the linears of a block ModelOpt's quantizers.
+
+    Args:
+        block: changed in place.
+        formats: path in the block to ``nvfp4`` or ``fp8``.
+        weights: attributes of those for the weights in NVFP4.
+    """
+    from calibration.formats.modelopt_backend import FP8, NVFP4, mtq
+
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for path, kind in formats.items():
+        attributes = {"input": NVFP4, "weight": weights} if kind == "nvfp4" else {"input": FP8, "weight": FP8}
+        entries += [
+            {"quantizer_name": f"{path}.{operand}_quantizer", "cfg": dict(chosen), "enable": True}
+            for operand, chosen in attributes.items()
+        ]
+    with quiet():
+        mtq.quantize(block, {"quant_cfg": entries, "algorithm": None})
+
+
+@contextlib.contextmanager
+def only(block: nn.Module, paths: Collection[str]) -> Iterator[None]:
+    """Switch off the quantizers of all linears of a block but some, until the end of the ``with`` statement."""
+    found: dict[str, Any] = {name: module for name, module in block.named_modules() if name.endswith("_quantizer")}
+    others = [module for name, module in found.items() if name.rpartition(".")[0] not in paths and module.is_enabled]
+    for quantizer in others:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in others:
+            quantizer.enable()
+
+
+def measure(task: BlockTask) -> None:
+    """Measure the maxima of the weights and inputs of all linears whose quantizers are switched on."""
+    from calibration.formats.modelopt_backend import model_calib
+
+    model_calib.max_calibrate(task.module, lambda _: task.run())
+
+
+def smooth(task: BlockTask, paths: Collection[str], alpha_step: float) -> None:
+    """Let AWQ-lite choose the smoothing of some of the quantized linears, and scale their weights for it."""
+    from calibration.formats.modelopt_backend import model_calib
+
+    with only(task.module, paths), quiet():
+        model_calib.awq(task.module, lambda _: task.run(), "awq_lite", alpha_step=alpha_step)
+
+
+def weight_scales(linear: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the weight quantizer of a calibrated linear scales by: E4M3 [N, K/16], and the FP32 global scale.
+
+    A static quantizer keeps the magnitude of each block, which an algorithm may have chosen; a dynamic one takes it
+    from the weight as it finds it.
+    """
+    from calibration.formats.modelopt_backend import fp8_max_for_normalization
+
+    quantizer, weight = linear.weight_quantizer, linear.weight
+    shape = (len(weight), weight.shape[1] // nvfp4.BLOCK_SIZE)
+    if quantizer.is_nvfp4_static:
+        scale = nvfp4.global_scale(quantizer.global_amax, fp8_max_for_normalization(quantizer))
+        amax = quantizer.amax.float().reshape(shape)
+    else:
+        scale = nvfp4.global_scale(quantizer.amax.float())
+        amax = weight.float().reshape(*shape, nvfp4.BLOCK_SIZE).abs().amax(dim=-1)
+    return nvfp4.block_scales(amax, scale), scale.to(weight.device)
+
+
+def nvfp4_tensors(linear: Any, group: Sequence[str], whole: Fused) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of a group, whose linear ModelOpt has calibrated, maybe smoothed and branched.
+
+    Nothing is computed anew: the scales are the quantizers', and the codes those of the weight under them.
+
+    Raises:
+        BadAmax: nothing entered the linear, or nothing finite; or its weight has no scale.
+    """
+    _, entering = _maxima(linear, group[0])
+    block_scales, scale = weight_scales(linear)
+    steps = (block_scales.float() * scale).unsqueeze(-1)
+    codes = nvfp4.codes_under(linear.weight.float().unflatten(-1, (-1, nvfp4.BLOCK_SIZE)), steps).flatten(-2)
+    shared = {"weight_scale_2": scale, "input_scale": nvfp4.global_scale(entering).to(scale.device)}
+    of_rows = {"weight": nvfp4.pack_codes(codes), "weight_scale": block_scales}
+    if (factor := getattr(linear.weight_quantizer, BRANCH[0], None)) is not None:
+        shared[BRANCH[0]] = factor
+        of_rows[BRANCH[1]] = getattr(linear.weight_quantizer, BRANCH[1])
+    if linear.input_quantizer.pre_quant_scale is not None:
+        shared[SMOOTHING] = linear.input_quantizer.pre_quant_scale.reshape(-1)
+    parts = {kind: value.split(list(whole.rows)) for kind, value in of_rows.items()}
+    return {
+        f"{path}.{kind}": value.contiguous()
+        for index, path in enumerate(group)
+        for kind, value in {**shared, **{kind: part[index] for kind, part in parts.items()}}.items()
+    }
+
+
+def fp8_tensors(linear: Any, path: str) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of a linear in FP8, whose maxima ModelOpt has measured.
+
+    Raises:
+        BadAmax: as :func:`nvfp4_tensors`.
+    """
+    weight, entering = _maxima(linear, path)
+    scale = fp8.tensor_scale(weight)
+    return {
+        f"{path}.weight": fp8.quantize(linear.weight, scale),
+        f"{path}.weight_scale": scale,
+        f"{path}.input_scale": fp8.tensor_scale(entering),
+    }
+
+
+def _maxima(linear: Any, path: str) -> tuple[float, float]:
+    """Return the maxima of a linear's weight and of its input, checked."""
+    quantizers = linear.weight_quantizer, linear.input_quantizer
+    amax = [getattr(quantizer, "global_amax", None) for quantizer in quantizers]
+    amax = [quantizer.amax if value is None else value for value, quantizer in zip(amax, quantizers, strict=True)]
+    weight, entering = (math.nan if value is None else float(value) for value in amax)
+    input_quantizers.checked({path: entering}, [path])
+    input_quantizers.checked_weights({path: weight})
+    return weight, entering

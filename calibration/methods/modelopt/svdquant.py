@@ -1,0 +1,107 @@
+"""SVDQuant by ModelOpt: the large singular directions of a smoothed weight in 16 bit, what they leave in NVFP4.
+
+Source: Li et al., SVDQuant (arXiv:2411.05007), in the form that ``modelopt.torch.quantization`` 0.47 has it: AWQ-lite
+chooses the smoothing, for each linear one exponent alpha out of a grid; then the smoothed weight is split by its
+truncated singular value decomposition. Linears that read the same input are calibrated as the one linear that TensorRT
+runs them as (``fused_linears.py``), so that they share smoothing, scales and the first low-rank factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
+from calibration.methods.modelopt.fused_linears import fuse
+from calibration.methods.modelopt.linears import fp8_tensors, insert_quantizers, measure, nvfp4_tensors, quiet, smooth
+from fp4trt.errors import BadRecipe
+
+__all__ = ["require_rank", "svdquant"]
+
+
+def require_rank(rank: int, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a rank that a group of linears does not have.
+
+    Args:
+        rank: for each linear of a group.
+        groups: module paths of the linears that read the same input.
+        shapes: of their weights, [N, K].
+
+    Raises:
+        BadRecipe: naming the first.
+    """
+    for group in groups:
+        rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
+        if rank * len(group) > min(rows, columns):
+            together = "" if len(group) == 1 else f" with the {len(group) - 1} that read the same input"
+            raise BadRecipe(
+                f"method.rank is {rank}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
+                f"expected at most {min(rows, columns) // len(group)}"
+            )
+
+
+def svdquant(rank: int, smoothing: bool, alpha_step: float, rows: Callable[[str], int]) -> Method:
+    """Return what quantizes a block with SVDQuant.
+
+    Args:
+        rank: of the low-rank branch for each linear; linears that read the same input pool theirs.
+        smoothing: scale the inputs by channel first, except where a picture has but one row: TensorRT then quantizes
+            once what the modulations of all blocks read, and nothing is lost (measured).
+        alpha_step: of the grid of exponents from 0 to 1 that the smoothing is chosen from.
+        rows: (module path) to how many rows a picture's input of that linear has.
+    """
+
+    def quantize(task: BlockTask) -> BlockResult:
+        from calibration.formats.modelopt_backend import NVFP4, make_room_for_branches
+
+        tensors: dict[str, torch.Tensor] = {}
+        figures = {}
+        in_fp8 = [path for path, kind in task.linears.items() if kind == "fp8"]
+        groups = [group for group in task.groups if group[0] not in in_fp8]
+        inner = {path: path.removeprefix(f"{task.path}.") for path in task.linears}
+        with torch.no_grad():
+            wholes = [fuse(task.module, [inner[path] for path in group]) for group in groups]
+            paths = [whole.path for whole in wholes]
+            formats = {**dict.fromkeys(paths, "nvfp4"), **{inner[path]: "fp8" for path in in_fp8}}
+            insert_quantizers(task.module, formats, NVFP4)
+            with quiet():
+                make_room_for_branches(task.module)
+            smoothed = [whole.path for whole, group in zip(wholes, groups, strict=True) if rows(group[0]) > 1]
+            if smoothing and smoothed:
+                smooth(task, smoothed, alpha_step)
+            for group, path in zip(groups, paths, strict=True):
+                _split(task.module.get_submodule(path), rank * len(group))
+            measure(task)
+            for group, whole in zip(groups, wholes, strict=True):
+                linear = task.module.get_submodule(whole.path)
+                tensors |= nvfp4_tensors(linear, group, whole)
+                figures[group[0]] = _figures(linear)
+            for path in in_fp8:
+                tensors |= fp8_tensors(task.linear(path), path)
+        return BlockResult(tensors, {"svdquant": figures})
+
+    return quantize
+
+
+# ModelOpt's own ``svdquant`` does all this in one, with one rank for all linears and a fixed grid.
+
+
+def _split(linear: Any, rank: int) -> None:
+    """Take the largest singular directions of a smoothed weight out of it, into its branch."""
+    from calibration.formats.modelopt_backend import model_calib
+
+    b, a = model_calib.svd(linear.weight.data, rank)
+    linear.weight_quantizer.svdquant_lora_a, linear.weight_quantizer.svdquant_lora_b = a, b
+    linear.weight.data.sub_(b @ a)
+    linear.weight_quantizer.reset_amax()
+    linear.input_quantizer.reset_amax()
+
+
+def _figures(linear: Any) -> dict[str, float]:
+    """Return, as shares of the smoothed weight's L2 norm, what the branch leaves, and what quantizing that costs."""
+    quantizer, residual = linear.weight_quantizer, linear.weight.float()
+    whole = residual + quantizer.svdquant_lora_b.float() @ quantizer.svdquant_lora_a.float()
+    error = quantizer(linear.weight).float() - residual
+    return {"residual": float(residual.norm() / whole.norm()), "weight_error": float(error.norm() / whole.norm())}

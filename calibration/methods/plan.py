@@ -1,0 +1,109 @@
+"""What is to be quantized: a plain checkpoint held against a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from calibration.checkpoints.plain import empty_source
+from calibration.formats.nvfp4 import BLOCK_SIZE
+from calibration.methods.registry import registry
+from calibration.recipes.recipe import Recipe, linear_formats
+from fp4trt.errors import UnsupportedLinear
+from fp4trt.families import Family, family_of
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import StoredTensor
+
+__all__ = ["Plain", "checked", "require_whole_blocks"]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What is to be quantized, and how.
+
+    Attributes:
+        folder: the plain checkpoint.
+        config: its config.
+        family: its family.
+        model: empty.
+        stored: its tensors, in the order of the model's own.
+        recipe: how to quantize it.
+        formats: module path of every linear that the family can quantize to its format; and of some others, where a
+            model that is quantized already has them so.
+        own_groups: the quantized linears by what they share, where that is not the family's to say.
+        own_attentions: the attentions in FP8, where that is not the recipe's to say.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    model: nn.Module
+    stored: Mapping[str, StoredTensor]
+    recipe: Recipe
+    formats: Mapping[str, str]
+    own_groups: tuple[tuple[str, ...], ...] | None = None
+    own_attentions: tuple[str, ...] | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The linears in NVFP4."""
+        return self.of_format("nvfp4")
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Those of them that share their scales."""
+        return tuple(group for group in self.quantized_groups if self.formats[group[0]] == "nvfp4")
+
+    @property
+    def quantized_groups(self) -> tuple[tuple[str, ...], ...]:
+        """All quantized linears by the input that they read."""
+        if self.own_groups is not None:
+            return self.own_groups
+        return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] != "bf16")
+
+    def of_format(self, kind: str) -> tuple[str, ...]:
+        """Return the linears in a format."""
+        return tuple(path for path, found in self.formats.items() if found == kind)
+
+    @property
+    def fp8_attentions(self) -> tuple[str, ...]:
+        """The attentions in FP8."""
+        if self.own_attentions is not None:
+            return self.own_attentions
+        return self.family.attentions(self.config) if self.recipe.attention == "fp8" else ()
+
+
+def checked(folder: Path, recipe: Recipe) -> Plain:
+    """Check a plain checkpoint against its config, and a recipe against both.
+
+    Raises:
+        BadCheckpoint, BadRecipe, UnknownFamily, UnsupportedLinear: naming what is wrong.
+    """
+    model, stored = empty_source(folder)
+    config = load_json(folder / "config.json")
+    family = family_of(config)
+    shapes = {path: stored[f"{path}.weight"].shape for path in family.quantized(config)}
+    formats = linear_formats(recipe.formats, family, config, shapes)
+    for path, kind in formats.items():
+        if kind == "nvfp4":
+            require_whole_blocks(path, shapes[path][1])
+    ordered = {name: stored[name] for name in model.state_dict()}
+    plain = Plain(folder, config, family, model, ordered, recipe, formats)
+    registry.require_fit(recipe.method, plain.groups, shapes)
+    return plain
+
+
+def require_whole_blocks(path: str, in_features: int) -> None:
+    """Refuse a linear whose rows do not split into blocks of 16.
+
+    Raises:
+        UnsupportedLinear: naming the linear.
+    """
+    if in_features % BLOCK_SIZE:
+        raise UnsupportedLinear(
+            f"{path} has {in_features} in-features, NVFP4 needs a multiple of {BLOCK_SIZE}; leave the model in BF16"
+        )

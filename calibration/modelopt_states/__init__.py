@@ -1,0 +1,1 @@
+"""Models that ModelOpt has quantized already: restore, read and compare them."""

@@ -1,0 +1,1 @@
+"""Recipes: YAML files that say how to quantize, and their schema."""

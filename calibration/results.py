@@ -1,0 +1,250 @@
+"""Write a quantized checkpoint: the tensors in one pass, and beside them config, manifest and what calibrated it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from calibration.by_block.input_amax import Calibration
+from calibration.by_block.quantize_blocks import Prepared
+from calibration.checkpoints import layout
+from calibration.checkpoints.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
+from calibration.checkpoints.plain import files_of
+from calibration.checkpoints.quantized import BRANCH, SMOOTHING
+from calibration.formats import nvfp4, shared_scales
+from calibration.formats.fp8_attention import SCALES
+from calibration.formats.quantization_config import AWQ, quantization_config
+from calibration.inputs.captured import save_inputs
+from calibration.methods.plan import Plain
+from fp4trt import publish
+from fp4trt.account import OUTPUT_SCALE
+from fp4trt.checkpoint_manifest import MANIFEST
+from fp4trt.errors import TooLittleSpace
+from fp4trt.safetensors_file import StoredTensor, sha256_of
+
+__all__ = ["Given", "write_result"]
+
+_VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt", "numpy", "ml_dtypes")
+
+_LAYOUT: Final = "one pass"
+"""What an interrupted run leaves; one that left something else cannot go on."""
+
+_WORTH_SAYING: Final = 1_000_000_000
+"""Bytes of a source that takes long enough to say first what is going to happen."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known before the weights are read.
+
+    Attributes:
+        calibrated: the maxima of the linears' inputs, of those that are packed in the pass, and what they come from.
+        prepared: what a method has decided that looks at the model's activations.
+        done: what is known of the weights from elsewhere; None where their files are to be read.
+        kept: files that go into the result's folder ``training``, by name.
+        training: what the manifest says of a training.
+    """
+
+    calibrated: Calibration
+    prepared: Prepared = field(default_factory=Prepared)
+    done: Done | None = None
+    kept: Mapping[str, Path] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def identity(self, plain: Plain) -> str:
+        """Return what tells the result from any other before a weight was read; empty where nothing is to be read."""
+        if self.done is not None:
+            return ""
+        stats = {file.name: file.stat() for file in files_of(plain.folder)}
+        files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+        parts: list[Any] = [
+            plain.config,
+            plain.recipe.resolved(),
+            dict(self.calibrated.amax),
+            dict(self.calibrated.described),
+        ]
+        parts += [self.prepared.figures, self.training, files, _versions(), _LAYOUT]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict[str, Any]:
+    """Write everything into ``DIR.partial``, or what an earlier run has not finished; return the manifest.
+
+    Args:
+        partial: as :func:`fp4trt.publish.replacing` gives it.
+        plain: what is quantized.
+        given: what is known of it.
+        device: where to pack, ``cpu`` or ``cuda``.
+
+    Raises:
+        BadCheckpoint, BadAmax, TooLittleSpace: naming what is wrong.
+    """
+    groups, prepared, fp8 = plain.quantized_groups, given.prepared.tensors, frozenset(plain.of_format("fp8"))
+    planned = layout.plan_shards(plain.stored, groups, prepared, fp8)
+    earlier = publish.progress_of(partial)
+    if earlier and layout.are_reserved(partial, planned):
+        done = Done(**earlier)
+        click.echo(f"going on: {len(done.written)} of {len(plain.stored)} tensors are done", err=True)
+    else:
+        done = given.done or Done()
+    packed = [group for group in groups if f"{group[0]}.weight" not in prepared]
+    inputs = shared_scales.shared(given.calibrated.amax, packed)
+    sources = files_of(plain.folder) if given.done is None else []
+    files = layout.ShardFiles(partial, planned, layout.results_of(done.written, groups, prepared, fp8))
+    to_read = [
+        tensor for tensor in plain.stored.values() if tensor.file in sources and tensor.file.name not in done.sha256
+    ]
+    _foresee(partial, sum(tensor.nbytes for tensor in to_read), files.missing())
+    work = Work(sources, plain.stored, groups, inputs, prepared, device, fp8)
+    with _bar(work.nbytes) as progress:
+        quantize_in_one_pass(work, files, done, functools.partial(publish.note_progress, partial), progress)
+    written = {shard.name: done.files[shard.name] for shard in planned}
+    if len(planned) > 1:
+        written[layout.INDEX] = publish.write_json(partial / layout.INDEX, layout.index_of(planned))
+    branches = _branches(prepared)
+    formats = {**plain.formats, **dict.fromkeys((_smoothed(prepared) & set(plain.paths)) - branches.keys(), AWQ)}
+    ranks = {rank for path, rank in branches.items() if path in plain.paths}
+    described = quantization_config(plain.model, formats, ranks)
+    config = {**plain.config, "quantization_config": described}
+    written["config.json"] = publish.write_json(partial / "config.json", config)
+    written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
+    own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
+    common = own | shared_scales.shared(own, [group for group in packed if group[0] not in fp8])
+    manifest = {
+        **_description(plain, given),
+        "amax": _amax(inputs, common, prepared, fp8),
+        "files": written,
+        "source": {"config.json": sha256_of(plain.folder / "config.json"), **done.sha256},
+    }
+    if alone := {path: amax for path, amax in own.items() if path not in fp8}:
+        manifest["sharing_cost"] = asdict(shared_scales.measure_cost(plain.stored, alone, common))
+    publish.write_json(partial / MANIFEST, manifest)
+    return manifest
+
+
+def _amax(
+    inputs: Mapping[str, float],
+    weights: Mapping[str, float],
+    prepared: Mapping[str, StoredTensor],
+    fp8: Container[str],
+) -> dict[str, float]:
+    """Return what the manifest says of each quantizer: what was packed here, and what a method has decided."""
+    amax = {f"{path}.input_quantizer": value for path, value in inputs.items()}
+    amax |= {f"{path}.weight_quantizer": value for path, value in weights.items()}
+    for name, tensor in prepared.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf in ("input_scale", "weight_scale" if path in fp8 else "weight_scale_2"):
+            quantizer = "input_quantizer" if leaf == "input_scale" else "weight_quantizer"
+            largest = nvfp4.E4M3_MAX * (1 if path in fp8 else nvfp4.E2M1_MAX)
+            amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * largest
+        elif leaf in SCALES:
+            amax[f"{path}.{leaf.removesuffix('_scale')}_bmm_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
+        elif leaf == OUTPUT_SCALE:
+            amax[f"{path}.bmm2_output_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
+    return amax
+
+
+def _description(plain: Plain, given: Given) -> dict[str, Any]:
+    """Return what the manifest says of the quantization itself."""
+    formats = {kind: plain.of_format(kind) for kind in ("nvfp4", "fp8")}
+    formats["svdquant"] = tuple(_branches(given.prepared.tensors))
+    described = {
+        "format": 1,
+        "family": plain.family.name,
+        "recipe": plain.recipe.resolved(),
+        "quantized": {kind: paths for kind, paths in formats.items() if paths},
+        "groups": plain.quantized_groups,
+        "calibration": dict(given.calibrated.described),
+        "versions": _versions(),
+    }
+    if given.training:
+        described["training"] = dict(given.training)
+    if plain.fp8_attentions:
+        described["attention"] = {"fp8": plain.fp8_attentions}
+    return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
+
+
+def _branches(prepared: Mapping[str, StoredTensor]) -> dict[str, int]:
+    """Return the linears that a low-rank branch was prepared for, and its rank."""
+    factors = {name.rpartition("."): tensor.shape for name, tensor in prepared.items()}
+    return {path: shape[0] for (path, _, leaf), shape in factors.items() if leaf == BRANCH[0]}
+
+
+def _smoothed(prepared: Iterable[str]) -> set[str]:
+    """Return the linears whose input is scaled by channel."""
+    return {path for path, _, leaf in (name.rpartition(".") for name in prepared) if leaf == SMOOTHING}
+
+
+def _foresee(folder: Path, reads: int, needed: int) -> None:
+    """Say, before a long run, what it reads, writes and needs, in bytes.
+
+    Raises:
+        TooLittleSpace: the result does not fit on its disk.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TooLittleSpace(
+            f"{folder.parent} has {_size(free)} free, the result needs {_size(needed)}; make room, or choose another "
+            "--output"
+        )
+    if reads >= _WORTH_SAYING:
+        click.echo(
+            f"reading {_size(reads)}, writing {_size(needed)} ({_size(free)} are free), with {_size(MEMORY)} of memory "
+            f"beside the libraries'; hashing and packing take about {estimated_seconds(reads, needed):.0f} s where the "
+            "disk keeps up",
+            err=True,
+        )
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes for people."""
+    unit, name = next((unit for unit in ((1e9, "GB"), (1e6, "MB")) if count >= unit[0]), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"
+
+
+@contextlib.contextmanager
+def _bar(length: int) -> Iterator[Callable[[int], None]]:
+    """Show how far the pass is; give what several threads may tell of bytes that were read, or packed."""
+    lock = threading.Lock()
+    with click.progressbar(length=length, label="quantizing", file=sys.stderr) as bar:
+
+        def update(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        yield update
+
+
+def _keep_calibration(partial: Path, calibrated: Calibration) -> dict[str, str]:
+    """Keep the inputs that were captured here, in a sub-folder where no loader takes them for weights."""
+    if not calibrated.calls:
+        return {}
+    kept = partial / "calibration" / "inputs.safetensors"
+    kept.parent.mkdir(exist_ok=True)
+    save_inputs(kept, calibrated.calls)
+    return {"calibration/inputs.safetensors": sha256_of(kept)}
+
+
+def _keep_training(partial: Path, files: Mapping[str, Path]) -> dict[str, str]:
+    """Keep what tells how a training went."""
+    kept = {f"training/{name}": file for name, file in files.items()}
+    for name, file in kept.items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, partial / name)
+    return {name: sha256_of(partial / name) for name in kept}
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}

@@ -1,0 +1,92 @@
+"""fp4trt.json, the manifest of a quantized checkpoint, as far as this room and the engine builder rely on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fp4trt.errors import BadCheckpoint, UnknownArtifact
+from fp4trt.json_file import lists_of_strings, load_json, object_of, read_object, strings, strings_by_name
+
+__all__ = ["MANIFEST", "CheckpointManifest", "load_manifest", "read_checkpoint_manifest"]
+
+MANIFEST: Final = "fp4trt.json"
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """What a quantized checkpoint says of itself.
+
+    Attributes:
+        family: of the model.
+        recipe: name of the recipe.
+        method: name of its method.
+        nvfp4: module paths of the linears that it has in NVFP4.
+        fp8: of those that it has in FP8.
+        fp8_attentions: module paths of the attentions whose products are in FP8.
+        groups: those that share global scales.
+        files: file name to SHA-256.
+        versions: package to version.
+    """
+
+    family: str | None
+    recipe: str | None
+    method: str | None
+    nvfp4: tuple[str, ...]
+    fp8: tuple[str, ...]
+    fp8_attentions: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    files: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    def quantized(self, kind: str) -> tuple[str, ...]:
+        """Return the linears in a format, `nvfp4` or `fp8`."""
+        return {"nvfp4": self.nvfp4, "fp8": self.fp8}[kind]
+
+
+def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
+    """Return the manifest of a folder, None where it has none.
+
+    Raises:
+        UnknownArtifact: it is damaged, or something else of that name.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    value = read_object(path)
+    try:
+        recipe = object_of(value.get("recipe", {}), "recipe")
+        return CheckpointManifest(
+            family=value.get("family"),
+            recipe=recipe.get("name"),
+            method=method.get("name") if isinstance(method := recipe.get("method"), dict) else None,
+            nvfp4=strings(object_of(value.get("quantized", {}), "quantized").get("nvfp4", []), "quantized.nvfp4"),
+            fp8=strings(object_of(value.get("quantized", {}), "quantized").get("fp8", []), "quantized.fp8"),
+            fp8_attentions=strings(object_of(value.get("attention", {}), "attention").get("fp8", []), "attention.fp8"),
+            groups=lists_of_strings(value.get("groups", []), "groups"),
+            files=strings_by_name(value.get("files", {}), "files"),
+            versions=strings_by_name(value.get("versions", {}), "versions"),
+        )
+    except TypeError as error:
+        raise UnknownArtifact(f"{path} is no manifest of fp4trt ({error}); quantize again") from None
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest, having checked the shape of what is read from it.
+
+    Raises:
+        BadCheckpoint: it is damaged.
+    """
+    manifest = load_json(path)
+    for key in ("files", "quantized", "recipe", "attention"):
+        if not isinstance(manifest.get(key, {}), dict):
+            raise BadCheckpoint(
+                f"{path}: {key} is a JSON {type(manifest[key]).__name__}, expected an object; quantize again"
+            )
+    for key in ("quantized", "attention"):
+        for kind, paths in manifest.get(key, {}).items():
+            if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
+                raise BadCheckpoint(f"{path}: {key}.{kind} is no list of module paths; quantize again")
+    return manifest

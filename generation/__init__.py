@@ -1,0 +1,1 @@
+"""A model in any of its forms in, images and figures out."""

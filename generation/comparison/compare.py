@@ -1,0 +1,309 @@
+"""``fp4trt compare``: the same prompts and noise through a BF16 reference and several quantized checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+
+from calibration.checkpoints.plain import files_of, find_source, load_source, refuse_quantized
+from calibration.checkpoints.quantized import Checkpoint, load, plain_config, read
+from calibration.inputs.prompts import Sampling, digit_labels, read_prompts, refuse_sampling
+from fp4trt import publish
+from fp4trt.checkpoint_manifest import MANIFEST
+from fp4trt.errors import BadCheckpoint, BadInputs
+from fp4trt.families import Family, family_of
+from fp4trt.families.digits import DIGITS
+from fp4trt.json_file import load_json
+from fp4trt.progress import progress
+from fp4trt.safetensors_file import sha256_of
+from generation.comparison import metrics as known
+from generation.comparison.drawing import Sampler, as_unit, follow
+from generation.comparison.grid import draw_grid
+from generation.comparison.measurement import Comparison, measure
+from generation.comparison.metrics import Metric, Shown
+from generation.comparison.report import AMPLIFIED, NO_PLOTS, has_plots, write_report
+from generation.comparison.store import Store
+from generation.comparison.table import table
+
+__all__ = ["DATA", "GRID", "PAGE", "compare"]
+
+DATA: Final = "compare.json"
+PAGE: Final = "compare.html"
+GRID: Final = "grid.png"
+FORMAT: Final = "fp4trt compare 1"
+"""What tells our compare.json from another."""
+
+_WORK: Final = "finished"
+_COLUMNS: Final = 10
+_IMAGES: Final = 500
+_VERSIONED: Final = ("torch", "diffusers", "numpy")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is compared.
+
+    Attributes:
+        folder: the plain checkpoint.
+        family: its family.
+        checkpoints: name to quantized checkpoint, in the order given.
+        seeds: of the noise.
+        sampler: what draws.
+        dtype: to compute in: FP32 for the built-in model, BF16 for a pipeline.
+    """
+
+    folder: Path
+    family: Family
+    checkpoints: Mapping[str, Checkpoint]
+    seeds: tuple[int, ...]
+    sampler: Sampler
+    dtype: torch.dtype
+
+    def identity(self) -> str:
+        """Return what tells the reference's images from any other's: finished work of another is of no use."""
+        parts = [_file_stamps(self.folder), self.sampler.prompts, dict(self.sampler.described), str(self.dtype)]
+        versions = [importlib.metadata.version(name) for name in _VERSIONED]
+        return hashlib.sha256(json.dumps([*parts, versions], sort_keys=True).encode()).hexdigest()
+
+    def key(self, name: str) -> str:
+        """Return the name of a checkpoint's finished work: of what the checkpoint is, whatever it is called."""
+        stamps = _file_stamps(self.checkpoints[name].directory)
+        return hashlib.sha256(json.dumps(stamps, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _file_stamps(folder: Path) -> dict[str, tuple[str, int, int]]:
+    stats = {file: file.stat() for file in (folder / "config.json", *files_of(folder))}
+    return {file.name: (str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+
+
+def compare(
+    source: str | Path,
+    checkpoints: Mapping[str, str | Path],
+    output: str | Path,
+    seeds: Sequence[int] = (1000, 1001, 1002),
+    images: int | None = None,
+    prompts: str | Path | None = None,
+    steps: int | None = None,
+    resolution: int | None = None,
+    force: bool = False,
+    pictures: str | Path | None = None,
+) -> dict[str, Any]:
+    """Draw the same images with a plain model and its quantized checkpoints, and say how far apart they are.
+
+    One model is in memory at a time. Each finished pair of checkpoint and seed is kept in ``OUTPUT.partial`` until the
+    result is written, also for a later command that names other checkpoints or seeds.
+
+    Args:
+        source: the plain BF16 checkpoint (``digits``, or the transformer of a pipeline's folder).
+        checkpoints: name to quantized checkpoint; differences are told to the first.
+        output: folder of the result: compare.json, compare.html, grid.png.
+        seeds: of the noise; calibration of the built-in model takes 0 to 3.
+        images: of each seed; None for 500 digits, or one image a prompt.
+        prompts: a text file, one a line; for the built-in model, its words.
+        steps: denoising steps; None for the model's own.
+        resolution: of a pipeline's images, in pixels; None for its own.
+        force: replace an earlier result.
+        pictures: a picture or a folder of them, which the images take in turn; for a pipeline that reads some.
+
+    Returns:
+        What the command prints as JSON: compare.json, and where the files are; and the table that it prints for people.
+
+    Raises:
+        BadCheckpoint, BadInputs, OutputExists, UnknownFamily: naming what is wrong.
+    """
+    directory = Path(output)
+    sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
+    task = _task(find_source(source), checkpoints, seeds, images, prompts, sampling)
+    ours = (DATA, PAGE, GRID) if _is_comparison(directory) else ()
+    if not has_plots():
+        click.echo(NO_PLOTS, err=True)
+    with publish.replacing(directory, force, task.identity(), ours) as partial:
+        store = Store(partial / _WORK)
+        _draw(task, store, lambda: publish.note_progress(partial, {"compared": list(task.checkpoints)}))
+        comparison = _measured(task, store)
+        result = {**_described(task), **comparison.as_dict()}
+        publish.write_json(partial / DATA, result)
+        _draw_grid(task, store, partial / GRID)
+        write_report(comparison, _described(task), partial / GRID, partial / PAGE)
+        shutil.rmtree(store.folder)
+    files = {"data": DATA, "report": PAGE, "grid": GRID}
+    return {
+        **result,
+        **{key: str((directory / name).resolve()) for key, name in files.items()},
+        "table": table(comparison),
+    }
+
+
+def _task(
+    folder: Path,
+    checkpoints: Mapping[str, str | Path],
+    seeds: Sequence[int],
+    images: int | None,
+    prompts: str | Path | None,
+    sampling: Sampling,
+) -> _Task:
+    if not checkpoints or not seeds or len(set(seeds)) < len(seeds):
+        raise BadInputs(
+            f"{len(checkpoints)} checkpoints and the seeds {list(seeds)} were given; expected at least one of each, "
+            "and each seed once"
+        )
+    config = load_json(folder / "config.json")
+    refuse_quantized(folder, config)
+    family = family_of(config)
+    refuse_sampling(folder, family, prompts, sampling)
+    opened = {name: _opened(name, Path(path), config) for name, path in checkpoints.items()}
+    asked = None if prompts is None else read_prompts(Path(prompts))
+    sampler = _sampler(folder, family, asked, images, sampling)
+    dtype = torch.float32 if family is DIGITS else torch.bfloat16
+    return _Task(folder, family, opened, tuple(seeds), sampler, dtype)
+
+
+def _opened(name: str, path: Path, config: Mapping[str, Any]) -> Checkpoint:
+    checkpoint = read(path)
+    # diffusers notes its own version and where it loaded from; all else decides what the model is.
+    ours, theirs = (
+        {key: value for key, value in plain_config(one).items() if key not in ("_diffusers_version", "_name_or_path")}
+        for one in (config, checkpoint.config)
+    )
+    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if differing:
+        key = differing[0]
+        raise BadCheckpoint(
+            f"{name} ({path}) has {key} {theirs.get(key)!r}, the source {ours.get(key)!r}; compare checkpoints that "
+            "were quantized from this source"
+        )
+    return checkpoint
+
+
+def _sampler(
+    folder: Path, family: Family, prompts: list[str] | None, images: int | None, sampling: Sampling
+) -> Sampler:
+    if family is DIGITS:
+        from calibration.digits.sampling import STEPS
+        from generation.comparison.digits import balanced_labels, digits_sampler
+
+        if sampling.resolution is not None:
+            raise BadInputs("--resolution is of a pipeline; the built-in model draws 16 x 16 pixels: leave it out")
+        words = None if prompts is None else digit_labels(prompts)
+        count = images or _IMAGES
+        labels = balanced_labels(count) if words is None else [words[index % len(words)] for index in range(count)]
+        return digits_sampler(labels, sampling.steps or STEPS)
+    if prompts is None:
+        raise BadInputs(f"{folder.parent} needs prompts to draw; give --prompts, a text file with one a line")
+    from generation.comparison.pipeline import pipeline_sampler
+
+    return pipeline_sampler(folder, family, prompts, images or len(prompts), sampling)
+
+
+def _is_comparison(directory: Path) -> bool:
+    """Whether a folder holds a result of ours."""
+    try:
+        return load_json(directory / DATA).get("format") == FORMAT
+    except (BadCheckpoint, OSError):
+        return False
+
+
+def _draw(task: _Task, store: Store, kept: Callable[[], None]) -> None:
+    """Draw what is missing, the reference's images first, one model in memory at a time."""
+    batches = range(task.sampler.batches)
+    seeds = [seed for seed in task.seeds if not all(store.has_batch(seed, index) for index in batches)]
+    # Two names of one checkpoint are one.
+    missing = {
+        task.key(name): (checkpoint, [seed for seed in task.seeds if not store.has(task.key(name), seed)])
+        for name, checkpoint in task.checkpoints.items()
+    }
+    pairs = sum(len(absent) for _, absent in missing.values())
+    if done := len(task.seeds) * len(missing) - pairs:
+        click.echo(f"going on: {done} of {done + pairs} pairs of checkpoint and seed are finished", err=True)
+    with progress((len(seeds) + 2 * pairs) * len(batches), "Drawing") as advance:
+        reference = load_source(task.folder, task.dtype) if seeds else None
+        for seed in seeds:
+            assert reference is not None
+            for index, batch in enumerate(task.sampler.draw(reference, seed)):
+                store.keep_batch(seed, index, batch)
+                advance()
+            kept()
+        del reference
+        for key, (checkpoint, absent) in missing.items():
+            if not absent:
+                continue
+            model = load(checkpoint.directory, task.dtype)
+            for seed in absent:
+                store.keep(key, seed, follow(task.sampler, model, seed, store.batches(seed, len(batches)), advance))
+                kept()
+            del model
+
+
+def _measured(task: _Task, store: Store) -> Comparison:
+    count, prompts = task.sampler.batches, task.sampler.prompts
+    reference = Shown(task.seeds, prompts, lambda seed: as_unit(store.reference_images(seed, count)))
+
+    def shown(key: str) -> Shown:
+        return Shown(
+            task.seeds,
+            prompts,
+            lambda seed: as_unit(store.drawn(key, seed).images),
+            lambda seed: store.drawn(key, seed),
+        )
+
+    metrics, unavailable = _metrics(task.family)
+    for title, reason in unavailable.items():
+        click.echo(f"{title} is left out: {reason}", err=True)
+    return measure(metrics, reference, {name: shown(task.key(name)) for name in task.checkpoints}, unavailable)
+
+
+def _metrics(family: Family) -> tuple[list[Metric], dict[str, str]]:
+    """Return what can be measured of a family's images, and what cannot and why."""
+    no_ssim = known.why_no_ssim()
+    metrics = [known.PSNR, known.SSIM, known.VELOCITY] if no_ssim is None else [known.PSNR, known.VELOCITY]
+    unavailable = {} if no_ssim is None else {known.SSIM.title: no_ssim}
+    if family is DIGITS:
+        from generation.comparison.digits import digits_metrics
+
+        return [*metrics, *digits_metrics()], unavailable
+    from generation.comparison.perceptual import perceptual_metrics
+
+    found, missing = perceptual_metrics()
+    return [*metrics, *found], {**unavailable, **missing}
+
+
+def _described(task: _Task) -> dict[str, Any]:
+    """Return what was compared, without a path: only names."""
+    return {
+        "format": FORMAT,
+        "family": task.family.name,
+        "recipes": {name: checkpoint.recipe for name, checkpoint in task.checkpoints.items()},
+        "manifests": {name: _manifest_hash(checkpoint) for name, checkpoint in task.checkpoints.items()},
+        "bytes": {
+            name: sum(file.stat().st_size for file in files_of(checkpoint.directory))
+            for name, checkpoint in task.checkpoints.items()
+        },
+        "seeds": list(task.seeds),
+        "images_per_seed": len(task.sampler.prompts),
+        "prompts": list(dict.fromkeys(task.sampler.prompts)),
+        "sampling": dict(task.sampler.described),
+        "computed_in": str(task.dtype).removeprefix("torch."),
+    }
+
+
+def _manifest_hash(checkpoint: Checkpoint) -> str | None:
+    """Return the SHA-256 of a checkpoint's manifest, which holds those of its files."""
+    path = checkpoint.directory / MANIFEST
+    return sha256_of(path) if path.is_file() else None
+
+
+def _draw_grid(task: _Task, store: Store, path: Path) -> None:
+    """Draw some of the first seed's images."""
+    seed, columns = task.seeds[0], slice(0, _COLUMNS)
+    reference = as_unit(store.reference_images(seed, task.sampler.batches)[columns])
+    others = {name: as_unit(store.drawn(task.key(name), seed).images[columns]) for name in task.checkpoints}
+    draw_grid(reference, others, task.sampler.prompts[columns], path, AMPLIFIED)

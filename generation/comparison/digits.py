@@ -1,0 +1,113 @@
+"""What quantization costs the built-in model: digits still recognised, how near the images and the velocities are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from calibration.digits.latents import decode
+from calibration.digits.prompts import WORDS, words_of
+from calibration.digits.sampling import STEPS, denoise, noise
+from fp4trt.progress import progress
+from generation.comparison import metrics
+from generation.comparison.digit_classifier import load_classifier
+from generation.comparison.drawing import Batch, Drawn, Sampler, Transformer, follow, reference_images
+from generation.comparison.measurement import Comparison, measure
+from generation.comparison.metrics import Metric, Shown
+
+__all__ = ["balanced_labels", "compare", "digits_metrics", "digits_sampler"]
+
+
+def balanced_labels(count: int) -> list[int]:
+    """Return 0, 1, ... 9, 0, 1, ...: ``count`` labels."""
+    return [index % 10 for index in range(count)]
+
+
+def digits_sampler(
+    labels: Sequence[int], steps: int = STEPS, dtype: torch.dtype = torch.float32, batch_size: int = 100
+) -> Sampler:
+    """Return what draws one digit a label.
+
+    Args:
+        labels: digits 0..9, one for each image of a seed.
+        steps: Euler steps of the schedule.
+        dtype: of the transformer's floating-point inputs.
+        batch_size: images a call; does not change the noise.
+    """
+
+    def draw(transformer: Transformer, seed: int) -> Iterator[Batch]:
+        start = noise(len(labels), seed)
+        for first in range(0, len(labels), batch_size):
+            part = slice(first, first + batch_size)
+            walked = list(denoise(transformer, labels[part], start[part], steps=steps, dtype=dtype))
+            yield Batch(
+                decode(walked[-1].latents), [step.inputs for step in walked], [step.velocity for step in walked]
+            )
+
+    described = {"sampler": "digits", "steps": steps, "dtype": str(dtype).removeprefix("torch."), "batch": batch_size}
+    return Sampler(tuple(words_of(labels)), -(-len(labels) // batch_size), draw, described)
+
+
+def digits_metrics() -> list[Metric]:
+    """Return the metrics that the built-in classifier gives: the Frechet distance, and digits recognised."""
+    classifier = load_classifier()
+    penultimate = nn.Sequential(*list(classifier)[:-1])
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return penultimate(images.unsqueeze(1))
+
+    network = "the penultimate layer of the built-in classifier"
+    return [
+        metrics.frechet("frechet", "Frechet distance", features, network),
+        metrics.recognised(classifier, WORDS.index),
+    ]
+
+
+def compare(
+    reference: Transformer,
+    models: Mapping[str, Transformer],
+    seeds: Sequence[int] = (0,),
+    images_per_seed: int = 500,
+    *,
+    steps: int = STEPS,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 100,
+) -> Comparison:
+    """Draw the same digits with a reference and with several others, in memory, and measure how far apart they are.
+
+    Args:
+        reference: the BF16 weights, by default computed in FP32 (``load_transformer()``).
+        models: name to anything that is called alike: a fake-quantized module, an engine's session.
+        seeds: of the starting noise, one set of images each.
+        images_per_seed: images of each seed, their labels balanced.
+        steps: Euler steps of the schedule.
+        dtype: of the floating-point inputs of all transformers.
+        batch_size: images a call.
+
+    Raises:
+        ValueError: no seed, or no image.
+    """
+    if not seeds or images_per_seed < 1:
+        raise ValueError(f"{len(seeds)} seeds of {images_per_seed} images: expected at least one of each")
+    sampler = digits_sampler(balanced_labels(images_per_seed), steps, dtype, batch_size)
+    drawn = {name: dict[int, Drawn]() for name in models}
+    images: dict[int, torch.Tensor] = {}
+    with progress(len(seeds) * sampler.batches * (1 + 2 * len(models)), "Drawing") as advance:
+        for seed in seeds:
+            batches = []
+            for batch in sampler.draw(reference, seed):
+                batches.append(batch)
+                advance()
+            images[seed] = reference_images(batches)
+            for name, model in models.items():
+                drawn[name][seed] = follow(sampler, model, seed, batches, advance)
+    shown = {name: _shown(sampler, of) for name, of in drawn.items()}
+    chosen = [metrics.PSNR, metrics.VELOCITY, *digits_metrics()]
+    return measure(chosen, Shown(tuple(seeds), sampler.prompts, images.__getitem__), shown, {})
+
+
+def _shown(sampler: Sampler, drawn: Mapping[int, Drawn]) -> Shown:
+    return Shown(tuple(drawn), sampler.prompts, lambda seed: drawn[seed].images, drawn.__getitem__)

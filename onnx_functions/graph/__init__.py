@@ -1,0 +1,1 @@
+"""What is in an ONNX graph: linears, attentions, branches, sizes, external data."""

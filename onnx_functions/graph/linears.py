@@ -1,0 +1,284 @@
+"""Reading a deployable graph: its linears, and the chains of dequantization that feed them.
+
+Nothing here trusts names further than `X/MatMul` and `X/Add`: what a linear really reads is found by
+following its inputs, so that a graph whose wires are crossed is read as crossed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import NodeProto, TensorProto
+
+from fp4trt.errors import BadGraph
+from fp4trt.json_file import lists_of_strings, object_of, strings
+from onnx_functions.graph.branches import Branch, find_branch, find_smoothing
+from onnx_functions.library import TRT_DOMAIN
+
+__all__ = [
+    "FP8_QUANTIZER",
+    "QUANTIZER",
+    "Graph",
+    "Linear",
+    "Quantizer",
+    "declared_groups",
+    "declared_symbols",
+    "gives_fp8",
+    "metadata_of",
+    "promised_linears",
+]
+
+QUANTIZER = "TRT_FP4DynamicQuantize"
+FP8_QUANTIZER = "QuantizeLinear"
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """An activation quantizer and the tensors around it.
+
+    Attributes:
+        node: the name of the trt::TRT_FP4DynamicQuantize, or in FP8 of the QuantizeLinear.
+        input: the tensor [..., K] that it reads.
+        scale: its global scale, or that of the tensor.
+        codes: [..., K].
+        block_scales: [..., K / 16]; None in FP8, which has none.
+    """
+
+    node: str
+    input: str
+    scale: str
+    codes: str
+    block_scales: str | None
+
+    @property
+    def format(self) -> str:
+        """`nvfp4` or `fp8`."""
+        return "fp8" if self.block_scales is None else "nvfp4"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the graph.
+
+    Attributes:
+        path: module path, as the checkpoint names it.
+        matmul: name of its MatMul (or Gemm) node.
+        activation: the tensor that reaches the MatMul, after any dequantization.
+        weight: the tensor [K, N] that reaches it.
+        input: the tensor [..., K] before any smoothing and quantization.
+        output: the tensor [..., N] after branch and bias, where there are any.
+        add: name of the node that adds the bias, None without one.
+        bias: the tensor that is added.
+        quantizer: the activation quantizer, None in a 16-bit linear.
+        weight_source: the initializer at the far end of the weight's chain: codes or a 16-bit weight.
+        smoothing: the initializer that its input is multiplied by, None without one.
+        smoother: name of the node that does that.
+        branch: the low-rank branch that is added to the product, None without one.
+    """
+
+    path: str
+    matmul: str
+    activation: str
+    weight: str
+    input: str
+    output: str
+    add: str | None
+    bias: str | None
+    quantizer: Quantizer | None
+    weight_source: str
+    smoothing: str | None = None
+    smoother: str | None = None
+    branch: Branch | None = None
+
+    @property
+    def head(self) -> str:
+        """The node that stands for the linear's beginning: its quantizer, or its product."""
+        return self.quantizer.node if self.quantizer else self.matmul
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The nodes that read its input."""
+        if self.smoother is not None:
+            return (self.smoother,)
+        return (self.head,) if self.branch is None else (self.head, self.branch.products[0])
+
+    @property
+    def computing(self) -> tuple[str, ...]:
+        """The nodes that multiply and add, after any quantization."""
+        branch = () if self.branch is None else (*self.branch.products, self.branch.add)
+        return (self.matmul, *branch) if self.add is None else (self.matmul, *branch, self.add)
+
+
+def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the model's metadata properties."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def promised_linears(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Return the linears that the exporter promised, by format ("nvfp4", "fp8", "bf16").
+
+    Raises:
+        BadGraph: the graph carries no such promise, or one that cannot be read.
+    """
+    try:
+        value = object_of(_declared(model, "fp4trt.linears"), "it")
+        return {kind: list(strings(paths, repr(kind))) for kind, paths in value.items()}
+    except TypeError as error:
+        raise _unreadable("fp4trt.linears", error) from None
+
+
+def declared_groups(model: onnx.ModelProto) -> list[list[str]]:
+    """Return the linears that share global scales, group by group; none for a graph that does not say.
+
+    Raises:
+        BadGraph: the metadata are no list of lists.
+    """
+    if "fp4trt.groups" not in metadata_of(model):
+        return []
+    try:
+        return [list(group) for group in lists_of_strings(_declared(model, "fp4trt.groups"), "it")]
+    except TypeError as error:
+        raise _unreadable("fp4trt.groups", error) from None
+
+
+def declared_symbols(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
+    """Return what the metadata say of each symbolic dimension; nothing for a graph of other origin.
+
+    Raises:
+        BadGraph: they are no object of objects.
+    """
+    if "fp4trt.symbols" not in metadata_of(model):
+        return {}
+    try:
+        value = object_of(_declared(model, "fp4trt.symbols"), "it")
+        return {name: object_of(symbol, repr(name)) for name, symbol in value.items()}
+    except TypeError as error:
+        raise _unreadable("fp4trt.symbols", error) from None
+
+
+def _declared(model: onnx.ModelProto, key: str) -> Any:
+    text = metadata_of(model).get(key)
+    if text is None:
+        raise BadGraph(f"the graph's metadata have no {key}; expected a graph of fp4trt export: export it again")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(key, error) from None
+
+
+def _unreadable(key: str, error: Exception) -> BadGraph:
+    return BadGraph(f"the graph's metadata {key} cannot be read ({error}); export the graph again")
+
+
+class Graph:
+    """An index over a model's nodes: by name, by the tensor they make, by the tensors they read."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes: dict[str, NodeProto] = {node.name: node for node in model.graph.node}
+        self.order: dict[str, int] = {node.name: index for index, node in enumerate(model.graph.node)}
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producer: dict[str, NodeProto] = {name: node for node in model.graph.node for name in node.output if name}
+        self.consumers: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.consumers.setdefault(name, []).append(node)
+
+    def source(self, tensor: str) -> str:
+        """Follow first inputs through dequantization and data movement; return the tensor where that ends."""
+        while (node := self.producer.get(tensor)) is not None and node.op_type in _TRANSPARENT:
+            tensor = node.input[0]
+        return tensor
+
+    def quantizer(self, tensor: str) -> Quantizer | None:
+        """Return the activation quantizer whose dequantized codes `tensor` is, None where there is none."""
+        node = self.producer.get(self.source(tensor))
+        if node is not None and node.op_type == FP8_QUANTIZER and gives_fp8(node, self.initializers):
+            return Quantizer(node.name, node.input[0], node.input[1], node.output[0], None)
+        if node is None or node.domain != TRT_DOMAIN or node.op_type != QUANTIZER:
+            return None
+        return Quantizer(node.name, node.input[0], node.input[1], node.output[0], node.output[1])
+
+    def linear(self, path: str) -> Linear:
+        """Return the linear of a module path.
+
+        Raises:
+            BadGraph: there is no `path/MatMul`, or it reads no initializer as its weight.
+        """
+        node = self.nodes.get(f"{path}/MatMul") or self.nodes.get(f"{path}/Gemm")
+        if node is None:
+            raise BadGraph(f"the graph has no node {path}/MatMul, which its metadata promises; export it again")
+        if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
+            raise BadGraph(f"node {node.name} is a {node.op_type}; expected the product of {path}: export it again")
+        activation, weight = node.input[0], node.input[1]
+        source = self.source(weight)
+        if source not in self.initializers:
+            raise BadGraph(f"node {node.name} reads {weight} as its weight, which comes from no initializer")
+        branch = find_branch(path, node, self.nodes, self.producer, self.initializers)
+        product = branch.output if branch else node.output[0]
+        add = self._bias_add(path, product)
+        bias = node.input[2] if len(node.input) > 2 else None
+        if add is not None:
+            bias = next(name for name in add.input if name != product)
+        quantizer = self.quantizer(activation)
+        enters = quantizer.input if quantizer else activation
+        smoother = find_smoothing(enters, self.producer, self.initializers)
+        if branch is not None and branch.input != enters:
+            raise BadGraph(f"node {branch.products[0]} reads {branch.input}, the quantizer of {path} {enters}")
+        return Linear(
+            path,
+            node.name,
+            activation,
+            weight,
+            smoother.input[0] if smoother is not None else enters,
+            add.output[0] if add is not None else product,
+            add.name if add is not None else None,
+            bias,
+            quantizer,
+            source,
+            smoother.input[1] if smoother is not None else None,
+            smoother.name if smoother is not None else None,
+            branch,
+        )
+
+    def weight_scale(self, linear: Linear) -> str:
+        """Return the initializer that is the global scale of a quantized linear's weight, in FP8 its only one.
+
+        Raises:
+            BadGraph: the weight is not dequantized so.
+        """
+        tensor = linear.weight
+        while (node := self.producer.get(tensor)) is not None:
+            if node.op_type == "DequantizeLinear":
+                scales = self.producer.get(node.input[1])
+                if scales is None and node.input[1] in self.initializers:
+                    return str(node.input[1])
+                if scales is not None and scales.input[1] in self.initializers:
+                    return str(scales.input[1])
+                break
+            tensor = node.input[0]
+        raise BadGraph(f"the weight of node {linear.matmul} is not dequantized by stored scales")
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield every promised linear, the quantized first."""
+        for paths in promised_linears(self.model).values():
+            for path in paths:
+                yield self.linear(path)
+
+    def _bias_add(self, path: str, product: str) -> NodeProto | None:
+        add = self.nodes.get(f"{path}/Add")
+        return add if add is not None and product in add.input else None
+
+
+def gives_fp8(quantizer: NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    """Whether a QuantizeLinear gives E4M3, by its attribute or by the type of its zero point."""
+    kind = next((attribute.i for attribute in quantizer.attribute if attribute.name == "output_dtype"), 0)
+    zero = constants.get(quantizer.input[2]) if len(quantizer.input) > 2 else None
+    return TensorProto.FLOAT8E4M3FN in (kind, zero.data_type if zero is not None else 0)
+
+
+_TRANSPARENT = {"Cast", "DequantizeLinear", "Transpose", "Identity"}

@@ -1,0 +1,204 @@
+"""What an ONNX graph is, by its own pattern: every product with a constant matrix is a linear, promised or not.
+
+Those in the bodies of If, Loop and Scan count too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from onnx import NodeProto
+
+from fp4trt.errors import BadGraph
+from fp4trt.file_kind import shortened
+from onnx_functions.graph.branches import described_branches, is_factor
+from onnx_functions.graph.element_types import attributes_of, opset_of
+from onnx_functions.graph.external_data import BadSpan, load_graph, nbytes_of, type_name
+from onnx_functions.graph.linears import declared_groups, promised_linears
+from onnx_functions.graph.stored_linears import FORMAT_OF, StoredLinear, compare, coverage
+from onnx_functions.graph.subgraphs import lay_open
+from onnx_functions.inspection import attention
+from onnx_functions.linting.operators import form_faults
+from onnx_functions.linting.subject import Subject, WeightChain, integer, name_of
+
+__all__ = ["describe_graph"]
+
+_WEIGHT_PLACEHOLDER: Final = "TRT_FP4QDQ"
+_ACTIVATION_PLACEHOLDER: Final = "TRT_FP4DynamicQDQ"
+_PASSED: Final = ("Cast", "Identity", "Transpose", "DequantizeLinear", "QuantizeLinear", _WEIGHT_PLACEHOLDER)
+_HOLDERS: Final = ("If", "Loop", "Scan", "SequenceMap")
+_SUFFIX: Final = re.compile(r"/(MatMul|Gemm)(_\d+)?$")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A linear of the graph, its activation quantizer and its weight's global scale ("" without them).
+
+    In FP8 linears share the quantizer alone.
+    """
+
+    linear: StoredLinear
+    quantizer: str
+    global_scale: str
+
+
+def describe_graph(path: Path) -> dict[str, Any]:
+    """Return what an ONNX file is, as JSON holds it; its weights may be missing, its metadata too.
+
+    Raises:
+        BadGraph: it cannot be read, its external data make no sense, or its promise is no JSON of lists.
+    """
+    loaded = load_graph(path)
+    version = opset_of(loaded)
+    lay_open(loaded.graph)
+    for node in loaded.graph.node:
+        if node.op_type not in _HOLDERS:  # which have lost their bodies
+            for fault in form_faults(node, version):
+                raise BadGraph(f"{path}: node {name_of(node)}: {fault}; export the graph again")
+    subject = Subject(path, loaded)
+    model, metadata = subject.model, subject.metadata
+    present, missing = _files(subject)
+    sizes = {name: nbytes_of(tensor) for name, tensor in subject.constants.items()}
+    found = list(_linears(subject, sizes))
+    groups = _groups(found)
+    covered = coverage([item.linear for item in found], groups)
+    return {
+        "kind": "onnx",
+        "path": str(path.resolve()),
+        "family": metadata.get("fp4trt.family"),
+        "recipe": metadata.get("fp4trt.recipe"),
+        "scale_dtype": metadata.get("fp4trt.scale_dtype") if covered["fp4_linears"] else None,
+        "producer": model.producer_name or None,
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "nodes": len(model.graph.node),
+        "bytes": sum(sizes.values()),
+        "external_files": present,
+        "missing_files": missing,
+        "inputs": [_value(value) for value in model.graph.input],
+        "outputs": [_value(value) for value in model.graph.output],
+        "activation_quantizers": len(subject.activations) + len(subject.fp8_quantizers),
+        "placeholders": _placeholders(subject),
+        "promise": _promise(subject, found, groups),
+        "attention": attention.of_graph(subject),
+        **covered,
+        "branches": described_branches({name: (subject.dims(name), size) for name, size in sizes.items()}),
+    }
+
+
+def _files(subject: Subject) -> tuple[list[str], list[str]]:
+    """Return the files that hold external data, and those that should and are not there."""
+    present, missing = set(), set()
+    for name, span in subject.spans.items():
+        if isinstance(span, BadSpan):
+            if span.fault != "file":
+                raise span
+            missing |= {shortened(e.value) for e in subject.constants[name].external_data if e.key == "location"}
+        elif span is not None:
+            present.add(span.file.name)
+    return sorted(present), sorted(missing)
+
+
+def _linears(subject: Subject, sizes: Mapping[str, int]) -> Iterator[_Found]:
+    chains = {chain.codes: chain for chain in subject.weights}
+    taken: set[str] = set()
+    for node in subject.model.graph.node:
+        if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
+            continue
+        for index in (1, 0):
+            source, flips, marked = _weight(subject, node.input[index])
+            if is_factor(subject.owner(source) if source else ""):
+                break  # of a low-rank branch, which is no linear of its own
+            if source and len(subject.constants[source].dims) == 2:
+                path = _path(node, source, taken)
+                taken.add(path)
+                flips += integer(attributes_of(node), "transB" if index else "transA", 0)
+                rows, columns = subject.dims(source)
+                shape = (rows, columns) if flips % 2 == index else (columns, rows)
+                activation = node.input[1 - index]
+                quantizer = subject.quantizer_of(activation) or subject.fp8_quantizer_of(activation)
+                kind = _format(subject, source, chains.get(source), quantizer is not None, marked)
+                chain = chains.get(source)
+                nbytes = sizes[source] + (sizes.get(chain.block_scales, 0) if chain else 0)
+                reads = quantizer.output[0] if quantizer is not None else ""
+                scale = chain.global_scale if chain else "each its own" if kind == "fp8" else ""
+                yield _Found(StoredLinear(path, kind, shape, nbytes), reads, scale)
+                break
+
+
+def _weight(subject: Subject, tensor: str) -> tuple[str, int, bool]:
+    """Return the constant behind a weight ("" for none), how often it is transposed, and whether it is marked."""
+    flips, marked, seen = 0, False, set[str]()
+    while tensor not in subject.constants:
+        node = subject.graph.producer.get(tensor)
+        if node is None or node.op_type not in _PASSED or not node.input or tensor in seen:
+            return "", 0, False
+        seen.add(tensor)
+        flips += node.op_type == "Transpose"
+        marked |= node.op_type == _WEIGHT_PLACEHOLDER
+        tensor = node.input[0]
+    return tensor, flips, marked
+
+
+def _path(node: NodeProto, weight: str, taken: set[str]) -> str:
+    """Return a linear's module path, as far as names tell it; TorchScript writes /a/b/MatMul for a.b."""
+    if _SUFFIX.search(node.name):
+        path = _SUFFIX.sub("", node.name)
+        path = path.strip("/").replace("/", ".") if path.startswith("/") else path
+    else:
+        path = node.name or weight.removesuffix(".weight")
+    if path and path not in taken:
+        return path
+    return node.name if node.name and node.name not in taken else node.output[0]
+
+
+def _format(subject: Subject, source: str, chain: WeightChain | None, quantized: bool, marked: bool) -> str:
+    name = type_name(subject.constants[source].data_type)
+    kind = FORMAT_OF.get(name, name.lower())
+    if marked:
+        return f"{kind} marked"
+    if kind == "fp8" and not quantized:
+        return "fp8 weight-only"
+    if kind != "nvfp4":
+        return kind
+    if chain is None or chain.scales is None:
+        return "fp4"
+    return kind if quantized else "nvfp4 weight-only"
+
+
+def _groups(found: Iterable[_Found]) -> list[list[str]]:
+    """Return the linears by the quantizer's codes and the global scale that they read; TensorRT can merge a group."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in found:
+        if item.quantizer and item.global_scale:
+            groups.setdefault((item.quantizer, item.global_scale), []).append(item.linear.path)
+    return list(groups.values())
+
+
+def _placeholders(subject: Subject) -> dict[str, Any] | None:
+    """Return how many nodes still wait to become FP4, and the command that makes them so; None without any."""
+    operators = [node.op_type for node in subject.model.graph.node]
+    weights, activations = operators.count(_WEIGHT_PLACEHOLDER), operators.count(_ACTIVATION_PLACEHOLDER)
+    if not weights and not activations:
+        return None
+    following = f"fp4trt export {subject.path.name} -o ours" if weights else None
+    return {"weights": weights, "activations": activations, "next": following}
+
+
+def _promise(subject: Subject, found: Iterable[_Found], groups: Iterable[Iterable[str]]) -> dict[str, Any] | None:
+    """Return what the metadata promise against what the chains are; None for a graph that promises nothing."""
+    declared = [group for group in declared_groups(subject.model) if len(group) > 1]
+    if "fp4trt.linears" not in subject.metadata:
+        return None
+    result = compare(promised_linears(subject.model), {item.linear.path: item.linear.format for item in found})
+    real = [set(group) for group in groups]
+    return {**result, "lost_groups": [group for group in declared if set(group) not in real]}
+
+
+def _value(value: Any) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    return {"name": value.name, "type": type_name(tensor.elem_type), "shape": shape}

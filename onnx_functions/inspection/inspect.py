@@ -1,0 +1,233 @@
+"""What an artifact is: a checkpoint folder, an ONNX graph or an engine, from headers and manifests alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fp4trt.account import is_quantized_checkpoint
+from fp4trt.checkpoint_manifest import read_checkpoint_manifest
+from fp4trt.errors import UnknownArtifact, UnknownFamily
+from fp4trt.file_kind import what_it_lacks
+from fp4trt.json_file import object_of, read_object, strings
+from fp4trt.layouts import recognised
+from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.safetensors_header import HeldTensor, metadata_in_file, tensors_in_file, tensors_in_folder
+from onnx_functions.graph.branches import described_branches
+from onnx_functions.graph.checkpoint_beside import account_in
+from onnx_functions.graph.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4, is_quantized
+from onnx_functions.inspection.attention import of_engine, of_tensors
+
+__all__ = ["describe"]
+
+_FLUX: Final = "FluxTransformer2DModel"
+
+_LEAST: Final = {
+    "num_layers": 0,
+    "num_single_layers": 0,
+    "num_attention_heads": 1,
+    "attention_head_dim": 1,
+    "in_channels": 1,
+    "joint_attention_dim": 1,
+    "pooled_projection_dim": 1,
+}
+"""Sizes of a FLUX transformer's config, and the least that each can be."""
+
+_COUNTS: Final = ("quantized_linears", "fp4_linears", "engine_bytes")
+
+
+def describe(artifact: str | Path) -> dict[str, Any]:
+    """Return what an artifact is, as JSON holds it.
+
+    Args:
+        artifact: a checkpoint folder, an ONNX file, an engine or the JSON beside it.
+
+    Returns:
+        `kind` (`quantized checkpoint`, `checkpoint`, `onnx`, `engine`), `path`, and what there is to say of
+        that kind: `formats` (by format: linears, parameters, bytes), `fp4_coverage` (share of the linears'
+        parameters that are stored in FP4; of an engine, of the promised linears that run in it), `groups` of
+        linears that share scales, `linears`, and `promise`: promised against found, None without a promise. Of a
+        checkpoint, `graph` is all that of the model.onnx in it, None without one.
+
+    Raises:
+        UnknownArtifact: it is none of these.
+        BadCheckpoint: a tensor of a quantized checkpoint has no meaning, or is missing.
+        BadGraph: an ONNX file, the checkpoint's own too, that cannot be read.
+    """
+    path = Path(artifact)
+    if path.is_dir():
+        return _checkpoint(path)
+    if not path.is_file():
+        raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected a checkpoint folder, an ONNX file or an engine")
+    if path.suffix.lower() == ".onnx":
+        return _onnx(path)
+    if path.suffix == ".engine" and not path.with_suffix(".json").is_file():
+        raise UnknownArtifact(f"{path} has no {path.stem}.json beside it, which says what is in it; copy that too")
+    if path.suffix in (".json", ".engine"):
+        return _engine(path.with_suffix(".json"))
+    if path.suffix.lower() == ".safetensors":
+        layout = recognised({}, metadata_in_file(path), tensors_in_file(path))
+        raise UnknownArtifact(
+            f"{path} is a single file, of {layout.name} ({layout.evidence}); expected a checkpoint's folder, or the "
+            "16-bit checkpoint to prove its layout --against"
+        )
+    raise UnknownArtifact(f"{path} is nothing fp4trt knows; expected a checkpoint folder, an ONNX file or an engine")
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file() and (folder / "model.onnx").is_file():
+        return _onnx(folder / "model.onnx")
+    folder = transformer_folder(folder)
+    graph = folder / "model.onnx"
+    if not (folder / "config.json").is_file() and graph.is_file():
+        return _onnx(graph)
+    config = _config(folder / "config.json")
+    manifest = read_checkpoint_manifest(folder)
+    tensors = tensors_in_folder(folder)
+    if is_quantized_checkpoint(config, tensors):
+        missing = _unaccounted(folder, config, tensors)
+    else:
+        missing = {}
+    linears = list(_stored_linears(tensors, missing))
+    found = {linear.path: linear.format for linear in linears}
+    quantized = any(is_quantized(kind) for kind in found.values())
+    promised = {kind: manifest.quantized(kind) for kind in ("nvfp4", "fp8")} if manifest else {}
+    return {
+        "kind": "quantized checkpoint" if quantized else "checkpoint",
+        "path": str(folder.resolve()),
+        "family": manifest.family if manifest else config.get("_class_name"),
+        "recipe": manifest.recipe if manifest else None,
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "tensors": len(tensors),
+        "promise": compare(promised, found, missing) if manifest else None,
+        "attention": of_tensors(tensors.keys(), manifest.fp8_attentions if manifest else None),
+        **coverage(linears, manifest.groups if manifest else ()),
+        "branches": described_branches({name: (tensor.shape, tensor.nbytes) for name, tensor in tensors.items()}),
+        "versions": manifest.versions if manifest else {},
+        "onnx": str(graph.resolve()) if graph.is_file() else None,
+        "graph": _onnx(graph) if graph.is_file() else None,
+    }
+
+
+def _unaccounted(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
+    """Return what is no NVFP4 weight though it looks like one: nothing of a family of ours, whose tensors all count.
+
+    A model of another family, which no other verb takes, is described as far as names and shapes go.
+    """
+    try:
+        account_in(folder, config, tensors)
+    except UnknownFamily:
+        return _missing_scales(tensors)
+    return {}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's config, whose sizes are sizes where the model is a FLUX transformer."""
+    config = read_object(path)
+    name = config.get("_class_name")
+    if not isinstance(name, str) or not name:
+        raise UnknownArtifact(f"{path} has no _class_name, the class of a diffusers model; copy it again")
+    for key, least in _LEAST.items() if name == _FLUX else ():
+        size = config.get(key, least)
+        if type(size) is not int or size < least:
+            raise UnknownArtifact(f"{path} has {key} {size!r}, expected an integer from {least} on; copy it again")
+    return config
+
+
+def _stored_linears(tensors: Mapping[str, HeldTensor], missing: Mapping[str, str]) -> Iterator[StoredLinear]:
+    """Yield the matrices among a checkpoint's tensors; codes without their scales are but bytes."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight" or len(tensor.shape) != 2:
+            continue
+        packed = tensor.dtype == "U8" and path not in missing
+        scales = [tensors[f"{path}.{s}"] for s in ("weight_scale", "weight_scale_2") if f"{path}.{s}" in tensors]
+        rows, columns = tensor.shape
+        yield StoredLinear(
+            path,
+            tensor.dtype.lower() if path in missing else FORMAT_OF.get(tensor.dtype, tensor.dtype.lower()),
+            (rows, columns * 2 if packed else columns),
+            tensor.nbytes + sum(scale.nbytes for scale in scales),
+        )
+
+
+def _missing_scales(tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
+    """Return the linears that are stored as bytes without the scales that make them NVFP4, and what is wrong."""
+    missing: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype != "U8" or len(tensor.shape) != 2 or not name.endswith(".weight"):
+            continue
+        rows, half = tensor.shape
+        wanted = {f"{name}_scale": ("F8_E4M3", (rows, half // 8)), f"{name}_scale_2": ("F32", ())}
+        for scale, (dtype, shape) in wanted.items():
+            held = tensors.get(scale)
+            if held is None or (held.dtype, held.shape) != (dtype, shape):
+                found = f"{held.dtype} {list(held.shape)}" if held else "missing"
+                reason = f"{scale} is {found}, expected {dtype} {list(shape)}"
+                missing.setdefault(name.removesuffix(".weight"), reason)
+    return missing
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    from onnx_functions.inspection.graph import describe_graph
+
+    return describe_graph(path)
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    manifest = read_object(path)
+    if manifest.get("kind") != "fp4trt engine":
+        raise UnknownArtifact(f"{path} is no engine's manifest; expected the JSON that fp4trt build wrote")
+    try:
+        linears, covered, _ = (int(manifest.get(key) or 0) for key in _COUNTS)
+        kernels = _engine_linears(manifest)
+        promise = _engine_promise(manifest, {linear.path: linear.format for linear in kernels})
+        attention = of_engine(manifest)
+        engine = path.with_name(str(manifest.get("engine", path.with_suffix(".engine").name)))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UnknownArtifact(f"{path} is a damaged manifest of an engine ({error}); build again") from None
+    return {
+        **manifest,
+        "kind": "engine",
+        "path": str(path.resolve()),
+        "engine": str(engine.resolve()),
+        "engine_present": engine.is_file(),
+        "promise": promise,
+        "attention": attention,
+        **coverage(kernels, ()),
+        "fp4_linears": covered,
+        "fp4_coverage": covered / linears if linears else 0.0,
+    }
+
+
+def _engine_linears(manifest: Mapping[str, Any]) -> list[StoredLinear]:
+    """Return the linears by the GEMM that computes each; the manifest says no shapes."""
+    found = {}
+    for gemm in _objects(manifest, "gemms"):
+        kind = str(gemm.get("format")).upper()
+        for path in strings(gemm.get("linears", []), "linears"):
+            found[path] = StoredLinear(path, FORMAT_OF.get(kind, kind.lower()), None, None)
+    return list(found.values())
+
+
+def _engine_promise(manifest: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return what was promised in FP4 and FP8 against the GEMMs; None for a manifest that names no linears."""
+    request = object_of(manifest.get("request", {}), "request")
+    if "gemms" not in manifest:
+        return None
+    lost = {str(item.get("linear")): str(item.get("reason")) for item in _objects(manifest, "lost")}
+    # Without the list of names, a promised linear is one that has an FP4 GEMM or was reported lost.
+    covered = [path for path, kind in found.items() if is_fp4(kind)]
+    promised = {
+        "nvfp4": strings(request.get("promised_fp4", [*covered, *lost]), "promised_fp4"),
+        "fp8": strings(request.get("promised_fp8", []), "promised_fp8"),
+    }
+    return compare(promised, found, lost)
+
+
+def _objects(manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    value = manifest.get(key, [])
+    if not isinstance(value, list):
+        raise TypeError(f"{key} is no list")
+    return [object_of(item, f"a member of {key}") for item in value]

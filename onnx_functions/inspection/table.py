@@ -1,0 +1,151 @@
+"""What `inspect` prints: a description as a table, or as a tree of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from onnx_functions.inspection.attention import attention_lines
+from onnx_functions.inspection.module_tree import tree
+
+__all__ = ["table", "tree_table"]
+
+_SHOWN_LINES: Final = 12
+_SHOWN: Final = (
+    "family",
+    "recipe",
+    "scale_dtype",
+    "producer",
+    "opset",
+    "nodes",
+    "activation_quantizers",
+    "external_files",
+    "missing_files",
+    "onnx",
+)
+
+
+def table(found: Mapping[str, Any]) -> list[str]:
+    """Return a description as lines for a terminal."""
+    lines = [f"{found['kind']}  {found['path']}"]
+    lines += _engine_lines(found) if found["kind"] == "engine" else _stored_lines(found)
+    return [*lines, *_group_lines(found), *_verdict_lines(found), *_graph_lines(found)]
+
+
+def tree_table(found: Mapping[str, Any]) -> list[str]:
+    """Return a description's linears as a tree of modules, each with format, shape and bytes."""
+    differing = {item["path"]: item for item in (found["promise"] or {}).get("differing", ())}
+    texts = [_leaf(linear, differing.get(linear["path"])) for linear in found["linears"]]
+    lines = [f"  {line}" for line in tree(found["linears"], texts)]
+    return [f"{found['kind']}  {found['path']}", *lines, *_verdict_lines(found), *_graph_lines(found)]
+
+
+def _leaf(linear: Mapping[str, Any], differs: Mapping[str, Any] | None) -> str:
+    parts = [f"{linear['format']:10}"]
+    if linear["shape"] is not None:
+        parts += [f"{linear['shape']!s:16}", f"{linear['nbytes']:,} bytes"]
+    if differs:
+        parts.append(f"(promised: {differs['promised'] or 'nothing'})")
+    return " ".join(parts).rstrip()
+
+
+def _stored_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    yield from (_entry(key, found[key]) for key in _SHOWN if found.get(key) not in (None, [], {}))
+    yield _entry("stored", _size(found["bytes"]))
+    for value in (*found.get("inputs", ()), *found.get("outputs", ())):
+        yield f"    {value['name']:26} {value['type']:9} {_plain(value['shape'])}"
+    width = max((len(kind) for kind in found["formats"]), default=0)
+    width = max(width, 10)
+    yield f"  {'format':{width}} {'linears':>8} {'parameters':>14} {'size':>12}"
+    for kind, entry in found["formats"].items():
+        size = _size(entry["bytes"])
+        yield f"  {kind:{width}} {entry['linears']:8} {entry['parameters']:14,} {size:>12}"
+    share = f"{found['fp4_coverage']:.1%} of the linears' parameters"
+    yield f"  FP4 covers {share} ({found['fp4_linears']} linears)"
+    if branches := found.get("branches"):
+        ranks = " and ".join(map(str, branches["ranks"]))
+        beside = f"SVDQuant: {branches['linears']} low-rank branches of rank {ranks}, " if ranks else "AWQ: "
+        yield f"  {beside}{branches['smoothed']} smoothed inputs: {_size(branches['bytes'])} beside them"
+
+
+def _group_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    lines = [" ".join(group) for group in found.get("groups", ())]
+    if lines:
+        count = f"{found['group_count']} groups, {len(lines)} of more than one linear"
+        yield f"  {count}, which share scales so that TensorRT can merge them:"
+        yield from _first(lines)
+
+
+def _verdict_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the reader has to know: placeholders that are left, and where a promise is not kept."""
+    yield from attention_lines(found.get("attention"))
+    left = found.get("placeholders") if found["kind"] == "onnx" else None
+    if left:
+        marked = f"{left['weights']} weights and {left['activations']} activations are placeholders, not FP4 yet"
+        yield f"  {marked}; next: {left['next'] or 'mark weights with TRT_FP4QDQ too, then fp4trt export'}"
+    promise = found["promise"]
+    if promise is None:
+        yield "  promises nothing of its linears; described by its own pattern"
+        return
+    yield f"  promised: {_counts(promise['promised'])}; found: {_counts(promise['found'])}"
+    differing = promise["differing"]
+    yield f"  {len(differing)} differ from the promise:" if differing else "  every linear is as promised"
+    yield from _first([_difference(item) for item in differing])
+    lost = promise.get("lost_groups", ())
+    if lost:
+        yield f"  {len(lost)} promised groups share no scales:"
+        yield from _first([" ".join(group) for group in lost])
+
+
+def _graph_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the reader has to know of the graph that lies in a checkpoint's folder."""
+    if found.get("graph"):
+        yield "  of its model.onnx:"
+        yield from (f"  {line}" for line in _verdict_lines(found["graph"]))
+
+
+def _difference(item: Mapping[str, Any]) -> str:
+    reason = f" ({item['reason']})" if "reason" in item else ""
+    return f"{item['path']}: promised {item['promised'] or 'nothing'}, found {item['found'] or 'nothing'}{reason}"
+
+
+def _first(lines: list[str]) -> Iterator[str]:
+    yield from (f"    {line}" for line in lines[:_SHOWN_LINES])
+    if len(lines) > _SHOWN_LINES:
+        yield f"    and {len(lines) - _SHOWN_LINES} more"
+
+
+def _counts(formats: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in formats.items() if count) or "none"
+
+
+def _entry(key: str, value: Any) -> str:
+    return f"  {key.replace('_', ' '):22} {_plain(value)}"
+
+
+def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    yield _entry("engine", found["engine"]) + ("" if found["engine_present"] else " (missing)")
+    request = found.get("request", {})
+    asked = ("gpus", "compute_capabilities", "backend", "tensorrt_version", "profile")
+    yield from (_entry(key, request[key]) for key in asked if key in request)
+    yield _entry("size", _size(int(found.get("engine_bytes") or 0)))
+    yield _entry("FP4 GEMMs", found.get("fp4_gemms"))
+    covered = f"{found.get('fp4_linears')} of {found.get('quantized_linears')} ({found['fp4_coverage']:.0%})"
+    yield _entry("linears in FP4", covered)
+    if found.get("fp8_linears"):
+        yield _entry("linears in FP8", f"{found['fp8_linears']}, by {found.get('fp8_gemms')} GEMMs")
+    if branch := found.get("branch"):
+        cost = f"{branch.get('kernels')} of {found.get('kernels')} kernels, {_size(int(branch.get('bytes') or 0))}"
+        yield _entry("low-rank branches", cost)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    return str(value)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} bytes"

@@ -1,0 +1,1 @@
+"""Find out by the numbers which layout a checkpoint's tensors are in."""

@@ -1,0 +1,241 @@
+"""The readings of a quantized linear's bytes: what a tile of its weight is under each.
+
+A tile is some rows and columns of the weight; only the bytes that it needs are read. A reading gives it without the
+global scale, which is one number: :mod:`onnx_functions.layouts.detection` tries that in both its meanings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from fp4trt.layouts import swizzled_shape, swizzled_shapes
+from fp4trt.safetensors_header import HeldTensor
+
+__all__ = [
+    "HIGH_FIRST",
+    "LOW_FIRST",
+    "NONE",
+    "ROW_MAJOR",
+    "TILES",
+    "Floats",
+    "Reading",
+    "Stored",
+    "StoredLinear",
+    "Tile",
+    "floats_of",
+    "readings_of",
+    "unswizzled",
+]
+
+ROW_MAJOR, TILES, TRANSPOSED, NONE = "row-major", "cuBLAS 128x4 tiles", "transposed", "none"
+LOW_FIRST, HIGH_FIRST = "low first", "high first"
+
+Floats = npt.NDArray[np.float32]
+_Bytes = npt.NDArray[np.uint8]
+
+_E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_LOW: Final = np.tile(np.concatenate((_E2M1, -_E2M1)), 16)
+_HIGH: Final = np.repeat(np.concatenate((_E2M1, -_E2M1)), 16)
+"""The values of the low and of the high nibble of each byte."""
+_FP8: Final[dict[str, Any]] = {"E4M3": ml_dtypes.float8_e4m3fn, "E5M2": ml_dtypes.float8_e5m2}
+_SIXTEEN: Final[dict[str, Any]] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What bytes may mean.
+
+    Attributes:
+        number: `E2M1`, or of FP8 `E4M3` or `E5M2`.
+        orientation: `rows` of K weights; `transposed`: rows of N weights; `columns`: the bytes of `rows` transposed.
+        block_scales: their order: `row-major`, `cuBLAS 128x4 tiles`, `transposed`, `none`.
+        nibbles: which holds the first of two codes: `low first`, `high first`, `none`.
+    """
+
+    number: str
+    orientation: str
+    block_scales: str
+    nibbles: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in its file."""
+
+    file: Path
+    held: HeldTensor
+
+    def rows(self, first: int, count: int, begin: int = 0, end: int | None = None) -> _Bytes:
+        """Read the bytes `begin` to `end` of some rows of a matrix, [count, end - begin]."""
+        width = self.held.nbytes // max(self.held.shape[0], 1)
+        end = width if end is None else end
+        found = np.empty((count, end - begin), np.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            for row in range(count):
+                file.seek(self.held.offset + (first + row) * width + begin)
+                _fill(file, found[row], self.file)
+        return found
+
+    def span(self, begin: int, count: int) -> _Bytes:
+        """Read `count` bytes from `begin` on."""
+        found = np.empty(count, np.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.held.offset + begin)
+            _fill(file, found, self.file)
+        return found
+
+
+def _fill(file: Any, into: _Bytes, path: Path) -> None:
+    view = into.data
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{path} ended while it was read")
+        view = view[count:]
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A quantized linear: its codes, and its block scales (None in FP8)."""
+
+    path: str
+    codes: Stored
+    scales: Stored | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows `row` to `row + rows` and columns likewise of a weight."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+    @property
+    def turned(self) -> Tile:
+        """The same tile of the transposed weight."""
+        return Tile(self.column, self.columns, self.row, self.rows)
+
+
+def floats_of(stored: Stored, row: int, rows: int, column: int, columns: int) -> Floats:
+    """Return a tile of a 16- or 32-bit matrix."""
+    kind = np.dtype(_SIXTEEN[stored.held.dtype])
+    raw = stored.rows(row, rows, column * kind.itemsize, (column + columns) * kind.itemsize)
+    return np.asarray(raw.view(kind).astype(np.float32))
+
+
+def readings_of(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> Iterator[tuple[Reading, Floats]]:
+    """Yield a tile of a weight under each reading that its shapes allow, without global scale.
+
+    Args:
+        linear: the stored linear.
+        shape: [N, K] of the weight by its 16-bit source; what is stored may be padded.
+        tile: within that, its columns in blocks of 16.
+    """
+    rows, columns = shape
+    if linear.scales is None:
+        yield from _fp8_readings(linear, shape, tile)
+        return
+    stored = linear.codes.held.shape
+    for orientation, fits in (
+        ("rows", _holds(stored, rows, columns // 2)),
+        ("transposed", rows % 16 == 0 and _holds(stored, columns, rows // 2)),
+    ):
+        if fits:
+            where = tile if orientation == "rows" else tile.turned
+            packed = linear.codes.rows(where.row, where.rows, where.column // 2, (where.column + where.columns) // 2)
+            for order, scales in _block_scales(linear, where):
+                for nibbles in (LOW_FIRST, HIGH_FIRST):
+                    value = _weights(packed, scales, nibbles)
+                    yield Reading("E2M1", orientation, order, nibbles), value if where is tile else value.T
+    if _holds(stored, columns // 2, rows) and _holds(linear.scales.held.shape, columns // 16, rows):
+        packed = _turned(linear.codes, tile.column // 2, tile.columns // 2, tile)
+        scales = _e4m3(_turned(linear.scales, tile.column // 16, tile.columns // 16, tile))
+        for nibbles in (LOW_FIRST, HIGH_FIRST):
+            yield Reading("E2M1", "columns", ROW_MAJOR, nibbles), _weights(packed, scales, nibbles)
+
+
+def _holds(stored: tuple[int, ...], rows: int, columns: int) -> bool:
+    """Whether a stored matrix may be one of this shape, padded."""
+    return len(stored) == 2 and 0 <= stored[0] - rows < 128 and 0 <= stored[1] - columns < 128
+
+
+def _turned(stored: Stored, first: int, count: int, tile: Tile) -> _Bytes:
+    return np.ascontiguousarray(stored.rows(first, count, tile.row, tile.row + tile.rows).T)
+
+
+def _weights(packed: _Bytes, scales: Floats, nibbles: str) -> Floats:
+    pair = (_LOW[packed], _HIGH[packed]) if nibbles == LOW_FIRST else (_HIGH[packed], _LOW[packed])
+    values = np.stack(pair, -1).reshape(len(packed), -1, 16)
+    return np.asarray((values * scales[:, :, None]).reshape(len(packed), -1))
+
+
+def _e4m3(raw: _Bytes) -> Floats:
+    return np.asarray(raw.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
+def _block_scales(linear: StoredLinear, tile: Tile) -> Iterator[tuple[str, Floats]]:
+    """Yield the block scales of a tile of the stored matrix, in each order that their shape allows."""
+    assert linear.scales is not None
+    held = linear.scales.held
+    rows, blocks = linear.codes.held.shape[0], linear.codes.held.shape[1] // 8
+    first, count = tile.column // 16, tile.columns // 16
+    if len(held.shape) == 2 and held.shape[0] >= rows and held.shape[1] >= blocks:
+        yield ROW_MAJOR, _e4m3(linear.scales.rows(tile.row, tile.rows, first, first + count))
+    wide = swizzled_shape(rows, blocks)[1]
+    more = len(held.shape) == 2 and held.shape[0] >= rows and held.shape[1] >= wide  # padded by more than the tiles ask
+    if more and held.shape[0] % 128 == 0 and held.shape[1] % 4 == 0:
+        wide = held.shape[1]
+    elif held.shape not in swizzled_shapes(rows, blocks):
+        wide = 0
+    if wide:
+        yield TILES, _e4m3(_from_tiles(linear.scales, wide // 4, tile.row, tile.rows, first, count))
+    if held.shape == (blocks, rows):
+        yield (
+            TRANSPOSED,
+            _e4m3(np.ascontiguousarray(linear.scales.rows(first, count, tile.row, tile.row + tile.rows).T)),
+        )
+
+
+def _from_tiles(stored: Stored, across: int, row: int, rows: int, column: int, columns: int) -> _Bytes:
+    """Read block scales out of tiles of 128 rows and 4 columns, `across` of which lie side by side."""
+    left, right = column // 4, -(-(column + columns) // 4)
+    bands = [
+        unswizzled(stored.span((band * across + left) * 512, (right - left) * 512), 128, (right - left) * 4)
+        for band in range(row // 128, -(-(row + rows) // 128))
+    ]
+    top, begin = row - row // 128 * 128, column - 4 * left
+    return np.ascontiguousarray(np.concatenate(bands)[top : top + rows, begin : begin + columns])
+
+
+def unswizzled(raw: _Bytes, rows: int, columns: int) -> _Bytes:
+    """Return block scales [rows, columns] in row-major order out of the 128x4 tiles of cuBLAS.
+
+    Rows 32a + b of a tile lie beside each other for each b, four scales each. Source: the section on the layout of
+    block scaling factors in cuBLAS's documentation.
+
+    Args:
+        raw: their bytes; the size, a multiple of 128 x 4, is that of `rows` and `columns`.
+        rows: a multiple of 128.
+        columns: a multiple of 4.
+    """
+    tiles = raw.reshape(rows // 128, columns // 4, 32, 4, 4)
+    return np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4).reshape(rows, columns))
+
+
+def _fp8_readings(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> Iterator[tuple[Reading, Floats]]:
+    for orientation, where, (rows, columns) in (("rows", tile, shape), ("transposed", tile.turned, shape[::-1])):
+        if not _holds(linear.codes.held.shape, rows, columns):
+            continue
+        raw = linear.codes.rows(where.row, where.rows, where.column, where.column + where.columns)
+        for number, kind in _FP8.items():
+            value = np.asarray(raw.view(kind).astype(np.float32))
+            yield Reading(number, orientation, NONE, NONE), value if where is tile else value.T

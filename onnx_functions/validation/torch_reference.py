@@ -1,0 +1,378 @@
+"""The reference of a validation: a checkpoint, quantized or not, as `calibration` runs it in torch.
+
+It runs block by block (`calibration.by_block.runner`), so that one block's weights are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import nn
+
+from calibration.by_block.runner import BlockRunner, Outputs
+from calibration.checkpoints.plain import BUILT_IN, empty_source, find_source, finite_tensor, tensors_of
+from calibration.checkpoints.quantized import BRANCH, SMOOTHING, Checkpoint, empty_model, read, reader
+from calibration.formats import fp8, nvfp4
+from calibration.formats.fp8 import E4M3_MAX
+from calibration.formats.fp8_attention import MODULE as FP8_ATTENTION
+from calibration.formats.fp8_attention import FP8Attention
+from fp4trt.account import SCALE_LEAVES
+from fp4trt.checkpoint_manifest import read_checkpoint_manifest
+from fp4trt.errors import BadCheckpoint, BadGraph, BadReference
+from fp4trt.json_file import load_json
+from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.safetensors_file import StoredTensor
+from onnx_functions.graph.external_data import array_of
+from onnx_functions.graph.linears import Graph, Linear, metadata_of, promised_linears
+from onnx_functions.validation.attention_gates import AttentionTeacher
+from onnx_functions.validation.reference_sizes import refuse_other_sizes
+from onnx_functions.validation.run_gates import weight_gates
+from onnx_functions.validation.structure_gates import Run
+from onnx_functions.validation.teacher_gates import Teacher
+from onnx_functions.validation.verdict import FloatArray
+
+__all__ = [
+    "Inputs",
+    "Outputs",
+    "Reference",
+    "Shape",
+    "Values",
+    "Walk",
+    "attention_teacher_of",
+    "open_reference",
+    "teacher_of",
+]
+
+FORMATS: Final = ("nvfp4", "fp8")
+"""What a linear may be quantized to."""
+
+Shape = tuple[int, int, int]
+"""Batch, image tokens, text tokens."""
+
+Inputs = dict[str, torch.Tensor]
+
+Values = dict[tuple[str, str], FloatArray]
+"""(module path, `input` or `output`) to FP32 values; the model's own output is that of the empty path. Of an
+attention in FP8 also `q`, `k` and `v`, what its products read before rounding, and `attended`, what they give."""
+
+ATTENDED: Final = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint, quantized or not, as the gates want it: a `weight_gates.Reference`.
+
+    Attributes:
+        checkpoint: its tensors.
+        quantized: whether its linears are stored in NVFP4 and FP8.
+        rounds_scales: whether the graph rounds the product of the scales to BF16 (`--scale-dtype bfloat16`).
+        names: of the tensors that the graph must hold byte by byte.
+        formats: linears that the graph must compute in ``nvfp4`` or ``fp8``.
+    """
+
+    checkpoint: Checkpoint
+    quantized: bool
+    rounds_scales: bool
+    names: tuple[str, ...]
+    formats: Mapping[str, str]
+
+    @property
+    def directory(self) -> Path:
+        """Where it lies."""
+        return self.checkpoint.directory
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """Its blocks, in the order in which they run."""
+        return self.checkpoint.family.blocks(self.checkpoint.config)
+
+    @cached_property
+    def stored_fp4(self) -> frozenset[str]:
+        """Linears that the checkpoint stores in NVFP4."""
+        return frozenset(self.checkpoint.quantized)
+
+    @cached_property
+    def linears(self) -> tuple[str, ...]:
+        """All its linears: they alone have matrices."""
+        matrices = (name.rpartition(".") for name, tensor in self.checkpoint.tensors.items() if len(tensor.shape) == 2)
+        return tuple(path for path, _, leaf in matrices if leaf == "weight")
+
+    def raw(self, name: str) -> npt.NDArray[Any]:
+        """Return a tensor as it is stored."""
+        return self.checkpoint.raw(name)
+
+    def weight(self, path: str) -> FloatArray:
+        """Return a linear's weight [N, K], FP32 rounded to BF16."""
+        if path in self.checkpoint.fp8:
+            codes = self.raw(f"{path}.weight").astype(np.float32)
+            return _round(codes * np.float32(self.raw(f"{path}.weight_scale")))
+        if path not in self.stored_fp4:
+            return _round(self.raw(f"{path}.weight"))
+        codes = nvfp4.unpack_codes(self.checkpoint.tensor(f"{path}.weight")).numpy()
+        scales = self.raw(f"{path}.weight_scale").view(np.uint8)
+        return self.dequantize(codes, scales, self.raw(f"{path}.weight_scale_2"))
+
+    def dequantize(self, codes: npt.NDArray[Any], scales: npt.NDArray[Any], scale: npt.ArrayLike) -> FloatArray:
+        """Return what the graph's chain makes of codes 0..15, E4M3 bytes and a global scale."""
+        d = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.asarray(scale, np.float32)
+        d = _round(d) if self.rounds_scales else d
+        return _round(weight_gates.E2M1[codes] * np.repeat(d, nvfp4.BLOCK_SIZE, -1))
+
+    def requantized(self, path: str, weight: FloatArray, scale: np.float32) -> FloatArray:
+        """Return a linear's weight, or its input, after plain rounding to the linear's format under a scale."""
+        if self.formats.get(path) == "fp8":
+            return _round(_quantize_fp8(weight, scale) * scale)
+        return self.dequantize(*_quantize(weight, scale), scale)
+
+    def example(self, shape: Shape, dtype: torch.dtype) -> Inputs:
+        """Return seeded inputs of the model."""
+        return self.checkpoint.family.example_inputs(self.checkpoint.config, *shape, 0, dtype)
+
+
+def _round(array: npt.NDArray[Any]) -> FloatArray:
+    """Round to BF16 values, held as FP32."""
+    return np.asarray(array).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _quantize(x: FloatArray, scale: np.float32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Quantize with torch; returns codes 0..15 and the bytes of E4M3 block scales."""
+    codes, scales = nvfp4.quantize(torch.from_numpy(np.ascontiguousarray(x)), torch.tensor(float(scale)))
+    return codes.numpy(), scales.view(torch.uint8).numpy()
+
+
+def _quantize_fp8(x: FloatArray, scale: np.float32) -> FloatArray:
+    """Quantize with ml_dtypes' own cast; returns E4M3 values. A scale that is none gives what IEEE says."""
+    with np.errstate(all="ignore"):
+        clipped = np.clip(x / scale, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return np.asarray(clipped.astype(np.float32))
+
+
+def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | None) -> Reference:
+    """Return the checkpoint that a graph is to be compared with; None takes the one beside it.
+
+    Raises:
+        BadReference: it is missing, damaged, or not of this graph.
+        UnknownArtifact: a manifest is damaged.
+    """
+    promised = promised_linears(graph)
+    folder = _folder_of(reference, model)
+    beside, manifest = (read_checkpoint_manifest(path) for path in (model.parent, folder))
+    try:
+        config = load_json(folder / "config.json")
+        quantized = "quantization_config" in config
+        checkpoint = read(folder) if quantized else Checkpoint(folder, config, {}, tensors_of(folder))
+    except BadCheckpoint as error:
+        raise BadReference(f"the reference cannot be used: {error}; give --reference CHECKPOINT") from None
+    for path in (path for paths in promised.values() for path in paths):
+        if f"{path}.weight" not in checkpoint.tensors:
+            raise BadReference(f"{folder} has no {path}.weight, which the graph needs; give the graph's own checkpoint")
+    if reference is not None:  # with the checkpoint beside it, other sizes are the gates' to tell
+        refuse_other_sizes(graph, folder, checkpoint.family, config)
+    made = set[str]() if quantized else {f"{path}.weight" for kind in FORMATS for path in promised.get(kind, [])}
+    names = tuple(name for name in checkpoint.tensors if name not in made)
+    # A 16-bit reference says what the linears are; which of them are quantized is then the graph's word and that of the
+    # manifest beside it.
+    stored = {"nvfp4": checkpoint.quantized, "fp8": checkpoint.fp8}
+    words = [manifest, None if quantized else beside]
+    formats: dict[str, str] = {}
+    for kind in FORMATS:
+        paths = [*(stored[kind] if quantized else promised.get(kind, ()))]
+        paths += [path for word in words if word is not None for path in word.quantized(kind)]
+        formats |= {path: kind for path in paths if path not in formats}
+    rounds = metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16"
+    return Reference(checkpoint, quantized, rounds, names, formats)
+
+
+def _folder_of(reference: str | Path | None, model: Path) -> Path:
+    if reference is None:
+        if not (model.parent / "config.json").is_file():
+            raise BadReference(
+                f"no checkpoint lies beside {model}, as beside a graph that was exported elsewhere with "
+                "--copy-weights; expected config.json there, or the checkpoint in --reference CHECKPOINT"
+            )
+        return model.parent
+    folder = Path(reference)
+    if str(reference) == BUILT_IN and not folder.exists():
+        return find_source(BUILT_IN)
+    try:
+        return transformer_folder(folder)
+    except BadCheckpoint as error:
+        raise BadReference(f"the reference cannot be used: {error}") from None
+
+
+class Walk:
+    """The reference in one dtype, run block by block."""
+
+    def __init__(self, held: Reference, dtype: torch.dtype, quantize_activations: bool) -> None:
+        folder, stored = held.directory, held.checkpoint.tensors
+        if held.quantized:
+            self._model = empty_model(held.checkpoint, quantize_activations)
+            read_as = reader(held.checkpoint, self._model, dtype)
+            tensor = lambda name: _as_in_graph(name, stored, read_as(name))  # noqa: E731
+        else:
+            self._model, _ = empty_source(folder)
+            tensor = lambda name: finite_tensor(folder, name, stored[name]).to(dtype)  # noqa: E731
+        self._held, self._dtype = held, dtype
+        self._runner = BlockRunner(self._model, held.blocks, tensor)
+
+    def block(self, path: str, calls: Sequence[tuple[Inputs, Outputs]]) -> Iterator[tuple[Values, Outputs]]:
+        """Load a block, run every call from what the block before it gave; yield values inside and outputs."""
+        with self._runner.loaded(path), torch.inference_mode():
+            for call, before in calls:
+                with _recording(self._model, f"{path}.", ()) as kept:
+                    outputs = self._runner.run(path, call, before)
+                yield kept, outputs
+
+    def finish(self, call: Inputs, before: Outputs) -> Values:
+        """Run what lies outside the blocks; return the values there and the model's output."""
+        outside = tuple(f"{block}." for block in self._held.blocks)
+        with torch.inference_mode(), _recording(self._model, "", outside) as kept:
+            kept["", "output"] = self._runner.finish(call, before).float().numpy()
+        return kept
+
+    def whole(self, shape: Shape, keep_modules: bool) -> Run:
+        """Run the whole model once on seeded inputs, keeping the values of its innermost modules, or its output."""
+        call, outputs, values = self._held.example(shape, self._dtype), Outputs(), Values()
+        for path in self._held.blocks:
+            for kept, after in self.block(path, [(call, outputs)]):
+                outputs = after
+                values.update(kept if keep_modules else {})
+        values.update(self.finish(call, outputs))
+        return Run(name_of(shape), arrays_of(call), values)
+
+
+def _as_in_graph(name: str, stored: Mapping[str, StoredTensor], value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a graph has it: what is stored in FP16 or FP32 and is no scale is rounded to BF16."""
+    if name.rpartition(".")[2] in SCALE_LEAVES or stored[name].dtype not in ("F16", "F32"):
+        return value
+    return value.to(torch.bfloat16).to(value.dtype)
+
+
+def name_of(shape: Shape) -> str:
+    """Return a shape for people."""
+    return f"B={shape[0]} L={shape[1]} T={shape[2]}"
+
+
+def arrays_of(call: Inputs) -> dict[str, FloatArray]:
+    """Return a model's inputs as FP32."""
+    return {name: value.float().numpy() for name, value in call.items()}
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, prefix: str, but: tuple[str, ...]) -> Iterator[Values]:
+    """Keep inputs and outputs of the innermost modules whose path starts with `prefix`, and with none of `but`."""
+    kept: Values = {}
+
+    def hook(path: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if len(args) == 1 and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
+            kept[path, "input"], kept[path, "output"] = args[0].float().numpy(), output.float().numpy()
+
+    def attended(path: str, _module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        for name, value in zip((*ATTENDED, "attended"), (*args[:3], output), strict=True):
+            kept[path, name] = value.float().numpy()
+
+    # Norms and activations too: they help to find where a graph first goes astray.
+    inner = [(path, module) for path, module in model.named_modules() if not any(module.children())]
+    chosen = [(path, module) for path, module in inner if path.startswith(prefix) and not path.startswith(but)]
+    hooks = [module.register_forward_hook(partial(hook, path)) for path, module in chosen]
+    hooks += [
+        module.register_forward_hook(partial(attended, path.removesuffix(f".{FP8_ATTENTION}")))
+        for path, module in chosen
+        if isinstance(module, FP8Attention)
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def attention_teacher_of(held: Reference, path: str, values: Values) -> AttentionTeacher | None:
+    """Return what the reference says of an attention, given the values of its BF16 run; None of one in 16 bit."""
+    if (path, "attended") not in values:
+        return None
+    operands = {name: values[path, name] for name in ATTENDED}
+    codes = {
+        name: fp8.quantize(torch.from_numpy(operand), held.checkpoint.tensor(f"{path}.{name}_scale")).float().numpy()
+        for name, operand in operands.items()
+    }
+    return AttentionTeacher(operands, codes, values[path, "attended"])
+
+
+def teacher_of(
+    graph: onnx.ModelProto,
+    folder: Path,
+    held: Reference,
+    linears: Sequence[Linear],
+    values: Mapping[tuple[str, str], FloatArray],
+) -> Teacher:
+    """Return what the reference says of some linears, given the values of its BF16 run.
+
+    Raises:
+        BadGraph: a quantizer's scale is no initializer.
+    """
+    index = Graph(graph)
+    scales: dict[str, np.float32] = {}
+    smoothings: dict[str, FloatArray] = {}
+    for linear in linears:
+        if (smoothing := _smoothing(linear, held, index, folder)) is not None:
+            smoothings[linear.path] = smoothing
+        if linear.quantizer is None:
+            continue
+        stored = held.checkpoint.tensors.get(f"{linear.path}.input_scale")
+        # A 16-bit reference knows no activation scales: then the graph's own are taken.
+        own = index.initializers.get(linear.quantizer.scale)
+        if stored is None and own is None:
+            raise BadGraph(f"node {linear.quantizer.node} reads a scale that is no initializer; export the graph again")
+        value = held.raw(f"{linear.path}.input_scale") if stored else array_of(own, folder) if own else None
+        scales[linear.path] = np.float32(np.asarray(value).reshape(()))
+
+    def smoothed(path: str, x: FloatArray) -> FloatArray:
+        return _round(x * smoothings[path]) if path in smoothings else x
+
+    def quantize(path: str, x: FloatArray) -> tuple[FloatArray, ...]:
+        x = smoothed(path, x)
+        if held.formats.get(path) == "fp8":
+            return (_quantize_fp8(x, scales[path]),)
+        codes, scale_bytes = _quantize(x, scales[path])
+        return weight_gates.E2M1[codes], scale_bytes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+    def product(path: str, x: FloatArray) -> FloatArray:
+        bias = f"{path}.bias"
+        added = _round(held.raw(bias)) if bias in held.checkpoint.tensors else None
+        if not held.quantized:
+            return _multiply(x, held.weight(path), added)
+        x = smoothed(path, x)
+        read = held.requantized(path, x, scales[path]) if path in scales else x
+        result = _multiply(read, held.weight(path), added)
+        if not held.checkpoint.rank(path):
+            return result
+        a, b = (_round(held.raw(f"{path}.{factor}")) for factor in BRANCH)
+        return result + _multiply(_multiply(x, a), b)
+
+    inputs = {path: value for (path, which), value in values.items() if which == "input"}
+    outputs = {path: value for (path, which), value in values.items() if which == "output"}
+    return Teacher(inputs, quantize, product, outputs)
+
+
+def _multiply(x: npt.NDArray[Any], weight: FloatArray, bias: FloatArray | None = None) -> FloatArray:
+    """Return ``x @ weight.T + bias`` in FP32."""
+    added = None if bias is None else torch.from_numpy(bias)
+    return nn.functional.linear(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(weight), added).numpy()
+
+
+def _smoothing(linear: Linear, held: Reference, index: Graph, folder: Path) -> FloatArray | None:
+    """Return what the input of a linear is multiplied by, as the reference has it, or, in 16 bit, as the graph has."""
+    if held.quantized:
+        return _round(held.raw(f"{linear.path}.{SMOOTHING}")) if held.checkpoint.is_smoothed(linear.path) else None
+    return None if linear.smoothing is None else _round(array_of(index.initializers[linear.smoothing], folder))
