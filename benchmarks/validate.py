@@ -38,7 +38,7 @@ def evaluate(checkpoint: Path) -> None:
     from onnx_functions.simulation.reference_ops import reference_evaluator
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    inputs = family_of(config).example_inputs(config, **TOKENS, seed=0, dtype=torch.bfloat16)
+    inputs = family_of(config).example_inputs(config, tuple(TOKENS.values()), seed=0, dtype=torch.bfloat16)
     kinds = {torch.bfloat16: ml_dtypes.bfloat16}
     feeds = {name: x.float().numpy().astype(kinds.get(x.dtype, "float32")) for name, x in inputs.items()}
     evaluator = reference_evaluator(checkpoint / "model.onnx")

@@ -148,7 +148,7 @@ def graph_of(
 
 
 def _stacks(checkpoint: Checkpoint) -> dict[str, int]:
-    return {path: checkpoint.config[key] for path, key in checkpoint.family.stacks.items()}
+    return {stack.path: checkpoint.config[stack.count] for stack in checkpoint.family.stacks}
 
 
 def graph_path(output: str | Path) -> Path:
@@ -213,7 +213,7 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
     """Write into the graph's metadata what it promises and what the builder has to know."""
     formats = {"nvfp4": list(checkpoint.quantized), "fp8": list(checkpoint.fp8), "bf16": other_linears(checkpoint)}
     linears = {kind: paths for kind, paths in formats.items() if paths or kind != "fp8"}
-    symbols = {name: symbol.as_dict() for name, symbol in checkpoint.family.symbols.items()}
+    symbols = {name: dim.as_dict() for name, dim in checkpoint.family.dims.items()}
     model.metadata_props.clear()
     model.metadata_props.update(
         {

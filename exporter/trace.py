@@ -37,13 +37,13 @@ def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
     """
     family = checkpoint.family
     config = plain_config(checkpoint.config)
-    config |= {key: min(config[key], TRACED_BLOCKS) for key in family.stacks.values()}
+    config |= {stack.count: min(config[stack.count], TRACED_BLOCKS) for stack in family.stacks}
     model = _meta_model(family, config)
     with torch.device("meta"):
         for path, linear in [*model.named_modules()]:
             if isinstance(linear, nn.Linear):
                 model.set_submodule(path, TracedLinear(linear, path))
-    example = family.example_inputs(config, _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS, 0, torch.bfloat16)
+    example = family.example_inputs(config, (_BATCH, _IMAGE_TOKENS, _TEXT_TOKENS), 0, torch.bfloat16)
     inputs = {name: value.to("meta") for name, value in example.items()}
     with _quiet():
         return torch.export.export(
@@ -72,7 +72,7 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
         )
     assert exported is not None
     family = checkpoint.family
-    _name_interface(exported.model.graph, family.input_shapes(checkpoint.config), family.outputs)
+    _name_interface(exported.model.graph, family.input_shapes(checkpoint.config), list(family.outputs))
     return exported.model
 
 

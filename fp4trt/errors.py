@@ -36,6 +36,7 @@ __all__ = [
     "UnknownGpuError",
     "UnsupportedFormatError",
     "UnsupportedLinear",
+    "UnsupportedModel",
     "Untrusted",
     "WrongPrecision",
 ]
@@ -51,6 +52,12 @@ class BadCheckpoint(ValueError):
 
 class UnknownFamily(ValueError):
     """No model family of ours fits the config."""
+
+    exit_code = 2
+
+
+class UnsupportedModel(ValueError):
+    """A model whose blocks cannot be run one at a time."""
 
     exit_code = 2
 

@@ -7,14 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from fp4trt.errors import BadProfileError
+from fp4trt.families.dim import OPTIONS, TOKENS
 
 __all__ = ["LEAST_TOKENS", "raised", "require_tokens"]
 
 LEAST_TOKENS: Final = 32
 """Of picture and text together, measured with TensorRT-RTX 1.7.1: with a profile that begins at 31 the two products of
 an attention become two GEMMs of nine kernels, with 32 one kernel."""
-
-_OPTIONS: Final = {"image_tokens": "--resolution", "text_tokens": "--text"}
 
 Extents = dict[str, tuple[int, int, int]]
 Dimensions = tuple[int | str | None, ...]
@@ -70,12 +69,12 @@ def require_tokens(minima: Mapping[str, Sequence[int]], dimensions: Mapping[str,
 
 
 def _tokens(symbols: Symbols) -> list[str]:
-    return [name for name, symbol in symbols.items() if symbol["kind"] in _OPTIONS]
+    return [name for name, symbol in symbols.items() if symbol["kind"] in TOKENS]
 
 
 def _enough(symbol: Mapping[str, Any], tokens: int) -> tuple[int, str]:
     """Return the least value of a symbol that is so many tokens or more, and the option that gives it."""
-    option = _OPTIONS[symbol["kind"]]
+    option = OPTIONS[symbol["kind"]]
     if symbol["kind"] == "text_tokens":
         return tokens, f"{option} {tokens}"
     side = math.isqrt(tokens - 1) + 1

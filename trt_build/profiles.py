@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp4trt.errors import BadModelError, BadProfileError
+from fp4trt.families.dim import BOUNDS, OPTIONS, out_of_order
 from trt_build.least_tokens import raised
 
 __all__ = ["Extent", "InputShape", "Profile", "make_profile"]
@@ -16,16 +17,6 @@ Extent = tuple[int, int, int]
 
 InputShape = tuple[int | str | None, ...]
 """Dimensions of a graph input: a number, a symbol, or None where the graph says nothing."""
-
-_OPTIONS = {"batch": "--batch", "image_tokens": "--resolution", "text_tokens": "--text"}
-
-
-_SYMBOL_KEYS: dict[str, tuple[str, ...]] = {
-    "batch": ("min", "default", "max"),
-    "text_tokens": ("min", "default", "max"),
-    "image_tokens": ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token"),
-}
-"""What a symbol of each kind declares: the range in order, then what it is counted in."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +63,16 @@ def make_profile(
         _check_symbol(name, symbol)
     options = {"--resolution": resolution, "--batch": batch, "--text": text}
     given = {option: None if value is None else str(value) for option, value in options.items()}
-    kinds = {_OPTIONS[symbol["kind"]] for symbol in symbols.values()}
+    kinds = {OPTIONS[symbol["kind"]] for symbol in symbols.values()}
     for option, value in given.items():
         if value is not None and option not in kinds:
             raise BadProfileError(
                 f"{option} {value}: the model declares no such dimension; give --shape NAME=MIN:OPT:MAX"
             )
-    extents = {name: _symbol_extent(symbol, given[_OPTIONS[symbol["kind"]]]) for name, symbol in symbols.items()}
+    extents = {name: _symbol_extent(symbol, given[OPTIONS[symbol["kind"]]]) for name, symbol in symbols.items()}
     if reference_images is not None:
         extents |= _with_references(extents, symbols, str(reference_images))
-    named = {name for name, symbol in symbols.items() if given[_OPTIONS[symbol["kind"]]] is not None}
+    named = {name for name, symbol in symbols.items() if given[OPTIONS[symbol["kind"]]] is not None}
     whole: dict[str, tuple[tuple[int, ...], ...]] = {}
     for shape in shapes:
         name, _, value = shape.partition("=")
@@ -106,16 +97,15 @@ def make_profile(
 def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:
     """Raise BadModelError unless a symbol has a kind of ours, and with it an ordered range of positive numbers."""
     kind = symbol.get("kind")
-    keys = _SYMBOL_KEYS.get(kind) if isinstance(kind, str) else None
+    keys = BOUNDS.get(kind) if isinstance(kind, str) else None
     if keys is None:
         raise BadModelError(
-            f"the graph's symbol {name!r} has the kind {kind!r}; expected {', '.join(_SYMBOL_KEYS)}: export it again"
+            f"the graph's symbol {name!r} has the kind {kind!r}; expected {', '.join(BOUNDS)}: export it again"
         )
-    values = [symbol.get(key) for key in keys]
-    numbers = [value for value in values if isinstance(value, int) and value > 0]
-    if len(numbers) < len(values) or numbers[:3] != sorted(numbers[:3]):
+    if out_of_order(symbol, keys):
+        declared = ", ".join(repr(symbol.get(key)) for key in keys)
         raise BadModelError(
-            f"the graph's symbol {name!r} declares {', '.join(map(repr, values))} as its {', '.join(keys)}; "
+            f"the graph's symbol {name!r} declares {declared} as its {', '.join(keys)}; "
             "expected positive numbers in order: export it again"
         )
 
@@ -126,7 +116,7 @@ def _symbol_extent(symbol: Mapping[str, Any], value: str | None) -> Extent:
     low, high = int(symbol["min"]), int(symbol["max"])
     if value is None:
         return low, int(symbol["default"]), high
-    return _extent(f"{_OPTIONS[symbol['kind']]} {value}", value, (low, high))
+    return _extent(f"{OPTIONS[symbol['kind']]} {value}", value, (low, high))
 
 
 def _image_tokens(symbol: Mapping[str, Any], value: str | None) -> Extent:

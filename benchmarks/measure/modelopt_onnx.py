@@ -75,7 +75,7 @@ def _quantized(checkpoint: Path) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     tensor_quant.dynamic_block_quantize_op = _fake_quantize
     model = load_source(checkpoint, torch.bfloat16).eval()
     config = dict(model.config)
-    inputs = family_of(config).example_inputs(config, **TOKENS, seed=0, dtype=torch.bfloat16)
+    inputs = family_of(config).example_inputs(config, tuple(TOKENS.values()), seed=0, dtype=torch.bfloat16)
     settings = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
     settings["quant_cfg"].append({"quantizer_name": "*norm*", "enable": False})
     return mtq.quantize(model, settings, lambda net: net(**inputs, return_dict=False)), inputs

@@ -16,7 +16,7 @@ from calibration.checkpoints.plain import model_class
 from calibration.formats import nvfp4
 from calibration.methods.registry.quality import column_rounding, gptq
 from calibration.recipes.recipe import Quality, SVDQuant
-from fp4trt.families.flux import FLUX, groups, stream
+from fp4trt.families.flux import FLUX
 
 EXPONENTS = 12
 """AWQ-lite runs a linear for each of 11, and once as it is."""
@@ -32,7 +32,7 @@ class Data:
 
     def rows(self, path: str) -> int:
         """Return how many rows a linear reads of each call."""
-        return {"": 1, "L": self.image, "T": self.text, "L+T": self.image + self.text}[stream(path)]
+        return {"": 1, "L": self.image, "T": self.text, "L+T": self.image + self.text}[FLUX.stream(path)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def groups_of(size: Size, block: str, data: Data) -> list[Group]:
     with torch.device("meta"):
         model = model_class(FLUX).from_config(config)
     found = []
-    for group in groups(config):
+    for group in FLUX.groups(config):
         if group[0].startswith(f"{block}."):
             shapes = [model.get_submodule(path).weight.shape for path in group]
             found.append(Group(sum(shape[0] for shape in shapes), shapes[0][1], len(group), data.rows(group[0])))

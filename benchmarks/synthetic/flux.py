@@ -89,7 +89,7 @@ def write_inputs(path: Path, config: dict[str, Any], count: int, image_tokens: i
     family = family_of(config)
     calls = []
     for index in range(count):
-        call = family.example_inputs(config, 1, image_tokens, text_tokens, index, torch.bfloat16)
+        call = family.example_inputs(config, (1, image_tokens, text_tokens), index, torch.bfloat16)
         calls.append({**call, "timestep": torch.tensor([1 - (index + 0.5) / count], dtype=torch.bfloat16)})
     save_inputs(path, calls)
 

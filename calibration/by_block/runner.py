@@ -5,21 +5,26 @@ the model N times, and nothing can be said of a block before the whole model has
 for every call, and goes.
 
 The model's own forward does all that lies between the blocks: it is run from its beginning for every block and call,
-where the blocks that are done answer at once what they had answered, and it is left behind the block that is wanted.
-What is computed again is what comes before the first block: for FLUX.1 about 1 % of a block.
+where the blocks that are done answer at once, and it is left behind the block that is wanted. Blocks of the stack that
+ran last answer what its last one had answered; those of earlier stacks, which nothing reads any more, answer NaN of the
+right shapes, so that a model for which this is not true is found out. What is computed again is what comes before the
+first block: for FLUX.1 about 1 % of a block.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from calibration.inputs.captured import Inputs
+from fp4trt.errors import UnsupportedModel
 
 __all__ = ["BlockRunner", "Outputs", "fill"]
 
@@ -54,8 +59,7 @@ def fill(
 class BlockRunner:
     """A model that runs one block at a time.
 
-    The blocks of all stacks are expected to return the same kinds of tensors, as FLUX.1's do, because those that are
-    done answer with what the last one of them gave.
+    The blocks of a stack return the same kinds of tensors; those of different stacks need not.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class BlockRunner:
             module.forward = partial(self._forward, index, module.forward)
         self._wanted, self._leave = 0, True
         self._before: Outputs = ()
+        self._of_earlier_stacks: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def loaded(self, block: str) -> Iterator[nn.Module]:
@@ -104,8 +109,11 @@ class BlockRunner:
             outputs = tuple(value.cpu() for value in reached.outputs)
         else:
             raise AssertionError(f"the model never ran {block}")
-        if before and [(v.shape, v.dtype) for v in before] != [(v.shape, v.dtype) for v in outputs]:
-            raise AssertionError(f"{block} returns other tensors than the block before it: not supported")
+        first = not self._wanted or _stack_of(self._blocks[self._wanted - 1]) != _stack_of(block)
+        if not first and [(v.shape, v.dtype) for v in before] != [(v.shape, v.dtype) for v in outputs]:
+            raise UnsupportedModel(f"{block} returns other tensors than the block before it in its stack")
+        if first and any(value.isnan().any() for value in outputs):
+            raise UnsupportedModel(f"{block} gives NaN: a weight, an input, or something that an earlier stack gave is")
         return outputs
 
     def finish(self, call: Inputs, before: Outputs, block: str | None = None) -> torch.Tensor:
@@ -119,9 +127,11 @@ class BlockRunner:
         """
         self._wanted = len(self._blocks) if block is None else self._blocks.index(block)
         self._leave, self._before = False, self._on_device(before)
-        return self._call(call)[0].cpu()
+        output: torch.Tensor = self._call(call)[0].cpu()
+        return output
 
     def _call(self, call: Inputs) -> Any:
+        self._of_earlier_stacks.clear()
         on_device = {name: value.to(self._device) for name, value in call.items()}
         return self._model(**on_device, return_dict=False)
 
@@ -130,8 +140,54 @@ class BlockRunner:
 
     def _forward(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if index < self._wanted:
-            return self._before if len(self._before) > 1 else self._before[0]
+            stack = _stack_of(self._blocks[index])
+            if stack == _stack_of(self._blocks[self._wanted - 1]):
+                return self._before if len(self._before) > 1 else self._before[0]
+            if stack not in self._of_earlier_stacks:
+                self._of_earlier_stacks[stack] = self._nan_like_what_it_gives(index, forward, args, kwargs)
+            return self._of_earlier_stacks[stack]
         result = forward(*args, **kwargs)
         if not self._leave:
             return result
         raise _Reached(result if isinstance(result, tuple) else (result,))
+
+    def _nan_like_what_it_gives(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return what a block would give, loaded or not, with NaN in place of numbers."""
+        block = _AsItWas(self._model.get_submodule(self._blocks[index]), forward)
+        state = {name: _on_meta(value) for name, value in (*block.named_parameters(), *block.named_buffers())}
+        given = functional_call(block, state, _each_tensor(args, _on_meta), _each_tensor(kwargs, _on_meta))
+
+        def nan(value: torch.Tensor) -> torch.Tensor:
+            return torch.full((), math.nan, dtype=value.dtype, device=self._device).expand(value.shape)
+
+        return _each_tensor(given, nan)
+
+
+class _AsItWas(nn.Module):
+    """A block under its own forward, which the runner has taken from it."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.block, self._forward = block, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
+def _stack_of(block: str) -> str:
+    return block.rpartition(".")[0]
+
+
+def _on_meta(value: torch.Tensor) -> torch.Tensor:
+    return value.to("meta")
+
+
+def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a nest of tuples, lists and dicts with every tensor in it changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_each_tensor(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _each_tensor(item, change) for key, item in value.items()}
+    return value

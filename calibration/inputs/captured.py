@@ -139,9 +139,10 @@ class _Expected:
     def of(cls, family: Family, config: dict[str, object]) -> _Expected:
         import torch
 
-        example = family.example_inputs(config, 1, 4, 4, 0, torch.bfloat16)
-        kinds = {name: symbol.kind for name, symbol in family.symbols.items()}
-        return cls(family.input_shapes(config), {name: value.dtype for name, value in example.items()}, kinds)
+        shapes = family.input_shapes(config)
+        dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        kinds = {name: dim.kind for name, dim in family.dims.items()}
+        return cls(shapes, {name: dtypes[family.inputs[name].dtype] for name in shapes}, kinds)
 
     def converted(self, index: int, call: Inputs) -> Inputs:
         """Return a call as the model takes it."""

@@ -69,7 +69,7 @@ def require_reproduced(
 def _run(model: nn.Module, family: Family, config: Mapping[str, Any]) -> list[torch.Tensor]:
     outputs = []
     for seed in range(INPUTS):
-        call = family.example_inputs(config, 1, *_TOKENS, seed, torch.bfloat16)
+        call = family.example_inputs(config, (1, *_TOKENS), seed, torch.bfloat16)
         with torch.no_grad():
             outputs.append(model(**call, return_dict=False)[0].float())
     return outputs

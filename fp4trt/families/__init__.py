@@ -6,10 +6,14 @@ from typing import Final
 
 from fp4trt.errors import BadCheckpoint, UnknownFamily
 from fp4trt.families.digits import DIGITS
-from fp4trt.families.family import Config, Family, Symbol, Transformer
+from fp4trt.families.dim import Dim
+from fp4trt.families.family import Config, Family, Transformer
 from fp4trt.families.flux import FLUX
 
-__all__ = ["FAMILIES", "Family", "Symbol", "Transformer", "family_of"]
+__all__ = ["FAMILIES", "Dim", "Family", "Symbol", "Transformer", "family_named", "family_of"]
+
+Symbol = Dim
+"""Former name of :class:`Dim`; works for one more version."""
 
 FAMILIES: Final = (DIGITS, FLUX)
 """In the order in which a config is tried on them: the narrower first."""
@@ -33,3 +37,8 @@ def family_of(config: Config) -> Family:
         f"config.json describes a {config.get('_class_name', 'model without _class_name')}; "
         f"expected one of: {known}; give the folder of a diffusers transformer"
     )
+
+
+def family_named(name: str) -> Family | None:
+    """Return the family that a manifest or a graph names, None where there is none of that name."""
+    return next((family for family in FAMILIES if family.name == name), None)

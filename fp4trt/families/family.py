@@ -1,49 +1,61 @@
-"""What the rest of the project has to know of a model family."""
+"""A family of diffusion transformers as data; all that the rest of the project has to know is derived from it here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from fp4trt.families.dim import Dim
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
-__all__ = ["Config", "Family", "Modulated", "Symbol", "Transformer"]
+__all__ = ["Config", "Family", "Group", "Input", "Modulated", "Sizes", "Stack", "Transformer"]
 
 Config = Mapping[str, Any]
+
+Sizes = Mapping[str, int]
+"""Name of a symbolic dimension to its size."""
 
 Transformer = Callable[..., Any]
 """Called with the family's inputs by name and ``return_dict=False``; returns a tuple, the velocity first."""
 
+Role = Literal["normal", "time", "guidance", "positions"]
+"""What example values of an input are: normal numbers, timesteps in (0, 1], guidance in [1, 5), or positions."""
+
 
 @dataclass(frozen=True)
-class Symbol:
-    """One symbolic dimension of the graph, with the bounds that an optimization profile may take.
+class Input:
+    """An input of the model, and of the graph.
 
-    A ``batch`` or ``text_tokens`` symbol is bounded directly; an ``image_tokens`` symbol through the resolution in
-    pixels: a picture of H x W pixels has (H / pixels_per_token) * (W / pixels_per_token) tokens.
+    Attributes:
+        shape: sizes: names of symbolic dimensions, keys of the config, or numbers.
+        role: what its values are.
+        dtype: ``bf16`` for the dtype that is computed in, or ``fp32``.
+        given_by: key of the config that says whether the model has it; None where all of the family have.
     """
 
-    kind: str
-    min: int | None = None
-    max: int | None = None
-    default: int | None = None
-    pixels_per_token: int | None = None
-    min_resolution: int | None = None
-    max_resolution: int | None = None
-    default_resolution: int | None = None
+    shape: tuple[str | int, ...]
+    role: Role = "normal"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    given_by: str | None = None
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens by default."""
-        if self.default_resolution is None or self.pixels_per_token is None:
-            return self.default or 1
-        return (self.default_resolution // self.pixels_per_token) ** 2
 
-    def as_dict(self) -> dict[str, int | str]:
-        """Return the fields that this kind of symbol has, as they stand in the graph's metadata."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+@dataclass(frozen=True)
+class Group:
+    """Linears that read the same input: with shared global scales TensorRT runs them as one FP4 GEMM.
+
+    Attributes:
+        reads: whose tokens they read, as symbolic dimensions joined by ``+``, such as ``L+T``; empty for one vector.
+        linears: their module paths, in graph order.
+    """
+
+    reads: str
+    linears: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,34 @@ class Modulated:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A list of equal blocks, one run after the other.
+
+    Attributes:
+        path: of the list in the model.
+        count: key of the config that holds the number of its blocks.
+        groups: the linears to quantize of a block, in graph order, by paths in the block.
+        attentions: paths in the block.
+        modulated: linears of a block behind an adaptive norm of the block's own.
+    """
+
+    path: str
+    count: str
+    groups: tuple[Group, ...]
+    attentions: tuple[str, ...] = ("attn",)
+    modulated: tuple[Modulated, ...] = ()
+
+    def blocks(self, config: Config) -> tuple[str, ...]:
+        """Return the module paths of its blocks, in the order in which they run."""
+        return tuple(f"{self.path}.{index}" for index in range(config[self.count]))
+
+    @cached_property
+    def reads(self) -> dict[str, str]:
+        """Path in the block of each linear to quantize to what it reads."""
+        return {path: group.reads for group in self.groups for path in group.linears}
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of diffusion transformers, as data.
 
@@ -73,42 +113,77 @@ class Family:
         class_name: the diffusers class.
         matches: whether a diffusers config belongs here.
         problem: what is wrong with a config of this class, in one sentence, or None.
-        groups: the quantized linears of a config, in graph order, as groups whose members read the same input. A group
-            shares its global scales, because only then does TensorRT run it as one FP4 GEMM.
-        example_inputs: (config, batch, image tokens, text tokens, seed, dtype) to the model's inputs in graph order.
-        attentions: module paths of a config's attentions, in graph order.
-        stacks: path of each list of equal blocks to the key of the config that holds their number, in the order in
-            which they run.
-        input_shapes: (config) to the symbolic shape of every input, in graph order.
-        symbols: name of a symbolic dimension to its bounds.
-        outputs: names of the outputs.
-        stream: module path of a quantized linear to whose tokens it reads, as names of symbols joined by ``+``, such as
-            ``L+T``; empty where it reads one vector.
-        modulated: module path of a block to its linears behind an adaptive norm.
+        stacks: the blocks, in the order in which they run.
+        dims: name of a symbolic dimension to its bounds.
+        inputs: name to input, in graph order.
+        outputs: name of each output to its shape, as that of an input; None for a size that belongs to the model.
+        positions: (sizes) to the values of the inputs whose role is ``positions``, FP32.
         state: name to shape of every tensor of a config's plain checkpoint, in the order of the model's own state.
+        outside: linears to quantize that lie in no block.
     """
 
     name: str
     class_name: str
     matches: Callable[[Config], bool]
     problem: Callable[[Config], str | None]
-    groups: Callable[[Config], tuple[tuple[str, ...], ...]]
-    attentions: Callable[[Config], tuple[str, ...]]
-    example_inputs: Callable[[Config, int, int, int, int, torch.dtype], dict[str, torch.Tensor]]
-    stacks: Mapping[str, str]
-    input_shapes: Callable[[Config], dict[str, tuple[str | int, ...]]]
-    symbols: Mapping[str, Symbol]
-    outputs: tuple[str, ...]
-    stream: Callable[[str], str]
-    modulated: Callable[[str], tuple[Modulated, ...]]
+    stacks: tuple[Stack, ...]
+    dims: Mapping[str, Dim]
+    inputs: Mapping[str, Input]
+    outputs: Mapping[str, tuple[str | int | None, ...]]
+    positions: Callable[[Sizes], Mapping[str, npt.NDArray[np.float32]]]
     state: Callable[[Config], dict[str, tuple[int, ...]]]
+    outside: tuple[Group, ...] = field(default=())
+
+    def blocks(self, config: Config) -> tuple[str, ...]:
+        """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""
+        return tuple(block for stack in self.stacks for block in stack.blocks(config))
+
+    def groups(self, config: Config) -> tuple[tuple[str, ...], ...]:
+        """Return the linears to quantize, in graph order, as groups whose members read the same input."""
+        inside = (
+            tuple(f"{block}.{path}" for path in group.linears)
+            for stack in self.stacks
+            for block in stack.blocks(config)
+            for group in stack.groups
+        )
+        return (*(group.linears for group in self.outside), *inside)
 
     def quantized(self, config: Config) -> tuple[str, ...]:
-        """Return the module paths of the quantized linears, in graph order."""
+        """Return the module paths of the linears to quantize, in graph order."""
         return tuple(path for group in self.groups(config) for path in group)
 
+    def attentions(self, config: Config) -> tuple[str, ...]:
+        """Return the module paths of the attentions, in graph order."""
+        return tuple(
+            f"{block}.{path}" for stack in self.stacks for block in stack.blocks(config) for path in stack.attentions
+        )
+
+    def stream(self, path: str) -> str:
+        """Return whose tokens a linear to quantize reads, as :attr:`Group.reads`."""
+        for group in self.outside:
+            if path in group.linears:
+                return group.reads
+        stack, inside = self._place(path)
+        return stack.reads[inside]
+
+    def modulated(self, block: str) -> tuple[Modulated, ...]:
+        """Return a block's linears behind an adaptive norm."""
+        return self._place(f"{block}.")[0].modulated
+
+    def _place(self, path: str) -> tuple[Stack, str]:
+        """Return the stack that a path lies in, and the path in its block."""
+        for stack in self.stacks:
+            if path.startswith(f"{stack.path}."):
+                return stack, path.removeprefix(f"{stack.path}.").partition(".")[2]
+        raise AssertionError(f"{path} is in no stack of {self.name}")
+
+    def rows(self, path: str) -> int:
+        """Return how many rows a linear multiplies for one picture of the default size."""
+        names = self.stream(path).split("+")
+        return sum(self.dims[name].tokens for name in names) if names != [""] else 1
+
     def linears(self, config: Config) -> dict[str, tuple[int, int]]:
-        """Return module path to [N, K] of every linear, the quantized ones first and in graph order.
+        """Return module path to [N, K] of every linear, the ones to quantize first and in graph order.
 
         In these models linears alone have matrices.
         """
@@ -118,17 +193,53 @@ class Family:
         return {name.removesuffix(".weight"): (matrices[name][0], matrices[name][1]) for name in ordered}
 
     def groups_of(self, config: Config, paths: Collection[str]) -> tuple[tuple[str, ...], ...]:
-        """Return some linears by shared input; one outside :attr:`groups` is alone."""
+        """Return some linears by shared input; one outside :meth:`groups` is alone."""
         found = set(paths)
         kept = [tuple(path for path in group if path in found) for group in self.groups(config)]
         known = {path for group in kept for path in group}
         return (*(group for group in kept if group), *((path,) for path in paths if path not in known))
 
-    def rows(self, path: str) -> int:
-        """Return how many rows a linear multiplies for one picture of the default size."""
-        names = self.stream(path).split("+")
-        return sum(self.symbols[name].tokens for name in names) if names != [""] else 1
+    def input_shapes(self, config: Config) -> dict[str, tuple[str | int, ...]]:
+        """Return each input's symbolic shape, in graph order."""
+        return {
+            name: tuple(size if size in self.dims or isinstance(size, int) else config[size] for size in each.shape)
+            for name, each in self.inputs.items()
+            if each.given_by is None or config.get(each.given_by)
+        }
 
-    def blocks(self, config: Config) -> tuple[str, ...]:
-        """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""
-        return tuple(f"{path}.{index}" for path, key in self.stacks.items() for index in range(config[key]))
+    def sizes(self, batch: int, image_tokens: int, text_tokens: int) -> dict[str, int]:
+        """Return the symbolic dimensions' sizes by what they count."""
+        counts = {"batch": batch, "image_tokens": image_tokens, "text_tokens": text_tokens}
+        return {name: counts[dim.kind] for name, dim in self.dims.items()}
+
+    def example_inputs(
+        self, config: Config, sizes: Sizes | tuple[int, int, int], seed: int, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """Return seeded random inputs in graph order.
+
+        Args:
+            config: of the model.
+            sizes: of the symbolic dimensions, or what :meth:`sizes` takes: batch, image tokens, text tokens.
+            seed: of the random numbers.
+            dtype: of the inputs that are in the dtype to compute in.
+        """
+        import torch
+
+        if isinstance(sizes, tuple):
+            sizes = self.sizes(*sizes)
+        random = torch.Generator().manual_seed(seed)
+        positions = self.positions(sizes)
+        found = {}
+        for name, symbolic in self.input_shapes(config).items():
+            shape = [sizes[size] if isinstance(size, str) else size for size in symbolic]
+            match self.inputs[name].role:
+                case "normal":
+                    value = torch.randn(shape, generator=random)
+                case "time":
+                    value = 1 - 0.9 * torch.rand(shape, generator=random)
+                case "guidance":
+                    value = 1 + 4 * torch.rand(shape, generator=random)
+                case "positions":
+                    value = torch.from_numpy(positions[name])
+            found[name] = value.to(dtype) if self.inputs[name].dtype == "bf16" else value
+        return found

@@ -4,31 +4,53 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from fp4trt.families.family import Config, Family, Modulated, Symbol
+from fp4trt.families.dim import Dim
+from fp4trt.families.family import Config, Family, Group, Input, Modulated, Sizes, Stack
+from fp4trt.families.positions import counted, grid
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    import numpy.typing as npt
 
-__all__ = ["FLUX", "attentions", "example_inputs", "groups", "input_shapes", "modulated", "problem", "state", "stream"]
+__all__ = ["FLUX"]
 
-DOUBLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
-    ("norm1.linear",),
-    ("norm1_context.linear",),
-    ("attn.to_q", "attn.to_k", "attn.to_v"),
-    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    ("attn.to_out.0",),
-    ("attn.to_add_out",),
-    ("ff.net.0.proj",),
-    ("ff.net.2",),
-    ("ff_context.net.0.proj",),
-    ("ff_context.net.2",),
+IMAGE_IN: Final = ("attn.to_q", "attn.to_k", "attn.to_v")
+TEXT_IN: Final = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+
+DOUBLE: Final = Stack(
+    "transformer_blocks",
+    "num_layers",
+    groups=(
+        Group("", ("norm1.linear",)),
+        Group("", ("norm1_context.linear",)),
+        Group("L", IMAGE_IN),
+        Group("T", TEXT_IN),
+        Group("L", ("attn.to_out.0",)),
+        Group("T", ("attn.to_add_out",)),
+        Group("L", ("ff.net.0.proj",)),
+        Group("L", ("ff.net.2",)),
+        Group("T", ("ff_context.net.0.proj",)),
+        Group("T", ("ff_context.net.2",)),
+    ),
+    modulated=(
+        Modulated("norm1.linear", 6, 0, 1, IMAGE_IN),
+        Modulated("norm1.linear", 6, 3, 4, ("ff.net.0.proj",)),
+        Modulated("norm1_context.linear", 6, 0, 1, TEXT_IN),
+        Modulated("norm1_context.linear", 6, 3, 4, ("ff_context.net.0.proj",)),
+    ),
 )
-"""Everything that multiplies in a double block: 14 linears, 10 GEMMs once each group is one."""
+"""Everything that multiplies in a double block: 14 linears, 10 GEMMs once each group is one. The norms before attention
+and MLP are AdaLayerNormZero, whose linear modulates both."""
 
-SINGLE_BLOCK: Final[tuple[tuple[str, ...], ...]] = (
-    ("norm.linear",),
-    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    ("proj_out",),
+SINGLE: Final = Stack(
+    "single_transformer_blocks",
+    "num_single_layers",
+    groups=(
+        Group("", ("norm.linear",)),
+        Group("L+T", (*IMAGE_IN, "proj_mlp")),
+        Group("L+T", ("proj_out",)),
+    ),
+    modulated=(Modulated("norm.linear", 3, 0, 1, (*IMAGE_IN, "proj_mlp")),),
 )
 """Everything that multiplies in a single block: 6 linears, 3 GEMMs. ``proj_out`` is a block's own, not the model's."""
 
@@ -64,42 +86,6 @@ def problem(config: Config) -> str | None:
     if sum(axes) != width:
         return f"axes_dims_rope {list(axes)} adds up to {sum(axes)}, expected attention_head_dim, {width}"
     return None
-
-
-def groups(config: Config) -> tuple[tuple[str, ...], ...]:
-    """Return the quantized linears in graph order; not among them: embedders, the final norm and output layer."""
-    blocks = [(f"transformer_blocks.{index}", DOUBLE_BLOCK) for index in range(config["num_layers"])]
-    blocks += [(f"single_transformer_blocks.{index}", SINGLE_BLOCK) for index in range(config["num_single_layers"])]
-    return tuple(tuple(f"{block}.{name}" for name in group) for block, inner in blocks for group in inner)
-
-
-def attentions(config: Config) -> tuple[str, ...]:
-    """Return the attentions in graph order: one a block, over text and image tokens together."""
-    blocks = [f"transformer_blocks.{index}" for index in range(config["num_layers"])]
-    blocks += [f"single_transformer_blocks.{index}" for index in range(config["num_single_layers"])]
-    return tuple(f"{block}.attn" for block in blocks)
-
-
-def stream(path: str) -> str:
-    """Return whose tokens a quantized linear reads: the picture's ``L``, the text's ``T``, both, or none."""
-    name = path.split(".", 2)[2]
-    if name in ("norm.linear", "norm1.linear", "norm1_context.linear"):
-        return ""
-    if path.startswith("single_transformer_blocks."):
-        return "L+T"
-    return "T" if name.startswith(("attn.add_", "attn.to_add_out", "ff_context.")) else "L"
-
-
-def modulated(block: str) -> tuple[Modulated, ...]:
-    """Return the linears of a block behind AdaLayerNormZero, or behind the MLP's norm, which it modulates too."""
-    if block.startswith("single_transformer_blocks."):
-        return (Modulated("norm.linear", 3, 0, 1, SINGLE_BLOCK[1]),)
-    return (
-        Modulated("norm1.linear", 6, 0, 1, DOUBLE_BLOCK[2]),
-        Modulated("norm1.linear", 6, 3, 4, DOUBLE_BLOCK[6]),
-        Modulated("norm1_context.linear", 6, 0, 1, DOUBLE_BLOCK[3]),
-        Modulated("norm1_context.linear", 6, 3, 4, DOUBLE_BLOCK[8]),
-    )
 
 
 def state(config: Config) -> dict[str, tuple[int, ...]]:
@@ -148,51 +134,9 @@ def state(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def input_shapes(config: Config) -> dict[str, tuple[str | int, ...]]:
-    """Return each input's symbolic shape, in the order that NVIDIA's and Black Forest Labs' runtimes use."""
-    shapes: dict[str, tuple[str | int, ...]] = {
-        "hidden_states": ("B", "L", config["in_channels"]),
-        "encoder_hidden_states": ("B", "T", config["joint_attention_dim"]),
-        "pooled_projections": ("B", config["pooled_projection_dim"]),
-        "timestep": ("B",),
-        "img_ids": ("L", 3),
-        "txt_ids": ("T", 3),
-    }
-    if config.get("guidance_embeds"):
-        shapes["guidance"] = ("B",)
-    return shapes
-
-
-def example_inputs(
-    config: Config, batch: int, image_tokens: int, text_tokens: int, seed: int, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Return seeded random inputs in graph order.
-
-    Position ids and guidance are FP32, the rest ``dtype``; timesteps lie in (0, 1]. The picture is as square as
-    ``image_tokens`` allows.
-    """
-    import torch
-
-    random = torch.Generator().manual_seed(seed)
-    size = {"B": batch, "L": image_tokens, "T": text_tokens}
-
-    def normal(name: str) -> torch.Tensor:
-        shape = [size[n] if isinstance(n, str) else n for n in input_shapes(config)[name]]
-        return torch.randn(shape, generator=random).to(dtype)
-
-    width = next(n for n in range(int(image_tokens**0.5), 0, -1) if image_tokens % n == 0)
-    positions = torch.arange(image_tokens)
-    inputs = {
-        "hidden_states": normal("hidden_states"),
-        "encoder_hidden_states": normal("encoder_hidden_states"),
-        "pooled_projections": normal("pooled_projections"),
-        "timestep": (1 - 0.9 * torch.rand(batch, generator=random)).to(dtype),
-        "img_ids": torch.stack((torch.zeros_like(positions), positions // width, positions % width), dim=-1).float(),
-        "txt_ids": torch.zeros(text_tokens, 3),
-    }
-    if config.get("guidance_embeds"):
-        inputs["guidance"] = 1 + 4 * torch.rand(batch, generator=random)
-    return inputs
+def positions(sizes: Sizes) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the positions of image and text tokens: row and column, and nothing for the text."""
+    return {"img_ids": grid(sizes["L"], axes=3, row=1), "txt_ids": counted(sizes["T"], axes=3)}
 
 
 FLUX: Final = Family(
@@ -200,24 +144,23 @@ FLUX: Final = Family(
     class_name="FluxTransformer2DModel",
     matches=lambda config: config.get("_class_name") == "FluxTransformer2DModel",
     problem=problem,
-    groups=groups,
-    attentions=attentions,
-    example_inputs=example_inputs,
-    stacks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
-    input_shapes=input_shapes,
-    symbols={
-        "B": Symbol("batch", min=1, max=4, default=1),
-        "L": Symbol(
-            "image_tokens",
-            pixels_per_token=16,
-            min_resolution=256,
-            max_resolution=1360,
-            default_resolution=1024,
-        ),
-        "T": Symbol("text_tokens", min=1, max=512, default=512),
+    stacks=(DOUBLE, SINGLE),
+    dims={
+        "B": Dim("batch", min=1, max=4, default=1),
+        "L": Dim("image_tokens", pixels_per_token=16, min_resolution=256, max_resolution=1360, default_resolution=1024),
+        "T": Dim("text_tokens", min=1, max=512, default=512),
     },
-    outputs=("latent",),
-    stream=stream,
-    modulated=modulated,
+    # In the order that NVIDIA's and Black Forest Labs' runtimes use.
+    inputs={
+        "hidden_states": Input(("B", "L", "in_channels")),
+        "encoder_hidden_states": Input(("B", "T", "joint_attention_dim")),
+        "pooled_projections": Input(("B", "pooled_projection_dim")),
+        "timestep": Input(("B",), "time"),
+        "img_ids": Input(("L", 3), "positions", "fp32"),
+        "txt_ids": Input(("T", 3), "positions", "fp32"),
+        "guidance": Input(("B",), "guidance", "fp32", given_by="guidance_embeds"),
+    },
+    outputs={"latent": ("B", "L", None)},
+    positions=positions,
     state=state,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +10,7 @@ from typing import Any, Final
 from fp4trt.account import is_quantized_checkpoint
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import UnknownArtifact, UnknownFamily
+from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import object_of, read_object, strings
 from fp4trt.layouts import recognised
@@ -20,19 +22,6 @@ from onnx_functions.graph.stored_linears import FORMAT_OF, StoredLinear, compare
 from onnx_functions.inspection.attention import of_engine, of_tensors
 
 __all__ = ["describe"]
-
-_FLUX: Final = "FluxTransformer2DModel"
-
-_LEAST: Final = {
-    "num_layers": 0,
-    "num_single_layers": 0,
-    "num_attention_heads": 1,
-    "attention_head_dim": 1,
-    "in_channels": 1,
-    "joint_attention_dim": 1,
-    "pooled_projection_dim": 1,
-}
-"""Sizes of a FLUX transformer's config, and the least that each can be."""
 
 _COUNTS: Final = ("quantized_linears", "fp4_linears", "engine_bytes")
 
@@ -123,15 +112,13 @@ def _unaccounted(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's config, whose sizes are sizes where the model is a FLUX transformer."""
+    """Return a checkpoint's config; one of a family of ours has to make sense."""
     config = read_object(path)
     name = config.get("_class_name")
     if not isinstance(name, str) or not name:
         raise UnknownArtifact(f"{path} has no _class_name, the class of a diffusers model; copy it again")
-    for key, least in _LEAST.items() if name == _FLUX else ():
-        size = config.get(key, least)
-        if type(size) is not int or size < least:
-            raise UnknownArtifact(f"{path} has {key} {size!r}, expected an integer from {least} on; copy it again")
+    with contextlib.suppress(UnknownFamily):
+        family_of(config)
     return config
 
 

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from onnx import TensorProto
 
+from fp4trt.families import FAMILIES, family_named
+from fp4trt.families.dim import BOUNDS, out_of_order
 from fp4trt.json_file import lists_of_strings, object_of, strings
 from onnx_functions.graph.external_data import type_name
 from onnx_functions.graph.stored_linears import FORMAT_OF
-from onnx_functions.linting.promise import CONTRACTS
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, name_of
 from onnx_functions.linting.weights import output_type
@@ -62,8 +63,9 @@ def promise_family(subject: Subject) -> Iterator[Hit]:
     Source: the table of families.
     """
     family = subject.metadata.get("fp4trt.family")
-    if family is not None and family not in CONTRACTS:
-        yield Hit(f"the family {family!r} is unknown; known are {', '.join(CONTRACTS)}", tensor="fp4trt.family")
+    if family is not None and family_named(family) is None:
+        known = ", ".join(sorted(known.name for known in FAMILIES))
+        yield Hit(f"the family {family!r} is unknown; known are {known}", tensor="fp4trt.family")
 
 
 RULES = (duplicate_metadata, promise_metadata, promise_family)
@@ -141,11 +143,12 @@ def _groups(subject: Subject, text: str) -> Iterator[str]:
 
 
 def _symbols(subject: Subject, text: str) -> Iterator[str]:
-    family = _KINDS if subject.metadata.get("fp4trt.family") in CONTRACTS else {}
+    family = family_named(subject.metadata.get("fp4trt.family", ""))
+    kinds = {name: dim.kind for name, dim in family.dims.items()} if family else {}
     try:
         symbols = object_of(_json(text), "the value")
         for name, symbol in symbols.items():
-            yield from _symbol(name, object_of(symbol, repr(name)), family.get(name))
+            yield from _symbol(name, object_of(symbol, repr(name)), kinds.get(name))
     except TypeError as error:
         yield str(error)
         return
@@ -164,26 +167,15 @@ def _symbol(name: str, symbol: Mapping[str, Any], expected: str | None) -> Itera
     if not isinstance(kind, str):
         yield f"the symbol {name!r} has no kind"
         return
-    if kind not in _BOUNDS:
-        yield f"the symbol {name!r} is of the kind {kind!r}; known are {', '.join(_BOUNDS)}"
+    if kind not in BOUNDS:
+        yield f"the symbol {name!r} is of the kind {kind!r}; known are {', '.join(BOUNDS)}"
     if expected not in (None, kind):
         yield f"the symbol {name!r} is of the kind {kind!r}; expected {expected!r}"
-    keys = _BOUNDS.get(kind, ())
-    values = [symbol.get(key) for key in keys]
-    numbers = [value for value in values if type(value) is int and value > 0]
-    if len(numbers) < len(values) or numbers[:3] != sorted(numbers[:3]):
-        shown = ", ".join(f"{key} {value!r}" for key, value in zip(keys, values, strict=True))
+    keys = BOUNDS.get(kind, ())
+    if out_of_order(symbol, keys):
+        shown = ", ".join(f"{key} {symbol.get(key)!r}" for key in keys)
         yield f"the symbol {name!r} has {shown}; expected positive numbers, the first three in order"
 
-
-_KINDS: Final = {"B": "batch", "L": "image_tokens", "T": "text_tokens"}
-"""What the symbolic dimensions of the contracts count."""
-_BOUNDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "batch": ("min", "default", "max"),
-    "text_tokens": ("min", "default", "max"),
-    "image_tokens": ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token"),
-}
-"""What bounds a symbol of each kind: the range in order, then what it is counted in."""
 
 _CHECKS: Final[Mapping[str, Any]] = {
     "recipe": _recipe,

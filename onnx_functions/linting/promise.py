@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
 
 from onnx import TensorProto, ValueInfoProto
 
+from fp4trt.families import family_named
 from onnx_functions.graph.external_data import type_name
 from onnx_functions.linting.promised_tensors import product_of
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject, name_of
 
-__all__ = ["CONTRACTS", "RULES", "Tensor"]
+__all__ = ["RULES", "Tensor", "contract_of"]
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ class Tensor:
     optional: bool = False
 
 
-_FLUX: Final = (
-    Tensor("hidden_states", TensorProto.BFLOAT16, ("B", "L", None)),
-    Tensor("encoder_hidden_states", TensorProto.BFLOAT16, ("B", "T", None)),
-    Tensor("pooled_projections", TensorProto.BFLOAT16, ("B", None)),
-    Tensor("timestep", TensorProto.BFLOAT16, ("B",)),
-    Tensor("img_ids", TensorProto.FLOAT, ("L", 3)),
-    Tensor("txt_ids", TensorProto.FLOAT, ("T", 3)),
-    Tensor("guidance", TensorProto.FLOAT, ("B",), optional=True),
-)
-_LATENT: Final = (Tensor("latent", TensorProto.BFLOAT16, ("B", "L", None)),)
+def contract_of(family: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """Return a family's inputs and outputs, in order; None where there is no family of this name."""
+    found = family_named(family)
+    if found is None:
+        return None
+    types = {"bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}
 
-CONTRACTS: Final[Mapping[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]] = {
-    "flux": (_FLUX, _LATENT),
-    "flux-digits": (_FLUX, _LATENT),
-}
-"""Family to its inputs and outputs, in order. Source: what the runtimes of NVIDIA and Black Forest Labs agree on."""
+    def own(size: str | int | None) -> str | int | None:
+        return size if isinstance(size, int) or size in found.dims else None
+
+    inputs = (
+        Tensor(name, types[each.dtype], tuple(own(size) for size in each.shape), optional=each.given_by is not None)
+        for name, each in found.inputs.items()
+    )
+    outputs = (Tensor(name, TensorProto.BFLOAT16, tuple(map(own, shape))) for name, shape in found.outputs.items())
+    return tuple(inputs), tuple(outputs)
 
 
 @rule("promised-linear", "wrong", "export again")
@@ -198,7 +198,7 @@ def _width(subject: Subject, output: str) -> int | None:
 
 
 def _sides(subject: Subject) -> Iterator[tuple[tuple[Tensor, ...], list[ValueInfoProto], str]]:
-    contract = CONTRACTS.get(subject.metadata.get("fp4trt.family", ""))
+    contract = contract_of(subject.metadata.get("fp4trt.family", ""))
     if contract is not None:
         inputs = [value for value in subject.model.graph.input if value.name not in subject.graph.initializers]
         yield contract[0], inputs, "input"

@@ -136,7 +136,7 @@ class Reference:
 
     def example(self, shape: Shape, dtype: torch.dtype) -> Inputs:
         """Return seeded inputs of the model."""
-        return self.checkpoint.family.example_inputs(self.checkpoint.config, *shape, 0, dtype)
+        return self.checkpoint.family.example_inputs(self.checkpoint.config, shape, 0, dtype)
 
 
 def _round(array: npt.NDArray[Any]) -> FloatArray:

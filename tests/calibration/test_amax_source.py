@@ -40,7 +40,7 @@ def test_maxima_of_another_model_with_the_same_names_are_refused(
 ) -> None:
     config = load_json(flux / "config.json")
     family = family_of(config)
-    save_inputs(tmp_path / "inputs.safetensors", [family.example_inputs(config, 1, 4, 3, 0, torch.bfloat16)])
+    save_inputs(tmp_path / "inputs.safetensors", [family.example_inputs(config, (1, 4, 3), 0, torch.bfloat16)])
     calibrate(flux, tmp_path / "amax.json", inputs=tmp_path / "inputs.safetensors")
     stored = json.loads((tmp_path / "amax.json").read_text())
     assert stored[METADATA][SOURCE] == weights_fingerprint(flux)

@@ -227,7 +227,7 @@ def test_a_weight_that_is_no_number_is_named_and_nothing_is_left(
 ) -> None:
     source = tiny_flux(tmp_path / "flux")
     config = load_json(source / "config.json")
-    calls = [family_of(config).example_inputs(config, 1, 16, 8, 0, torch.bfloat16)]
+    calls = [family_of(config).example_inputs(config, (1, 16, 8), 0, torch.bfloat16)]
     weights = source / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     stored = read_header(weights)[f"{module}.weight"]

@@ -32,7 +32,7 @@ FAMILY = family_of(CONFIG)
 
 def call_of(seed: int = 0, batch: int = 2) -> Inputs:
     """Return one call as a BF16 pipeline makes it, its floats such that FP16 holds them too."""
-    call = FAMILY.example_inputs(CONFIG, batch, 9, 5, seed, torch.bfloat16)
+    call = FAMILY.example_inputs(CONFIG, (batch, 9, 5), seed, torch.bfloat16)
     return {name: value.half().to(value.dtype) for name, value in call.items()}
 
 

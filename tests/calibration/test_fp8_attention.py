@@ -62,7 +62,7 @@ def test_only_the_attentions_with_scales_compute_in_fp8(
     assert [path for path, module in model.named_modules() if isinstance(module, FP8Attention)] == [
         f"{path}.fp8_attention" for path in (FIRST, LAST)
     ]
-    call = checkpoint.family.example_inputs(checkpoint.config, 1, 16, 16, 0, torch.bfloat16)
+    call = checkpoint.family.example_inputs(checkpoint.config, (1, 16, 16), 0, torch.bfloat16)
     with torch.no_grad():
         before = load(quantized_digits)(**call, return_dict=False)[0].float()
         after, again = (net(**call, return_dict=False)[0].float() for net in (model, copy.deepcopy(model)))

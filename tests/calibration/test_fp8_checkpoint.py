@@ -129,7 +129,7 @@ def test_a_modelopt_state_of_both_formats_gives_the_same_checkpoint(
     with pytest.raises(BadCheckpoint, match=r"has num_bits \(4, 3\); expected NVFP4 in blocks of 16"):
         quantize("digits", tmp_path / "other", "nvfp4-ptq", modelopt_state=tmp_path / "state.pt", trust=True)
     found, theirs = load(fp8_digits), model
-    inputs = read(fp8_digits).family.example_inputs(load_json(digits / "config.json"), 2, 16, 8, 0, torch.bfloat16)
+    inputs = read(fp8_digits).family.example_inputs(load_json(digits / "config.json"), (2, 16, 8), 0, torch.bfloat16)
     with torch.no_grad():
         ours, wanted = (each(**inputs, return_dict=False)[0].float() for each in (found, theirs))
     # ModelOpt multiplies by 448 / amax: a code at a tie may be the other one, and moves what comes after it.
@@ -213,7 +213,7 @@ def test_what_a_method_prepared_in_both_formats_is_kept_as_it_is(
 
     quantize(flux, tmp_path / "packed", recipe, tmp_path / "amax.json")
     config = load_json(flux / "config.json")
-    call = family_of(config).example_inputs(config, 1, 16, 8, 0, torch.bfloat16)
+    call = family_of(config).example_inputs(config, (1, 16, 8), 0, torch.bfloat16)
     save_inputs(tmp_path / "inputs.safetensors", [call])
     monkeypatch.setattr(registry, "needs_activations", lambda _: True)
     monkeypatch.setattr(registry, "of_block", lambda *_: rounded)

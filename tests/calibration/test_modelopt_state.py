@@ -56,7 +56,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _call(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     config = load_json(folder / "config.json")
-    return family_of(config).example_inputs(config, 1, 16, 8, seed, torch.bfloat16)
+    return family_of(config).example_inputs(config, (1, 16, 8), seed, torch.bfloat16)
 
 
 def _output(model: nn.Module, folder: Path) -> torch.Tensor:

@@ -63,7 +63,8 @@ def fake_quantized(digits: Path, quantized_digits: Path) -> nn.Module:
 def _example(directory: Path, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> dict[str, torch.Tensor]:
     config = load_json(directory / "config.json")
     wanted = {"batch": 2, "image_tokens": 16, "text_tokens": 8, "seed": 3, **sizes}
-    return family_of(config).example_inputs(config, *wanted.values(), dtype)  # type: ignore[arg-type]
+    seed = wanted.pop("seed")
+    return family_of(config).example_inputs(config, tuple(wanted.values()), seed, dtype)  # type: ignore[arg-type]
 
 
 def _bytes_of(value: torch.Tensor) -> bytes:

@@ -244,7 +244,9 @@ def test_schnell_has_no_guidance_input(tiny_flux: Callable[..., Path], tmp_path:
 
     source = tiny_flux(tmp_path / "schnell", guidance_embeds=False)
     config = load_json(source / "config.json")
-    save_inputs(tmp_path / "inputs.safetensors", [family_of(config).example_inputs(config, 1, 4, 4, 0, torch.bfloat16)])
+    save_inputs(
+        tmp_path / "inputs.safetensors", [family_of(config).example_inputs(config, (1, 4, 4), 0, torch.bfloat16)]
+    )
     quantize(source, tmp_path / "fp4", "nvfp4-ptq", tmp_path / "inputs.safetensors")
     export(tmp_path / "fp4")
     assert lint(tmp_path / "fp4").findings == ()

@@ -61,7 +61,7 @@ def source(tiny_flux: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def calls(source: Path) -> list[dict[str, torch.Tensor]]:
     config = load_json(source / "config.json")
-    return [family_of(config).example_inputs(config, 1, 36, 8, seed, torch.bfloat16) for seed in range(3)]
+    return [family_of(config).example_inputs(config, (1, 36, 8), seed, torch.bfloat16) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")

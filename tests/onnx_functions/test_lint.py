@@ -20,8 +20,7 @@ from onnx import helper
 
 import fp4trt
 from fp4trt.errors import BadGraph, LintError
-from fp4trt.families.digits import DIGITS
-from fp4trt.families.flux import FLUX
+from onnx_functions.graph.external_data import type_name
 from onnx_functions.linting import RULES, lint, normalise, promise, require_clean, values
 from trt_build.graph import read_graph
 
@@ -91,15 +90,22 @@ def test_a_weight_only_graph_is_reported_and_not_refused(damaged: Damaged) -> No
 
 
 def test_the_contracts_are_those_of_the_model_families() -> None:
-    for family in (FLUX, DIGITS):
-        inputs, outputs = promise.CONTRACTS[family.name]
-        config = {"in_channels": 1, "joint_attention_dim": 2, "pooled_projection_dim": 4, "guidance_embeds": True}
-        shapes = family.input_shapes(config)
-        assert [tensor.name for tensor in inputs] == list(shapes)
-        assert [tensor.name for tensor in outputs] == list(family.outputs)
-        for tensor in inputs:
-            sizes = zip(tensor.shape, shapes[tensor.name], strict=True)
-            assert all(size is None or size == wanted for size, wanted in sizes)
+    assert promise.contract_of("flux") == promise.contract_of("flux-digits")
+    assert promise.contract_of("unheard-of") is None
+    contract = promise.contract_of("flux")
+    assert contract is not None
+    inputs, (latent,) = contract
+    assert [(tensor.name, type_name(tensor.type), tensor.shape) for tensor in inputs] == [
+        ("hidden_states", "BFLOAT16", ("B", "L", None)),
+        ("encoder_hidden_states", "BFLOAT16", ("B", "T", None)),
+        ("pooled_projections", "BFLOAT16", ("B", None)),
+        ("timestep", "BFLOAT16", ("B",)),
+        ("img_ids", "FLOAT", ("L", 3)),
+        ("txt_ids", "FLOAT", ("T", 3)),
+        ("guidance", "FLOAT", ("B",)),
+    ]
+    assert [tensor.name for tensor in inputs if tensor.optional] == ["guidance"]
+    assert (latent.name, type_name(latent.type), latent.shape) == ("latent", "BFLOAT16", ("B", "L", None))
 
 
 def test_no_byte_is_read_twice(quantized_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:

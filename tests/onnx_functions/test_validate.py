@@ -34,7 +34,7 @@ def blocks_only(path: Path, reference: Path) -> dict[str, str]:
 
 def feeds_of(folder: Path, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     checkpoint = read(folder)
-    inputs = checkpoint.family.example_inputs(checkpoint.config, *shape, 0, torch.bfloat16)
+    inputs = checkpoint.family.example_inputs(checkpoint.config, shape, 0, torch.bfloat16)
     return {name: value.float().numpy() for name, value in inputs.items()}
 
 
