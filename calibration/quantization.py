@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from calibration.by_block.measure_amax import require_device
 from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
 from calibration.checkpoints.plain import files_of, find_source
 from calibration.formats.fp8_attention import attention_scales
+from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
-from calibration.methods.registry import registry
 from calibration.recipes.recipe import QAT, Recipe, load_recipe
 from calibration.results import Given, write_result
 from fp4trt import publish
@@ -136,7 +137,7 @@ def _prepared(
     recipe = plain.recipe.resolved()
     task = (plain.folder, captured.calls, plain.formats, method, recipe, work, device, plain.fp8_attentions)
     with prepared_by_block(*task) as prepared:
-        yield Given(captured, prepared)
+        yield Given(replace(captured, amax=prepared.amax), prepared)
 
 
 @contextlib.contextmanager

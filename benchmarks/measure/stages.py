@@ -63,9 +63,9 @@ def watch(stopwatch: Stopwatch) -> None:
     """Wrap what the methods are made of."""
     import calibration.formats.modelopt_backend  # noqa: F401  a second or two, that would be the first block's
     from calibration.by_block import input_statistics, measure_amax, quantize_blocks
-    from calibration.methods.registry import registry
-    from calibration.methods.registry.modelopt import svdquant
-    from calibration.methods.registry.quality import gptq, quantize_block
+    from calibration.methods import registry
+    from calibration.methods.modelopt import svdquant
+    from calibration.methods.quality import gptq, quantize_block
 
     def wrap(owner: Any, name: str, stage: str, closed: bool = False) -> None:
         setattr(owner, name, stopwatch.stage(stage, getattr(owner, name), closed))

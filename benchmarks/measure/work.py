@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibration.checkpoints.plain import model_class
 from calibration.formats import nvfp4
-from calibration.methods.registry.quality import column_rounding, gptq
+from calibration.methods.quality import column_rounding, gptq
 from calibration.recipes.recipe import Quality, SVDQuant
 from fp4trt.families.flux import FLUX
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 import torch
+from torch import nn
 
 from calibration.by_block.progress import finished_blocks
 from calibration.by_block.runner import BlockRunner, Outputs
@@ -24,7 +25,10 @@ from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import bytes_of
 
-__all__ = ["identity_of", "measured_by_block", "require_device"]
+__all__ = ["OUTSIDE", "identity_of", "measured_by_block", "measured_outside", "require_device"]
+
+OUTSIDE: Final = "outside the blocks"
+"""Where the amax of linears that lie in no block stand among the results of the blocks."""
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt")
 
@@ -58,20 +62,61 @@ def measured_by_block(
     model, stored = empty_source(folder)
     tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
     runner = BlockRunner(model, blocks, tensor, device)
-    length = len(blocks) * len(calls)
+    outside = tuple(path for group in family.outside for path in group.linears)
+    length = (len(blocks) + bool(outside)) * len(calls)
     progress = click.progressbar(length=length, label="calibrating", file=sys.stderr, show_eta=True)
     with finished_blocks(work, identity_of(folder, config, calls, device)) as finished, progress as bar:
         bar.update(len(finished.results) * len(calls))
         for block in blocks[len(finished.results) :]:
             members, inner = ([p for p in listed if p.startswith(f"{block}.")] for listed in (paths, attentions))
-            add = finished.add if block != blocks[-1] else _drop
+            add = finished.add if block != blocks[-1] or outside else _drop
             finished.finish(block, _measure(runner, block, members, inner, calls, finished.outputs, add, bar.update))
+        if outside and OUTSIDE not in finished.results:
+            finished.finish(OUTSIDE, measured_outside(runner, model, outside, calls, finished.outputs, bar.update))
         amax = {path: value for result in finished.results.values() for path, value in result.items()}
         yield input_quantizers.checked(amax, paths) | checked_attentions(amax, attentions)
 
 
 def _drop(_: Outputs) -> None:
     """Keep nothing of what the last block gives: no block reads it."""
+
+
+def measured_outside(
+    runner: BlockRunner,
+    model: nn.Module,
+    paths: Sequence[str],
+    calls: Sequence[Inputs],
+    before: Callable[[int], Outputs],
+    tell: Callable[[int], object],
+) -> input_quantizers.Amax:
+    """Return the largest magnitude that enters each of some linears outside the blocks, over all calls.
+
+    Args:
+        runner: of the model.
+        model: whose linears they are.
+        paths: their module paths.
+        calls: captured inputs.
+        before: number of a call to what the last block returned for it.
+        tell: told of each call.
+    """
+    amax: dict[str, float] = {}
+
+    def watch(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            amax[path] = max(amax.get(path, 0.0), float(given[0].abs().amax()))
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(watch(path)) for path in paths]
+    try:
+        with torch.no_grad():
+            for index, call in enumerate(calls):
+                runner.finish(call, before(index))
+                tell(1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return input_quantizers.checked(amax, paths)
 
 
 def require_device(device: str) -> None:

@@ -17,7 +17,7 @@ import click
 import torch
 from torch import nn
 
-from calibration.by_block.measure_amax import identity_of, require_device
+from calibration.by_block.measure_amax import OUTSIDE, identity_of, measured_outside, require_device
 from calibration.by_block.progress import BlockCheckpoint, finished_blocks
 from calibration.by_block.runner import BlockRunner
 from calibration.checkpoints.plain import empty_source, finite_tensor
@@ -86,10 +86,12 @@ class Prepared:
     Attributes:
         tensors: name in the quantized checkpoint to where the value lies.
         figures: block to what the method measured there.
+        amax: of the inputs of linears outside the blocks, which are rounded to nearest.
     """
 
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
+    amax: Mapping[str, float] = field(default_factory=dict)
 
 
 _METADATA: Final = {"format": "fp4trt-block"}
@@ -132,6 +134,7 @@ def prepared_by_block(
     tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
     runner = BlockRunner(model, blocks, tensor, device)
     identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
+    outside = tuple(path for group in family.outside for path in group.linears if formats[path] != "bf16")
     bar = click.progressbar(length=len(blocks), label="quantizing blocks", file=sys.stderr, show_eta=True)
     with finished_blocks(work, identity) as finished, bar as progress:
         progress.update(len(finished.results))
@@ -139,7 +142,7 @@ def prepared_by_block(
             inside = tuple(group for group in groups if group[0].startswith(f"{block}."))
             with runner.loaded(block) as module:
                 attentions = [path for path in fp8_attentions if path.startswith(f"{block}.")]
-                run = _Run(runner, block, calls, finished, attentions, keep=block != blocks[-1])
+                run = _Run(runner, block, calls, finished, attentions, keep=block != blocks[-1] or bool(outside))
                 linears = {path: formats[path] for group in inside for path in group}
                 result = method(BlockTask(block, module, linears, inside, run))
                 run.require()
@@ -147,8 +150,12 @@ def prepared_by_block(
                 _save(_file(finished, block), {**result.tensors, **scales})
             finished.finish(block, dict(result.figures))
             progress.update(1)
+        if outside and OUTSIDE not in finished.results:
+            measured = measured_outside(runner, model, outside, calls, finished.outputs, lambda _: None)
+            finished.finish(OUTSIDE, measured)
         tensors = {name: place for block in blocks for name, place in read_header(_file(finished, block)).items()}
-        yield Prepared(tensors, dict(finished.results))
+        figures = {block: finished.results[block] for block in blocks}
+        yield Prepared(tensors, figures, finished.results.get(OUTSIDE, {}))
 
 
 class _Run:

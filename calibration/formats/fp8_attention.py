@@ -83,16 +83,9 @@ class _FP8Processor:
     def __init__(self, processor: Callable[..., Any]) -> None:
         self.processor = processor
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
+    def __call__(self, attn: nn.Module, *given: Any, **named: Any) -> Any:
         with _InPlaceOfAttention(attn):
-            return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            return self.processor(attn, *given, **named)
 
 
 class _InPlaceOfAttention(TorchFunctionMode):

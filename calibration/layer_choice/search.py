@@ -25,8 +25,8 @@ from calibration.layer_choice.frontier import BUDGETS, Point, draw, frontier, ta
 from calibration.layer_choice.measurement import Errors, measure_groups, relative_error, runs_of, spread
 from calibration.layer_choice.mixture import Mixture, Quantized
 from calibration.layer_choice.sensitivity import BITS, Group, Sensitivity, groups_of
+from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
-from calibration.methods.registry import registry
 from calibration.quantization import quantize
 from calibration.recipes.recipe import QAT, FormatRules, Recipe, Rule, load_recipe
 from fp4trt import publish

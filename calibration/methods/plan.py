@@ -11,7 +11,7 @@ from torch import nn
 
 from calibration.checkpoints.plain import empty_source
 from calibration.formats.nvfp4 import BLOCK_SIZE
-from calibration.methods.registry import registry
+from calibration.methods import registry
 from calibration.recipes.recipe import Recipe, linear_formats
 from fp4trt.errors import UnsupportedLinear
 from fp4trt.families import Family, family_of

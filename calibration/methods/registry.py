@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from calibration.by_block.quantize_blocks import Method
-from calibration.methods.registry.quality import quantize_block
+from calibration.methods.quality import quantize_block
 from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant
 from calibration.recipes.recipe import Method as Options
 from fp4trt.families import Family

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from fp4trt.families.config import problem_of_blocks
 from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Group, Input, Modulated, Sizes, Stack
 from fp4trt.families.positions import counted, grid
@@ -55,37 +56,13 @@ SINGLE: Final = Stack(
 """Everything that multiplies in a single block: 6 linears, 3 GEMMs. ``proj_out`` is a block's own, not the model's."""
 
 
-_COUNTS: Final = (
-    "in_channels",
-    "num_layers",
-    "num_single_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-)
-
-
-_MOST: Final = 100_000
-"""What no size of a model comes near: a config that asks for more is damaged."""
-
-
-_MOST_BLOCKS: Final = 1000
-
-
 def problem(config: Config) -> str | None:
     """Return what is wrong with a config, in one sentence, or None."""
-    for key in _COUNTS:
-        if type(config.get(key)) is not int or not 0 < config[key] <= _MOST:
-            return f"{key} is {config.get(key)!r}, expected a whole number above 0, {_MOST:,} at most"
-    if (blocks := config["num_layers"] + config["num_single_layers"]) > _MOST_BLOCKS:
-        return f"num_layers and num_single_layers add up to {blocks}, expected {_MOST_BLOCKS} blocks at most"
-    axes, width = config.get("axes_dims_rope", (16, 56, 56)), config["attention_head_dim"]
-    if not isinstance(axes, list | tuple) or len(axes) != 3 or any(type(n) is not int or n % 2 for n in axes):
+    sizes = ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim")
+    axes = config.get("axes_dims_rope", (16, 56, 56))
+    if isinstance(axes, list | tuple) and len(axes) != 3:
         return f"axes_dims_rope is {axes!r}, expected three even numbers"
-    if sum(axes) != width:
-        return f"axes_dims_rope {list(axes)} adds up to {sum(axes)}, expected attention_head_dim, {width}"
-    return None
+    return problem_of_blocks(config, sizes, DOUBLE.count, SINGLE.count, axes=axes)
 
 
 def state(config: Config) -> dict[str, tuple[int, ...]]:

@@ -20,9 +20,9 @@ import torch
 from calibration.by_block.progress import BlockCheckpoint, finished_blocks
 from onnx_functions.graph.attentions import Attention, find_attentions
 from onnx_functions.graph.linears import Graph, Linear
+from onnx_functions.validation import teacher_gates
 from onnx_functions.validation.attention_gates import AttentionForced, compare_attention
 from onnx_functions.validation.block_structure import block_structure, entering, output_key
-from onnx_functions.validation.run_gates import teacher_gates
 from onnx_functions.validation.structure_gates import Run
 from onnx_functions.validation.teacher_gates import TeacherForced, block_of
 from onnx_functions.validation.torch_reference import (

@@ -26,13 +26,13 @@ from onnx_functions.graph.external_data import BadSpan, load_graph, span_of
 from onnx_functions.graph.linears import Graph, Linear, metadata_of, promised_linears
 from onnx_functions.linting import require_form
 from onnx_functions.simulation.simulate import runtime_session, simulate
+from onnx_functions.validation import structure_gates, teacher_gates, weight_gates
 from onnx_functions.validation.attention_gates import attention_gates, attention_promise_gate
 from onnx_functions.validation.block_gates import ByBlock, Task, check_by_block, structure_by_block
 from onnx_functions.validation.block_selection import chosen_blocks, token_counts
 from onnx_functions.validation.functions_gate import functions_gate
 from onnx_functions.validation.promise_gate import promise_gate
 from onnx_functions.validation.report import check_report_folder, write_report
-from onnx_functions.validation.run_gates import structure_gates, teacher_gates, weight_gates
 from onnx_functions.validation.teacher_gates import block_of
 from onnx_functions.validation.third_party_validation import is_third_party, validate_third_party
 from onnx_functions.validation.torch_reference import FORMATS, Reference, Shape, Walk, open_reference

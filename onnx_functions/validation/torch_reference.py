@@ -34,9 +34,9 @@ from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor
 from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.linears import Graph, Linear, metadata_of, promised_linears
+from onnx_functions.validation import weight_gates
 from onnx_functions.validation.attention_gates import AttentionTeacher
 from onnx_functions.validation.reference_sizes import refuse_other_sizes
-from onnx_functions.validation.run_gates import weight_gates
 from onnx_functions.validation.structure_gates import Run
 from onnx_functions.validation.teacher_gates import Teacher
 from onnx_functions.validation.verdict import FloatArray

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.methods.registry.quality import column_rounding, gptq
+from calibration.methods.quality import column_rounding, gptq
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

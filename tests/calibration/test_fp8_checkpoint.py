@@ -26,7 +26,7 @@ from calibration.formats.fp8_linear import FP8Linear
 from calibration.formats.modelopt_backend import FP8, NVFP4, mto, mtq
 from calibration.formats.nvfp4_linear import NVFP4Linear
 from calibration.inputs.captured import save_inputs
-from calibration.methods.registry import registry
+from calibration.methods import registry
 from calibration.quantization import quantize
 from calibration.recipes.recipe import load_recipe
 from fp4trt.checkpoint_manifest import MANIFEST

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calibration.formats import nvfp4
-from calibration.methods.registry.quality import gptq
+from calibration.methods.quality import gptq
 
 E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 

@@ -22,10 +22,10 @@ from calibration.digits.model import load_transformer
 from calibration.digits.sampling import capture
 from calibration.formats.fp8_linear import FP8Linear
 from calibration.formats.nvfp4_linear import NVFP4Linear
+from calibration.methods.qat import distillation
 from calibration.methods.qat.student import StudentLinear, make_student, student_linears, student_tensors
 from calibration.methods.qat.training import learning_rate, train
 from calibration.methods.qat.trajectories import Trajectories
-from calibration.methods.registry.qat import distillation
 from calibration.quantization import quantize
 from calibration.recipes.recipe import QAT
 from fp4trt.errors import BadInputs, BadRecipe

@@ -7,8 +7,8 @@ import torch
 
 from calibration.by_block.input_statistics import Moments, observe_moments
 from calibration.formats import nvfp4
+from calibration.methods.quality import gptq
 from calibration.methods.quality.wiener import correlate, wiener_target
-from calibration.methods.registry.quality import gptq
 
 ROWS, K, N = 4000, 64, 24
 

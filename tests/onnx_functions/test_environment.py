@@ -11,7 +11,7 @@ import pytest
 
 import fp4trt
 from fp4trt.errors import BadEnvironment, BadGraph
-from onnx_functions.validation.run_gates import weight_gates
+from onnx_functions.validation import weight_gates
 from onnx_functions.validation.verdict import Gate, guarded, require_runtime, runtime_errors
 
 

@@ -12,8 +12,9 @@ import torch
 
 from fp4trt.errors import BadSelection, OutputExists
 from onnx_functions.graph.element_types import element_types
+from onnx_functions.validation import run_gates
 from onnx_functions.validation.block_selection import chosen_blocks, token_counts
-from onnx_functions.validation.run_gates import run_gates, validate
+from onnx_functions.validation.run_gates import validate
 from onnx_functions.validation.torch_reference import Outputs, Walk, open_reference
 from onnx_functions.validation.verdict import Gate, Report
 

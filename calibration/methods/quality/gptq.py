@@ -18,7 +18,7 @@ from typing import Final
 import torch
 
 from calibration.formats import nvfp4
-from calibration.methods.registry.quality import column_rounding
+from calibration.methods.quality import column_rounding
 
 __all__ = ["Rounded", "descend", "error", "inverse_root", "plain", "round_with_feedback"]
 

@@ -22,9 +22,9 @@ from torch import nn
 from calibration.by_block.input_statistics import Channels, Moments, observe_channels, observe_moments
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask
 from calibration.formats import fp8, input_quantizers, nvfp4
+from calibration.methods.quality import gptq
 from calibration.methods.quality.folds import fold_block
 from calibration.methods.quality.wiener import correlate, wiener_target
-from calibration.methods.registry.quality import gptq
 from calibration.recipes.recipe import Quality
 from fp4trt.families.family import Modulated
 
