@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.resources
 import math
 import sys
@@ -166,10 +167,9 @@ def _refuse_other_weights(folder: Path) -> None:
 
 
 def model_class(family: Family) -> Any:
-    """Return the diffusers class of a family."""
-    import diffusers
-
-    return getattr(diffusers, family.class_name)
+    """Return the class that is run and exported for a family: its adapter's, or the diffusers class."""
+    module, _, name = (family.adapter or f"diffusers:{family.class_name}").partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

@@ -13,8 +13,8 @@ from exporter.quiet import quiet
 
 __all__ = ["fold_constants"]
 
-_LARGEST_CONSTANT: Final = 4096
-"""Elements; above the rotary frequencies of any head size."""
+_LARGEST_CONSTANT: Final = 16384
+"""Elements; above the rotary frequencies of any head size, and the ones of a LayerNorm of any width."""
 
 
 def fold_constants(model: ir.Model) -> None:

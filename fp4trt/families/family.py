@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -120,6 +120,7 @@ class Family:
         positions: (sizes) to the values of the inputs whose role is ``positions``, FP32.
         state: name to shape of every tensor of a config's plain checkpoint, in the order of the model's own state.
         outside: linears to quantize that lie in no block.
+        adapter: ``module:class`` of what is run and exported in place of the diffusers class; None for that class.
     """
 
     name: str
@@ -132,7 +133,8 @@ class Family:
     outputs: Mapping[str, tuple[str | int | None, ...]]
     positions: Callable[[Sizes], Mapping[str, npt.NDArray[np.float32]]]
     state: Callable[[Config], dict[str, tuple[int, ...]]]
-    outside: tuple[Group, ...] = field(default=())
+    outside: tuple[Group, ...] = ()
+    adapter: str | None = None
 
     def blocks(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""
