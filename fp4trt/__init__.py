@@ -1,12 +1,68 @@
-"""What all rooms share: the front door, model families, what a quantized checkpoint is. No torch, no numpy.
+"""What all rooms share: the front door, model families, what the files hold. No torch.
 
-This package imports no room, and every room may import it; the command names the rooms as strings and loads one when a
-sub-command of it is called.
+This package imports no room, and every room may import it: commands and verbs name their room as a string, which is
+imported when one is called. The verbs, such as :func:`quantize`, are those of the command line.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
 from fp4trt.cli import COMMANDS, EXTRAS, Entry, main, run
 from fp4trt.version import __version__
 
-__all__ = ["COMMANDS", "EXTRAS", "Entry", "__version__", "main", "run"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    build: Callable[..., Any]
+    calibrate: Callable[..., Any]
+    compare: Callable[..., Any]
+    export: Callable[..., Any]
+    inspect: Callable[..., Any]
+    lint: Callable[..., Any]
+    load: Callable[..., Any]
+    quantize: Callable[..., Any]
+    search: Callable[..., Any]
+    validate: Callable[..., Any]
+
+__all__ = [
+    "COMMANDS",
+    "EXTRAS",
+    "Entry",
+    "__version__",
+    "build",
+    "calibrate",
+    "compare",
+    "export",
+    "inspect",
+    "lint",
+    "load",
+    "main",
+    "quantize",
+    "run",
+    "search",
+    "validate",
+]
+
+VERBS: Final = {
+    "build": "trt_build.builder:build",
+    "calibrate": "calibration.by_block.input_amax:calibrate",
+    "compare": "generation.comparison.compare:compare",
+    "export": "exporter.onnx_export:export",
+    "inspect": "onnx_functions.inspection.inspect:describe",
+    "lint": "onnx_functions.linting:lint",
+    "load": "calibration.checkpoints.quantized:load",
+    "quantize": "calibration.quantization:quantize",
+    "search": "calibration.layer_choice.search:search",
+    "validate": "onnx_functions.validation.run_gates:validate",
+}
+"""Verb to the function that does it."""
+
+
+def __getattr__(name: str) -> Any:
+    """Load a verb with its dependencies only when it is asked for (PEP 562)."""
+    if name not in VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, function = VERBS[name].partition(":")
+    return getattr(importlib.import_module(module), function)
