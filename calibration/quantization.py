@@ -16,6 +16,7 @@ from calibration.by_block.input_amax import Calibration, calibration_from, captu
 from calibration.by_block.measure_amax import require_device
 from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
 from calibration.checkpoints.plain import files_of, find_source
+from calibration.checkpoints.threads import suited_threads
 from calibration.formats.fp8_attention import attention_scales
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
@@ -93,7 +94,7 @@ def quantize(
         given_by = _prepared(plain, calibration or None, work, device)
     else:
         given_by = _calibrated(plain, calibration or None, work, device)
-    with given_by as given:
+    with suited_threads(plain.config), given_by as given:
         if processes.is_main():
             with publish.replacing(directory, force, given.identity(plain)) as partial:
                 write_result(partial, plain, given, device)

@@ -15,6 +15,7 @@ import click
 from calibration.by_block import processes
 from calibration.by_block.measure_amax import measured_by_block
 from calibration.checkpoints.plain import check_source, find_source, load_source, weights_fingerprint
+from calibration.checkpoints.threads import suited_threads
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import operands_of
 from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
@@ -100,7 +101,8 @@ def calibrate(
     sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
     config = load_json(folder / "config.json")
     family = family_of(config)
-    with _measured(folder, inputs, prompts, sampling, save_inputs_to, work, device) as measured:
+    inputs_to = (inputs, prompts, sampling, save_inputs_to)
+    with suited_threads(config), _measured(folder, *inputs_to, work, device) as measured:
         if processes.is_main():
             described = {**measured.described, SOURCE: weights_fingerprint(folder)}
             write_json(work / output.name, {METADATA: described, **measured.amax})

@@ -20,6 +20,7 @@ from calibration.by_block.measure_amax import identity_of, require_device
 from calibration.by_block.quantize_blocks import prepared_by_block
 from calibration.checkpoints.plain import find_source
 from calibration.checkpoints.quantized import Checkpoint, read
+from calibration.checkpoints.threads import suited_threads
 from calibration.inputs.captured import Inputs
 from calibration.layer_choice.frontier import BUDGETS, Point, draw, frontier, table
 from calibration.layer_choice.measurement import Errors, measure_groups, relative_error, runs_of, spread
@@ -133,7 +134,7 @@ def search(
         captured = captured_from(folder, calibration).calls
         task = _Task(plain, chosen, calibration, captured, spread(captured, calls), device)
         identity, measured_on = task.identity(), len(task.some)
-    with publish.replacing(directory, force, identity, ours) as partial:
+    with suited_threads(plain.config), publish.replacing(directory, force, identity, ours) as partial:
         if sensitivity is not None:
             points = frontier(found, {*BUDGETS, budget}, of, formats)
         else:

@@ -16,6 +16,7 @@ import torch
 
 from calibration.checkpoints.plain import files_of, find_source, load_source, refuse_quantized
 from calibration.checkpoints.quantized import Checkpoint, load, plain_config, read
+from calibration.checkpoints.threads import suited_threads
 from calibration.inputs.prompts import Sampling, digit_labels, read_prompts, refuse_sampling
 from fp4trt import publish
 from fp4trt.checkpoint_manifest import MANIFEST
@@ -126,7 +127,8 @@ def compare(
     ours = (DATA, PAGE, GRID) if _is_comparison(directory) else ()
     if not has_plots():
         click.echo(NO_PLOTS, err=True)
-    with publish.replacing(directory, force, task.identity(), ours) as partial:
+    few = suited_threads(load_json(task.folder / "config.json"))
+    with few, publish.replacing(directory, force, task.identity(), ours) as partial:
         store = Store(partial / _WORK)
         _draw(task, store, lambda: publish.note_progress(partial, {"compared": list(task.checkpoints)}))
         comparison = _measured(task, store)

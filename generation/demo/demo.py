@@ -19,8 +19,10 @@ from typing import Any, Final
 import click
 
 from calibration.checkpoints.plain import BUILT_IN
+from calibration.digits import DIRECTORY
 from calibration.recipes.recipe import load_recipe
 from fp4trt.errors import StageFailed
+from fp4trt.json_file import load_json
 from fp4trt.publish import note_progress, progress_of, replacing, write_json
 
 __all__ = ["demo", "table"]
@@ -69,8 +71,6 @@ def demo(
         OutputExists: the directory holds something that fp4trt did not write.
         StageFailed: a command ended with an error, which it has printed; carries its exit status.
     """
-    # A model this small is slower on two threads than on one.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     recipes = {load_recipe(name).name: name for name in (recipe, *RECIPES, *rows)}
     identity = json.dumps({"gpu": gpu, "recipe": load_recipe(recipe).resolved()})
     with replacing(directory, force, identity) as partial:
@@ -187,6 +187,7 @@ def _measure(folders: Mapping[str, Path], picture: Path, images: int) -> dict[st
     import torch
 
     from calibration.checkpoints.quantized import load
+    from calibration.checkpoints.threads import suited_threads
     from calibration.digits.model import load_transformer
     from generation.comparison.digits import compare
     from generation.comparison.statistics import estimate
@@ -195,8 +196,9 @@ def _measure(folders: Mapping[str, Path], picture: Path, images: int) -> dict[st
     click.echo(f"drawing {images} digits with each model")
     reference = load_transformer()
     models = {name: load(folder, torch.float32) for name, folder in folders.items()}
-    compared = compare(reference, models, (EVALUATION_SEED,), images)
-    grid(reference, models, picture, seed=EVALUATION_SEED)
+    with suited_threads(load_json(DIRECTORY / "config.json")):
+        compared = compare(reference, models, (EVALUATION_SEED,), images)
+        grid(reference, models, picture, seed=EVALUATION_SEED)
     metrics = {"accuracy": "recognised", "psnr_db": "psnr_db", "velocity_error": "velocity_error"}
     return {
         "accuracy_bf16": estimate(compared.reference["recognised"]).mean,

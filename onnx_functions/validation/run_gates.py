@@ -15,6 +15,7 @@ from typing import Any, Final
 import onnx
 import torch
 
+from calibration.checkpoints.threads import suited_threads
 from calibration.formats import fp8, nvfp4
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadGraph
@@ -160,7 +161,7 @@ def validate(
     why = _why_by_block(level, blocks, held)
     subject = _Subject(path, graph, held, chosen, (), shapes, why, figures)
     gates = []
-    with _work_folder(report_dir) as work:
+    with suited_threads(held.checkpoint.config), _work_folder(report_dir) as work:
         try:
             for gate in _all_gates(subject, Path(work) / "blocks" if report_dir is None else Path(work)):
                 gates.append(gate)
