@@ -18,7 +18,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "test-folders"
-ROOMS = ("calibration", "exporter", "fp4trt", "onnx_functions")
+ROOMS = ("calibration", "exporter", "fp4trt", "generation", "onnx_functions")
 
 SharedFolder = Callable[[str, Callable[[Path], object]], Path]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import importlib.util
 import json
 import re
 import shutil
@@ -26,13 +25,7 @@ from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from onnx_functions.inspection.inspect import describe
 from onnx_functions.linting import lint
-
-_SPEC = importlib.util.spec_from_file_location("every_tensor", Path(__file__).with_name("every_tensor.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-every_tensor = importlib.util.module_from_spec(_SPEC)
-__import__("sys").modules["every_tensor"] = every_tensor
-_SPEC.loader.exec_module(every_tensor)
+from tests.frame import every_tensor
 
 WEIGHTS = every_tensor.WEIGHTS
 FAKE_QUANTIZED: dict[str, torch.Tensor] = {}

@@ -12,7 +12,7 @@ import pytest
 import fp4trt
 
 ROOT = Path(fp4trt.__file__).parents[1]
-ROOMS = {"calibration", "exporter", "onnx_functions", "trt_build"}
+ROOMS = {"calibration", "exporter", "generation", "onnx_functions", "trt_build"}
 HEAVY = {
     "accelerate", "diffusers", "matplotlib", "modelopt", "numpy", "onnx", "onnx_ir", "onnxruntime",
     "onnxscript", "polygraphy", "safetensors", "scipy", "tensorrt", "tensorrt_rtx", "torch",

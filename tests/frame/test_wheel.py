@@ -14,7 +14,7 @@ import pytest
 import fp4trt
 
 ROOT = Path(fp4trt.__file__).parents[1]
-PACKAGES = ("calibration", "exporter", "fp4trt", "onnx_functions", "trt_build")
+PACKAGES = ("calibration", "exporter", "fp4trt", "generation", "onnx_functions", "trt_build")
 DATA = {".json", ".safetensors", ".yaml", ".html", ".css", ".js"}
 
 

@@ -28,7 +28,7 @@ from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import read_header
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 MakeFlux = Callable[..., Path]
 

@@ -36,7 +36,7 @@ MakeFlux = Callable[..., Path]
 SMALL = 24_000
 """Bytes of a shard that make several of a tiny model."""
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
