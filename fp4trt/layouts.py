@@ -35,7 +35,7 @@ _ROW_MAJOR, _TILES, _UNKNOWN, _NONE = "row-major", "cuBLAS 128x4 tiles", "unknow
 _LOW, _HIGH = "low first", "high first"
 _MULTIPLIER, _RECIPROCAL = "multiplier", "reciprocal"
 _QUANTIZE_HERE: Final = "quantize the 16-bit checkpoint with fp4trt, or export it with ModelOpt's export_hf_checkpoint"
-_ORIGINAL_NAMES: Final = ("double_blocks.", "single_blocks.", "double_stream_modulation_", "single_stream_modulation.")
+_ORIGINAL_NAMES: Final = ("double_blocks.", "single_blocks.")
 
 MODELOPT_ALGORITHMS: Final = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "FP8", "MIXED_PRECISION")
 """What fp4trt writes as `quant_algo`, and reads."""

@@ -48,12 +48,20 @@ def _made(name: str, make: Callable[[Path], object]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(KEPT / f"{name}.lock"):
         if not (state.is_file() and folder.is_dir() and state.read_text(encoding="utf-8") == _state(folder)):
-            for old in folder.parent.iterdir():  # of other sources, too: one is kept of each name
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            for old in _but_the_last_of_other_sources(folder):
+                shutil.rmtree(old)
+                old.with_suffix(".json").unlink(missing_ok=True)
             folder.mkdir()
             make(folder)
             state.write_text(_state(folder), encoding="utf-8")
     return folder
+
+
+def _but_the_last_of_other_sources(folder: Path) -> list[Path]:
+    """Return what is there of a folder, and of its older selves, but for the newest: a run may still read that."""
+    others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
+    older = sorted(others, key=lambda path: path.stat().st_mtime_ns)[:-1]
+    return [*older, *([folder] if folder.is_dir() else [])]
 
 
 @pytest.fixture(scope="session")

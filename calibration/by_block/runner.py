@@ -14,6 +14,7 @@ first block: for FLUX.1 about 1 % of a block.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from calibration.inputs.captured import Inputs
 from fp4trt.errors import UnsupportedModel
@@ -77,6 +77,10 @@ class BlockRunner:
         self._tensor, self._device = tensor, device
         inside = tuple(f"{block}." for block in blocks)
         fill(model, [name for name in model.state_dict() if not name.startswith(inside)], tensor, "", device)
+        # One block of each stack that nobody loads or changes, to be asked for shapes.
+        dtype = next(value.dtype for value in model.state_dict().values() if not value.is_meta)
+        first = {_stack_of(block): block for block in reversed(blocks)}
+        self._empty = {stack: copy.deepcopy(model.get_submodule(block)).to(dtype) for stack, block in first.items()}
         for index, block in enumerate(blocks):
             module = model.get_submodule(block)
             module.forward = partial(self._forward, index, module.forward)
@@ -144,34 +148,21 @@ class BlockRunner:
             if stack == _stack_of(self._blocks[self._wanted - 1]):
                 return self._before if len(self._before) > 1 else self._before[0]
             if stack not in self._of_earlier_stacks:
-                self._of_earlier_stacks[stack] = self._nan_like_what_it_gives(index, forward, args, kwargs)
+                self._of_earlier_stacks[stack] = self._nan_like_what_it_gives(stack, args, kwargs)
             return self._of_earlier_stacks[stack]
         result = forward(*args, **kwargs)
         if not self._leave:
             return result
         raise _Reached(result if isinstance(result, tuple) else (result,))
 
-    def _nan_like_what_it_gives(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Return what a block would give, loaded or not, with NaN in place of numbers."""
-        block = _AsItWas(self._model.get_submodule(self._blocks[index]), forward)
-        state = {name: _on_meta(value) for name, value in (*block.named_parameters(), *block.named_buffers())}
-        given = functional_call(block, state, _each_tensor(args, _on_meta), _each_tensor(kwargs, _on_meta))
+    def _nan_like_what_it_gives(self, stack: str, args: Any, kwargs: Any) -> Any:
+        """Return what a block of a stack would give, with NaN in place of numbers."""
+        given = self._empty[stack](*_each_tensor(args, _on_meta), **_each_tensor(kwargs, _on_meta))
 
         def nan(value: torch.Tensor) -> torch.Tensor:
             return torch.full((), math.nan, dtype=value.dtype, device=self._device).expand(value.shape)
 
         return _each_tensor(given, nan)
-
-
-class _AsItWas(nn.Module):
-    """A block under its own forward, which the runner has taken from it."""
-
-    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.block, self._forward = block, forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
 
 
 def _stack_of(block: str) -> str:

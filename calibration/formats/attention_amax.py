@@ -64,8 +64,9 @@ class OperandAmax(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is ATTENTION and self._watches:
-            given = dict(zip(_OPERANDS, args, strict=False)) | (kwargs or {})
+        given = dict(zip(_OPERANDS, args, strict=False)) | (kwargs or {})
+        # On the meta device a block is asked for shapes alone.
+        if func is ATTENTION and self._watches and not given[_OPERANDS[0]].is_meta:
             for operand, name in zip(operands_of([next(self._next)]), _OPERANDS, strict=True):
                 largest = given[name].abs().amax().float()  # NaN stays
                 self._found[operand] = torch.maximum(largest, self._found.get(operand, largest))

@@ -137,7 +137,7 @@ def test_maxima_of_another_model_and_two_sources_of_maxima_are_refused(digits: P
         ({"num_layers": "x"}, "num_layers is 'x'"),
         ({"num_layers": None}, "num_layers is None"),
         ({"num_single_layers": 0}, "num_single_layers is 0"),
-        ({"axes_dims_rope": [16, 23, 25]}, "three even numbers"),
+        ({"axes_dims_rope": [16, 23, 25]}, "expected even numbers"),
         ({"axes_dims_rope": [16, 24, 22]}, "adds up to 62"),
         ({"attention_head_dim": True}, "attention_head_dim is True"),
     ],

@@ -43,12 +43,12 @@ class MadeUpTransformer(ModelMixin, ConfigMixin):
     """Reads ``state`` [B, N, channels] and ``time`` [B]; gives [B, N, channels]."""
 
     @register_to_config
-    def __init__(self, channels: int = 16, wide: int = 2, narrow: int = 3) -> None:
+    def __init__(self, channels: int = 16, wide_layers: int = 2, narrow_layers: int = 3) -> None:
         super().__init__()
         self.embed, self.time = nn.Linear(channels, WIDTH), nn.Linear(1, WIDTH)
         self.modulation = nn.Linear(WIDTH, WIDTH)
-        self.wide = nn.ModuleList(_Wide() for _ in range(wide))
-        self.narrow = nn.ModuleList(_Narrow() for _ in range(narrow))
+        self.wide = nn.ModuleList(_Wide() for _ in range(wide_layers))
+        self.narrow = nn.ModuleList(_Narrow() for _ in range(narrow_layers))
         self.last = nn.Linear(WIDTH, channels)
 
     def forward(self, state: torch.Tensor, time: torch.Tensor, return_dict: bool = True) -> Any:
@@ -72,11 +72,11 @@ def _state(config: Config) -> dict[str, tuple[int, ...]]:
     linear("embed", WIDTH, config["channels"])
     linear("time", WIDTH, 1)
     linear("modulation", WIDTH, WIDTH)
-    for index in range(config["wide"]):
+    for index in range(config["wide_layers"]):
         linear(f"wide.{index}.up", 96, WIDTH)
         linear(f"wide.{index}.gate", 96, WIDTH)
         linear(f"wide.{index}.down", WIDTH, 96)
-    for index in range(config["narrow"]):
+    for index in range(config["narrow_layers"]):
         linear(f"narrow.{index}.out", WIDTH, WIDTH)
     linear("last", config["channels"], WIDTH)
     return shapes
@@ -88,8 +88,8 @@ MADE_UP = Family(
     matches=lambda config: config.get("_class_name") == "MadeUpTransformer",
     problem=lambda config: None,
     stacks=(
-        Stack("wide", "wide", groups=(Group("N", ("up", "gate")), Group("N", ("down",))), attentions=()),
-        Stack("narrow", "narrow", groups=(Group("N", ("out",)),), attentions=()),
+        Stack("wide", "wide_layers", groups=(Group("N", ("up", "gate")), Group("N", ("down",))), attentions=()),
+        Stack("narrow", "narrow_layers", groups=(Group("N", ("out",)),), attentions=()),
     ),
     dims={
         "B": Dim("batch", min=1, max=4, default=1),
