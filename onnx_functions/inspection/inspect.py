@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from fp4trt.account import is_quantized_checkpoint
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
-from fp4trt.errors import UnknownArtifact, UnknownFamily
+from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
 from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import object_of, read_object, strings
@@ -117,8 +116,12 @@ def _config(path: Path) -> dict[str, Any]:
     name = config.get("_class_name")
     if not isinstance(name, str) or not name:
         raise UnknownArtifact(f"{path} has no _class_name, the class of a diffusers model; copy it again")
-    with contextlib.suppress(UnknownFamily):
+    try:
         family_of(config)
+    except UnknownFamily:
+        pass
+    except BadCheckpoint as error:
+        raise UnknownArtifact(f"{path.parent}: {error}") from None
     return config
 
 

@@ -211,11 +211,11 @@ def test_shards_that_are_those_of_their_index_are_described(tmp_path: Path) -> N
     [
         ("_class_name", None, "has no _class_name"),
         ("_class_name", 7, "has no _class_name"),
-        ("num_layers", "x", "has num_layers 'x', expected an integer from 0 on"),
-        ("num_layers", -1, "has num_layers -1, expected"),
-        ("num_single_layers", True, "has num_single_layers True, expected"),
-        ("num_attention_heads", 0, "has num_attention_heads 0, expected an integer from 1 on"),
-        ("joint_attention_dim", None, "has joint_attention_dim None, expected"),
+        ("num_layers", "x", "num_layers is 'x', expected"),
+        ("num_layers", -1, "num_layers is -1, expected"),
+        ("num_single_layers", True, "num_single_layers is True, expected"),
+        ("num_attention_heads", 0, "num_attention_heads is 0, expected"),
+        ("joint_attention_dim", None, "joint_attention_dim is None, expected"),
     ],
 )
 def test_a_config_that_describes_no_model_is_refused(
@@ -225,7 +225,7 @@ def test_a_config_that_describes_no_model_is_refused(
     config = json.loads((digits / "config.json").read_text(encoding="utf-8"))
     _damaged(tmp_path, "config.json", config)
     assert describe(tmp_path)["family"] == "FluxTransformer2DModel"
-    with pytest.raises(UnknownArtifact, match=rf"config\.json {words}.*copy it again"):
+    with pytest.raises(UnknownArtifact, match=rf"config\.json:? {words}"):
         describe(_damaged(tmp_path, "config.json", {**config, key: value}))
 
 
@@ -243,7 +243,7 @@ def test_a_safetensors_file_that_is_cut_short_is_refused(copy_of_digits: Path) -
 
 
 def test_a_safetensors_header_whose_sizes_contradict_each_other_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
     header = json.dumps({"a.weight": {"dtype": "BF16", "shape": [4, 4], "data_offsets": [0, 8]}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(8)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(data)
