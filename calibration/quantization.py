@@ -25,6 +25,7 @@ from calibration.results import Given, write_result
 from fp4trt import publish
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadInputs, BadRecipe
+from fp4trt.number_formats import FP8
 from fp4trt.safetensors_file import hold
 
 __all__ = ["quantize"]
@@ -192,8 +193,8 @@ def _summary(directory: Path, plain: Plain, manifest: Mapping[str, Any]) -> dict
         "checkpoint": str(directory.resolve()),
         "family": plain.family.name,
         "recipe": plain.recipe.name,
-        "quantized_linears": len(plain.paths) + len(plain.of_format("fp8")),
-        "fp8_linears": len(plain.of_format("fp8")),
+        "quantized_linears": len(plain.quantized_linears),
+        "fp8_linears": len(plain.of_format(FP8.name)),
         "fp8_attentions": len(plain.fp8_attentions),
         "groups": len(plain.groups),
         "bytes": size(directory),

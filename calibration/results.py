@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from calibration.checkpoints import layout
 from calibration.checkpoints.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
 from calibration.checkpoints.plain import files_of
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
-from calibration.formats import nvfp4, shared_scales
+from calibration.formats import shared_scales
 from calibration.formats.fp8_attention import SCALES
 from calibration.formats.quantization_config import AWQ, quantization_config
 from calibration.inputs.captured import save_inputs
@@ -32,6 +32,7 @@ from fp4trt import publish
 from fp4trt.account import OUTPUT_SCALE
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import TooLittleSpace
+from fp4trt.number_formats import FORMATS, FP8
 from fp4trt.safetensors_file import StoredTensor, sha256_of
 
 __all__ = ["Given", "write_result"]
@@ -91,8 +92,8 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     Raises:
         BadCheckpoint, BadAmax, TooLittleSpace: naming what is wrong.
     """
-    groups, prepared, fp8 = plain.quantized_groups, given.prepared.tensors, frozenset(plain.of_format("fp8"))
-    planned = layout.plan_shards(plain.stored, groups, prepared, fp8)
+    groups, prepared, linears = plain.quantized_groups, given.prepared.tensors, plain.quantized_linears
+    planned = layout.plan_shards(plain.stored, groups, linears, prepared)
     earlier = publish.progress_of(partial)
     if earlier and layout.are_reserved(partial, planned):
         done = Done(**earlier)
@@ -100,14 +101,15 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     else:
         done = given.done or Done()
     packed = [group for group in groups if f"{group[0]}.weight" not in prepared]
-    inputs = shared_scales.shared(given.calibrated.amax, packed)
+    calibrated = [group for group in packed if FORMATS[linears[group[0]]].needs_input_amax]
+    inputs = shared_scales.shared(given.calibrated.amax, calibrated)
     sources = files_of(plain.folder) if given.done is None else []
-    files = layout.ShardFiles(partial, planned, layout.results_of(done.written, groups, prepared, fp8))
+    files = layout.ShardFiles(partial, planned, layout.results_of(done.written, groups, linears, prepared))
     to_read = [
         tensor for tensor in plain.stored.values() if tensor.file in sources and tensor.file.name not in done.sha256
     ]
     _foresee(partial, sum(tensor.nbytes for tensor in to_read), files.missing())
-    work = Work(sources, plain.stored, groups, inputs, prepared, device, fp8)
+    work = Work(sources, plain.stored, groups, linears, inputs, prepared, device)
     with _bar(work.nbytes) as progress:
         quantize_in_one_pass(work, files, done, functools.partial(publish.note_progress, partial), progress)
     written = {shard.name: done.files[shard.name] for shard in planned}
@@ -121,14 +123,15 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     written["config.json"] = publish.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
-    common = own | shared_scales.shared(own, [group for group in packed if group[0] not in fp8])
+    merged = [group for group in packed if FORMATS[linears[group[0]]].shares_weight_scale]
+    common = own | shared_scales.shared(own, merged)
     manifest = {
         **_description(plain, given),
-        "amax": _amax(inputs, common, prepared, fp8),
+        "amax": _amax(inputs, common, prepared, linears),
         "files": written,
         "source": {"config.json": sha256_of(plain.folder / "config.json"), **done.sha256},
     }
-    if alone := {path: amax for path, amax in own.items() if path not in fp8}:
+    if alone := {path: own[path] for group in merged for path in group}:
         manifest["sharing_cost"] = asdict(shared_scales.measure_cost(plain.stored, alone, common))
     publish.write_json(partial / MANIFEST, manifest)
     return manifest
@@ -138,27 +141,29 @@ def _amax(
     inputs: Mapping[str, float],
     weights: Mapping[str, float],
     prepared: Mapping[str, StoredTensor],
-    fp8: Container[str],
+    formats: Mapping[str, str],
 ) -> dict[str, float]:
     """Return what the manifest says of each quantizer: what was packed here, and what a method has decided."""
     amax = {f"{path}.input_quantizer": value for path, value in inputs.items()}
     amax |= {f"{path}.weight_quantizer": value for path, value in weights.items()}
     for name, tensor in prepared.items():
         path, _, leaf = name.rpartition(".")
-        if leaf in ("input_scale", "weight_scale" if path in fp8 else "weight_scale_2"):
-            quantizer = "input_quantizer" if leaf == "input_scale" else "weight_quantizer"
-            largest = nvfp4.E4M3_MAX * (1 if path in fp8 else nvfp4.E2M1_MAX)
-            amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * largest
-        elif leaf in SCALES:
-            amax[f"{path}.{leaf.removesuffix('_scale')}_bmm_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
+        kind = FORMATS.get(formats.get(path, ""), FP8)
+        if leaf in SCALES:
+            quantizer = f"{leaf.removesuffix('_scale')}_bmm_quantizer"
         elif leaf == OUTPUT_SCALE:
-            amax[f"{path}.bmm2_output_quantizer"] = float(tensor.tensor()) * nvfp4.E4M3_MAX
+            quantizer = "bmm2_output_quantizer"
+        elif path in formats and leaf in kind.scalars:
+            quantizer = "weight_quantizer" if leaf == kind.weight_scale else "input_quantizer"
+        else:
+            continue
+        amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * (kind.amax_factor or 1.0)
     return amax
 
 
 def _description(plain: Plain, given: Given) -> dict[str, Any]:
     """Return what the manifest says of the quantization itself."""
-    formats = {kind: plain.of_format(kind) for kind in ("nvfp4", "fp8")}
+    formats = {kind: plain.of_format(kind) for kind in FORMATS}
     formats["svdquant"] = tuple(_branches(given.prepared.tensors))
     described = {
         "format": 1,
@@ -172,7 +177,7 @@ def _description(plain: Plain, given: Given) -> dict[str, Any]:
     if given.training:
         described["training"] = dict(given.training)
     if plain.fp8_attentions:
-        described["attention"] = {"fp8": plain.fp8_attentions}
+        described["attention"] = {FP8.name: plain.fp8_attentions}
     return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
 
 

@@ -45,6 +45,7 @@ Accept = Callable[[Path], list[str]]
 _ELEMENT_TYPES: Final = {
     ir.DataType.FLOAT4E2M1: "U8",
     ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
+    ir.DataType.UINT8: "U8",
     ir.DataType.FLOAT: "F32",
     ir.DataType.BFLOAT16: "BF16",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,17 +19,17 @@ from exporter import external_weights, plain_checkpoint
 from exporter.existing_results import refuse_existing_results
 from exporter.lint_gate import passed_lint
 from exporter.passes.add_branches import Branch, add_branches
-from exporter.passes.double_dequantize import ScaleDtype, double_dequantize
+from exporter.passes.double_dequantize import ScaleDtype
 from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.fp8_attention import fp8_attention
-from exporter.passes.fp8_quantize import fp8_quantize
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
 from exporter.trace import OPSET, other_linears, trace, translate
 from fp4trt.errors import BadGraph, WrongPrecision
 from fp4trt.file_output import check_writable
+from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
 from fp4trt.pipeline_folder import transformer_folder
 
 __all__ = ["IR_VERSION", "Precision", "branches", "export", "graph_of", "graph_path", "group_leaders"]
@@ -94,7 +95,7 @@ def export(
         "opset": OPSET,
         "precision": precision,
         "nodes": nodes,
-        "quantized_linears": len(checkpoint.quantized) + len(checkpoint.fp8),
+        "quantized_linears": len(checkpoint.formats),
         "fp8_attentions": len(checkpoint.fp8_attentions),
         "fp8_linears": len(checkpoint.fp8),
         "scale_dtype": None if precision == "bf16" else scale_dtype or "float32",
@@ -137,9 +138,10 @@ def graph_of(
     fold_constants(model)
     stamp_blocks(model, _stacks(checkpoint))
     add_branches(model, branches(checkpoint))
-    drop_placeholders(model, [*checkpoint.quantized, *checkpoint.fp8])
-    fp8_quantize(model, {path: leaders.get(path, path) for path in checkpoint.fp8})
-    double_dequantize(model, leaders, scale_dtype)
+    drop_placeholders(model, checkpoint.formats)
+    for name, kind in reversed(list(FORMATS.items())):  # NVFP4's pass takes all placeholders that are left
+        rewrite = pkgutil.resolve_name(kind.rewrite)
+        rewrite(model, {path: leaders.get(path, path) for path in checkpoint.of_format(name)}, scale_dtype)
     fp8_attention(model, {path: checkpoint.rounds_output(path) for path in checkpoint.fp8_attentions})
     order_initializers(model)
     name_nodes(model)
@@ -172,21 +174,14 @@ def _open(source: str | Path, precision: Precision) -> Checkpoint:
 
 
 def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return each quantized linear's leader.
-
-    In NVFP4 it is the first of its group, or itself where the group's scales differ; in FP8 the first that has the same
-    scale of its input, since weights keep scales of their own.
-    """
+    """Return each quantized linear's leader: the first of its group that has the scales that one GEMM shares."""
     leaders = {}
-    for group in checkpoint.groups:
-        kinds = ("weight_scale_2", "input_scale", SMOOTHING)
-        scales = {tuple(_bytes(checkpoint, f"{path}.{kind}") for kind in kinds) for path in group}
-        for path in group:
-            leaders[path] = group[0] if len(scales) == 1 else path
-    for group in checkpoint.groups_of(checkpoint.fp8):
-        first: dict[float, str] = {}
-        for path in group:
-            leaders[path] = first.setdefault(float(checkpoint.raw(f"{path}.input_scale")), path)
+    for name, kind in FORMATS.items():
+        for group in checkpoint.groups_of(checkpoint.of_format(name)):
+            first: dict[tuple[bytes, ...], str] = {}
+            for path in group:
+                scales = tuple(_bytes(checkpoint, f"{path}.{leaf}") for leaf in (*kind.shared, SMOOTHING))
+                leaders[path] = first.setdefault(scales, path)
     return leaders
 
 
@@ -211,8 +206,8 @@ def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
 
 def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None:
     """Write into the graph's metadata what it promises and what the builder has to know."""
-    formats = {"nvfp4": list(checkpoint.quantized), "fp8": list(checkpoint.fp8), "bf16": other_linears(checkpoint)}
-    linears = {kind: paths for kind, paths in formats.items() if paths or kind != "fp8"}
+    linears = {name: list(paths) for name in FORMATS if (paths := checkpoint.of_format(name)) or name == NVFP4.name}
+    linears[BF16] = other_linears(checkpoint)
     symbols = {name: dim.as_dict() for name, dim in checkpoint.family.dims.items()}
     model.metadata_props.clear()
     model.metadata_props.update(
@@ -221,12 +216,12 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
             "fp4trt.recipe": checkpoint.recipe if checkpoint.is_quantized else "none",
             "fp4trt.scale_dtype": scale_dtype,
             "fp4trt.linears": json.dumps(linears),
-            "fp4trt.groups": json.dumps(checkpoint.groups_of([*checkpoint.quantized, *checkpoint.fp8])),
+            "fp4trt.groups": json.dumps(checkpoint.groups_of(list(checkpoint.formats))),
             "fp4trt.symbols": json.dumps(symbols),
         }
     )
     if checkpoint.fp8_attentions:
-        model.metadata_props["fp4trt.attention"] = json.dumps({"fp8": checkpoint.fp8_attentions})
+        model.metadata_props["fp4trt.attention"] = json.dumps({FP8.name: checkpoint.fp8_attentions})
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "fp4trt", None, None
     model.graph.name = checkpoint.family.name

@@ -78,10 +78,9 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
 
 def other_linears(checkpoint: Checkpoint) -> list[str]:
     """Return the module paths of the linears that stay in 16 bit."""
-    quantized = {*checkpoint.quantized, *checkpoint.fp8}
     model = _meta_model(checkpoint.family, plain_config(checkpoint.config))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if name not in quantized]
+    return [name for name in linears if name not in checkpoint.formats]
 
 
 def _meta_model(family: Family, config: Mapping[str, Any]) -> nn.Module:

@@ -3,9 +3,8 @@
 Each tensor is the plain model's own, or belongs to a linear or an attention of it, or is refused by name: nothing is
 passed over. All verbs read a quantized checkpoint through this, so that they give one answer.
 
-For a linear X, in or outside the family's own selection: ``X.weight`` U8 [N, K/2] (NVFP4, two E2M1 codes a byte) with
-``X.weight_scale`` F8_E4M3 [N, K/16] and the F32 scalars ``X.weight_scale_2`` and ``X.input_scale``; or F8_E4M3 [N, K]
-(FP8) with the F32 scalars ``X.weight_scale`` and ``X.input_scale``; or 16 or 32 bit. With any of them
+For a linear X, in or outside the family's own selection: codes ``X.weight`` and scales as
+:mod:`fp4trt.number_formats` has them for each format; or a weight in 16 or 32 bit. With any of them
 ``X.pre_quant_scale`` [K] and ``X.svdquant_lora_a`` [rank, K] with ``X.svdquant_lora_b`` [N, rank]. For an attention A
 in FP8 the F32 scalars ``A.q_scale``, ``A.k_scale``, ``A.v_scale`` and, where its output is rounded too,
 ``A.output_scale``; or ModelOpt's amax of the same. Source: ModelOpt 0.47's unified export.
@@ -21,11 +20,11 @@ from fp4trt.declared import declared_algorithms, require_declared
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import family_of
 from fp4trt.layouts import refuse_foreign_layout
-from fp4trt.stored_forms import Account, Format, StoredForm
+from fp4trt.number_formats import FORMATS, PLAIN, NumberFormat, StoredScale, stored_format
+from fp4trt.stored_forms import UNQUANTIZED, Account, Format, StoredForm
 
 __all__ = [
     "ATTENTION_SCALES",
-    "BLOCK_SIZE",
     "BMM_AMAX",
     "BRANCH",
     "OUTPUT_SCALE",
@@ -40,15 +39,8 @@ __all__ = [
     "is_quantized_checkpoint",
 ]
 
-BLOCK_SIZE: Final = 16
-"""Weights under one block scale of NVFP4."""
-
-SCALES: Final[Mapping[Format, tuple[str, ...]]] = {
-    "nvfp4": ("weight_scale", "weight_scale_2", "input_scale"),
-    "fp8": ("weight_scale", "input_scale"),
-    "16-bit": (),
-}
-"""What a linear has beside its weight and bias."""
+SCALES: Final[Mapping[Format, tuple[str, ...]]] = {name: kind.leaves for name, kind in FORMATS.items()}
+"""What a linear of each format has beside its weight and bias."""
 
 SMOOTHING: Final = "pre_quant_scale"
 """What one has besides where its input is scaled by channel, [K]."""
@@ -62,8 +54,10 @@ ATTENTION_SCALES: Final = ("q_scale", "k_scale", "v_scale")
 OUTPUT_SCALE: Final = "output_scale"
 """What it has besides where what its second product gives is rounded to FP8 too."""
 
-SCALE_LEAVES: Final = frozenset((*SCALES["nvfp4"], *ATTENTION_SCALES, OUTPUT_SCALE))
-"""All that is a scale, in FP32 or E4M3; every other tensor is rounded to BF16 in a graph."""
+_LINEAR_SCALES: Final = frozenset(leaf for leaves in SCALES.values() for leaf in leaves)
+
+SCALE_LEAVES: Final = _LINEAR_SCALES | {*ATTENTION_SCALES, OUTPUT_SCALE}
+"""All that is a scale, in its own type; every other tensor is rounded to BF16 in a graph."""
 
 BMM_AMAX: Final[Mapping[str, str]] = {
     "q_bmm_quantizer._amax": "q_scale",
@@ -73,12 +67,8 @@ BMM_AMAX: Final[Mapping[str, str]] = {
 }
 """What ModelOpt writes of an attention: the amax that makes each scale."""
 
-_FLOAT: Final = ("BF16", "F16", "F32")
-_FORMAT_OF: Final[Mapping[str, Format]] = {
-    "U8": "nvfp4",
-    "F8_E4M3": "fp8",
-    **dict.fromkeys(_FLOAT, "16-bit"),
-}
+_FLOAT: Final = tuple(PLAIN)
+_CODES: Final = tuple(dict.fromkeys(kind.codes for kind in FORMATS.values()))
 
 
 class TensorHeader(Protocol):
@@ -97,8 +87,8 @@ def is_quantized_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Ten
     """Whether a checkpoint is no plain one: by its config, or by a type or a scale that no plain one has."""
     if "quantization_config" in config:
         return True
-    endings = (".weight_scale", ".weight_scale_2", ".input_scale")
-    return any(name.endswith(endings) or tensor.dtype in ("U8", "F8_E4M3") for name, tensor in tensors.items())
+    endings = tuple(f".{leaf}" for leaf in _LINEAR_SCALES)
+    return any(name.endswith(endings) or tensor.dtype in _CODES for name, tensor in tensors.items())
 
 
 def account_of(
@@ -157,35 +147,48 @@ class _Reader:
         return Account(self.family, self.config, groups, self.state.keys(), linears, attentions, self.meanings)
 
     def _linear(self, path: str, shape: tuple[int, int]) -> StoredForm:
-        name, (rows, columns) = f"{path}.weight", shape
+        name = f"{path}.weight"
         stored = self._required(name, "the weight of a linear")
-        kind = _FORMAT_OF.get(stored.dtype)
-        if kind is None:
-            raise self._wrong(name, "U8 (NVFP4), F8_E4M3 (FP8), BF16, F16 or F32")
-        packed = kind == "nvfp4"
-        if packed and columns % BLOCK_SIZE:
-            raise self._wrong(name, f"16 bit: NVFP4 needs a multiple of {BLOCK_SIZE} in-features, {path} has {columns}")
-        if stored.shape != ((rows, columns // 2) if packed else shape):
-            wanted = [rows, columns // 2] if packed else list(shape)
-            raise self._wrong(name, f"{wanted} by its config.json")
-        self.meanings[name] = {"nvfp4": "NVFP4 codes", "fp8": "FP8 codes", "16-bit": "a weight"}[kind]
-        for leaf in SCALES[kind]:
-            if f"{path}.{leaf}" not in self.tensors:
-                raise BadCheckpoint(
-                    f"{self.where} lacks {path}.{leaf}; expected {kind.upper()} codes, as {name} is {stored.dtype}, "
-                    f"with all their scales: {' and '.join(SCALES[kind])}"
-                )
-            if packed and leaf == "weight_scale":
-                self._block_scales(path, shape)
-            else:
-                self._scalar(f"{path}.{leaf}", f"a scale of {kind.upper()}")
-        return StoredForm(kind, shape, self._branch(path, shape), self._smoothing(path, columns))
+        scale = self.tensors.get(f"{path}.weight_scale")
+        kind = stored_format(stored.dtype, scale.dtype if scale is not None else None)
+        if kind is not None:
+            self._codes(path, shape, kind)
+        elif stored.dtype not in _FLOAT:
+            codes = {dtype: next(kind.title for kind in FORMATS.values() if kind.codes == dtype) for dtype in _CODES}
+            listed = ", ".join(f"{dtype} ({title})" for dtype, title in codes.items())
+            raise self._wrong(name, f"{listed}, {', '.join(_FLOAT[:-1])} or {_FLOAT[-1]}")
+        elif stored.shape != shape:
+            raise self._wrong(name, f"{list(shape)} by its config.json")
+        else:
+            self.meanings[name] = "a weight"
+        form = kind.name if kind is not None else UNQUANTIZED
+        return StoredForm(form, shape, self._branch(path, shape), self._smoothing(path, shape[1]))
 
-    def _block_scales(self, path: str, shape: tuple[int, int]) -> None:
-        name, wanted = f"{path}.weight_scale", (shape[0], shape[1] // BLOCK_SIZE)
+    def _codes(self, path: str, shape: tuple[int, int], kind: NumberFormat) -> None:
+        """Account for codes and scales of a quantized linear."""
+        name, columns, wanted = f"{path}.weight", shape[1], kind.codes_shape(*shape)
         stored = self.tensors[name]
-        if stored.dtype != "F8_E4M3" or stored.shape != wanted:
-            raise self._wrong(name, f"F8_E4M3{list(wanted)}, the block scales of NVFP4")
+        if kind.block is not None and columns % kind.block:
+            needs = f"{kind.title} needs a multiple of {kind.block} in-features, {path} has {columns}"
+            raise self._wrong(name, f"16 bit: {needs}")
+        if stored.shape != wanted:
+            raise self._wrong(name, f"{list(wanted)} by its config.json")
+        self.meanings[name] = f"{kind.title} codes"
+        for scale in kind.scales:
+            if f"{path}.{scale.leaf}" not in self.tensors:
+                raise BadCheckpoint(
+                    f"{self.where} lacks {path}.{scale.leaf}; expected {kind.title} codes, as {name} is "
+                    f"{stored.dtype}, with all their scales: {' and '.join(kind.leaves)}"
+                )
+            if scale.block is not None:
+                self._block_scales(f"{path}.{scale.leaf}", scale, shape, kind)
+            else:
+                self._scalar(f"{path}.{scale.leaf}", f"a scale of {kind.title}")
+
+    def _block_scales(self, name: str, scale: StoredScale, shape: tuple[int, int], kind: NumberFormat) -> None:
+        stored, wanted = self.tensors[name], scale.shape(*shape)
+        if stored.dtype != scale.dtype or stored.shape != wanted:
+            raise self._wrong(name, f"{scale.dtype}{list(wanted)}, the block scales of {kind.title}")
         self.meanings[name] = "block scales"
 
     def _scalar(self, name: str, meaning: str, dtypes: tuple[str, ...] = ("F32",)) -> None:
@@ -285,15 +288,16 @@ class _Reader:
             path, _, leaf = name.rpartition(".")
             stored, linear = self.tensors[name], self.tensors.get(f"{path}.weight")
             told = f"{self.where} has {name}, {stored.dtype}{list(stored.shape)}, "
-            if linear is not None and f"{path}.weight" in self.state and leaf in SCALES["nvfp4"]:
+            if linear is not None and f"{path}.weight" in self.state and leaf in _LINEAR_SCALES:
                 raise BadCheckpoint(
                     f"{told}but {path}.weight is {linear.dtype}, which has no such scale; expected both of one format: "
                     "quantize again"
                 )
             raise BadCheckpoint(
                 f"{told}which nothing here reads, and without it this is another model; expected the tensors of "
-                f"{self.family.class_name} and what NVFP4 and FP8 add to them: quantize again without it"
+                f"{self.family.class_name} and what {_TITLES} add to them: quantize again without it"
             )
 
 
+_TITLES: Final = " and ".join(kind.title for kind in FORMATS.values())
 _AMAX: Final = ("F32", "BF16", "F16")

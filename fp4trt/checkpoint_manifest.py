@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from fp4trt.errors import BadCheckpoint, UnknownArtifact
 from fp4trt.json_file import lists_of_strings, load_json, object_of, read_object, strings, strings_by_name
+from fp4trt.number_formats import FORMATS
 
 __all__ = ["MANIFEST", "CheckpointManifest", "load_manifest", "read_checkpoint_manifest"]
 
@@ -23,8 +24,7 @@ class CheckpointManifest:
         family: of the model.
         recipe: name of the recipe.
         method: name of its method.
-        nvfp4: module paths of the linears that it has in NVFP4.
-        fp8: of those that it has in FP8.
+        formats: name of a number format to the module paths of the linears in it.
         fp8_attentions: module paths of the attentions whose products are in FP8.
         groups: those that share global scales.
         files: file name to SHA-256.
@@ -34,16 +34,15 @@ class CheckpointManifest:
     family: str | None
     recipe: str | None
     method: str | None
-    nvfp4: tuple[str, ...]
-    fp8: tuple[str, ...]
+    formats: Mapping[str, tuple[str, ...]]
     fp8_attentions: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     files: Mapping[str, str]
     versions: Mapping[str, str]
 
     def quantized(self, kind: str) -> tuple[str, ...]:
-        """Return the linears in a format, `nvfp4` or `fp8`."""
-        return {"nvfp4": self.nvfp4, "fp8": self.fp8}[kind]
+        """Return the linears in a format."""
+        return self.formats[kind]
 
 
 def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
@@ -58,12 +57,12 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
     value = read_object(path)
     try:
         recipe = object_of(value.get("recipe", {}), "recipe")
+        quantized = object_of(value.get("quantized", {}), "quantized")
         return CheckpointManifest(
             family=value.get("family"),
             recipe=recipe.get("name"),
             method=method.get("name") if isinstance(method := recipe.get("method"), dict) else None,
-            nvfp4=strings(object_of(value.get("quantized", {}), "quantized").get("nvfp4", []), "quantized.nvfp4"),
-            fp8=strings(object_of(value.get("quantized", {}), "quantized").get("fp8", []), "quantized.fp8"),
+            formats={name: strings(quantized.get(name, []), f"quantized.{name}") for name in FORMATS},
             fp8_attentions=strings(object_of(value.get("attention", {}), "attention").get("fp8", []), "attention.fp8"),
             groups=lists_of_strings(value.get("groups", []), "groups"),
             files=strings_by_name(value.get("files", {}), "files"),

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from fp4trt.errors import BadCheckpoint
 from fp4trt.layouts import MODELOPT_ALGORITHMS
-from fp4trt.stored_forms import Account
+from fp4trt.number_formats import FORMATS, NVFP4
+from fp4trt.stored_forms import UNQUANTIZED, Account
 
 __all__ = ["declared_algorithms", "require_declared"]
 
@@ -27,6 +28,8 @@ _CALLED: Final[Mapping[str, str]] = {
     "FP8_PER_CHANNEL_PER_TOKEN": "FP8 per channel and token",
     "FP8_PB_WO": "weight-only FP8 in blocks",
 }
+_BY_ALGORITHM: Final = {kind.modelopt["algorithm"]: name for name, kind in FORMATS.items()}
+"""ModelOpt's algorithm to the format of its weights; its variants of NVFP4 are not listed."""
 _ADVICE: Final = "quantize the 16-bit checkpoint with fp4trt quantize, or with ModelOpt's NVFP4 or FP8 configs"
 
 
@@ -77,15 +80,15 @@ def _require_formats(where: str, account: Account, algorithms: Algorithms) -> No
     """Require the format of each linear, the branch of what SVDQuant made, and the scaled input of what AWQ made."""
     for path, form in account.linears.items():
         algorithm = algorithms.get(path, algorithms[""])
-        says = "fp8" if algorithm == "FP8" else "nvfp4" if algorithm else None
-        certain = path in algorithms or says == "fp8"  # of a whole in NVFP4 some linears may be in FP8
-        if certain and form.format != "16-bit" and says not in (None, form.format):
+        says = _BY_ALGORITHM.get(str(algorithm), NVFP4.name) if algorithm else None
+        certain = path in algorithms or says != NVFP4.name  # of a whole in NVFP4 some linears may be in FP8
+        if certain and form.format != UNQUANTIZED and says not in (None, form.format):
             raise BadCheckpoint(
                 f"{where} has {path}.weight in {form.format.upper()}, but its quantization_config says {algorithm}; "
                 "take the config.json of these weights"
             )
         lacks = {"NVFP4_SVD": not form.rank, "NVFP4_AWQ": not form.smoothed}
-        if form.format == "nvfp4" and lacks.get(str(algorithm), False):
+        if form.format == NVFP4.name and lacks.get(str(algorithm), False):
             leaf = "svdquant_lora_a" if algorithm == "NVFP4_SVD" else "pre_quant_scale"
             raise BadCheckpoint(
                 f"{where} lacks {path}.{leaf}; its quantization_config says that the linear is {algorithm}: copy the "
@@ -104,7 +107,7 @@ def _require_smoothing(where: str, account: Account, algorithms: Algorithms, man
     options = method if isinstance(method, Mapping) else {}
     if manifest and (options.get("name") != "svdquant" or options.get("smoothing") is False):
         return
-    forms = {path: form for path, form in account.linears.items() if form.format == "nvfp4"}
+    forms = {path: form for path, form in account.linears.items() if form.format == NVFP4.name}
     made = [path for path in forms if algorithms.get(path, algorithms[""]) == "NVFP4_SVD"]
     chosen = set(account.family.quantized(account.config))
     vectors = {path for path in made if path in chosen and not account.family.stream(path)}
@@ -121,8 +124,7 @@ def _require_promise(where: str, account: Account, manifest: Mapping[str, Any]) 
     """Refuse a checkpoint that lacks what its manifest promises."""
     promised = manifest.get("quantized", {})
     for kind, name, found in (
-        ("nvfp4", "NVFP4 weights", account.of_format("nvfp4")),
-        ("fp8", "FP8 weights", account.of_format("fp8")),
+        *((name, f"{kind.title} weights", account.of_format(name)) for name, kind in FORMATS.items()),
         ("svdquant", "low-rank branch", tuple(path for path in account.altered if account.linears[path].rank)),
     ):
         for path in promised.get(kind, []):

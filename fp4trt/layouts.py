@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from fp4trt.errors import BadCheckpoint
+from fp4trt.number_formats import FORMATS
 
 __all__ = [
     "MODELOPT_ALGORITHMS",
@@ -37,7 +38,9 @@ _MULTIPLIER, _RECIPROCAL = "multiplier", "reciprocal"
 _QUANTIZE_HERE: Final = "quantize the 16-bit checkpoint with fp4trt, or export it with ModelOpt's export_hf_checkpoint"
 _ORIGINAL_NAMES: Final = ("double_blocks.", "single_blocks.")
 
-MODELOPT_ALGORITHMS: Final = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "FP8", "MIXED_PRECISION")
+_ALGORITHMS: Final = tuple(str(kind.modelopt["algorithm"]) for kind in FORMATS.values())
+
+MODELOPT_ALGORITHMS: Final = (_ALGORITHMS[0], "NVFP4_AWQ", "NVFP4_SVD", *_ALGORITHMS[1:], "MIXED_PRECISION")
 """What fp4trt writes as `quant_algo`, and reads."""
 
 _METHODS: Final[Mapping[str, str]] = {
@@ -308,7 +311,8 @@ def _other_format(weight: HasDtypeAndShape, scales: HasDtypeAndShape) -> str | N
     if weight.dtype in ("F8_E5M2", "I8"):
         return {"F8_E5M2": "FP8 in E5M2", "I8": "INT8"}[weight.dtype]
     if weight.dtype.startswith("F8"):
-        return "MXFP8" if scales.dtype in ("U8", "F8_E8M0") else None
+        of_ours = any((kind.codes, kind.scales[0].dtype) == (weight.dtype, scales.dtype) for kind in FORMATS.values())
+        return "MXFP8" if scales.dtype in ("U8", "F8_E8M0") and not of_ours else None
     if weight.dtype != "U8" or len(weight.shape) != 2:
         return None
     of_32 = weight.shape[0], weight.shape[1] // 16

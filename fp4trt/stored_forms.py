@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final
 
 from fp4trt.families import Family
 
-__all__ = ["Account", "Format", "StoredForm"]
+__all__ = ["UNQUANTIZED", "Account", "Format", "StoredForm"]
 
-Format = Literal["nvfp4", "fp8", "16-bit"]
+Format = str
+"""Name of a number format, or :data:`UNQUANTIZED`."""
+
+UNQUANTIZED: Final = "16-bit"
+"""Format of a weight in BF16, FP16 or FP32."""
 
 
 @dataclass(frozen=True)

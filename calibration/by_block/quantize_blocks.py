@@ -26,6 +26,7 @@ from calibration.formats.fp8_attention import attention_scales
 from calibration.inputs.captured import Inputs
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import BF16
 from fp4trt.safetensors_file import StoredTensor, bytes_of, plan_of, read_header, write
 
 __all__ = ["BlockResult", "BlockTask", "Method", "Prepared", "Run", "prepared_by_block"]
@@ -129,12 +130,12 @@ def prepared_by_block(
     config = load_json(folder / "config.json")
     family = family_of(config)
     blocks = family.blocks(config)
-    groups = [group for group in family.groups(config) if formats[group[0]] != "bf16"]
+    groups = [group for group in family.groups(config) if formats[group[0]] != BF16]
     model, stored = empty_source(folder)
     tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
     runner = BlockRunner(model, blocks, tensor, device)
     identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
-    outside = tuple(path for group in family.outside for path in group.linears if formats[path] != "bf16")
+    outside = tuple(path for group in family.outside for path in group.linears if formats[path] != BF16)
     bar = click.progressbar(length=len(blocks), label="quantizing blocks", file=sys.stderr, show_eta=True)
     with finished_blocks(work, identity) as finished, bar as progress:
         progress.update(len(finished.results))

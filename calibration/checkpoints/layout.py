@@ -13,12 +13,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from calibration.checkpoints.quantized import FP8_SCALES, WEIGHTS
-from calibration.formats import nvfp4
+from calibration.checkpoints.quantized import WEIGHTS
+from fp4trt.number_formats import FORMATS, NumberFormat
 from fp4trt.safetensors_file import StoredTensor, TensorPlan, is_reserved, naming, reserve, sha256_of
 
 __all__ = [
-    "GLOBAL_SCALES",
     "INDEX",
     "SHARD_BYTES",
     "Groups",
@@ -35,9 +34,6 @@ INDEX: Final = f"{WEIGHTS}.index.json"
 
 SHARD_BYTES: Final = 2_000_000_000
 """A shard is closed before it grows beyond this."""
-
-GLOBAL_SCALES: Final = ("weight_scale_2", "input_scale")
-"""What a linear in NVFP4 has in FP32: the global scale of its weight, and that of its input."""
 
 _METADATA: Final = {"format": "pt"}
 
@@ -61,8 +57,8 @@ class Shard:
 def plan_shards(
     stored: Mapping[str, StoredTensor],
     groups: Groups,
+    formats: Mapping[str, str],
     prepared: Mapping[str, StoredTensor] = MappingProxyType({}),
-    fp8: Container[str] = (),
     limit: int = SHARD_BYTES,
 ) -> list[Shard]:
     """Return the files to write: one, or more where a file would grow beyond ``limit`` bytes.
@@ -73,25 +69,29 @@ def plan_shards(
     Args:
         stored: name to tensor of the plain checkpoint.
         groups: the quantized linears that read the same input.
+        formats: module path of each of them to its format.
         prepared: tensors of the result that are made already, in the place of what would be made of ``stored``, or
             beside it.
-        fp8: those of the quantized linears that are in FP8; the others are in NVFP4.
         limit: in bytes.
     """
     quantized = {f"{path}.weight" for group in groups for path in group}
     wide: dict[str, tuple[str, tuple[int, ...]]]
-    four = [path for group in groups for path in group if path not in fp8]
-    eight = [path for group in groups for path in group if path in fp8]
-    wide = {f"{path}.{kind}": ("F32", ()) for kind in GLOBAL_SCALES for path in four}
-    wide |= {f"{path}.{kind}": ("F32", ()) for kind in FP8_SCALES for path in eight}
+    paths = [path for group in groups for path in group]
+    wide = {
+        f"{path}.{leaf}": ("F32", ())
+        for kind in FORMATS.values()
+        for leaf in kind.scalars
+        for path in paths
+        if formats[path] == kind.name
+    }
     narrow = {name: ("BF16", tensor.shape) for name, tensor in stored.items() if name not in quantized}
-    packed = {f"{path}.weight" for path in (*four, *eight)} | {f"{path}.weight_scale" for path in four}
+    plans = [_group_plan(stored, group, FORMATS[formats[group[0]]]) for group in groups]
+    packed = {tensor.name for plan in plans for tensor in plan}
     for name, tensor in prepared.items():
         if name not in packed:
             (wide if tensor.dtype == "F32" else narrow)[name] = (tensor.dtype, tensor.shape)
     parts = [[TensorPlan(name, dtype, shape) for name, (dtype, shape) in (*wide.items(), *narrow.items())]]
-    for group in groups:
-        plan = _fp8_plan(stored, group) if group[0] in fp8 else _group_plan(stored, group)
+    for plan in plans:
         if sum(tensor.nbytes for tensor in (*parts[-1], *plan)) > limit:
             parts.append([])
         parts[-1].extend(plan)
@@ -100,15 +100,16 @@ def plan_shards(
     return [Shard(name if len(parts) > 1 else WEIGHTS, tuple(plan)) for name, plan in zip(names, parts, strict=True)]
 
 
-def _group_plan(stored: Mapping[str, StoredTensor], group: Sequence[str]) -> list[TensorPlan]:
+def _group_plan(stored: Mapping[str, StoredTensor], group: Sequence[str], kind: NumberFormat) -> list[TensorPlan]:
+    """Return the tensors of a group that are as large as its weights: codes, then block scales."""
     shapes = {path: stored[f"{path}.weight"].shape for path in group}
-    codes = [TensorPlan(f"{path}.weight", "U8", (n, k // 2)) for path, (n, k) in shapes.items()]
-    block = nvfp4.BLOCK_SIZE
-    return codes + [TensorPlan(f"{path}.weight_scale", "F8_E4M3", (n, k // block)) for path, (n, k) in shapes.items()]
-
-
-def _fp8_plan(stored: Mapping[str, StoredTensor], group: Sequence[str]) -> list[TensorPlan]:
-    return [TensorPlan(f"{path}.weight", "F8_E4M3", stored[f"{path}.weight"].shape) for path in group]
+    codes = [TensorPlan(f"{path}.weight", kind.codes, kind.codes_shape(n, k)) for path, (n, k) in shapes.items()]
+    return codes + [
+        TensorPlan(f"{path}.{scale.leaf}", scale.dtype, scale.shape(n, k))
+        for scale in kind.scales
+        if scale.block is not None
+        for path, (n, k) in shapes.items()
+    ]
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
@@ -123,9 +124,9 @@ def are_reserved(folder: Path, shards: Iterable[Shard]) -> bool:
 
 
 def results_of(
-    names: Iterable[str], groups: Groups, prepared: Container[str] = (), fp8: Container[str] = ()
+    names: Iterable[str], groups: Groups, formats: Mapping[str, str], prepared: Container[str] = ()
 ) -> list[str]:
-    """Return what tensors of the plain checkpoint become: of a quantized weight its codes and scales.
+    """Return what tensors of the plain checkpoint become: a quantized weight its codes and scales.
 
     A tensor that is prepared already is its own result.
     """
@@ -135,8 +136,7 @@ def results_of(
         path = quantized.get(name)
         if path is None:
             return [name]
-        scales = FP8_SCALES if path in fp8 else ("weight_scale", *GLOBAL_SCALES)
-        return [f"{path}.{kind}" for kind in ("weight", *scales)]
+        return [f"{path}.{leaf}" for leaf in ("weight", *FORMATS[formats[path]].leaves)]
 
     return [result for name in names for result in of(name)]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import os
 import sys
 import time
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from calibration.checkpoints.file_reader import FileReader
-from calibration.checkpoints.layout import GLOBAL_SCALES, Groups, ShardFiles, seal
-from calibration.checkpoints.quantized import FP8_SCALES
-from calibration.formats import fp8, input_quantizers, nvfp4, shared_scales
+from calibration.checkpoints.layout import Groups, ShardFiles, seal
+from calibration.formats import input_quantizers, shared_scales
+from calibration.formats.arithmetic import Pack, arithmetic_of
 from calibration.formats.bfloat16 import bits_of, pieces_of
-from calibration.formats.nvfp4_packer import DevicePacker, Packer
+from fp4trt.number_formats import FORMATS, NVFP4, NumberFormat
 from fp4trt.safetensors_file import DTYPE_BYTES, StoredTensor
 
 __all__ = ["MEMORY", "Done", "Work", "estimated_seconds", "quantize_in_one_pass"]
@@ -85,20 +84,20 @@ class Work:
     Attributes:
         sources: files to read.
         stored: name to tensor of the plain checkpoint.
-        groups: the quantized linears that read the same input. Those in NVFP4 share their scales.
+        groups: the quantized linears that read the same input, and share what their format says.
+        formats: module path of each of them to its format.
         input_amax: module path to the largest magnitude of its input, alike in a group; of those that are packed here.
         prepared: tensors of the result that are made already; they are copied.
-        device: where to pack NVFP4, ``cpu`` or ``cuda``.
-        fp8: the linears that become FP8; the others of the groups become NVFP4.
+        device: where to pack, ``cpu`` or ``cuda``.
     """
 
     sources: Sequence[Path]
     stored: Mapping[str, StoredTensor]
     groups: Groups
+    formats: Mapping[str, str]
     input_amax: Mapping[str, float]
     prepared: Mapping[str, StoredTensor] = field(default_factory=dict)
     device: str = "cpu"
-    fp8: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -147,10 +146,11 @@ def estimated_seconds(read: int, written: int) -> float:
         written: bytes of the result.
     """
     bits = np.random.default_rng(0).integers(0x3800, 0x3F00, (1024, 4096), np.uint16)
-    packer = Packer(_scale(1.0))
-    packer.pack(bits)
+    arithmetic = arithmetic_of(NVFP4.name)
+    pack = arithmetic.packer(arithmetic.tensor_scale(1.0), "cpu")
+    pack(bits)
     start = time.perf_counter()
-    packer.pack(bits)
+    pack(bits)
     packed = time.perf_counter()
     hashlib.sha256(bits.data)
     hashed = time.perf_counter()
@@ -230,20 +230,17 @@ class _Pass:
         group = self._group_of.get(name)
         if group is None:
             self._add(name, [functools.partial(self._copy, name)])
-        elif group[0] in self._work.fp8:
-            path = name.removesuffix(".weight")
-            self._add(
-                name, self._packing_fp8(path, input_quantizers.checked_weights({path: self._done.amax[name]})[path])
-            )
-        elif all(f"{path}.weight" in self._done.amax for path in group):
-            own = input_quantizers.checked_weights({path: self._done.amax[f"{path}.weight"] for path in group})
-            amax = shared_scales.shared(own, [group])[group[0]]
-            packer = (
-                Packer(_scale(amax)) if self._work.device == "cpu" else DevicePacker(_scale(amax), self._work.device)
-            )
-            for path in group:
+            return
+        kind = FORMATS[self._work.formats[group[0]]]
+        together = group if kind.shares_weight_scale else (name.removesuffix(".weight"),)
+        if all(f"{path}.weight" in self._done.amax for path in together):
+            own = input_quantizers.checked_weights({path: self._done.amax[f"{path}.weight"] for path in together})
+            arithmetic = arithmetic_of(kind.name)
+            scale = arithmetic.tensor_scale(shared_scales.shared(own, [together])[together[0]])
+            pack = arithmetic.packer(scale, self._work.device)
+            for path in together:
                 if f"{path}.weight" not in self._written:
-                    self._add(f"{path}.weight", self._packing(path, packer, amax))
+                    self._add(f"{path}.weight", self._packing(path, kind, pack, scale))
 
     def _add(self, name: str, jobs: Sequence[Job]) -> None:
         self._missing[name] = len(jobs)
@@ -257,44 +254,29 @@ class _Pass:
             if self._forgets:
                 (self._work.prepared.get(name) or self._work.stored[name]).forget()
 
-    def _packing(self, path: str, packer: Packer | DevicePacker, amax: float) -> list[Job]:
+    def _packing(self, path: str, kind: NumberFormat, pack: Pack, scale: torch.Tensor) -> list[Job]:
         rows, columns = self._work.stored[f"{path}.weight"].shape
         together = max(1, _PIECE // columns)
-        jobs: list[Job] = [functools.partial(self._put_scales, path, amax)]
+        jobs: list[Job] = [functools.partial(self._put_scales, path, kind, scale)]
         jobs += [
-            functools.partial(self._pack, path, packer, begin, min(begin + together, rows))
+            functools.partial(self._pack, path, pack, begin, min(begin + together, rows))
             for begin in range(0, rows, together)
         ]
         return jobs
 
-    def _packing_fp8(self, path: str, amax: float) -> list[Job]:
-        scales = zip(FP8_SCALES, (amax, self._work.input_amax[path]), strict=True)
-        jobs: list[Job] = [
-            functools.partial(self._files.put, f"{path}.{kind}", 0, fp8.tensor_scale(value).numpy())
-            for kind, value in scales
-        ]
-        codes, size = fp8.codes_by_bits(fp8.tensor_scale(amax)), math.prod(self._work.stored[f"{path}.weight"].shape)
-        jobs += [
-            functools.partial(self._pack_fp8, path, codes, begin, min(begin + _PIECE, size))
-            for begin in range(0, size, _PIECE)
-        ]
-        return jobs
+    def _put_scales(self, path: str, kind: NumberFormat, weight_scale: torch.Tensor) -> None:
+        if kind.weight_scale is not None:
+            self._files.put(f"{path}.{kind.weight_scale}", 0, weight_scale.numpy())
+        for leaf in (scale.leaf for scale in kind.scales if scale.of_input):
+            scale = arithmetic_of(kind.name).tensor_scale(self._work.input_amax[path])
+            self._files.put(f"{path}.{leaf}", 0, scale.numpy())
 
-    def _pack_fp8(self, path: str, codes: npt.NDArray[np.uint8], begin: int, end: int) -> None:
-        stored = self._work.stored[f"{path}.weight"]
-        self._files.put(f"{path}.weight", begin, codes[bits_of(stored, begin, end)])
-        self._progress((end - begin) * DTYPE_BYTES[stored.dtype])
-
-    def _put_scales(self, path: str, weight_amax: float) -> None:
-        for kind, amax in zip(GLOBAL_SCALES, (weight_amax, self._work.input_amax[path]), strict=True):
-            self._files.put(f"{path}.{kind}", 0, np.asarray(_scale(amax)))
-
-    def _pack(self, path: str, packer: Packer | DevicePacker, begin: int, end: int) -> None:
+    def _pack(self, path: str, pack: Pack, begin: int, end: int) -> None:
         stored = self._work.stored[f"{path}.weight"]
         columns = stored.shape[1]
-        codes, scales = packer.pack(bits_of(stored, begin * columns, end * columns).reshape(-1, columns))
-        self._files.put(f"{path}.weight", begin * columns // 2, codes)
-        self._files.put(f"{path}.weight_scale", begin * columns // nvfp4.BLOCK_SIZE, scales)
+        for leaf, data in pack(bits_of(stored, begin * columns, end * columns).reshape(-1, columns)).items():
+            row = data.nbytes // (end - begin)
+            self._files.put(f"{path}.{leaf}", begin * row, data)
         self._progress((end - begin) * columns * DTYPE_BYTES[stored.dtype])
 
     def _copy(self, name: str) -> None:
@@ -325,7 +307,3 @@ def _memory() -> int:
 
 def _nothing(_: object) -> None:
     pass
-
-
-def _scale(amax: float) -> np.float32:
-    return np.float32(nvfp4.global_scale(amax).item())

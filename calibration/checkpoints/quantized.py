@@ -19,16 +19,15 @@ import torch
 from torch import nn
 
 from calibration.checkpoints.plain import metadata_of, model_class, tensors_of
-from calibration.formats import fp8, fp8_attention, nvfp4
-from calibration.formats.fp8_linear import FP8Linear
-from calibration.formats.nvfp4_linear import NVFP4Linear
-from calibration.formats.svdquant_linear import BranchedFP8Linear, BranchedLinear, SVDQuantLinear
+from calibration.formats import fp8, fp8_attention
+from calibration.formats.arithmetic import arithmetic_of
+from calibration.formats.linears import QuantizedLinear
 from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING, Account, account_of, is_quantized_checkpoint
-from fp4trt.account import SCALES as SCALES_OF
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import FORMATS, FP8, NVFP4
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor, hold
 
@@ -47,9 +46,9 @@ __all__ = [
 ]
 
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
-SCALES: Final = SCALES_OF["nvfp4"]
+SCALES: Final = NVFP4.leaves
 """What a linear in NVFP4 has beside its weight (and bias)."""
-FP8_SCALES: Final = SCALES_OF["fp8"]
+FP8_SCALES: Final = FP8.leaves
 """What a linear in FP8 has beside its weight (and bias)."""
 
 _NUMPY: Final = {
@@ -85,14 +84,23 @@ class Checkpoint:
         return family_of(self.config)
 
     @cached_property
+    def formats(self) -> dict[str, str]:
+        """Module path of every quantized linear to its format: NVFP4 first, and then in graph order."""
+        return {path: name for name in FORMATS for path in self.of_format(name)}
+
+    def of_format(self, name: str) -> tuple[str, ...]:
+        """Return the module paths of the linears that are stored in a format, those of the family first."""
+        return self.account.of_format(name) if self.account else ()
+
+    @cached_property
     def quantized(self) -> tuple[str, ...]:
         """Module paths of the linears that are stored in NVFP4, those of the family first, in graph order."""
-        return self.account.of_format("nvfp4") if self.account else ()
+        return self.of_format(NVFP4.name)
 
     @cached_property
     def fp8(self) -> tuple[str, ...]:
         """Module paths of the linears that are stored in FP8, likewise."""
-        return self.account.of_format("fp8") if self.account else ()
+        return self.of_format(FP8.name)
 
     @property
     def branched(self) -> tuple[str, ...]:
@@ -101,8 +109,8 @@ class Checkpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any linear is stored in NVFP4 or FP8."""
-        return bool(self.quantized or self.fp8)
+        """Whether any linear is quantized."""
+        return bool(self.formats)
 
     @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -155,16 +163,13 @@ class Checkpoint:
 
     def weight(self, path: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the dequantized weight [N, K] of a quantized linear: FP32 products, rounded once to ``dtype``."""
-        if path in self.fp8:
-            return fp8.dequantize(self.tensor(f"{path}.weight"), self.tensor(f"{path}.weight_scale")).to(dtype)
-        codes = nvfp4.unpack_codes(self.tensor(f"{path}.weight"))
-        scales = self.tensor(f"{path}.weight_scale")
-        if not (scales.float() >= 0).all():
-            raise BadCheckpoint(
-                f"{path}.weight_scale holds NaN or negative block scales in {self.directory}; expected what NVFP4 has, "
-                "zero at least: quantize again"
-            )
-        return nvfp4.dequantize(codes, scales, self.tensor(f"{path}.weight_scale_2")).to(dtype)
+        kind = FORMATS[self.formats[path]]
+        leaves = ("weight", *(scale.leaf for scale in kind.scales if not scale.of_input))
+        try:
+            value = arithmetic_of(kind.name).restored({leaf: self.tensor(f"{path}.{leaf}") for leaf in leaves})
+        except ValueError as error:
+            raise BadCheckpoint(f"{self.directory}: {path}.{error}: quantize again") from None
+        return value.to(dtype)
 
 
 def read(directory: str | Path) -> Checkpoint:
@@ -212,8 +217,8 @@ def _normal(account: Account, tensors: Mapping[str, StoredTensor]) -> dict[str, 
 def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
     """Load a quantized checkpoint as its diffusers class, in eval mode, on the CPU.
 
-    Every quantized linear becomes an :class:`NVFP4Linear` or an :class:`FP8Linear`, one with a branch or a scaled input
-    a kind of :mod:`calibration.formats.svdquant_linear`, and attentions in FP8 compute as
+    Every linear that is quantized, has a branch or a scaled input becomes a
+    :class:`calibration.formats.linears.QuantizedLinear`, and attentions in FP8 compute as
     :class:`calibration.formats.fp8_attention.FP8Attention`; in BF16 the model computes what fake quantization computes,
     bit for bit.
 
@@ -236,7 +241,7 @@ def empty_model(checkpoint: Checkpoint, quantize_activations: bool = True) -> nn
     """Return the model that :func:`load` returns, on the meta device."""
     with torch.device("meta"):
         model = model_class(checkpoint.family).from_config(plain_config(checkpoint.config))
-        for path in dict.fromkeys((*checkpoint.quantized, *checkpoint.fp8, *checkpoint.branched)):
+        for path in dict.fromkeys((*checkpoint.formats, *checkpoint.branched)):
             replacement = _linear_like(checkpoint, path, model.get_submodule(path))
             replacement.quantize_activations = quantize_activations
             model.set_submodule(path, replacement)
@@ -245,15 +250,11 @@ def empty_model(checkpoint: Checkpoint, quantize_activations: bool = True) -> nn
     return model
 
 
-def _linear_like(checkpoint: Checkpoint, path: str, linear: Any) -> Any:
+def _linear_like(checkpoint: Checkpoint, path: str, linear: Any) -> QuantizedLinear:
     """Return the module, on the meta device, that computes as a linear of the checkpoint."""
     sizes = linear.in_features, linear.out_features, linear.bias is not None
-    rank, smoothing = checkpoint.rank(path), checkpoint.is_smoothed(path)
-    if path in checkpoint.fp8:
-        return BranchedFP8Linear(*sizes, rank, smoothing) if rank or smoothing else FP8Linear(*sizes)
-    if path not in checkpoint.quantized:
-        return BranchedLinear(*sizes, rank, smoothing)
-    return SVDQuantLinear(*sizes, rank, smoothing) if rank or smoothing else NVFP4Linear(*sizes)
+    kind, rank, smoothing = checkpoint.formats.get(path), checkpoint.rank(path), checkpoint.is_smoothed(path)
+    return QuantizedLinear(*sizes, kind, rank, smoothing)
 
 
 def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
@@ -261,12 +262,11 @@ def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Call
 
     It raises BadCheckpoint for a tensor that is missing or of another shape than the model's.
     """
-    quantized = {*checkpoint.quantized, *checkpoint.fp8}
     shapes = {name: value.shape for name, value in model.state_dict().items()}
 
     def value_of(name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")
-        if path in quantized and leaf == "weight":
+        if path in checkpoint.formats and leaf == "weight":
             value = checkpoint.weight(path, dtype)
         elif leaf in ("input_scale", *fp8_attention.SCALES, OUTPUT_SCALE):
             value = checkpoint.tensor(name)

@@ -14,6 +14,7 @@ fake quantization by 448 / amax: that differs in the last place of a quotient, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import ml_dtypes
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from calibration.formats.arithmetic import Pack
 from calibration.formats.straight_through import straight_through
 
 __all__ = [
@@ -28,8 +30,11 @@ __all__ = [
     "codes_by_bits",
     "dequantize",
     "fake_quantize",
+    "packer",
     "quantize",
     "quantize_reference",
+    "restored",
+    "stored",
     "tensor_scale",
 ]
 
@@ -121,3 +126,23 @@ def codes_by_bits(scale: torch.Tensor) -> npt.NDArray[np.uint8]:
     numbers = torch.from_numpy(bits.view(np.float32))
     codes = _codes(numbers, scale).view(torch.uint8)
     return torch.where(numbers.isfinite(), codes, 0x7F).to(torch.uint8).numpy()
+
+
+def stored(weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of a weight [N, K] rounded to nearest under a scale, by leaf.
+
+    Raises:
+        ValueError: the weight holds NaN or infinite values.
+    """
+    return {"weight": quantize(weight, scale), "weight_scale": scale}
+
+
+def restored(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the FP32 weight [N, K] that :func:`stored` tensors stand for."""
+    return dequantize(tensors["weight"], tensors["weight_scale"])
+
+
+def packer(scale: torch.Tensor, device: str) -> Pack:  # noqa: ARG001 - a table look-up is as fast as the disk
+    """Return what packs BF16 weights under a scale; bit-identical to :func:`stored`."""
+    codes = codes_by_bits(scale)
+    return lambda bits: {"weight": codes[bits]}

@@ -14,6 +14,7 @@ from torch import nn
 from calibration.formats import nvfp4
 from fp4trt.errors import BadAmax
 from fp4trt.file_kind import shortened
+from fp4trt.number_formats import NVFP4
 
 __all__ = ["Amax", "checked", "checked_weights", "measure_input_amax"]
 
@@ -35,14 +36,17 @@ def measure_input_amax(module: nn.Module, paths: Sequence[str], run: Callable[[]
         paths: of the linears, within the module.
         run: runs the module on all calls.
     """
-    from calibration.formats.modelopt_backend import NVFP4, mtq
+    from calibration.formats.modelopt_backend import mtq
 
     def forward(_: nn.Module) -> None:
         with torch.no_grad():
             run()
 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    entries += [{"quantizer_name": f"{path}.input_quantizer", "cfg": NVFP4, "enable": True} for path in paths]
+    entries += [
+        {"quantizer_name": f"{path}.input_quantizer", "cfg": NVFP4.modelopt["quantizer"], "enable": True}
+        for path in paths
+    ]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
         mtq.quantize(module, {"quant_cfg": entries, "algorithm": "max"}, forward)
     found: dict[str, Any] = {path: module.get_submodule(f"{path}.input_quantizer").amax for path in paths}

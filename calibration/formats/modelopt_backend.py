@@ -1,20 +1,24 @@
 """ModelOpt, imported quietly, with our NVFP4 arithmetic in the two places where it has its own only for a GPU.
 
-It is registered as a quantization backend, for quantizers that name that; and it stands in for the Triton kernel behind
-*static* quantizers, which keep the largest magnitude of every block and ask no backend. Import ModelOpt from here: a
-quantized model that names the backend fails at its first call where it is not registered.
+Every format is registered as a quantization backend, for quantizers that name it; and NVFP4's arithmetic stands in for
+the Triton kernel behind *static* quantizers, which keep the amax of every block and ask no backend. Import ModelOpt
+from here: a quantized model that names a backend fails at its first call where that is not registered.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from typing import Any, Final
 
 import torch
 
-from calibration.formats import fp8, nvfp4
+from calibration.formats import nvfp4
+from calibration.formats.arithmetic import Arithmetic, arithmetic_of
 from calibration.formats.straight_through import straight_through
+from fp4trt import number_formats
+from fp4trt.number_formats import FORMATS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -34,10 +38,9 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.utils.numeric_utils import fp8_max_for_normalization
 
 __all__ = [
-    "BACKEND",
+    "BACKENDS",
     "FOUR_OVER_SIX",
     "FP8",
-    "FP8_BACKEND",
     "NVFP4",
     "STATIC_NVFP4",
     "SequentialQuantizer",
@@ -49,18 +52,15 @@ __all__ = [
     "mtq",
 ]
 
-BACKEND: Final = "fp4trt_nvfp4"
+BACKENDS: Final = {name: f"fp4trt_{name}" for name in FORMATS}
+"""Format to the backend that computes as its stored form does.
 
-FP8_BACKEND: Final = "fp4trt_fp8"
-"""Divides by ``amax / 448``, as the stored format does, where ModelOpt multiplies by ``448 / amax``: another last place
-of the quotient, and at a tie another code. Only what is compared with a checkpoint bit for bit names it."""
+FP8's divides by ``amax / 448`` where ModelOpt multiplies by ``448 / amax``: another last place of the quotient, and at
+a tie another code. Only what is compared with a checkpoint bit for bit names that one."""
 
-NVFP4: Final = {
-    "num_bits": (2, 1),
-    "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
-    "backend": BACKEND,
-}
-"""Attributes of a quantizer."""
+NVFP4: Final[dict[str, Any]] = number_formats.NVFP4.modelopt["quantizer"]
+FP8: Final[dict[str, Any]] = number_formats.FP8.modelopt["quantizer"]
+"""Attributes of a quantizer of an activation, or of a weight rounded to nearest."""
 
 STATIC_NVFP4: Final[dict[str, Any]] = {
     "num_bits": (2, 1),
@@ -72,20 +72,13 @@ Hessian would pass it over without a word."""
 FOUR_OVER_SIX: Final = {**STATIC_NVFP4, "block_sizes": {**STATIC_NVFP4["block_sizes"], "four_over_six": True}}
 """Of one whose largest block scale is 256, so that any block's can be half as large again."""
 
-FP8: Final = {"num_bits": (4, 3), "axis": None}
-"""Attributes of a quantizer with one scale for its tensor; ModelOpt's own arithmetic runs everywhere."""
-
 logging.getLogger("modelopt").setLevel(logging.ERROR)
 
 
-def _fake_quantize(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
+def _fake_quantize(arithmetic: Arithmetic, inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
     # While AWQ-lite tries scales on a weight, that has no amax yet; ModelOpt's own kernel then takes the input's.
     amax = inputs.abs().amax() if quantizer.amax is None else quantizer.amax
-    return nvfp4.fake_quantize(inputs, nvfp4.global_scale(amax.float()))
-
-
-def _fake_quantize_fp8(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
-    return fp8.fake_quantize(inputs, fp8.tensor_scale(quantizer.amax.float().reshape(())))
+    return arithmetic.fake_quantize(inputs, arithmetic.tensor_scale(amax.float().reshape(())))
 
 
 def _fake_quantize_static(
@@ -116,7 +109,7 @@ def _fake_quantize_static(
     )
 
 
-if not is_registered_quant_backend(BACKEND):
-    register_quant_backend(BACKEND, _fake_quantize)
-    register_quant_backend(FP8_BACKEND, _fake_quantize_fp8)
+for _name, _backend in BACKENDS.items():
+    if not is_registered_quant_backend(_backend):
+        register_quant_backend(_backend, functools.partial(_fake_quantize, arithmetic_of(_name)))
 tensor_quantizer.static_blockwise_fp4_fake_quant = _fake_quantize_static

@@ -14,6 +14,7 @@ TRT_FP4DynamicQuantize computes it; OCP Microscaling Formats v1.0 for E2M1, OCP 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import ml_dtypes
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from calibration.formats.arithmetic import Pack
 from calibration.formats.straight_through import straight_through
 
 __all__ = [
@@ -35,8 +37,12 @@ __all__ = [
     "fake_quantize",
     "global_scale",
     "pack_codes",
+    "packer",
     "quantize",
     "quantize_reference",
+    "restored",
+    "stored",
+    "tensor_scale",
     "unpack_codes",
     "values_under",
 ]
@@ -59,6 +65,11 @@ def global_scale(amax: torch.Tensor | float, largest: float = E4M3_MAX) -> torch
         largest: the block scale that it gets; less than 448 leaves room to enlarge scales.
     """
     return torch.as_tensor(amax, dtype=torch.float32) / (E2M1_MAX * largest)
+
+
+def tensor_scale(amax: torch.Tensor | float) -> torch.Tensor:
+    """Return the FP32 global scale ``amax / (6 * 448)``, shape of ``amax`` (0-d for a number)."""
+    return global_scale(amax)
 
 
 def quantize_reference(
@@ -204,3 +215,29 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     """Undo :func:`pack_codes`: [..., K / 2] uint8 to [..., K] uint8 0..15."""
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+def stored(weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of a weight [N, K] rounded to nearest under a global scale, by leaf."""
+    codes, block_scales = quantize(weight, scale)
+    return {"weight": pack_codes(codes), "weight_scale": block_scales, "weight_scale_2": scale}
+
+
+def restored(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the FP32 weight [N, K] that :func:`stored` tensors stand for.
+
+    Raises:
+        ValueError: a block scale is NaN or negative.
+    """
+    scales = tensors["weight_scale"]
+    if not (scales.float() >= 0).all():
+        raise ValueError("weight_scale holds NaN or negative block scales; expected what NVFP4 has, zero at least")
+    return dequantize(unpack_codes(tensors["weight"]), scales, tensors["weight_scale_2"])
+
+
+def packer(scale: torch.Tensor, device: str) -> Pack:
+    """Return what packs BF16 weights under a global scale, on ``cpu`` or ``cuda``; bit-identical to :func:`stored`."""
+    from calibration.formats.nvfp4_packer import DevicePacker, Packer
+
+    pack = Packer(scale.item()).pack if device == "cpu" else DevicePacker(scale.item(), device).pack
+    return lambda bits: dict(zip(("weight", "weight_scale"), pack(bits), strict=True))

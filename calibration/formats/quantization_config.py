@@ -12,25 +12,25 @@ from typing import Any, Final
 
 from torch import nn
 
-from calibration.formats import nvfp4
+from fp4trt.number_formats import BF16, FORMATS, NVFP4
 
 __all__ = ["AWQ", "quantization_config"]
 
 AWQ: Final = "nvfp4_awq"
 """Format of a linear in NVFP4 whose input is scaled by channel, and that has no low-rank branch."""
 
-_NVFP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": nvfp4.BLOCK_SIZE}
-_FP8: Final = {"dynamic": False, "num_bits": 8, "type": "float"}
+_NVFP4: Final = NVFP4.modelopt["operands"]
 _OPERANDS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
-    "nvfp4": {"input_activations": _NVFP4, "weights": _NVFP4},
+    **{
+        name: dict.fromkeys(("input_activations", "weights"), kind.modelopt["operands"])
+        for name, kind in FORMATS.items()
+    },
     AWQ: {"input_activations": {**_NVFP4, "num_bits": 8}, "weights": _NVFP4},  # 8 is what ModelOpt writes; it means 4
-    "fp8": {"input_activations": _FP8, "weights": _FP8},
 }
-_SMOOTHED: Final = {"group_size": nvfp4.BLOCK_SIZE, "has_zero_point": False, "pre_quant_scale": True}
+_SMOOTHED: Final = {"group_size": NVFP4.block, "has_zero_point": False, "pre_quant_scale": True}
 _LAYERS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "nvfp4": {"quant_algo": "NVFP4", "group_size": nvfp4.BLOCK_SIZE},
+    **{name: kind.modelopt["layer"] for name, kind in FORMATS.items()},
     AWQ: {"quant_algo": "NVFP4_AWQ", **_SMOOTHED},
-    "fp8": {"quant_algo": "FP8"},
 }
 """What ModelOpt says of one linear of a mixed model."""
 _SVDQUANT: Final = {"quant_algo": "NVFP4_SVD", **_SMOOTHED}
@@ -38,16 +38,16 @@ _SVDQUANT: Final = {"quant_algo": "NVFP4_SVD", **_SMOOTHED}
 
 
 def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Collection[int] = ()) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a model some of whose linears are in NVFP4 or FP8.
+    """Return the ``quantization_config`` of a model some of whose linears are quantized.
 
     Args:
         model: may be on the meta device.
-        formats: module path to ``nvfp4``, :data:`AWQ`, ``fp8``, or ``bf16`` for a linear that is not quantized.
+        formats: module path to the name of a number format, :data:`AWQ`, or ``bf16``.
         ranks: of the low-rank branches that SVDQuant put beside the linears in NVFP4; none where it did not.
     """
-    layers = {**_LAYERS, "nvfp4": _SVDQUANT} if ranks else _LAYERS
+    layers = {**_LAYERS, NVFP4.name: _SVDQUANT} if ranks else _LAYERS
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    quantized = {name: formats[name] for name in linears if formats.get(name, "bf16") != "bf16"}
+    quantized = {name: formats[name] for name in linears if formats.get(name, BF16) != BF16}
     kinds = list(dict.fromkeys(quantized.values()))
     mixed = len(kinds) > 1
     groups: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
     if ranks:
         told = not mixed and len(ranks) == 1  # ModelOpt knows one rank for all, and of a mixed model does not say it
         rank = {"lora_rank": next(iter(ranks))} if told else {}
-        groups[f"group_{kinds.index('nvfp4')}"] |= {"has_zero_point": False, "pre_quant_scale": True, **rank}
+        groups[f"group_{kinds.index(NVFP4.name)}"] |= {"has_zero_point": False, "pre_quant_scale": True, **rank}
     return {
         **({} if kinds == [AWQ] else {"config_groups": groups}),  # then ModelOpt has none
         **({"quantized_layers": {name: dict(layers[kind]) for name, kind in quantized.items()}} if mixed else {}),

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from calibration.layer_choice.sensitivity import BITS, Sensitivity
+from fp4trt.number_formats import NVFP4
 
 __all__ = ["UNITS", "allocate"]
 
@@ -36,7 +37,7 @@ def allocate(
     """
     from scipy import optimize, sparse
 
-    allowed = [name for name in BITS if name == "nvfp4" or name in formats]
+    allowed = [name for name in BITS if name == NVFP4.name or name in formats]
     errors = np.array([[group.errors[name] for name in allowed] for group in sensitivity.groups])
     largest = float(np.abs(errors).max()) or 1.0
     one_each = sparse.kron(sparse.eye(len(errors)), np.ones((1, len(allowed))))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from calibration.layer_choice.allocation import allocate
-from calibration.layer_choice.sensitivity import Group, Sensitivity
+from calibration.layer_choice.sensitivity import BITS, Group, Sensitivity
+from fp4trt.number_formats import NVFP4
 from fp4trt.safetensors_file import naming
 
 __all__ = ["BUDGETS", "Point", "draw", "frontier", "table"]
@@ -18,7 +19,7 @@ __all__ = ["BUDGETS", "Point", "draw", "frontier", "table"]
 BUDGETS: Final = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 """That are shown beside the one that is asked for."""
 
-_COLORS: Final = {"nvfp4": "tab:blue", "fp8": "tab:orange", "bf16": "tab:gray"}
+_COLORS: Final = dict(zip(BITS, ("tab:blue", "tab:orange", "tab:gray"), strict=True))
 _BARS: Final = 30
 
 
@@ -112,12 +113,12 @@ def _draw_frontier(axes: Any, points: Sequence[Point], chosen: Point) -> None:
 
 def _draw_groups(axes: Any, groups: Sequence[Group], chosen: Point) -> None:
     """Draw a bar for each of the groups that cost most in NVFP4, in the color of the format that is chosen for it."""
-    dearest = sorted(groups, key=lambda group: group.errors["nvfp4"])[-_BARS:]
+    dearest = sorted(groups, key=lambda group: group.errors[NVFP4.name])[-_BARS:]
     names = [
         group.linears[0] + (f" (+{len(group.linears) - 1})" if len(group.linears) > 1 else "") for group in dearest
     ]
     colors = [_COLORS[chosen.formats[group.linears[0]]] for group in dearest]
-    axes.barh(names, [group.errors["nvfp4"] for group in dearest], color=colors)
+    axes.barh(names, [group.errors[NVFP4.name] for group in dearest], color=colors)
     axes.set_xscale("log")
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel("squared relative error of the output, this group alone in NVFP4")

@@ -14,13 +14,15 @@ import torch
 from calibration.by_block.runner import Outputs
 from calibration.inputs.captured import Inputs
 from calibration.layer_choice.mixture import Mixture
+from calibration.layer_choice.sensitivity import BITS
+from fp4trt.number_formats import BF16
 
 __all__ = ["Errors", "measure_groups", "relative_error", "runs_of", "spread"]
 
 Errors = dict[str, dict[str, float]]
 """First linear of a group to format to squared relative error of the model's output."""
 
-_FORMATS = ("nvfp4", "fp8")
+_FORMATS = tuple(name for name in BITS if name != BF16)
 
 
 def spread(calls: Sequence[Inputs], most: int) -> list[Inputs]:

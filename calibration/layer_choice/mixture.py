@@ -17,6 +17,7 @@ from calibration.checkpoints.quantized import Checkpoint, empty_model, reader
 from calibration.inputs.captured import Inputs
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import BF16
 from fp4trt.safetensors_file import StoredTensor
 
 __all__ = ["Mixture", "Quantized"]
@@ -82,7 +83,7 @@ class Mixture:
         """
         plain: dict[str, Any] = {path: self._model.get_submodule(path) for path in formats}
         for path, kind in formats.items():
-            if kind != "bf16":
+            if kind != BF16:
                 self._model.set_submodule(path, self._quantized[kind].linear(path, self._device))
         try:
             yield

@@ -34,6 +34,7 @@ from fp4trt import publish
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import BadCheckpoint, BadInputs, BadRecipe
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import BF16, FP8, NVFP4
 from fp4trt.safetensors_file import StoredTensor
 
 __all__ = ["DATA", "LARGEST", "PICTURE", "RECIPE", "search"]
@@ -47,7 +48,7 @@ FORMAT: Final = "fp4trt search 1"
 LARGEST: Final = 4.0
 """Budget; less pays for every linear in BF16."""
 
-_ALONE: Final = ("nvfp4", "fp8")
+_ALONE: Final = tuple(name for name in BITS if name != BF16)
 """Formats that a whole checkpoint is made in, to take linears from."""
 
 
@@ -181,8 +182,8 @@ def _without_training(recipe: Recipe) -> Recipe:
         raise BadRecipe(f"{recipe.name} says which linears get which format; expected a recipe that leaves that open")
     if isinstance(recipe.method, QAT):
         start = load_recipe(recipe.method.start)
-        return start.model_copy(update={"formats": FormatRules(), "attention": "bf16"})
-    return recipe.model_copy(update={"attention": "bf16"})
+        return start.model_copy(update={"formats": FormatRules(), "attention": BF16})
+    return recipe.model_copy(update={"attention": BF16})
 
 
 def _sensitivity_of(file: Path, plain: Plain) -> Sensitivity:
@@ -276,7 +277,7 @@ def _folded(task: _Task, work: Path) -> Iterator[Mapping[str, StoredTensor]]:
         yield {}
         return
     method = registry.of_block(options, task.plain.family)
-    formats = dict.fromkeys(task.plain.formats, "bf16")
+    formats = dict.fromkeys(task.plain.formats, BF16)
     recipe = task.plain.recipe.resolved()
     with prepared_by_block(task.plain.folder, task.calls, formats, method, recipe, work, task.device) as prepared:
         yield prepared.tensors
@@ -285,7 +286,7 @@ def _folded(task: _Task, work: Path) -> Iterator[Mapping[str, StoredTensor]]:
 def _beyond(errors: Errors, base: float) -> Errors:
     """Return errors beyond that which any change of the model has, because it rounds otherwise in 16 bit."""
     less = {first: {kind: max(0.0, value - base) for kind, value in found.items()} for first, found in errors.items()}
-    return {first: {**found, "bf16": 0.0} for first, found in less.items()}
+    return {first: {**found, BF16: 0.0} for first, found in less.items()}
 
 
 def _recipe(base: Recipe, sensitivity: Sensitivity, point: Point, of: str) -> Recipe:
@@ -294,10 +295,14 @@ def _recipe(base: Recipe, sensitivity: Sensitivity, point: Point, of: str) -> Re
         kind: tuple(path for g in sensitivity.groups if point.formats[g.linears[0]] == kind for path in g.linears)
         for kind in BITS
     }
-    rules = [Rule.model_validate({"linears": named[kind], "format": kind}) for kind in ("fp8", "bf16") if named[kind]]
+    rules = [
+        Rule.model_validate({"linears": named[kind], "format": kind})
+        for kind in BITS
+        if named[kind] and kind != NVFP4.name
+    ]
     share = f"{100 * point.budget:g} %"
     spent = {"flops": "FLOPs", "bytes": "bytes", "both": "FLOPs and bytes"}[of]
-    fp8, kept, count = len(named["fp8"]), len(named["bf16"]), sum(map(len, named.values()))
+    fp8, kept, count = len(named[FP8.name]), len(named[BF16]), sum(map(len, named.values()))
     text = f"{base.name} with {fp8} of {count} linears in FP8 and {kept} in BF16, where these spare the output most: "
     return base.model_copy(
         update={

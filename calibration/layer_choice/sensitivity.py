@@ -10,14 +10,16 @@ from typing import Any, Final
 from fp4trt.errors import BadInputs
 from fp4trt.families import Family
 from fp4trt.families.family import Config
+from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
 
 __all__ = ["BITS", "Group", "Sensitivity", "groups_of"]
 
-BITS: Final = {"nvfp4": 4.5, "fp8": 8.0, "bf16": 16.0}
-"""Of a weight, with its share of the block scales; the formats from the cheapest to the dearest."""
+_TIME: Final = {**{name: kind.relative_time for name, kind in FORMATS.items() if kind.relative_time}, BF16: 4.0}
+"""Format to the time of a FLOP, relative to NVFP4: each has half the peak throughput of the one before it (Blackwell,
+dense)."""
 
-_TIME: Final = {"nvfp4": 1.0, "fp8": 2.0, "bf16": 4.0}
-"""Of a FLOP, relative: each format has half the peak throughput of the one before it (Blackwell, dense)."""
+BITS: Final = {name: FORMATS[name].bits if name in FORMATS else 16.0 for name in _TIME}
+"""Format to the bits of a weight, with its share of the block scales; the formats from the cheapest to the dearest."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Sensitivity:
         """Return what a group in a format costs beyond NVFP4, in that unit."""
         per, sizes = (_TIME, "flops") if of == "flops" else (BITS, "parameters")
         whole = sum(getattr(each, sizes) for each in self.groups)
-        extra = (per[format] - per["nvfp4"]) / (per["fp8"] - per["nvfp4"])
+        extra = (per[format] - per[NVFP4.name]) / (per[FP8.name] - per[NVFP4.name])
         return float(getattr(group, sizes) / whole * extra)
 
     def weight_bytes(self, formats: Mapping[str, str]) -> int:

@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from calibration.checkpoints.plain import empty_source
-from calibration.formats.nvfp4 import BLOCK_SIZE
 from calibration.methods import registry
 from calibration.recipes.recipe import Recipe, linear_formats
 from fp4trt.errors import UnsupportedLinear
 from fp4trt.families import Family, family_of
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
 from fp4trt.safetensors_file import StoredTensor
 
 __all__ = ["Plain", "checked", "require_whole_blocks"]
@@ -51,19 +51,24 @@ class Plain:
     @property
     def paths(self) -> tuple[str, ...]:
         """The linears in NVFP4."""
-        return self.of_format("nvfp4")
+        return self.of_format(NVFP4.name)
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Those of them that share their scales."""
-        return tuple(group for group in self.quantized_groups if self.formats[group[0]] == "nvfp4")
+        return tuple(group for group in self.quantized_groups if self.formats[group[0]] == NVFP4.name)
+
+    @property
+    def quantized_linears(self) -> dict[str, str]:
+        """Module path of every quantized linear to its format."""
+        return {path: kind for path, kind in self.formats.items() if kind != BF16}
 
     @property
     def quantized_groups(self) -> tuple[tuple[str, ...], ...]:
         """All quantized linears by the input that they read."""
         if self.own_groups is not None:
             return self.own_groups
-        return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] != "bf16")
+        return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] != BF16)
 
     def of_format(self, kind: str) -> tuple[str, ...]:
         """Return the linears in a format."""
@@ -74,7 +79,7 @@ class Plain:
         """The attentions in FP8."""
         if self.own_attentions is not None:
             return self.own_attentions
-        return self.family.attentions(self.config) if self.recipe.attention == "fp8" else ()
+        return self.family.attentions(self.config) if self.recipe.attention == FP8.name else ()
 
 
 def checked(folder: Path, recipe: Recipe) -> Plain:
@@ -89,21 +94,23 @@ def checked(folder: Path, recipe: Recipe) -> Plain:
     shapes = {path: stored[f"{path}.weight"].shape for path in family.quantized(config)}
     formats = linear_formats(recipe.formats, family, config, shapes)
     for path, kind in formats.items():
-        if kind == "nvfp4":
-            require_whole_blocks(path, shapes[path][1])
+        if kind != BF16:
+            require_whole_blocks(path, shapes[path][1], kind)
     ordered = {name: stored[name] for name in model.state_dict()}
     plain = Plain(folder, config, family, model, ordered, recipe, formats)
     registry.require_fit(recipe.method, plain.groups, shapes)
     return plain
 
 
-def require_whole_blocks(path: str, in_features: int) -> None:
-    """Refuse a linear whose rows do not split into blocks of 16.
+def require_whole_blocks(path: str, in_features: int, kind: str = NVFP4.name) -> None:
+    """Refuse a linear whose rows do not split into the blocks of a format.
 
     Raises:
         UnsupportedLinear: naming the linear.
     """
-    if in_features % BLOCK_SIZE:
+    format = FORMATS[kind]
+    if format.block is not None and in_features % format.block:
         raise UnsupportedLinear(
-            f"{path} has {in_features} in-features, NVFP4 needs a multiple of {BLOCK_SIZE}; leave the model in BF16"
+            f"{path} has {in_features} in-features, {format.title} needs a multiple of {format.block}; leave the model "
+            "in BF16"
         )

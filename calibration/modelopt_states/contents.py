@@ -15,12 +15,13 @@ from torch import nn
 
 from calibration.formats import fp8, fp8_attention
 from calibration.methods.modelopt.fused_linears import Fused
-from calibration.methods.modelopt.linears import fp8_tensors, nvfp4_tensors
+from calibration.methods.modelopt.linears import nvfp4_tensors, rounded_tensors
 from calibration.methods.plan import require_whole_blocks
 from calibration.modelopt_states.quantizers import FORMATS, Unsayable, described, format_of, require_inert, smoothing_of
 from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING
 from fp4trt.errors import BadAmax, BadCheckpoint
 from fp4trt.families import Family
+from fp4trt.number_formats import BF16, FP8, NVFP4
 
 __all__ = ["ATTENTION_OPERANDS", "ATTENTION_OUTPUT", "Contents", "contents_of", "tensors_of"]
 
@@ -36,7 +37,7 @@ class Contents:
     """What a restored model computes.
 
     Attributes:
-        formats: module path of every linear to ``nvfp4``, ``fp8`` or ``bf16``, those of the family first.
+        formats: module path of every linear to its format, ``bf16`` without one, those of the family first.
         attentions: module path of each attention in FP8 to whether what it gives is rounded too.
     """
 
@@ -79,7 +80,7 @@ def contents_of(model: nn.Module, family: Family, config: Mapping[str, Any], sta
         _refuse(problems, state)
     ordered = [path for path in family.quantized(config) if path in formats]
     ordered += [path for path in formats if path not in set(ordered)]
-    kinds = {path: formats[path] for path in ordered} | {path: "bf16" for path in linears if path not in formats}
+    kinds = {path: formats[path] for path in ordered} | {path: BF16 for path in linears if path not in formats}
     contents = Contents(kinds, {path: in_fp8[path] for path in attentions if path in in_fp8})
     _check_amax(model, contents, state)
     return contents
@@ -126,7 +127,7 @@ def _linear_format(quantizers: Mapping[str, nn.Module]) -> str:
         raise _At("input_quantizer", Unsayable("keeps a scale for each block of an input", f"expected {FORMATS}"))
     if smoothing_of(quantizers["weight_quantizer"]) is not None:
         raise _At("weight_quantizer", Unsayable("scales the weight by channel at each call (pre_quant_scale)"))
-    return weight or "bf16"
+    return weight or BF16
 
 
 def _rounded_in_attention(quantizers: Mapping[str, nn.Module]) -> set[str]:
@@ -140,7 +141,7 @@ def _rounded_in_attention(quantizers: Mapping[str, nn.Module]) -> set[str]:
             _inert(leaf, child, "something in an attention")
     found = _formats({leaf: quantizers[leaf] for leaf in known if leaf in quantizers})
     for leaf, kind in found.items():
-        if kind not in (None, "fp8"):
+        if kind not in (None, FP8.name):
             raise _At(leaf, Unsayable(f"is in {described(quantizers[leaf])}", "attention is in FP8 here, or in 16 bit"))
         if smoothing_of(quantizers[leaf]) is not None:
             raise _At(leaf, Unsayable("scales by channel in an attention (pre_quant_scale)"))
@@ -178,7 +179,7 @@ def _refuse(problems: Sequence[tuple[str, Unsayable]], state: str) -> None:
 
 
 def _check_amax(model: nn.Module, contents: Contents, state: str) -> None:
-    on = [f"{path}.{kind}_quantizer" for path, form in contents.formats.items() if form != "bf16" for kind in _OPERANDS]
+    on = [f"{path}.{kind}_quantizer" for path, form in contents.formats.items() if form != BF16 for kind in _OPERANDS]
     on += [f"{path}.{leaf}" for path in contents.attentions for leaf in ATTENTION_OPERANDS]
     on += [f"{path}.{ATTENTION_OUTPUT}" for path, rounds_output in contents.attentions.items() if rounds_output]
     for name in on:
@@ -218,11 +219,12 @@ def tensors_of(model: nn.Module, contents: Contents) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for path, kind in contents.formats.items():
         linear: Any = model.get_submodule(path)
-        if kind == "nvfp4":
-            require_whole_blocks(path, linear.in_features)
+        if kind != BF16:
+            require_whole_blocks(path, linear.in_features, kind)
+        if kind == NVFP4.name:
             tensors |= nvfp4_tensors(linear, [path], Fused(path, (linear.out_features,)))
-        elif kind == "fp8":
-            tensors |= fp8_tensors(linear, path)
+        elif kind != BF16:
+            tensors |= rounded_tensors(linear, path, kind)
         tensors |= {f"{path}.{name}": value for name, value in _beside(path, linear).items()}
     for path, rounds_output in contents.attentions.items():
         attention: Any = model.get_submodule(path)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from calibration.formats import nvfp4
+from fp4trt.number_formats import FP8, NVFP4
 
 __all__ = ["FORMATS", "Unsayable", "described", "format_of", "require_inert", "smoothing_of"]
 
@@ -130,7 +130,7 @@ class Unsayable(Exception):
 
 
 def format_of(quantizer: nn.Module) -> str | None:
-    """Return ``nvfp4`` or ``fp8``, what a quantizer rounds to; None for one that is switched off.
+    """Return the name of the format that a quantizer rounds to; None for one that is switched off.
 
     Raises:
         Unsayable: it does anything else.
@@ -160,12 +160,12 @@ def format_of(quantizer: nn.Module) -> str | None:
 def _format(one: Any) -> str | None:
     bits, blocks = one.num_bits, dict(one.block_sizes or {})
     if bits == (4, 3):
-        return "fp8" if not blocks and one.axis is None else None
+        return FP8.name if not blocks and one.axis is None else None
     kind = blocks.pop("type", "static")
     four_over_six = blocks.pop("four_over_six", False)
-    if bits != (2, 1) or blocks != {-1: nvfp4.BLOCK_SIZE, "scale_bits": (4, 3)}:
+    if bits != (2, 1) or blocks != {-1: NVFP4.block, "scale_bits": (4, 3)}:
         return None
-    return "nvfp4" if kind == "static" or not four_over_six else None
+    return NVFP4.name if kind == "static" or not four_over_six else None
 
 
 def _refuse_unknown(one: Any) -> None:
@@ -174,14 +174,14 @@ def _refuse_unknown(one: Any) -> None:
     Raises:
         Unsayable: naming the attribute.
     """
-    from calibration.formats.modelopt_backend import BACKEND, FP8_BACKEND
+    from calibration.formats.modelopt_backend import BACKENDS
 
     if one.rotate_is_enabled:
         raise Unsayable(
             f"rotates its tensor (rotate={one._rotate!r})",
             "a checkpoint has no place for a rotation: quantize without (rotate: False in the config)",
         )
-    if one.backend not in (None, BACKEND, FP8_BACKEND):
+    if one.backend not in (None, *BACKENDS.values()):
         raise Unsayable(
             f"computes with the backend {one.backend!r}", "expected ModelOpt's own arithmetic: quantize without backend"
         )

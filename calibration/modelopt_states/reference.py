@@ -20,6 +20,7 @@ from calibration.formats.fp8_attention import PROBABILITY_SCALE
 from calibration.modelopt_states.contents import ATTENTION_OPERANDS, ATTENTION_OUTPUT, Contents
 from fp4trt.errors import BadCheckpoint, NotReproduced
 from fp4trt.families import Family
+from fp4trt.number_formats import BF16, FP8
 
 __all__ = ["INPUTS", "LIMIT", "outputs_of", "require_reproduced"]
 
@@ -77,17 +78,16 @@ def _run(model: nn.Module, family: Family, config: Mapping[str, Any]) -> list[to
 
 def _compute_as_stored(model: nn.Module, contents: Contents) -> None:
     """Let every quantizer that is on compute as the checkpoint's formats do."""
-    from calibration.formats.modelopt_backend import BACKEND, FP8_BACKEND
+    from calibration.formats.modelopt_backend import BACKENDS
 
-    backends = {"nvfp4": BACKEND, "fp8": FP8_BACKEND}
     for path, kind in contents.formats.items():
-        for operand in ("input", "weight") if kind != "bf16" else ():
+        for operand in ("input", "weight") if kind != BF16 else ():
             quantizer: Any = model.get_submodule(f"{path}.{operand}_quantizer")
-            quantizer.backend = backends[kind]
+            quantizer.backend = BACKENDS[kind]
     for path in contents.attentions:
         attention: Any = model.get_submodule(path)
         for leaf in (*ATTENTION_OPERANDS, ATTENTION_OUTPUT):
-            getattr(attention, leaf).backend = FP8_BACKEND
+            getattr(attention, leaf).backend = BACKENDS[FP8.name]
         attention._functionals_to_replace = [(nn.functional, ATTENTION.__name__, _fp8_attention)]
 
 

@@ -26,6 +26,7 @@ from fp4trt.account import BRANCH, SMOOTHING
 from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import BF16, FORMATS, NAMES, NumberFormat
 from fp4trt.safetensors_file import HeldTensor, hold, sha256_of
 
 __all__ = ["Taken", "take"]
@@ -98,7 +99,7 @@ def take(folder: Path, state: Path, trust: bool, asked: Plain | None) -> Taken:
     restored = restore(load_source(folder), state, trust)
     model = restored.model
     contents = contents_of(model, family, config, str(state))
-    if all(kind == "bf16" for kind in contents.formats.values()):
+    if all(kind == BF16 for kind in contents.formats.values()):
         raise BadCheckpoint(f"{state}: no linear's quantizers are on; expected some: quantize with ModelOpt first")
     tensors = tensors_of(model, contents)
     if asked is not None:
@@ -129,7 +130,7 @@ def _plain(
         for name in model.state_dict()
     }
     own = set(family.quantized(config))
-    formats = {path: kind for path, kind in contents.formats.items() if path in own or kind != "bf16"}
+    formats = {path: kind for path, kind in contents.formats.items() if path in own or kind != BF16}
     recipe = StateRecipe(
         name=NAME,
         method=FromState(algorithms=restored.algorithms),
@@ -148,7 +149,7 @@ def _shape_of(name: str, value: torch.Tensor) -> HeldTensor:
 def _rules(formats: Mapping[str, Any]) -> FormatRules:
     """Return formats as a recipe says them."""
     (default, _), *_ = Counter(formats.values()).most_common()
-    others = {kind: tuple(path for path in formats if formats[path] == kind) for kind in ("nvfp4", "fp8", "bf16")}
+    others = {kind: tuple(path for path in formats if formats[path] == kind) for kind in NAMES}
     rules = [{"linears": paths, "format": kind} for kind, paths in others.items() if paths and kind != default]
     return FormatRules.model_validate({"default": default, "rules": rules})
 
@@ -159,7 +160,8 @@ def _groups(
     """Return the quantized linears by what they share: TensorRT merges those of one input with equal scales."""
 
     def shared(path: str) -> tuple[Any, ...]:
-        kinds = ("weight_scale_2", "input_scale") if formats[path] == "nvfp4" else ()
+        kind = FORMATS[formats[path]]
+        kinds = kind.shared if kind.shares_weight_scale else ()
         scales = tuple(float(tensors[f"{path}.{kind}"]) for kind in kinds)
         smoothing = tensors.get(f"{path}.{SMOOTHING}")
         return formats[path], scales, None if smoothing is None else tuple(smoothing.tolist())
@@ -168,7 +170,7 @@ def _groups(
     for group in groups:
         parts: dict[tuple[Any, ...], list[str]] = {}
         for path in group:
-            if formats[path] != "bf16":
+            if formats[path] != BF16:
                 parts.setdefault(shared(path), []).append(path)
         found += [tuple(part) for part in parts.values()]
     return tuple(found)
@@ -193,17 +195,17 @@ def _require_agreement(
     """
     name = asked.recipe.name
     hint = "leave --recipe out to take what the state says"
-    words = {"nvfp4": "NVFP4 in blocks of 16", "fp8": "FP8 with one scale a tensor"}
+    words = {name: f"{kind.title} {_blocks(kind)}" for name, kind in FORMATS.items()}
     for path, kind in contents.formats.items():
-        wanted = asked.formats.get(path, "bf16")
+        wanted = asked.formats.get(path, BF16)
         if kind == wanted:
             continue
         quantizer: Any = restored.model.get_submodule(f"{path}.weight_quantizer")
-        if kind == "bf16":
+        if kind == BF16:
             raise BadCheckpoint(
                 f"{state}: {path} is not quantized, which the recipe {name} wants in {words[wanted]}; {hint}"
             )
-        if wanted == "bf16":
+        if wanted == BF16:
             raise BadCheckpoint(f"{state}: {path} is quantized, which the recipe {name} does not want; {hint}")
         raise BadCheckpoint(
             f"{state}: {path} has num_bits {quantizer.num_bits}; expected {words[wanted]} by the recipe {name}: {hint}"
@@ -215,6 +217,10 @@ def _require_agreement(
         )
     if (problem := _other_algorithm(asked.recipe, restored.algorithms, tensors)) is not None:
         raise BadCheckpoint(f"{state}: {problem}; {hint}")
+
+
+def _blocks(kind: NumberFormat) -> str:
+    return "with one scale a tensor" if kind.block is None else f"in blocks of {kind.block}"
 
 
 _ALGORITHMS: Final[Mapping[str, str]] = {"fp8_scale_sweep": "mse", "four_over_six": "mse"}

@@ -9,13 +9,14 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
+from fp4trt.number_formats import BF16, NAMES, NVFP4
 
 __all__ = [
     "METHODS",
@@ -35,7 +36,10 @@ __all__ = [
 
 _FOLDER: Final = Path(__file__).resolve().parent
 
-Format = Literal["nvfp4", "fp8", "bf16"]
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[NAMES]
 """What a linear is stored and computed in."""
 
 
@@ -65,7 +69,7 @@ class FormatRules(_Strict):
         rules: at most one may match a linear.
     """
 
-    default: Format = "nvfp4"
+    default: Format = NVFP4.name
     min_size: int = Field(default=0, ge=0)
     rules: tuple[Rule, ...] = ()
 
@@ -317,12 +321,12 @@ def linear_formats(
                 )
             chosen[path] = (pattern, kind)
     small = {path for path in paths if min(*shapes[path], family.rows(path)) < rules.min_size}
-    usual = {path: "bf16" if path in small else rules.default for path in paths}
+    usual = {path: BF16 if path in small else rules.default for path in paths}
     formats = {path: chosen[path][1] if path in chosen else usual[path] for path in paths}
     for group in family.groups(config):
         if len({formats[path] for path in group}) > 1:
             listed = ", ".join(f"{path} {formats[path]}" for path in group)
             raise BadRecipe(f"linears that are one GEMM get several formats ({listed}); name all of them in a rule")
-    if set(formats.values()) <= {"bf16"}:
+    if set(formats.values()) <= {BF16}:
         raise BadRecipe("the rules leave every linear in bf16; expected some that are quantized")
     return formats

@@ -14,7 +14,7 @@ __all__ = ["fp8_quantize"]
 _FP8: Final = ir.DataType.FLOAT8E4M3FN
 
 
-def fp8_quantize(model: ir.Model, leaders: Mapping[str, str]) -> None:
+def fp8_quantize(model: ir.Model, leaders: Mapping[str, str], _scale_dtype: str = "float32") -> None:
     """Rewrite in place, a graph that we traced.
 
     1. The weight's placeholder becomes DequantizeLinear of the initializer ``X.weight``, E4M3, and ``X.weight_scale``.

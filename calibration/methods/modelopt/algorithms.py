@@ -1,7 +1,7 @@
 """The method ``modelopt``: one of ModelOpt's own calibrations, block by block, stored as its quantizers hold it.
 
 Linears that read one input are calibrated as the one linear that TensorRT runs them as (``fused_linears.py``), so that
-they share their global scales. Those in FP8 are rounded to nearest, whatever the algorithm. Source:
+they share their global scales. Those in another format are rounded to nearest, whatever the algorithm. Source:
 ``modelopt.torch.quantization.model_calib`` 0.47.
 """
 
@@ -19,16 +19,17 @@ from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
 from calibration.formats import nvfp4
 from calibration.methods.modelopt.fused_linears import fuse
 from calibration.methods.modelopt.linears import (
-    fp8_tensors,
     insert_quantizers,
     measure,
     nvfp4_tensors,
     only,
     quiet,
+    rounded_tensors,
     smooth,
     weight_scales,
 )
 from fp4trt.errors import NoEffect
+from fp4trt.number_formats import NVFP4
 
 __all__ = ["calibrated"]
 
@@ -61,14 +62,14 @@ def calibrated(algorithm: str, rows: Callable[[str], int]) -> Method:
     def quantize(task: BlockTask) -> BlockResult:
         tensors: dict[str, torch.Tensor] = {}
         figures = {}
-        in_fp8 = [path for path, kind in task.linears.items() if kind == "fp8"]
-        groups = [group for group in task.groups if group[0] not in in_fp8]
+        rounded = {path: kind for path, kind in task.linears.items() if kind != NVFP4.name}
+        groups = [group for group in task.groups if group[0] not in rounded]
         inner = {path: path.removeprefix(f"{task.path}.") for path in task.linears}
         with torch.no_grad():
             wholes = [fuse(task.module, [inner[path] for path in group]) for group in groups]
             paths = [whole.path for whole in wholes]
             before = _observed(task, paths)
-            formats = {**dict.fromkeys(paths, "nvfp4"), **{inner[path]: "fp8" for path in in_fp8}}
+            formats = {**dict.fromkeys(paths, NVFP4.name), **{inner[path]: kind for path, kind in rounded.items()}}
             insert_quantizers(task.module, formats, _weights(algorithm))
             searched = [path for path, group in zip(paths, groups, strict=True) if _applies(algorithm, rows(group[0]))]
             _calibrate(task, algorithm, paths, searched)
@@ -76,11 +77,11 @@ def calibrated(algorithm: str, rows: Callable[[str], int]) -> Method:
                 linear = task.module.get_submodule(whole.path)
                 tensors |= nvfp4_tensors(linear, group, whole)
                 figures[group[0]] = before[whole.path].figures(linear)
-            if in_fp8:
-                with only(task.module, [inner[path] for path in in_fp8]):
+            if rounded:
+                with only(task.module, [inner[path] for path in rounded]):
                     measure(task)
-            for path in in_fp8:
-                tensors |= fp8_tensors(task.linear(path), path)
+            for path, kind in rounded.items():
+                tensors |= rounded_tensors(task.linear(path), path, kind)
         expected = [group[0] for group, path in zip(groups, paths, strict=True) if path in searched]
         _require_effect(algorithm, task.path, [figures[path]["changed"] for path in expected])
         return BlockResult(tensors, {"modelopt": figures})
@@ -90,10 +91,10 @@ def calibrated(algorithm: str, rows: Callable[[str], int]) -> Method:
 
 def _weights(algorithm: str) -> Mapping[str, Any]:
     """Return the attributes of the weights' quantizers."""
-    from calibration.formats.modelopt_backend import FOUR_OVER_SIX, NVFP4, STATIC_NVFP4
+    from calibration.formats.modelopt_backend import FOUR_OVER_SIX, STATIC_NVFP4
 
     # While AWQ-lite tries factors the weights change, and so must the scales of their blocks.
-    return {"awq_lite": NVFP4, "four_over_six": FOUR_OVER_SIX}.get(algorithm, STATIC_NVFP4)
+    return {"awq_lite": NVFP4.modelopt["quantizer"], "four_over_six": FOUR_OVER_SIX}.get(algorithm, STATIC_NVFP4)
 
 
 def _applies(algorithm: str, rows: int) -> bool:

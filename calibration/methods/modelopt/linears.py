@@ -16,10 +16,21 @@ from torch import nn
 
 from calibration.by_block.quantize_blocks import BlockTask
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
-from calibration.formats import fp8, input_quantizers, nvfp4
+from calibration.formats import input_quantizers, nvfp4
+from calibration.formats.arithmetic import arithmetic_of
 from calibration.methods.modelopt.fused_linears import Fused
+from fp4trt.number_formats import FORMATS, NVFP4
 
-__all__ = ["fp8_tensors", "insert_quantizers", "measure", "nvfp4_tensors", "only", "quiet", "smooth", "weight_scales"]
+__all__ = [
+    "insert_quantizers",
+    "measure",
+    "nvfp4_tensors",
+    "only",
+    "quiet",
+    "rounded_tensors",
+    "smooth",
+    "weight_scales",
+]
 
 
 @contextlib.contextmanager
@@ -34,17 +45,17 @@ def insert_quantizers(block: nn.Module, formats: Mapping[str, str], weights: Map
 
     Args:
         block: changed in place.
-        formats: path in the block to ``nvfp4`` or ``fp8``.
+        formats: path in the block to format.
         weights: attributes of those for the weights in NVFP4.
     """
-    from calibration.formats.modelopt_backend import FP8, NVFP4, mtq
+    from calibration.formats.modelopt_backend import mtq
 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for path, kind in formats.items():
-        attributes = {"input": NVFP4, "weight": weights} if kind == "nvfp4" else {"input": FP8, "weight": FP8}
+        attributes = FORMATS[kind].modelopt["quantizer"]
         entries += [
             {"quantizer_name": f"{path}.{operand}_quantizer", "cfg": dict(chosen), "enable": True}
-            for operand, chosen in attributes.items()
+            for operand, chosen in (("input", attributes), ("weight", weights if kind == NVFP4.name else attributes))
         ]
     with quiet():
         mtq.quantize(block, {"quant_cfg": entries, "algorithm": None})
@@ -125,19 +136,18 @@ def nvfp4_tensors(linear: Any, group: Sequence[str], whole: Fused) -> dict[str, 
     }
 
 
-def fp8_tensors(linear: Any, path: str) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint holds of a linear in FP8, whose maxima ModelOpt has measured.
+def rounded_tensors(linear: Any, path: str, kind: str) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of a linear rounded to nearest in a format, whose amax ModelOpt has measured.
 
     Raises:
         BadAmax: as :func:`nvfp4_tensors`.
     """
     weight, entering = _maxima(linear, path)
-    scale = fp8.tensor_scale(weight)
-    return {
-        f"{path}.weight": fp8.quantize(linear.weight, scale),
-        f"{path}.weight_scale": scale,
-        f"{path}.input_scale": fp8.tensor_scale(entering),
-    }
+    arithmetic = arithmetic_of(kind)
+    tensors = arithmetic.stored(linear.weight, arithmetic.tensor_scale(weight))
+    if FORMATS[kind].needs_input_amax:
+        tensors["input_scale"] = arithmetic.tensor_scale(entering)
+    return {f"{path}.{leaf}": value for leaf, value in tensors.items()}
 
 
 def _maxima(linear: Any, path: str) -> tuple[float, float]:

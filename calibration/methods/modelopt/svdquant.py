@@ -15,8 +15,16 @@ import torch
 
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
 from calibration.methods.modelopt.fused_linears import fuse
-from calibration.methods.modelopt.linears import fp8_tensors, insert_quantizers, measure, nvfp4_tensors, quiet, smooth
+from calibration.methods.modelopt.linears import (
+    insert_quantizers,
+    measure,
+    nvfp4_tensors,
+    quiet,
+    rounded_tensors,
+    smooth,
+)
 from fp4trt.errors import BadRecipe
+from fp4trt.number_formats import NVFP4
 
 __all__ = ["require_rank", "svdquant"]
 
@@ -54,18 +62,18 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float, rows: Callable[[str]
     """
 
     def quantize(task: BlockTask) -> BlockResult:
-        from calibration.formats.modelopt_backend import NVFP4, make_room_for_branches
+        from calibration.formats.modelopt_backend import make_room_for_branches
 
         tensors: dict[str, torch.Tensor] = {}
         figures = {}
-        in_fp8 = [path for path, kind in task.linears.items() if kind == "fp8"]
-        groups = [group for group in task.groups if group[0] not in in_fp8]
+        rounded = {path: kind for path, kind in task.linears.items() if kind != NVFP4.name}
+        groups = [group for group in task.groups if group[0] not in rounded]
         inner = {path: path.removeprefix(f"{task.path}.") for path in task.linears}
         with torch.no_grad():
             wholes = [fuse(task.module, [inner[path] for path in group]) for group in groups]
             paths = [whole.path for whole in wholes]
-            formats = {**dict.fromkeys(paths, "nvfp4"), **{inner[path]: "fp8" for path in in_fp8}}
-            insert_quantizers(task.module, formats, NVFP4)
+            formats = {**dict.fromkeys(paths, NVFP4.name), **{inner[path]: kind for path, kind in rounded.items()}}
+            insert_quantizers(task.module, formats, NVFP4.modelopt["quantizer"])
             with quiet():
                 make_room_for_branches(task.module)
             smoothed = [whole.path for whole, group in zip(wholes, groups, strict=True) if rows(group[0]) > 1]
@@ -78,8 +86,8 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float, rows: Callable[[str]
                 linear = task.module.get_submodule(whole.path)
                 tensors |= nvfp4_tensors(linear, group, whole)
                 figures[group[0]] = _figures(linear)
-            for path in in_fp8:
-                tensors |= fp8_tensors(task.linear(path), path)
+            for path, kind in rounded.items():
+                tensors |= rounded_tensors(task.linear(path), path, kind)
         return BlockResult(tensors, {"svdquant": figures})
 
     return quantize

@@ -14,8 +14,9 @@ from torch import nn
 
 from calibration.checkpoints.quantized import Checkpoint, load
 from calibration.formats import nvfp4
-from calibration.formats.nvfp4_linear import NVFP4Linear
+from calibration.formats.linears import QuantizedLinear
 from calibration.formats.straight_through import straight_through
+from fp4trt.number_formats import NVFP4
 
 __all__ = ["StudentLinear", "make_student", "student_linears", "student_tensors"]
 
@@ -93,8 +94,8 @@ def make_student(checkpoint: Checkpoint, plain: Callable[[str], torch.Tensor]) -
     """
     model = load(checkpoint.directory, torch.float32)
     for path, linear in list(model.named_modules()):
-        if type(linear) is not NVFP4Linear:  # what computes otherwise, or more, stays as it is
-            continue
+        if not isinstance(linear, QuantizedLinear) or linear.format != NVFP4.name or linear.rank or linear.smoothing:
+            continue  # what computes otherwise, or more, stays as it is
         scales, global_scale = checkpoint.tensor(f"{path}.weight_scale"), checkpoint.tensor(f"{path}.weight_scale_2")
         codes, original = nvfp4.unpack_codes(checkpoint.tensor(f"{path}.weight")), plain(f"{path}.weight").float()
         same = _codes(original, scales, global_scale) == codes

@@ -3,7 +3,7 @@
 1. Folds (:mod:`calibration.methods.quality.folds`) move constants and factors of channels out of the activations.
 2. The weight goes a part of the way to the one that makes the best of a rounded input (``wiener.py``); GPTQ with a
    search of the block scales, then coordinate descent (``gptq.py``), choose codes and scales for the activations that
-   will be there: quantized ones. In FP8 they are rounded to nearest.
+   will be there: quantized ones. In any other format they are rounded to nearest.
 3. The bias takes up what the mean of the output has lost.
 
 Every linear is looked at in the order of the graph, behind those that are quantized already (``sequential``), or all of
@@ -21,12 +21,14 @@ from torch import nn
 
 from calibration.by_block.input_statistics import Channels, Moments, observe_channels, observe_moments
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask
-from calibration.formats import fp8, input_quantizers, nvfp4
+from calibration.formats import input_quantizers, nvfp4
+from calibration.formats.arithmetic import arithmetic_of
 from calibration.methods.quality import gptq
 from calibration.methods.quality.folds import fold_block
 from calibration.methods.quality.wiener import correlate, wiener_target
 from calibration.recipes.recipe import Quality
 from fp4trt.families.family import Modulated
+from fp4trt.number_formats import FORMATS, NVFP4
 
 __all__ = ["quantize_block"]
 
@@ -40,7 +42,7 @@ Group = tuple[str, ...]
 
 
 def quantize_block(task: BlockTask, options: Quality, modulated: Sequence[Modulated]) -> BlockResult:
-    """Return a block in NVFP4, and in FP8 where its linears are to be.
+    """Return a block in NVFP4, and in other formats where its linears are to be.
 
     Args:
         task: the block.
@@ -105,16 +107,15 @@ class _Work:
         with observe_moments(watched, quantizers, self.options.rows_per_call, self.options.wiener > 0) as found:
             self.task.run(watched.values())
         for group in stage:
-            in_fp8 = self.task.linears[group[0]] == "fp8"
-            quantize = self.quantize_group_to_fp8 if in_fp8 else self.quantize_group
+            chosen = self.task.linears[group[0]] == NVFP4.name
+            quantize = self.quantize_group if chosen else self.round_group
             quantize(group, found.pop(group[0]), scales[group[0]])
 
     def input_scale(self, group: Group) -> torch.Tensor:
         """Return the scale of a group's input, in NVFP4 the global one, with the headroom that the recipe wants."""
         amax = float(self.channels[group[0]].amax.max())
         checked = input_quantizers.checked({group[0]: amax * self.options.input_headroom}, group[:1])
-        in_fp8 = self.task.linears[group[0]] == "fp8"
-        return (fp8.tensor_scale if in_fp8 else nvfp4.global_scale)(checked[group[0]])
+        return arithmetic_of(self.task.linears[group[0]]).tensor_scale(checked[group[0]])
 
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""
@@ -142,15 +143,15 @@ class _Work:
             self.tensors[f"{path}.weight_scale_2"] = scale
             self.settle(path, weight, rounded.values, group, moments, input_scale)
 
-    def quantize_group_to_fp8(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
-        """Round linears that read the same input to FP8, each under a scale of its own."""
+    def round_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
+        """Round linears that read the same input to nearest, each under a scale of its own."""
+        arithmetic = arithmetic_of(self.task.linears[group[0]])
         for path in group:
             weight = self.linear(path).weight.float()
             amax = input_quantizers.checked_weights({path: float(weight.abs().max())})[path]
-            scale = fp8.tensor_scale(amax).to(weight.device)
-            codes = fp8.quantize(weight, scale)
-            self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, scale
-            self.settle(path, weight, fp8.dequantize(codes, scale), group, moments, input_scale)
+            stored = arithmetic.stored(weight, arithmetic.tensor_scale(amax).to(weight.device))
+            self.tensors |= {f"{path}.{leaf}": value for leaf, value in stored.items()}
+            self.settle(path, weight, arithmetic.restored(stored), group, moments, input_scale)
 
     def settle(
         self,
@@ -163,7 +164,8 @@ class _Work:
     ) -> None:
         """Let a linear compute with its rounded weight on its rounded input, for those behind it; correct its bias."""
         linear = self.linear(path)
-        self.tensors[f"{path}.input_scale"] = input_scale
+        if FORMATS[self.task.linears[path]].needs_input_amax:
+            self.tensors[f"{path}.input_scale"] = input_scale
         if self.options.bias_correction and linear.bias is not None:
             lost = weight @ self.channels[group[0]].mean - values @ (moments.rounded / moments.count)
             linear.bias.copy_(linear.bias.float() + lost)
@@ -203,7 +205,7 @@ class _Quantizer:
     format: str
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return (fp8 if self.format == "fp8" else nvfp4).fake_quantize(x, self.scale.to(x.device))
+        return arithmetic_of(self.format).fake_quantize(x, self.scale.to(x.device))
 
     def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Round what enters a linear that is quantized already."""

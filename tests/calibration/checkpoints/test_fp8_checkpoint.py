@@ -22,9 +22,7 @@ from calibration.checkpoints import layout
 from calibration.checkpoints.plain import load_source, tensors_of
 from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.formats import fp8, nvfp4
-from calibration.formats.fp8_linear import FP8Linear
 from calibration.formats.modelopt_backend import FP8, NVFP4, mto, mtq
-from calibration.formats.nvfp4_linear import NVFP4Linear
 from calibration.inputs.captured import save_inputs
 from calibration.methods import registry
 from calibration.quantization import quantize
@@ -68,11 +66,9 @@ def test_the_tensors_tell_which_linears_are_in_which_format(fp8_digits: Path) ->
 
 def test_a_linear_in_fp8_computes_with_the_rounded_weight_of_the_source(fp8_digits: Path, digits: Path) -> None:
     model, source = load(fp8_digits), load_source(digits)
-    kinds = {path: type(model.get_submodule(path)) for path in read(fp8_digits).family.quantized(source.config)}
-    assert {path for path, kind in kinds.items() if kind is FP8Linear} == {
-        path for path in kinds if is_modulation(path)
-    }
-    assert {kind for path, kind in kinds.items() if not is_modulation(path)} == {NVFP4Linear}
+    kinds = {path: model.get_submodule(path).format for path in read(fp8_digits).family.quantized(source.config)}
+    assert {path for path, kind in kinds.items() if kind == "fp8"} == {path for path in kinds if is_modulation(path)}
+    assert {kind for path, kind in kinds.items() if not is_modulation(path)} == {"nvfp4"}
     weight = source.get_submodule(FIRST).weight.detach()
     scale = fp8.tensor_scale(weight.abs().max().float())
     assert torch.equal(model.get_submodule(FIRST).weight, fp8.fake_quantize(weight, scale))
@@ -183,7 +179,7 @@ def test_what_is_written_does_not_depend_on_shards(
 def test_a_resumed_run_knows_what_each_tensor_of_the_source_became(fp8_digits: Path, digits: Path) -> None:
     checkpoint = read(fp8_digits)
     groups = checkpoint.family.groups(checkpoint.config)
-    results = layout.results_of(tensors_of(digits), groups, fp8=checkpoint.fp8)
+    results = layout.results_of(tensors_of(digits), groups, checkpoint.formats)
     assert sorted(results) == sorted(checkpoint.tensors)
 
 

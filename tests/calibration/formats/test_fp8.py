@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
 from calibration.formats import fp8
-from calibration.formats.fp8_linear import FP8Linear
+from calibration.formats.linears import QuantizedLinear
 from calibration.formats.modelopt_backend import mtq
 
 F32 = npt.NDArray[np.float32]
@@ -138,7 +138,7 @@ def test_modelopts_export_of_a_weight_has_the_same_codes_and_scales() -> None:
 
 
 def test_a_linear_rounds_its_input_in_fp32_and_multiplies_in_its_own_type() -> None:
-    linear = FP8Linear(32, 8, bias=True).to(torch.bfloat16)
+    linear = QuantizedLinear(32, 8, bias=True, format="fp8").to(torch.bfloat16)
     linear.input_scale = torch.tensor(0.01)
     x = torch.randn(3, 32).bfloat16()
     rounded = fp8.dequantize(fp8.quantize(x, torch.tensor(0.01)), torch.tensor(0.01)).bfloat16()

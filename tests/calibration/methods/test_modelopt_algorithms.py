@@ -20,7 +20,7 @@ from calibration.by_block.quantize_blocks import BlockResult, BlockTask
 from calibration.digits.model import load_transformer
 from calibration.digits.sampling import capture
 from calibration.formats import fp8, nvfp4
-from calibration.formats.svdquant_linear import SVDQuantLinear
+from calibration.formats.linears import QuantizedLinear
 from calibration.methods.modelopt.algorithms import calibrated
 from calibration.recipes.recipe import ModelOpt
 from fp4trt.errors import NoEffect
@@ -122,7 +122,7 @@ def test_the_loaded_block_computes_what_modelopts_does_bit_for_bit(algorithm: st
         linear: Any = block.get_submodule(inner)
         kept = {kind: held[kind] for kind in ("input_scale", "pre_quant_scale") if kind in held}
         smoothing = "pre_quant_scale" in held
-        new = SVDQuantLinear(linear.in_features, linear.out_features, bias=True, rank=0, smoothing=smoothing)
+        new = QuantizedLinear(linear.in_features, linear.out_features, True, "nvfp4", rank=0, smoothing=smoothing)
         new.load_state_dict({"weight": done.weight(path).bfloat16(), "bias": linear.bias, **kept}, assign=True)
         block.set_submodule(inner, new)
     call = _calls()[0][0]
@@ -259,7 +259,7 @@ def test_an_algorithm_that_changes_nothing_is_refused_in_one_line(monkeypatch: p
     from calibration.formats import modelopt_backend
 
     # With a backend on the weights the sweep passes every quantizer over, without a word.
-    attributes = {**modelopt_backend.STATIC_NVFP4, "backend": modelopt_backend.BACKEND}
+    attributes = {**modelopt_backend.STATIC_NVFP4, "backend": modelopt_backend.BACKENDS["nvfp4"]}
     monkeypatch.setattr(modelopt_backend, "STATIC_NVFP4", attributes)
     calls, plain = _calls()
     task = _task(copy.deepcopy(plain), dict.fromkeys(ALONE, "nvfp4"), calls[:1])

@@ -20,8 +20,7 @@ from calibration.checkpoints.plain import tensors_of
 from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.digits.model import load_transformer
 from calibration.digits.sampling import capture
-from calibration.formats.fp8_linear import FP8Linear
-from calibration.formats.nvfp4_linear import NVFP4Linear
+from calibration.formats.linears import QuantizedLinear
 from calibration.methods.qat import distillation
 from calibration.methods.qat.student import StudentLinear, make_student, student_linears, student_tensors
 from calibration.methods.qat.training import learning_rate, train
@@ -118,9 +117,9 @@ def test_the_gradient_goes_straight_through_every_rounding(start):
         assert torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("kind", [FP8Linear, NVFP4Linear])
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
 def test_a_linear_that_stays_as_it_is_lets_the_gradient_through(kind):
-    linear = kind(32, 8, bias=True).requires_grad_(False)
+    linear = QuantizedLinear(32, 8, bias=True, format=kind).requires_grad_(False)
     linear.input_scale.fill_(0.01)
     given = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     output = linear(given)

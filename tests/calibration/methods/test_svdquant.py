@@ -17,7 +17,7 @@ from calibration.by_block.quantize_blocks import BlockResult, BlockTask
 from calibration.checkpoints.quantized import load, read
 from calibration.digits.model import load_transformer
 from calibration.formats import fp8, nvfp4
-from calibration.formats.svdquant_linear import SVDQuantLinear
+from calibration.formats.linears import QuantizedLinear
 from calibration.methods.modelopt.svdquant import svdquant
 from fp4trt.errors import BadCheckpoint
 from fp4trt.json_file import load_json
@@ -71,7 +71,7 @@ def _loaded(plain: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         codes = nvfp4.unpack_codes(held["weight"])
         state["weight"] = nvfp4.dequantize(codes, held["weight_scale"], held["weight_scale_2"]).bfloat16()
         smoothed, rank = "pre_quant_scale" in held, len(held["svdquant_lora_a"])
-        new = SVDQuantLinear(linear.in_features, linear.out_features, bias=True, rank=rank, smoothing=smoothed)
+        new = QuantizedLinear(linear.in_features, linear.out_features, True, "nvfp4", rank=rank, smoothing=smoothed)
         new.load_state_dict(state, assign=True)
         block.set_submodule(path.removeprefix(f"{BLOCK}."), new)
     return block
