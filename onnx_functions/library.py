@@ -12,9 +12,13 @@ from __future__ import annotations
 from onnx import FunctionProto, TensorProto, parser
 
 __all__ = [
+    "ACTIVATION_PLACEHOLDER",
+    "FP8_QUANTIZER",
     "MICROSOFT_DOMAIN",
+    "QUANTIZER",
     "SIMULATION_DOMAIN",
     "TRT_DOMAIN",
+    "WEIGHT_PLACEHOLDER",
     "fp4_dequantize",
     "fp4_dequantize_gather",
     "fp4_dynamic_quantize",
@@ -24,6 +28,12 @@ TRT_DOMAIN = "trt"
 # A function cannot shadow a standard operator in the standard domain, hence a domain of our own.
 SIMULATION_DOMAIN = "fp4trt.simulation"
 MICROSOFT_DOMAIN = "com.microsoft"
+
+QUANTIZER = "TRT_FP4DynamicQuantize"
+FP8_QUANTIZER = "QuantizeLinear"
+# What marks in a third-party graph what is to become FP4.
+WEIGHT_PLACEHOLDER = "TRT_FP4QDQ"
+ACTIVATION_PLACEHOLDER = "TRT_FP4DynamicQDQ"
 
 FUNCTION_OPSET = 23
 

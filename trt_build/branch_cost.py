@@ -20,8 +20,8 @@ def branch_cost(graph: Graph, layers: Iterable[Layer]) -> dict[str, Any] | None:
         ``linears`` with a branch; ``bytes`` of all factors and smoothings; ``kernels`` that compute them, also those
         that add it to the product as they go. The kernel that makes an input smooths it too, at no cost of its own.
     """
-    names = (name for name in graph.initializers if is_factor(name) or name.endswith(f".{SMOOTHING}"))
-    stored = [nbytes_of(graph.initializers[name]) for name in names]
+    names = (name for name in graph.index.constants if is_factor(name) or name.endswith(f".{SMOOTHING}"))
+    stored = [nbytes_of(graph.index.constants[name]) for name in names]
     if not stored:
         return None
     products = set(graph.branch_products)

@@ -9,6 +9,7 @@ from typing import Any, Final
 import onnx
 
 from fp4trt.errors import CoverageError
+from onnx_functions.graph.element_types import attributes_of, integer
 from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER
 from trt_build.graph import Graph
 from trt_build.layer_info import Gemm, Layer, find_gemms
@@ -146,29 +147,33 @@ def _why_lost(graph: Graph, path: str, kind: str) -> str:
     product = graph.products.get(path)
     if product is None:
         return f"the graph has no node {path}/MatMul"
-    activation = graph.chain(product.input[0])
+    maker = graph.index.producer.get(graph.index.to_source(product.input[0]))
     quantizer = _QUANTIZERS[kind]
-    if not activation or activation[-1].op_type != quantizer:
-        source = f"{activation[-1].op_type} {activation[-1].name!r}" if activation else repr(product.input[0])
-        return f"its input comes from {source}, not from a {quantizer}"
+    if maker is None or maker.op_type != quantizer:
+        return f"its input comes from {_origin(graph, product.input[0])}, not from a {quantizer}"
     return _weight_fault(graph, product, kind) or "the builder chose another kernel"
 
 
 def _weight_fault(graph: Graph, product: onnx.NodeProto, kind: str) -> str | None:
-    weight = graph.chain(product.input[1])
-    stored = graph.stored(product.input[1])
+    index, weight = graph.index, product.input[1]
+    stored = index.stored(weight)
     if stored is None:
-        source = f"{weight[-1].op_type} {weight[-1].name!r}" if weight else repr(product.input[1])
-        return f"{source} stands between its weight and the product"
+        return f"{_origin(graph, weight)} stands between its weight and the product"
     if kind == "fp8":
         return None if stored.data_type == onnx.TensorProto.FLOAT8E4M3FN else "its weight is not stored in FP8"
-    dequantize = next((node for node in weight if node.op_type == "DequantizeLinear"), None)
-    if dequantize is None:
+    dequantize = index.producer.get(index.through_moves(weight))
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return "its weight is not dequantized from FP4"
-    axis = next((attribute.i for attribute in dequantize.attribute if attribute.name == "axis"), 1)
-    if axis == 0:
+    if integer(attributes_of(dequantize), "axis", 1) == 0:
         return f"{dequantize.name!r} dequantizes along axis 0, not along the last axis"
-    scale = graph.producers.get(dequantize.input[1])
+    scale = index.producer.get(index.through_casts(dequantize.input[1]))
     if scale is None or scale.op_type != "DequantizeLinear":
         return f"the block scales of {dequantize.name!r} are not FP8 with a global scale"
     return None
+
+
+def _origin(graph: Graph, tensor: str) -> str:
+    """Say which node computes what a tensor is a cast, moved or dequantized form of, or which input that is."""
+    source = graph.index.to_source(tensor)
+    maker = graph.index.producer.get(source)
+    return repr(source) if maker is None else f"{maker.op_type} {maker.name!r}"

@@ -19,15 +19,20 @@ from onnx_functions.graph.attentions import Attention, find_attentions, promised
 from onnx_functions.graph.branches import BRANCH_ADD, is_factor
 from onnx_functions.graph.checkpoint_beside import checkpoint_beside
 from onnx_functions.graph.external_data import Span, load_graph, span_of
-from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER, declared_symbols, metadata_of, promised_linears
-from onnx_functions.graph.linears import Graph as Index
+from onnx_functions.graph.index import PRODUCTS, Index
+from onnx_functions.graph.linears import (
+    FP8_QUANTIZER,
+    QUANTIZER,
+    declared_symbols,
+    gives_fp8,
+    metadata_of,
+    promised_linears,
+)
+from onnx_functions.graph.wires import bodies_of
 from onnx_functions.linting import require_form
 from trt_build.profiles import InputShape
 
 __all__ = ["Graph", "read_graph"]
-
-_PRODUCT_SUFFIXES = ("/MatMul", "/Gemm")
-_PASS_THROUGH = ("Cast", "Transpose", "Identity", "Reshape", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -43,20 +48,15 @@ class Graph:
         return metadata_of(self.model)
 
     @cached_property
-    def initializers(self) -> dict[str, onnx.TensorProto]:
-        """Initializers by name."""
-        return {tensor.name: tensor for tensor in self.model.graph.initializer}
-
-    @cached_property
-    def producers(self) -> dict[str, onnx.NodeProto]:
-        """Nodes by the name of each of their outputs."""
-        return {output: node for node in self.model.graph.node for output in node.output}
+    def index(self) -> Index:
+        """The index over nodes and tensors."""
+        return Index(self.model)
 
     @cached_property
     def products(self) -> dict[str, onnx.NodeProto]:
         """Matrix products by the linear they belong to (the node's name without its "/MatMul"), branches apart."""
         branches = set(self.branch_products)
-        nodes = (node for node in self.model.graph.node if node.op_type in ("MatMul", "Gemm"))
+        nodes = (node for node in self.model.graph.node if node.op_type in PRODUCTS)
         return {_linear_of(node.name): node for node in nodes if node.name and node.name not in branches}
 
     @cached_property
@@ -108,7 +108,7 @@ class Graph:
     def other_linears(self) -> tuple[str, ...]:
         """Linears that nothing promises in FP4 or FP8."""
         declared = (path for paths in self.declared_linears.values() for path in paths)
-        constant = (path for path, node in self.products.items() if self.stored(node.input[1]) is not None)
+        constant = (path for path, node in self.products.items() if self.index.stored(node.input[1]) is not None)
         found = declared if "fp4trt.linears" in self.metadata else constant
         promised = {*self.promised_fp4, *self.promised_fp8}
         return tuple(path for path in dict.fromkeys(found) if path not in promised)
@@ -139,7 +139,7 @@ class Graph:
     @cached_property
     def attentions(self) -> dict[str, Attention]:
         """The attentions that are written out as two products, by module path."""
-        return {attention.path: attention for attention in find_attentions(Index(self.model))}
+        return {attention.path: attention for attention in find_attentions(self.index)}
 
     @cached_property
     def promised_attentions(self) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ class Graph:
         return {
             value.name: tuple(_dimension(dimension) for dimension in value.type.tensor_type.shape.dim)
             for value in self.model.graph.input
-            if value.name not in self.initializers
+            if value.name not in self.index.initializers
         }
 
     @cached_property
@@ -193,32 +193,16 @@ class Graph:
         """Bytes of the graph file and of all external data: what the builder has to hold."""
         return self.path.stat().st_size + sum(piece.length for piece in self.external_ranges)
 
-    def chain(self, tensor: str) -> list[onnx.NodeProto]:
-        """Return the casts, moves and dequantizations above a tensor, nearest first, then what computes."""
-        nodes: list[onnx.NodeProto] = []
-        while (node := self.producers.get(tensor)) is not None:
-            nodes.append(node)
-            if node.op_type not in _PASS_THROUGH:
-                break
-            tensor = node.input[0]
-        return nodes
-
-    def stored(self, tensor: str) -> onnx.TensorProto | None:
-        """Return the initializer that a tensor is a cast, moved or dequantized form of."""
-        nodes = self.chain(tensor)
-        return self.initializers.get(nodes[-1].input[0] if nodes and nodes[-1].input else tensor)
-
     def _is_branch(self, product: onnx.NodeProto) -> bool:
-        factor = self.stored(product.input[1])
-        return factor is not None and is_factor(factor.name)
+        return is_factor(self.index.to_source(product.input[1]))
 
     def _with_weights(self, data_type: int) -> tuple[str, ...]:
-        stored = ((path, self.stored(node.input[1])) for path, node in self.products.items())
+        stored = ((path, self.index.stored(node.input[1])) for path, node in self.products.items())
         return tuple(path for path, weight in stored if weight is not None and weight.data_type == data_type)
 
     def _reads_fp8(self, product: onnx.NodeProto) -> bool:
-        above = self.chain(product.input[0])
-        return bool(above) and above[-1].op_type == FP8_QUANTIZER
+        maker = self.index.producer.get(self.index.to_source(product.input[0]))
+        return maker is not None and maker.op_type == FP8_QUANTIZER and gives_fp8(maker, self.index.constants)
 
 
 def read_graph(path: Path) -> Graph:
@@ -253,10 +237,8 @@ def _of_model(path: Path) -> Iterator[None]:
 
 
 def _linear_of(node_name: str) -> str:
-    for suffix in _PRODUCT_SUFFIXES:
-        if node_name.endswith(suffix):
-            return node_name.removesuffix(suffix)
-    return node_name
+    path, _, operator = node_name.rpartition("/")
+    return path if operator in PRODUCTS else node_name
 
 
 def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
@@ -272,5 +254,5 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                yield from _tensors(inner)
+        for body in bodies_of(node):
+            yield from _tensors(body)

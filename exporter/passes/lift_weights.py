@@ -17,6 +17,9 @@ __all__ = ["constant_to_initializer", "lift_weights"]
 
 Move = tuple[Literal["Transpose"], tuple[int, ...]] | tuple[Literal["Cast"], ir.DataType]
 
+_CARRIED_OUT: Final = ("Identity", "Transpose", "Cast")
+"""The moves that are carried out on a stored weight, [N, K] or [K, N] before and behind; others are refused by name."""
+
 _INLINE_BYTES: Final = 1024
 """Smaller constants stay nodes: shapes and the like."""
 
@@ -88,7 +91,7 @@ def _origin(value: ir.Value | None) -> tuple[ir.Value | None, tuple[Move, ...]]:
     movers: list[ir.Node] = []
     while value is not None and not value.is_initializer():
         node = value.producer()
-        if node is None or node.domain != "" or node.op_type not in ("Identity", "Transpose", "Cast"):
+        if node is None or node.domain != "" or node.op_type not in _CARRIED_OUT:
             return None, ()
         movers.insert(0, node)
         value = node.inputs[0]

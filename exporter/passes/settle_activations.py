@@ -10,10 +10,12 @@ from exporter.naming import FreeNames
 from exporter.passes.double_dequantize import BLOCK_SIZE
 from exporter.passes.lift_weights import constant_to_initializer
 from exporter.trt_ops import DOMAIN, QUANTIZER
+from onnx_functions.graph.index import MOVES
 
 __all__ = ["settle_activations"]
 
-_MOVES: Final = ("Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Expand")
+_MOVES: Final = ({*MOVES} - {"Cast"}) | {"Slice", "Expand"}
+"""Operators that give the type they read: a Cast does not, and a part or a repetition of a tensor has its type too."""
 
 
 def settle_activations(model: ir.Model) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import onnx
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
-from fp4trt.errors import BadGraph
 from fp4trt.json_file import object_of, strings
-from onnx_functions.graph.element_types import attributes_of
-from onnx_functions.graph.linears import Graph, metadata_of
+from onnx_functions.graph.index import MOVES, QUANTIZED, Index
+from onnx_functions.graph.linears import FP8_QUANTIZER, declared, gives_fp8
 
 __all__ = ["KEY", "OPERANDS", "Attention", "Operand", "find_attentions", "promised_attentions"]
 
@@ -23,9 +21,8 @@ KEY: Final = "fp4trt.attention"
 OPERANDS: Final = ("q", "k", "softmax", "v")
 """What the two products read, in order."""
 
-_BESIDE_SCORES: Final = ("Cast", "Mul", "Div", "Add", "Identity")
-_MOVES: Final = ("Cast", "Transpose", "Identity", "Reshape")
-_FP8: Final = TensorProto.FLOAT8E4M3FN
+_BESIDE_SCORES: Final = (*MOVES, "Mul", "Div", "Add")
+"""What may stand between the scores and their Softmax: they are scaled and masked there."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +89,16 @@ def promised_attentions(model: onnx.ModelProto) -> tuple[str, ...]:
     Raises:
         BadGraph: the promise cannot be read.
     """
-    text = metadata_of(model).get(KEY)
-    if text is None:
-        return ()
-    try:
-        return tuple(strings(object_of(json.loads(text), "it").get("fp8", []), "'fp8'"))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadGraph(f"the graph's metadata {KEY} cannot be read ({error}); export the graph again") from None
+    return declared(model, KEY, lambda value: tuple(strings(object_of(value, "it").get("fp8", []), "'fp8'")), ())
 
 
-def find_attentions(graph: Graph) -> tuple[Attention, ...]:
+def find_attentions(graph: Index) -> tuple[Attention, ...]:
     """Return every attention that is written out, in graph order."""
     softmaxes = (node for node in graph.model.graph.node if node.op_type == "Softmax" and node.input)
     return tuple(found for node in softmaxes if (found := _attention(graph, node)))
 
 
-def _attention(graph: Graph, softmax: NodeProto) -> Attention | None:
+def _attention(graph: Index, softmax: NodeProto) -> Attention | None:
     scores = _scores(graph, softmax)
     output = next(_outputs(graph, softmax.output[0]), None)
     if scores is None or output is None:
@@ -119,16 +110,16 @@ def _attention(graph: Graph, softmax: NodeProto) -> Attention | None:
     return Attention(name, scores, softmax, output, operands, _rounded(graph, output))
 
 
-def _rounded(graph: Graph, output: NodeProto) -> NodeProto | None:
+def _rounded(graph: Index, output: NodeProto) -> NodeProto | None:
     """Return the DequantizeLinear behind a product whose result only an FP8 quantizer reads."""
     readers = graph.consumers.get(output.output[0], [])
-    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or not _gives_fp8(graph, readers[0]):
+    if len(readers) != 1 or not _is_fp8_quantizer(graph, readers[0]):
         return None
     behind = graph.consumers.get(readers[0].output[0], [])
     return behind[0] if len(behind) == 1 and behind[0].op_type == "DequantizeLinear" else None
 
 
-def _scores(graph: Graph, softmax: NodeProto) -> NodeProto | None:
+def _scores(graph: Index, softmax: NodeProto) -> NodeProto | None:
     """Return the product of two computed tensors that a Softmax is taken of."""
     node = graph.producer.get(softmax.input[0])
     while node is not None and node.op_type in _BESIDE_SCORES:
@@ -137,28 +128,21 @@ def _scores(graph: Graph, softmax: NodeProto) -> NodeProto | None:
     return node if node is not None and node.op_type == "MatMul" and len(node.input) == 2 else None
 
 
-def _outputs(graph: Graph, tensor: str) -> Iterator[NodeProto]:
-    """Yield the products that read a tensor as their first operand, through Casts and quantization."""
-    waiting = [tensor]
-    while waiting:
-        tensor = waiting.pop()
-        for node in graph.consumers.get(tensor, ()):
-            if node.op_type == "MatMul" and len(node.input) == 2 and node.input[0] == tensor:
-                yield node
-            elif node.op_type in ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear") and node.input[0] == tensor:
-                waiting.append(node.output[0])
+def _outputs(graph: Index, tensor: str) -> Iterator[NodeProto]:
+    """Yield the products that read a tensor as their first operand, not transposed."""
+    for reader in graph.readers(tensor, QUANTIZED):
+        node = reader.node
+        if node.op_type == "MatMul" and len(node.input) == 2 and (reader.index, reader.transposed % 2) == (0, 0):
+            yield node
 
 
-def _operand(graph: Graph, name: str, tensor: str) -> Operand:
-    node = graph.producer.get(tensor)
-    while node is not None and node.op_type in _MOVES:
-        node = graph.producer.get(node.input[0])
+def _operand(graph: Index, name: str, tensor: str) -> Operand:
+    node = graph.producer.get(graph.through_moves(tensor))
     above = graph.producer.get(node.input[0]) if node is not None and node.op_type == "DequantizeLinear" else None
-    if above is None or above.op_type != "QuantizeLinear" or not _gives_fp8(graph, above):
+    if above is None or not _is_fp8_quantizer(graph, above):
         return Operand(name, tensor, None, None)
     return Operand(name, tensor, above, node)
 
 
-def _gives_fp8(graph: Graph, quantize: NodeProto) -> bool:
-    zero = graph.initializers.get(quantize.input[2]) if len(quantize.input) > 2 else None
-    return _FP8 in (attributes_of(quantize).get("output_dtype"), zero.data_type if zero is not None else None)
+def _is_fp8_quantizer(graph: Index, node: NodeProto) -> bool:
+    return node.op_type == FP8_QUANTIZER and gives_fp8(node, graph.constants)

@@ -16,6 +16,7 @@ import onnx
 from onnx import NodeProto
 
 from onnx_functions.graph.fit import Pair
+from onnx_functions.graph.index import Index, name_of
 from onnx_functions.graph.sizes import Misfit, Size, Sizes, sizes_at, without_functions
 from onnx_functions.graph.symbols import (
     Assignment,
@@ -54,6 +55,11 @@ class Trial:
     directory: Path
     inputs: Mapping[str, Symbolic]
     assignment: Assignment
+
+    @cached_property
+    def index(self) -> Index:
+        """The index over its nodes."""
+        return Index(self.model)
 
     @cached_property
     def first(self) -> Sizes:
@@ -103,8 +109,7 @@ class Trial:
         numbers, other = self.assignment.first, self.assignment.second
         if not self.first.misfits:
             numbers, other = other, numbers
-        above = _above(self.model, *misfit.reads)
-        read = {*misfit.reads, *(name for node in above for name in node.input)}
+        read = {*misfit.reads, *(name for node in self.index.above(*misfit.reads) for name in node.input)}
         moving = set()
         for name in {n for tensor, size in self.inputs.items() if tensor in read for n in size} & numbers.keys():
             now = self.at({**numbers, str(name): other[str(name)]}).pairs(misfit.node)
@@ -162,12 +167,12 @@ def _outputs(trial: Trial) -> Iterator[Baked]:
             continue
         wanted = (evaluated(declared, trial.assignment.first), evaluated(declared, trial.assignment.second))
         odd = [axis for axis in range(len(declared)) if _differs(axis, (one, other), wanted)]
-        above = _above(trial.model, name)
+        above = trial.index.above(name)
         if wrong := [axis for axis in odd if isinstance(declared[axis], str)]:
             yield _undeclared(trial, name, declared, wrong[0], _maker(trial, above))
         elif cut := next((node for node in above if _cuts(trial, node, name)), None):
             kept = f"the output {name} is {_shown(one, other)} whatever {_symbols(trial)} are"
-            yield Baked(_name(cut), name, f"{kept}: the {cut.op_type} takes as much as one example had")
+            yield Baked(name_of(cut), name, f"{kept}: the {cut.op_type} takes as much as one example had")
         elif odd:
             found = (
                 f"axis {odd[0]} of the output {name} is declared as {declared[odd[0]]} and follows {_symbols(trial)}"
@@ -180,7 +185,7 @@ def _undeclared(trial: Trial, name: str, declared: Symbolic, axis: int, maker: N
     expected = [evaluated(declared, numbers)[axis] for numbers in (trial.assignment.first, trial.assignment.second)]
     found = f"axis {axis} of the output {name} is {' and '.join(map(str, given))}"
     return Baked(
-        _name(maker) if maker is not None else "",
+        name_of(maker) if maker is not None else "",
         name,
         f"{found} where {declared[axis]}, as declared, is {expected[0]} and {expected[1]}",
     )
@@ -191,16 +196,6 @@ def _differs(axis: int, found: tuple[Size, Size], wanted: tuple[Size, Size]) -> 
         one[axis] is not None and other[axis] is not None and one[axis] != other[axis]
         for one, other in zip(found, wanted, strict=True)
     )
-
-
-def _above(model: onnx.ModelProto, *tensors: str) -> list[NodeProto]:
-    """Return the nodes that some tensors depend on, in graph order."""
-    wanted, found = set(tensors), []
-    for node in reversed(model.graph.node):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            found.append(node)
-    return found[::-1]
 
 
 def _maker(trial: Trial, above: Sequence[NodeProto]) -> NodeProto | None:
@@ -249,16 +244,12 @@ def _cuts(trial: Trial, node: NodeProto, output: str) -> bool:
 
 def _joined(trial: Trial, node: NodeProto, count: int) -> bool:
     """Whether a Concat above a node has put as many elements of a fixed number beside what varies."""
-    for above in _above(trial.model, node.output[0]):
+    for above in trial.index.above(node.output[0]):
         if above.op_type == "Concat" and trial.varies(above.output[0]):
             sizes = [(trial.first.whole(name) or (), trial.second.whole(name) or ()) for name in above.input]
             if any(a == b == count for one, other in sizes for a, b in zip(one, other, strict=False)):
                 return True
     return False
-
-
-def _name(node: NodeProto) -> str:
-    return node.name or f"(node of {node.output[0]})"
 
 
 def _shown(one: Size, other: Size) -> str:

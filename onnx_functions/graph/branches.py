@@ -17,10 +17,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
 from fp4trt.errors import BadGraph
 from onnx_functions.graph.external_data import array_of
+from onnx_functions.graph.index import Index
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -70,37 +71,28 @@ def is_factor(name: str) -> bool:
     return name.endswith(tuple(f".{factor}" for factor in FACTORS))
 
 
-def find_branch(
-    path: str,
-    product: NodeProto,
-    nodes: Mapping[str, NodeProto],
-    producer: Mapping[str, NodeProto],
-    initializers: Mapping[str, TensorProto],
-) -> Branch | None:
+def find_branch(index: Index, path: str, product: NodeProto) -> Branch | None:
     """Return the branch that is added to the product of a linear, None where none is.
 
     Args:
+        index: of the graph.
         path: the linear's module path.
         product: its node.
-        nodes: the graph's nodes by name.
-        producer: by the tensor that they make.
-        initializers: by name.
 
     Raises:
         BadGraph: what is added is no product of two stored factors.
     """
-    add = nodes.get(f"{path}{BRANCH_ADD}")
+    add = index.nodes.get(f"{path}{BRANCH_ADD}")
     if add is None or product.output[0] not in add.input:
         return None
     tensor = next(name for name in add.input if name != product.output[0])
     found: list[tuple[str, str]] = []
     for _ in FACTORS:
-        node = producer.get(tensor)
+        node = index.producer.get(tensor)
         if node is None or node.op_type != "MatMul":
             raise BadGraph(f"node {add.name} adds {tensor}, which is no product of two stored factors; export it again")
-        turned = producer.get(node.input[1])
-        factor = turned.input[0] if turned is not None and turned.op_type == "Transpose" else node.input[1]
-        if factor not in initializers:
+        factor = index.through_moves(node.input[1])
+        if factor not in index.constants:
             raise BadGraph(f"node {node.name} multiplies by {factor}, which is no initializer; export the graph again")
         found.insert(0, (factor, node.name))
         tensor = node.input[0]
@@ -108,12 +100,10 @@ def find_branch(
     return Branch(tensor, (a, b), (first, second), add.name, add.output[0])
 
 
-def find_smoothing(
-    tensor: str, producer: Mapping[str, NodeProto], initializers: Mapping[str, TensorProto]
-) -> NodeProto | None:
+def find_smoothing(index: Index, tensor: str) -> NodeProto | None:
     """Return the Mul by a stored `pre_quant_scale` that makes a quantizer's input, None where there is none."""
-    node = producer.get(tensor)
-    if node is None or node.op_type != "Mul" or node.input[1] not in initializers:
+    node = index.producer.get(tensor)
+    if node is None or node.op_type != "Mul" or node.input[1] not in index.constants:
         return None
     return node if node.input[1].endswith(f".{SMOOTHING}") else None
 
@@ -145,7 +135,7 @@ def effective_weight(
     residual: FloatArray,
     branch: Branch | None,
     smoothing: str | None,
-    initializers: Mapping[str, onnx.TensorProto],
+    constants: Mapping[str, onnx.TensorProto],
     directory: Path,
 ) -> FloatArray:
     """Return the one matrix [N, K], FP32, that does what a linear does with its branch and its smoothing.
@@ -154,12 +144,12 @@ def effective_weight(
         residual: the weight [N, K] that is stored in FP4.
         branch: what is added to its product.
         smoothing: the initializer that its input is multiplied by.
-        initializers: by name.
+        constants: by name.
         directory: where their data lie.
     """
 
     def stored(name: str) -> FloatArray:
-        return np.asarray(array_of(initializers[name], directory)).astype(np.float32)
+        return np.asarray(array_of(constants[name], directory)).astype(np.float32)
 
     whole = residual
     if branch is not None:

@@ -9,6 +9,7 @@ from onnx import helper
 
 from fp4trt.errors import BadGraph
 from onnx_functions.graph.element_types import element_types
+from onnx_functions.graph.index import Index
 
 __all__ = ["cut"]
 
@@ -24,31 +25,21 @@ def cut(model: onnx.ModelProto, inputs: Mapping[str, str], outputs: Sequence[str
     Raises:
         BadGraph: an output depends on a graph input that is not among `inputs`, or exists nowhere.
     """
-    types = element_types(model)
-    producer = {name: index for index, node in enumerate(model.graph.node) for name in node.output if name}
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    wanted, kept_nodes, kept_tensors = list(outputs), set[int](), set[str]()
-    seen: set[str] = set()
-    while wanted:
-        name = wanted.pop()
-        if not name or name in seen or name in inputs:
-            continue
-        seen.add(name)
-        if name in producer:
-            index = producer[name]
-            kept_nodes.add(index)
-            wanted.extend(model.graph.node[index].input)
-        elif name in initializers:
-            kept_tensors.add(name)
-        else:
-            raise BadGraph(f"{outputs[0]} depends on {name}, which the piece {list(inputs)} -> {list(outputs)} lacks")
+    types, index = element_types(model), Index(model)
+    asked = [name for name in outputs if name not in inputs]
+    above = index.above(*asked, until=inputs)
+    read = dict.fromkeys(name for name in (*asked, *(name for node in above for name in node.input)) if name)
+    known = {*index.producer, *index.initializers, *inputs}
+    for name in (name for name in read if name not in known):
+        raise BadGraph(f"{outputs[0]} depends on {name}, which the piece {list(inputs)} -> {list(outputs)} lacks")
     nodes = []
-    for index in sorted(kept_nodes):
+    for original in above:
         node = onnx.NodeProto()
-        node.CopyFrom(model.graph.node[index])
+        node.CopyFrom(original)
         node.input[:] = [inputs.get(name, name) for name in node.input]
         nodes.append(node)
-    return _assemble(model, nodes, [initializers[name] for name in sorted(kept_tensors)], inputs, outputs, types)
+    stored = [index.initializers[name] for name in sorted(read) if name in index.initializers and name not in inputs]
+    return _assemble(model, nodes, stored, inputs, outputs, types)
 
 
 def _assemble(

@@ -12,9 +12,9 @@ import onnx
 from onnx import NodeProto, TensorProto, defs, helper
 
 from fp4trt.errors import BadGraph
-from onnx_functions.library import SIMULATION_DOMAIN, TRT_DOMAIN
+from onnx_functions.library import QUANTIZER, SIMULATION_DOMAIN, TRT_DOMAIN
 
-__all__ = ["attributes_of", "element_types", "opset_of"]
+__all__ = ["attributes_of", "element_types", "integer", "opset_of"]
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -25,6 +25,12 @@ def opset_of(model: onnx.ModelProto) -> int:
 def attributes_of(node: NodeProto) -> dict[str, object]:
     """Return a node's attributes as Python values."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def integer(attributes: Mapping[str, object], name: str, default: int) -> int:
+    """Return an integer attribute."""
+    value = attributes.get(name, default)
+    return value if isinstance(value, int) else default
 
 
 def element_types(model: onnx.ModelProto) -> dict[str, int]:
@@ -48,10 +54,10 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
 def output_types(node: NodeProto, types: Mapping[str, int], opset: int) -> Iterable[int]:
     """Return the element types of a node's outputs, given those of its inputs."""
     attributes = attributes_of(node)
-    if node.domain == TRT_DOMAIN and node.op_type == "TRT_FP4DynamicQuantize":
+    if node.domain == TRT_DOMAIN and node.op_type == QUANTIZER:
         return TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN
     if node.domain == SIMULATION_DOMAIN:
-        return (_integer(attributes.get("output_dtype", TensorProto.FLOAT)),)
+        return (integer(attributes, "output_dtype", TensorProto.FLOAT),)
     if node.op_type == "Constant":
         return (_constant_type(attributes),)
     if node.op_type == "ConstantOfShape":
@@ -59,17 +65,10 @@ def output_types(node: NodeProto, types: Mapping[str, int], opset: int) -> Itera
         return (value.data_type if isinstance(value, TensorProto) else TensorProto.FLOAT,)
     if node.op_type == "QuantizeLinear":
         zero_point = types[node.input[2]] if len(node.input) > 2 and node.input[2] else int(TensorProto.UINT8)
-        return (_integer(attributes.get("output_dtype", 0)) or zero_point,)
+        return (integer(attributes, "output_dtype", 0) or zero_point,)
     if node.op_type == "DequantizeLinear":
-        return (_integer(attributes.get("output_dtype", 0)) or types[node.input[1]],)
-    if node.op_type == "QuantizeLinear":
-        zero = types[node.input[2]] if len(node.input) > 2 and node.input[2] else TensorProto.UINT8
-        return (_integer(attributes.get("output_dtype", 0)) or zero,)
+        return (integer(attributes, "output_dtype", 0) or types[node.input[1]],)
     return _schema_types(node, types, attributes, opset)
-
-
-def _integer(value: object) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def _constant_type(attributes: Mapping[str, object]) -> int:
@@ -95,7 +94,7 @@ def _schema_types(node: NodeProto, types: Mapping[str, int], attributes: Mapping
         if name:
             given.setdefault(formal.type_str, types[name])
     allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
-    asked = _integer(attributes.get("to", attributes.get("dtype", 0)))
+    asked = integer(attributes, "to", integer(attributes, "dtype", 0))
     result: list[int] = []
     for index in range(len(node.output)):
         text = schema.outputs[min(index, len(schema.outputs) - 1)].type_str

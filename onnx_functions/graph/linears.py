@@ -7,9 +7,9 @@ following its inputs, so that a graph whose wires are crossed is read as crossed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 from onnx import NodeProto, TensorProto
@@ -17,7 +17,8 @@ from onnx import NodeProto, TensorProto
 from fp4trt.errors import BadGraph
 from fp4trt.json_file import lists_of_strings, object_of, strings
 from onnx_functions.graph.branches import Branch, find_branch, find_smoothing
-from onnx_functions.library import TRT_DOMAIN
+from onnx_functions.graph.index import PRODUCTS, Index
+from onnx_functions.library import FP8_QUANTIZER, QUANTIZER, TRT_DOMAIN
 
 __all__ = [
     "FP8_QUANTIZER",
@@ -25,6 +26,7 @@ __all__ = [
     "Graph",
     "Linear",
     "Quantizer",
+    "declared",
     "declared_groups",
     "declared_symbols",
     "gives_fp8",
@@ -32,8 +34,7 @@ __all__ = [
     "promised_linears",
 ]
 
-QUANTIZER = "TRT_FP4DynamicQuantize"
-FP8_QUANTIZER = "QuantizeLinear"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,11 @@ def promised_linears(model: onnx.ModelProto) -> dict[str, list[str]]:
     Raises:
         BadGraph: the graph carries no such promise, or one that cannot be read.
     """
-    try:
-        value = object_of(_declared(model, "fp4trt.linears"), "it")
-        return {kind: list(strings(paths, repr(kind))) for kind, paths in value.items()}
-    except TypeError as error:
-        raise _unreadable("fp4trt.linears", error) from None
+    return declared(
+        model,
+        "fp4trt.linears",
+        lambda value: {kind: list(strings(paths, repr(kind))) for kind, paths in object_of(value, "it").items()},
+    )
 
 
 def declared_groups(model: onnx.ModelProto) -> list[list[str]]:
@@ -137,67 +138,47 @@ def declared_groups(model: onnx.ModelProto) -> list[list[str]]:
     Raises:
         BadGraph: the metadata are no list of lists.
     """
-    if "fp4trt.groups" not in metadata_of(model):
-        return []
-    try:
-        return [list(group) for group in lists_of_strings(_declared(model, "fp4trt.groups"), "it")]
-    except TypeError as error:
-        raise _unreadable("fp4trt.groups", error) from None
+    return declared(model, "fp4trt.groups", lambda value: [list(group) for group in lists_of_strings(value, "it")], [])
 
 
 def declared_symbols(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
-    """Return what the metadata say of each symbolic dimension; nothing for a graph of other origin.
+    """Return what the metadata say of each symbolic dimension; nothing for a third-party graph.
 
     Raises:
         BadGraph: they are no object of objects.
     """
-    if "fp4trt.symbols" not in metadata_of(model):
-        return {}
-    try:
-        value = object_of(_declared(model, "fp4trt.symbols"), "it")
-        return {name: object_of(symbol, repr(name)) for name, symbol in value.items()}
-    except TypeError as error:
-        raise _unreadable("fp4trt.symbols", error) from None
+    return declared(
+        model,
+        "fp4trt.symbols",
+        lambda value: {name: object_of(symbol, repr(name)) for name, symbol in object_of(value, "it").items()},
+        {},
+    )
 
 
-def _declared(model: onnx.ModelProto, key: str) -> Any:
+def declared(model: onnx.ModelProto, key: str, read: Callable[[Any], _T], default: _T | None = None) -> _T:
+    """Return what `read` makes of an entry of the metadata, which is JSON, or `default` where there is none.
+
+    Raises:
+        BadGraph: it cannot be read, or is missing without a default.
+    """
     text = metadata_of(model).get(key)
+    if text is None and default is not None:
+        return default
     if text is None:
         raise BadGraph(f"the graph's metadata have no {key}; expected a graph of fp4trt export: export it again")
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(key, error) from None
+        return read(json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadGraph(f"the graph's metadata {key} cannot be read ({error}); export the graph again") from None
 
 
-def _unreadable(key: str, error: Exception) -> BadGraph:
-    return BadGraph(f"the graph's metadata {key} cannot be read ({error}); export the graph again")
-
-
-class Graph:
-    """An index over a model's nodes: by name, by the tensor they make, by the tensors they read."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        self.nodes: dict[str, NodeProto] = {node.name: node for node in model.graph.node}
-        self.order: dict[str, int] = {node.name: index for index, node in enumerate(model.graph.node)}
-        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.producer: dict[str, NodeProto] = {name: node for node in model.graph.node for name in node.output if name}
-        self.consumers: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self.consumers.setdefault(name, []).append(node)
-
-    def source(self, tensor: str) -> str:
-        """Follow first inputs through dequantization and data movement; return the tensor where that ends."""
-        while (node := self.producer.get(tensor)) is not None and node.op_type in _TRANSPARENT:
-            tensor = node.input[0]
-        return tensor
+class Graph(Index):
+    """An index that knows the graph's linears."""
 
     def quantizer(self, tensor: str) -> Quantizer | None:
         """Return the activation quantizer whose dequantized codes `tensor` is, None where there is none."""
-        node = self.producer.get(self.source(tensor))
-        if node is not None and node.op_type == FP8_QUANTIZER and gives_fp8(node, self.initializers):
+        node = self.producer.get(self.to_source(tensor))
+        if node is not None and node.op_type == FP8_QUANTIZER and gives_fp8(node, self.constants):
             return Quantizer(node.name, node.input[0], node.input[1], node.output[0], None)
         if node is None or node.domain != TRT_DOMAIN or node.op_type != QUANTIZER:
             return None
@@ -212,13 +193,13 @@ class Graph:
         node = self.nodes.get(f"{path}/MatMul") or self.nodes.get(f"{path}/Gemm")
         if node is None:
             raise BadGraph(f"the graph has no node {path}/MatMul, which its metadata promises; export it again")
-        if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
+        if node.op_type not in PRODUCTS or len(node.input) < 2:
             raise BadGraph(f"node {node.name} is a {node.op_type}; expected the product of {path}: export it again")
         activation, weight = node.input[0], node.input[1]
-        source = self.source(weight)
-        if source not in self.initializers:
+        source = self.to_source(weight)
+        if source not in self.constants:
             raise BadGraph(f"node {node.name} reads {weight} as its weight, which comes from no initializer")
-        branch = find_branch(path, node, self.nodes, self.producer, self.initializers)
+        branch = find_branch(self, path, node)
         product = branch.output if branch else node.output[0]
         add = self._bias_add(path, product)
         bias = node.input[2] if len(node.input) > 2 else None
@@ -226,7 +207,7 @@ class Graph:
             bias = next(name for name in add.input if name != product)
         quantizer = self.quantizer(activation)
         enters = quantizer.input if quantizer else activation
-        smoother = find_smoothing(enters, self.producer, self.initializers)
+        smoother = find_smoothing(self, enters)
         if branch is not None and branch.input != enters:
             raise BadGraph(f"node {branch.products[0]} reads {branch.input}, the quantizer of {path} {enters}")
         return Linear(
@@ -251,16 +232,11 @@ class Graph:
         Raises:
             BadGraph: the weight is not dequantized so.
         """
-        tensor = linear.weight
-        while (node := self.producer.get(tensor)) is not None:
-            if node.op_type == "DequantizeLinear":
-                scales = self.producer.get(node.input[1])
-                if scales is None and node.input[1] in self.initializers:
-                    return str(node.input[1])
-                if scales is not None and scales.input[1] in self.initializers:
-                    return str(scales.input[1])
-                break
-            tensor = node.input[0]
+        values = self.producer.get(self.through_moves(linear.weight))
+        while values is not None and values.op_type == "DequantizeLinear":
+            if scale := self.constant(values.input[1]):
+                return scale
+            values = self.producer.get(self.through_casts(values.input[1]))
         raise BadGraph(f"the weight of node {linear.matmul} is not dequantized by stored scales")
 
     def linears(self) -> Iterator[Linear]:
@@ -279,6 +255,3 @@ def gives_fp8(quantizer: NodeProto, constants: Mapping[str, TensorProto]) -> boo
     kind = next((attribute.i for attribute in quantizer.attribute if attribute.name == "output_dtype"), 0)
     zero = constants.get(quantizer.input[2]) if len(quantizer.input) > 2 else None
     return TensorProto.FLOAT8E4M3FN in (kind, zero.data_type if zero is not None else 0)
-
-
-_TRANSPARENT = {"Cast", "DequantizeLinear", "Transpose", "Identity"}

@@ -24,9 +24,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx_functions.graph.element_types import attributes_of, opset_of
 from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.fit import PAIRED, Pair, pairs_of
-from onnx_functions.graph.linears import QUANTIZER
+from onnx_functions.graph.index import name_of
 from onnx_functions.graph.wires import bodies_of
-from onnx_functions.library import TRT_DOMAIN
+from onnx_functions.library import ACTIVATION_PLACEHOLDER, QUANTIZER, TRT_DOMAIN, WEIGHT_PLACEHOLDER
 
 __all__ = ["Misfit", "Size", "Sizes", "sizes_at", "without_functions"]
 
@@ -41,7 +41,7 @@ _VALUES: Final = 1024
 
 _FOLLOWED: Final = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL, TensorProto.FLOAT)
 
-_SAME_SIZE: Final = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ", QUANTIZER)
+_SAME_SIZE: Final = (WEIGHT_PLACEHOLDER, ACTIVATION_PLACEHOLDER, QUANTIZER)
 
 _COMPUTED: Final = frozenset(
     "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Expand Flatten Floor Gather Greater GreaterOrEqual "
@@ -155,9 +155,8 @@ class _Walk:
         fault = unequal or self._infer(node)
         if fault:
             given = ", ".join(f"{name} {_shown(self.found.sizes.get(name))}" for name in read)
-            name = node.name or f"(node of {node.output[0]})"
-            message = f"the {node.op_type} {name} of {given} {fault}"
-            self.found.misfits.append(Misfit(node, name, tuple(read), message, bool(unequal)))
+            message = f"the {node.op_type} {name_of(node)} of {given} {fault}"
+            self.found.misfits.append(Misfit(node, name_of(node), tuple(read), message, bool(unequal)))
             for output in node.output:
                 self.found.sizes.pop(output, None)
         else:

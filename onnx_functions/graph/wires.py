@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from onnx import AttributeProto, GraphProto, NodeProto
 
-__all__ = ["bodies_of", "circle", "outer_reads"]
+__all__ = ["bodies_of", "circle", "nodes_with_inner", "outer_reads"]
 
 
 def circle(graph: GraphProto) -> list[str]:
@@ -39,6 +39,14 @@ def bodies_of(node: NodeProto) -> Iterator[GraphProto]:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
         yield from attribute.graphs
+
+
+def nodes_with_inner(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Yield nodes, and those of their bodies."""
+    for node in nodes:
+        yield node
+        for body in bodies_of(node):
+            yield from nodes_with_inner(body.node)
 
 
 def _circle(graph: GraphProto) -> list[str]:

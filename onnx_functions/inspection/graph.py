@@ -16,20 +16,19 @@ from onnx import NodeProto
 from fp4trt.errors import BadGraph
 from fp4trt.file_kind import shortened
 from onnx_functions.graph.branches import described_branches, is_factor
-from onnx_functions.graph.element_types import attributes_of, opset_of
+from onnx_functions.graph.element_types import attributes_of, integer, opset_of
 from onnx_functions.graph.external_data import BadSpan, load_graph, nbytes_of, type_name
+from onnx_functions.graph.index import PRODUCTS, QUANTIZED, name_of
 from onnx_functions.graph.linears import declared_groups, promised_linears
 from onnx_functions.graph.stored_linears import FORMAT_OF, StoredLinear, compare, coverage
 from onnx_functions.graph.subgraphs import lay_open
 from onnx_functions.inspection import attention
+from onnx_functions.library import ACTIVATION_PLACEHOLDER, WEIGHT_PLACEHOLDER
 from onnx_functions.linting.operators import form_faults
-from onnx_functions.linting.subject import Subject, WeightChain, integer, name_of
+from onnx_functions.linting.subject import Subject, WeightChain
 
 __all__ = ["describe_graph"]
 
-_WEIGHT_PLACEHOLDER: Final = "TRT_FP4QDQ"
-_ACTIVATION_PLACEHOLDER: Final = "TRT_FP4DynamicQDQ"
-_PASSED: Final = ("Cast", "Identity", "Transpose", "DequantizeLinear", "QuantizeLinear", _WEIGHT_PLACEHOLDER)
 _HOLDERS: Final = ("If", "Loop", "Scan", "SequenceMap")
 _SUFFIX: Final = re.compile(r"/(MatMul|Gemm)(_\d+)?$")
 
@@ -106,18 +105,18 @@ def _linears(subject: Subject, sizes: Mapping[str, int]) -> Iterator[_Found]:
     chains = {chain.codes: chain for chain in subject.weights}
     taken: set[str] = set()
     for node in subject.model.graph.node:
-        if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
+        if node.op_type not in PRODUCTS or len(node.input) < 2:
             continue
         for index in (1, 0):
-            source, flips, marked = _weight(subject, node.input[index])
+            source, marked = _weight(subject, node.input[index])
             if is_factor(subject.owner(source) if source else ""):
                 break  # of a low-rank branch, which is no linear of its own
-            if source and len(subject.constants[source].dims) == 2:
+            read = subject.shapes.of(node.input[index]) if source else None
+            if read is not None and len(read) == 2 and read[0] is not None and read[1] is not None:
                 path = _path(node, source, taken)
                 taken.add(path)
-                flips += integer(attributes_of(node), "transB" if index else "transA", 0)
-                rows, columns = subject.dims(source)
-                shape = (rows, columns) if flips % 2 == index else (columns, rows)
+                as_stored = integer(attributes_of(node), "transB" if index else "transA", 0) == index
+                shape = (read[0], read[1]) if as_stored else (read[1], read[0])
                 activation = node.input[1 - index]
                 quantizer = subject.quantizer_of(activation) or subject.fp8_quantizer_of(activation)
                 kind = _format(subject, source, chains.get(source), quantizer is not None, marked)
@@ -129,18 +128,10 @@ def _linears(subject: Subject, sizes: Mapping[str, int]) -> Iterator[_Found]:
                 break
 
 
-def _weight(subject: Subject, tensor: str) -> tuple[str, int, bool]:
-    """Return the constant behind a weight ("" for none), how often it is transposed, and whether it is marked."""
-    flips, marked, seen = 0, False, set[str]()
-    while tensor not in subject.constants:
-        node = subject.graph.producer.get(tensor)
-        if node is None or node.op_type not in _PASSED or not node.input or tensor in seen:
-            return "", 0, False
-        seen.add(tensor)
-        flips += node.op_type == "Transpose"
-        marked |= node.op_type == _WEIGHT_PLACEHOLDER
-        tensor = node.input[0]
-    return tensor, flips, marked
+def _weight(subject: Subject, tensor: str) -> tuple[str, bool]:
+    """Return the constant behind a weight ("" for none), and whether it is marked for FP4."""
+    source, passed = subject.graph.to_stored(tensor), subject.graph.chain(tensor, QUANTIZED)
+    return source if source in subject.constants else "", any(node.op_type == WEIGHT_PLACEHOLDER for node in passed)
 
 
 def _path(node: NodeProto, weight: str, taken: set[str]) -> str:
@@ -181,7 +172,7 @@ def _groups(found: Iterable[_Found]) -> list[list[str]]:
 def _placeholders(subject: Subject) -> dict[str, Any] | None:
     """Return how many nodes still wait to become FP4, and the command that makes them so; None without any."""
     operators = [node.op_type for node in subject.model.graph.node]
-    weights, activations = operators.count(_WEIGHT_PLACEHOLDER), operators.count(_ACTIVATION_PLACEHOLDER)
+    weights, activations = operators.count(WEIGHT_PLACEHOLDER), operators.count(ACTIVATION_PLACEHOLDER)
     if not weights and not activations:
         return None
     following = f"fp4trt export {subject.path.name} -o ours" if weights else None

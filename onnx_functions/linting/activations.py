@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from onnx import NodeProto, TensorProto
 
-from onnx_functions.graph.element_types import attributes_of
+from onnx_functions.graph.element_types import attributes_of, integer
 from onnx_functions.graph.external_data import type_name
+from onnx_functions.graph.index import PRODUCTS, name_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Product, Subject, integer, name_of
+from onnx_functions.linting.subject import Product, Subject
 
 __all__ = ["RULES"]
 
@@ -68,10 +69,9 @@ def activation_dequantize_scale(subject: Subject) -> Iterator[Hit]:
     for chain in subject.activations:
         for node in chain.scales:
             read = node.input[1] if len(node.input) > 1 else ""
-            if subject.constant(read) == subject.constant(chain.scale) or _equal(subject, read, chain.scale):
-                continue
-            found = f"reads the scale {read}; its quantizer {name_of(chain.quantizer)} reads {chain.scale}"
-            yield Hit(found, name_of(node), read)
+            if not subject.is_same_scale(read, chain.scale):
+                found = f"reads the scale {read}; its quantizer {name_of(chain.quantizer)} reads {chain.scale}"
+                yield Hit(found, name_of(node), read)
 
 
 @rule("activation-scales-crossed", "wrong", "dequantize the codes with the block scales of the same quantizer")
@@ -83,7 +83,7 @@ def activation_scales_crossed(subject: Subject) -> Iterator[Hit]:
     for chain in subject.activations:
         own = {node.output[0] for node in chain.scales}
         for node in chain.values:
-            if (len(node.input) > 1 and _before_casts(subject, node.input[1])) not in own:
+            if (len(node.input) > 1 and subject.graph.through_casts(node.input[1])) not in own:
                 found = f"reads the block scales {node.input[1]}, which are not of {name_of(chain.quantizer)}"
                 yield Hit(found, name_of(node), node.input[1])
 
@@ -138,7 +138,7 @@ def activation_idle(subject: Subject) -> Iterator[Hit]:
     """
     quantized = {id(product.node) for product in subject.products}
     for node in subject.model.graph.node:
-        if node.op_type not in ("MatMul", "Gemm") or id(node) in quantized:
+        if node.op_type not in PRODUCTS or id(node) in quantized:
             continue
         quantizer = subject.quantizer_of(node.input[0])
         if quantizer is not None:
@@ -215,30 +215,15 @@ def _is_last(subject: Subject, tensor: str, axis: int) -> bool:
 
 
 def _matmuls(subject: Subject) -> Iterator[Product]:
-    for product in subject.products:
-        if product.node.op_type in ("MatMul", "Gemm") and product.index == 1:
-            yield product
-
-
-def _before_casts(subject: Subject, tensor: str) -> str:
-    node = subject.graph.producer.get(tensor)
-    while node is not None and node.op_type in ("Cast", "Identity"):
-        tensor = node.input[0]
-        node = subject.graph.producer.get(tensor)
-    return tensor
+    return (product for product in subject.products if product.multiplies)
 
 
 def _behind(subject: Subject, tensor: str) -> NodeProto | None:
     """Return the node that makes a tensor of dequantized codes and something else."""
-    node = subject.graph.producer.get(subject.graph.source(tensor))
+    node = subject.graph.producer.get(subject.graph.to_source(tensor))
     if node is None or node.op_type not in ("Mul", "Div", "Add", "Sub"):
         return None
     return node if any(subject.quantizer_of(name) is not None for name in node.input) else None
-
-
-def _equal(subject: Subject, one: str, other: str) -> bool:
-    left, right = subject.scalar(one), subject.scalar(other)
-    return left is not None and left == right
 
 
 def _weight_scale(subject: Subject, product: Product) -> object:

@@ -10,8 +10,9 @@ from onnx import TensorProto
 
 from onnx_functions.graph.attentions import KEY, Attention, Operand, find_attentions
 from onnx_functions.graph.external_data import type_name
+from onnx_functions.graph.index import name_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, name_of
+from onnx_functions.linting.subject import Subject
 
 __all__ = ["RULES"]
 
@@ -93,8 +94,7 @@ def attention_dequantize_scale(subject: Subject) -> Iterator[Hit]:
     for _, operand in _rounded(subject):
         assert operand.dequantize is not None
         read = operand.dequantize.input[1] if len(operand.dequantize.input) > 1 else ""
-        one, other = subject.scalar(read), subject.scalar(operand.scale)
-        if subject.constant(read) != subject.constant(operand.scale) and (one is None or one != other):
+        if not subject.is_same_scale(read, operand.scale):
             found = f"reads the scale {read}; {_quantizer(operand)} reads {operand.scale}"
             yield Hit(found, name_of(operand.dequantize), read)
 

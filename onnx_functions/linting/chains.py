@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from onnx import NodeProto, TensorProto, ValueInfoProto
+from onnx import NodeProto, TensorProto
 
-from onnx_functions.graph.element_types import attributes_of
+from onnx_functions.graph.element_types import attributes_of, integer
 from onnx_functions.graph.external_data import type_name
-from onnx_functions.linting.operators import graphs_of, nodes_with_inner
+from onnx_functions.graph.index import name_of
 from onnx_functions.linting.promised_tensors import product_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, integer, name_of
+from onnx_functions.linting.subject import Subject
 
 __all__ = ["RULES"]
 
@@ -23,16 +23,11 @@ def chain_cast(subject: Subject) -> Iterator[Hit]:
 
     An integer, a truth value or 8 bits round it, and FP4 is lost. Source: measured.
     """
-    waiting = [node.output[0] for pair in _pairs(subject) for node in pair]
-    seen = set(waiting)
-    while waiting:
-        for node in subject.graph.consumers.get(waiting.pop(), ()):
-            kind = integer(attributes_of(node), "to", 0)
-            if node.op_type == "Cast" and kind not in _WIDE:
-                yield Hit(f"casts what is dequantized to {type_name(kind)}", name_of(node), node.input[0])
-            elif node.op_type in ("Cast", "Identity", "Transpose") and node.output[0] not in seen:
-                seen.add(node.output[0])
-                waiting.append(node.output[0])
+    dequantized = {node.output[0] for pair in _pairs(subject) for node in pair}
+    for node in subject.model.graph.node:
+        kind = integer(attributes_of(node), "to", 0) if node.op_type == "Cast" else _WIDE[0]
+        if kind not in _WIDE and subject.graph.through_moves(node.input[0]) in dequantized:
+            yield Hit(f"casts what is dequantized to {type_name(kind)}", name_of(node), node.input[0])
 
 
 @rule("dead-linear", "wrong", "let the outputs read the linear: export again")
@@ -41,7 +36,7 @@ def dead_linear(subject: Subject) -> Iterator[Hit]:
 
     Source: measured: TensorRT-RTX drops it without a word.
     """
-    alive = _alive(subject)
+    alive = {id(node) for node in subject.graph.above(*(value.name for value in subject.model.graph.output))}
     for path in dict.fromkeys(path for paths in subject.promised.values() for path in paths):
         node = product_of(subject, path)
         if node is not None and id(node) not in alive:
@@ -90,22 +85,3 @@ def _pairs(subject: Subject) -> Iterator[tuple[NodeProto, ...]]:
     for activation in subject.activations:
         for values in activation.values:
             yield (values, *activation.scales)
-
-
-def _alive(subject: Subject) -> set[int]:
-    """Return the identities of the nodes that some output depends on."""
-    waiting = [value.name for value in subject.model.graph.output]
-    alive: set[int] = set()
-    while waiting:
-        node = subject.graph.producer.get(waiting.pop())
-        if node is not None and id(node) not in alive:
-            alive.add(id(node))
-            waiting.extend(name for inner in nodes_with_inner([node]) for name in inner.input)
-            waiting.extend(value.name for inner in nodes_with_inner([node]) for value in _outputs(inner))
-    return alive
-
-
-def _outputs(node: NodeProto) -> Iterator[ValueInfoProto]:
-    """Yield the outputs of a node's subgraphs, which may be tensors of the graph outside."""
-    for graph in graphs_of(node):
-        yield from graph.output

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from onnx import NodeProto, TensorProto
 
+from onnx_functions.graph.index import PRODUCTS, SOURCE, name_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, name_of
+from onnx_functions.linting.subject import Subject
 
 __all__ = ["RULES"]
 
@@ -122,19 +123,6 @@ def _bad_scale(subject: Subject, node: NodeProto, tensor: str) -> Iterator[Hit]:
         yield Hit(f"the global scale is {shown}; expected a positive number", name_of(node), name)
 
 
-def _dequantizes(node: NodeProto, tensors: Container[str]) -> bool:
-    return node.op_type == "DequantizeLinear" and bool(node.input) and node.input[0] in tensors
-
-
 def _is_multiplied(subject: Subject, tensor: str) -> bool:
-    """Whether a matrix product reads a tensor, through casts, transposes and dequantization."""
-    waiting, seen = [tensor], {tensor}
-    while waiting:
-        for node in subject.graph.consumers.get(waiting.pop(), ()):
-            if node.op_type in ("MatMul", "Gemm"):
-                return True
-            passes = node.op_type in ("Cast", "Identity", "Transpose") or _dequantizes(node, seen)
-            if passes and node.output and node.output[0] not in seen:
-                seen.add(node.output[0])
-                waiting.append(node.output[0])
-    return False
+    """Whether a matrix product reads a tensor, moved, cast or dequantized."""
+    return any(reader.node.op_type in PRODUCTS for reader in subject.graph.readers(tensor, SOURCE))

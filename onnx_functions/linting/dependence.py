@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
+from onnx_functions.graph.index import PRODUCTS, SOURCE, name_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import FP8Product, Product, Subject, name_of
+from onnx_functions.linting.subject import FP8Product, Product, Subject
 
 __all__ = ["RULES"]
 
@@ -57,9 +58,9 @@ def constant_activation(subject: Subject) -> Iterator[Hit]:
             yield Hit(f"quantizes {found}", name_of(node), node.input[0])
     products: list[Product | FP8Product] = [*subject.products, *subject.fp8_products]
     for product in products:
-        multiplies = product.node.op_type in ("MatMul", "Gemm") and product.index < 2 <= len(product.node.input)
+        multiplies = product.node.op_type in PRODUCTS and product.index < 2 <= len(product.node.input)
         other = product.node.input[1 - product.index] if multiplies else ""
-        if other and subject.graph.source(other) not in told and (found := _constant(subject, other)):
+        if other and subject.graph.to_source(other) not in told and (found := _constant(subject, other)):
             yield Hit(f"multiplies {found}", name_of(product.node), other)
 
 
@@ -77,19 +78,11 @@ def _constant(subject: Subject, tensor: str) -> str:
 
 def _multiplies_constants(subject: Subject, quantizer: NodeProto) -> bool:
     """Whether a QuantizeLinear ends in a product all of whose operands depend on no input."""
-    waiting, seen = [quantizer.output[0]], set[str]()
-    while waiting:
-        for node in subject.graph.consumers.get(waiting.pop(), ()):
-            if node.op_type in ("MatMul", "Gemm", "Conv"):
-                if not any(subject.dependence.by_values(name) for name in node.input[:2]):
-                    return True
-            elif node.op_type in _PASSED and node.output[0] not in seen:
-                seen.add(node.output[0])
-                waiting.append(node.output[0])
-    return False
-
-
-_PASSED = ("DequantizeLinear", "Cast", "Identity", "Transpose", "Reshape")
+    products = (reader.node for reader in subject.graph.readers(quantizer.output[0], SOURCE))
+    return any(
+        node.op_type in (*PRODUCTS, "Conv") and not any(map(subject.dependence.by_values, node.input[:2]))
+        for node in products
+    )
 
 
 def _origin(subject: Subject, tensor: str) -> str:

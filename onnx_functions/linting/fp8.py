@@ -8,10 +8,11 @@ from typing import Final
 
 from onnx import NodeProto, TensorProto
 
-from onnx_functions.graph.element_types import attributes_of
+from onnx_functions.graph.element_types import attributes_of, integer
 from onnx_functions.graph.external_data import type_name
+from onnx_functions.graph.index import PRODUCTS, name_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import FP8Product, Subject, integer, name_of
+from onnx_functions.linting.subject import FP8Product, Subject
 
 __all__ = ["RULES"]
 
@@ -92,10 +93,7 @@ def fp8_dequantize_scale(subject: Subject) -> Iterator[Hit]:
         own = _scale(quantizer)
         for node in subject.graph.consumers.get(quantizer.output[0], ()):
             read = _scale(node)
-            if node.op_type != "DequantizeLinear" or subject.constant(read) == subject.constant(own):
-                continue
-            value = subject.scalar(read)
-            if value is None or value != subject.scalar(own):
+            if node.op_type == "DequantizeLinear" and not subject.is_same_scale(read, own):
                 yield Hit(f"reads the scale {read}; {name_of(quantizer)} reads {own}", name_of(node), read)
 
 
@@ -142,9 +140,7 @@ def fp8_activation(subject: Subject) -> Iterator[Hit]:
         return
     for product in subject.fp8_products:
         node = product.node
-        if node.op_type not in ("MatMul", "Gemm") or product.index != 1:
-            continue
-        if subject.fp8_quantizer_of(node.input[0]) is None:
+        if product.multiplies and subject.fp8_quantizer_of(node.input[0]) is None:
             found = f"multiplies {node.input[0]}, which is not quantized to FP8"
             yield Hit(found, name_of(node), product.codes)
 
@@ -155,9 +151,9 @@ def fp8_weight_product(subject: Subject) -> Iterator[Hit]:
 
     Source: measured; a Mul by a scalar is folded into the scale.
     """
-    multiplied = {product.codes for product in subject.fp8_products if _multiplies(product.node, product.index)}
+    multiplied = {product.codes for product in subject.fp8_products if product.multiplies}
     for product in subject.fp8_products:
-        if product.codes not in multiplied and not _multiplies(product.node, product.index):
+        if product.codes not in multiplied and not product.multiplies:
             yield Hit(f"a {product.node.op_type} reads the dequantized weight", name_of(product.node), product.codes)
 
 
@@ -169,7 +165,7 @@ def fp8_idle(subject: Subject) -> Iterator[Hit]:
     """
     weights = {id(product.node) for product in subject.fp8_products}
     for node in subject.model.graph.node:
-        if node.op_type not in ("MatMul", "Gemm") or id(node) in weights:
+        if node.op_type not in PRODUCTS or id(node) in weights:
             continue
         quantizers = [subject.fp8_quantizer_of(tensor) for tensor in node.input[:2]]
         found = [quantizer for quantizer in quantizers if quantizer is not None]
@@ -216,10 +212,7 @@ def _scales(subject: Subject) -> Iterator[tuple[NodeProto, str]]:
 
 def _is_per_output(subject: Subject, product: FP8Product) -> bool:
     """Whether a weight's scales are one for each output: along its first axis [N, K], or its second [K, N]."""
-    turned = product.transposed % 2 == 1
-    if product.node.op_type == "Gemm":
-        turned ^= bool(integer(attributes_of(product.node), "transB", 0))
-    wanted, dims = (0 if turned else 1), subject.dims(product.codes)
+    wanted, dims = (0 if product.turned else 1), subject.dims(product.codes)
     axis = integer(attributes_of(product.values), "axis", 1) % max(len(dims), 1)
     scales = subject.dims(subject.constant(product.scale))
     return len(dims) == 2 and axis == wanted and scales == (dims[wanted],)
@@ -228,7 +221,3 @@ def _is_per_output(subject: Subject, product: FP8Product) -> bool:
 def _linears_behind(subject: Subject, quantizer: NodeProto) -> bool:
     """Whether a product with an FP8 weight reads what a quantizer gives."""
     return any(subject.fp8_quantizer_of(product.node.input[0]) is quantizer for product in subject.fp8_products)
-
-
-def _multiplies(node: NodeProto, index: int) -> bool:
-    return node.op_type in ("MatMul", "Gemm") and index == 1

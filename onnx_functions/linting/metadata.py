@@ -14,9 +14,10 @@ from fp4trt.families import FAMILIES, family_named
 from fp4trt.families.dim import BOUNDS, out_of_order
 from fp4trt.json_file import lists_of_strings, object_of, strings
 from onnx_functions.graph.external_data import type_name
+from onnx_functions.graph.index import name_of
 from onnx_functions.graph.stored_linears import FORMAT_OF
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, name_of
+from onnx_functions.linting.subject import Subject
 from onnx_functions.linting.weights import output_type
 
 __all__ = ["KEYS", "RULES"]

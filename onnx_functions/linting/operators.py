@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Final
 
-from onnx import AttributeProto, GraphProto, NodeProto, defs
+from onnx import AttributeProto, NodeProto, defs
 
-from onnx_functions.graph.element_types import attributes_of, opset_of
+from onnx_functions.graph.element_types import attributes_of, integer, opset_of
+from onnx_functions.graph.index import PRODUCTS, SOURCE, name_of
+from onnx_functions.graph.wires import nodes_with_inner
 from onnx_functions.linting.opset import OPSET
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, integer, name_of
+from onnx_functions.linting.subject import Subject
 
-__all__ = ["RULES", "form_faults", "graphs_of", "nodes_with_inner", "operator_form"]
+__all__ = ["RULES", "form_faults", "operator_form"]
 
 
 @rule("operator-form", "wrong", "export again; nothing else of the graph was judged")
@@ -53,7 +55,7 @@ def product_shapes(subject: Subject) -> Iterator[Hit]:
     Source: the ONNX specification.
     """
     for node in subject.model.graph.node:
-        if node.op_type not in ("MatMul", "Gemm"):
+        if node.op_type not in PRODUCTS:
             continue
         left, right = (subject.shapes.of(tensor) for tensor in node.input[:2])
         if not left or not right:
@@ -86,24 +88,8 @@ RULES = (operator_form, transpose_axes, product_shapes)
 
 _LEAST_INPUTS: Final = {"TRT_FP4DynamicQuantize": 2, "TRT_MXFP8DequantizeLinear": 2}
 """TensorRT's operators that the rules follow, which no schema describes."""
-_FOLLOWED: Final = ("Cast", "Identity", "Transpose", "Reshape", "DequantizeLinear", "MatMul", "Gemm")
+_FOLLOWED: Final = (*SOURCE, *PRODUCTS)
 """What the rules follow by its name in whatever domain it is."""
-
-
-def nodes_with_inner(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """Yield nodes, and those of their subgraphs."""
-    for node in nodes:
-        yield node
-        for graph in graphs_of(node):
-            yield from nodes_with_inner(graph.node)
-
-
-def graphs_of(node: NodeProto) -> Iterator[GraphProto]:
-    """Yield a node's own subgraphs."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
 
 
 class _Form:

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from onnx_functions.graph.external_data import Span
+from onnx_functions.graph.index import name_of
 from onnx_functions.layouts.readings import unswizzled
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, name_of
+from onnx_functions.linting.subject import Subject
 from onnx_functions.linting.values import inner_bytes
 
 __all__ = ["RULES", "explained", "threshold"]

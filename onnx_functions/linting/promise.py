@@ -9,9 +9,10 @@ from onnx import TensorProto, ValueInfoProto
 
 from fp4trt.families import family_named
 from onnx_functions.graph.external_data import type_name
+from onnx_functions.graph.index import CASTS, PRODUCTS, name_of
 from onnx_functions.linting.promised_tensors import product_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, name_of
+from onnx_functions.linting.subject import FP8Product, Product, Subject
 
 __all__ = ["RULES", "Tensor", "contract_of"]
 
@@ -62,15 +63,7 @@ def promised_fp4(subject: Subject) -> Iterator[Hit]:
 
     Source: measured: built without a word.
     """
-    quantized = {name_of(product.node) for product in subject.products}
-    for path in subject.promised.get("nvfp4", ()):
-        node = product_of(subject, path)
-        if node is not None and name_of(node) not in quantized:
-            source = subject.graph.source(node.input[1]) if len(node.input) > 1 else ""
-            stored = subject.constants.get(source)
-            found = f"its weight is {type_name(stored.data_type)}" if stored is not None else "its weight is not FP4"
-            if not (stored is not None and stored.data_type == TensorProto.FLOAT4E2M1):
-                yield Hit(f"{found}; promised in FP4", name_of(node), source)
+    yield from _in_another_format(subject, "nvfp4", "FP4")
 
 
 @rule("promised-fp8", "slow", "quantize it again, or export again: the promise is in the metadata")
@@ -79,15 +72,7 @@ def promised_fp8(subject: Subject) -> Iterator[Hit]:
 
     Source: measured: built without a word.
     """
-    quantized = {name_of(product.node) for product in subject.fp8_products}
-    quantized |= {name_of(product.node) for product in subject.products}  # another rule's
-    for path in subject.promised.get("fp8", ()):
-        node = product_of(subject, path)
-        if node is not None and name_of(node) not in quantized:
-            source = subject.graph.source(node.input[1]) if len(node.input) > 1 else ""
-            stored = subject.constants.get(source)
-            found = f"its weight is {type_name(stored.data_type)}" if stored is not None else "its weight is not FP8"
-            yield Hit(f"{found}; promised in FP8", name_of(node), source)
+    yield from _in_another_format(subject, "fp8", "FP8")
 
 
 @rule("promised-sixteen-bit", "wrong", "export again: the promise is in the metadata")
@@ -113,11 +98,11 @@ def unpromised_fp4(subject: Subject) -> Iterator[Hit]:
 
     Source: fp4trt export lists every linear; what is left out escapes the rules of the promise.
     """
-    listed = {f"{path}/{kind}" for paths in subject.promised.values() for path in paths for kind in ("MatMul", "Gemm")}
+    listed = {f"{path}/{kind}" for paths in subject.promised.values() for path in paths for kind in PRODUCTS}
     found = [(product.node, "FP4", product.chain.codes) for product in subject.products]
     found += [(product.node, "FP8", product.codes) for product in subject.fp8_products]
     for node, kind, codes in found if listed else ():
-        if node.op_type in ("MatMul", "Gemm") and node.name not in listed:
+        if node.op_type in PRODUCTS and node.name not in listed:
             yield Hit(f"multiplies by an {kind} weight, and is not promised", name_of(node), codes)
 
 
@@ -185,10 +170,25 @@ RULES = (
 )
 
 
+def _in_another_format(subject: Subject, kind: str, name: str) -> Iterator[Hit]:
+    """Yield the linears promised in a format whose weight is stored otherwise; in FP4 it is another rule's."""
+    products: list[Product | FP8Product] = [*subject.products, *(subject.fp8_products if kind == "fp8" else ())]
+    quantized = {name_of(product.node) for product in products}
+    for path in subject.promised.get(kind, ()):
+        node = product_of(subject, path)
+        if node is None or name_of(node) in quantized:
+            continue
+        source = subject.graph.to_source(node.input[1]) if len(node.input) > 1 else ""
+        stored = subject.constants[source].data_type if source in subject.constants else None
+        if stored != TensorProto.FLOAT4E2M1:
+            found = f"not {name}" if stored is None else type_name(stored)
+            yield Hit(f"its weight is {found}; promised in {name}", name_of(node), source)
+
+
 def _width(subject: Subject, output: str) -> int | None:
     """Return the last axis of an output by the product that gives it, None where no product does, through its bias."""
     node = subject.graph.producer.get(output)
-    while node is not None and node.op_type in ("Cast", "Identity", "Add"):
+    while node is not None and node.op_type in (*CASTS, "Add"):  # a move could change the last axis
         inner = [name for name in node.input if not subject.constant(name)]
         node = subject.graph.producer.get(inner[0]) if len(inner) == 1 else None
     if node is None or node.op_type != "MatMul":

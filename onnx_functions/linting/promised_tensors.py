@@ -10,6 +10,7 @@ from onnx import NodeProto
 
 from fp4trt.errors import BadGraph
 from onnx_functions.graph.branches import BRANCH_ADD, FACTORS, SMOOTHING, find_branch, find_smoothing
+from onnx_functions.graph.index import ALIASES, PRODUCTS
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import FP8Product, Product, Subject
 
@@ -46,7 +47,7 @@ def promised_bias(subject: Subject) -> Iterator[Hit]:
     """
     yield from _strangers(subject, ("bias",))
     for path in dict.fromkeys(path for paths in subject.promised.values() for path in paths):
-        if (count := _count_readers(subject, f"{path}.bias")) > 1:
+        if (count := sum(1 for _ in subject.graph.readers(f"{path}.bias", ALIASES))) > 1:
             yield Hit(f"{path}.bias is read {count} times; expected once", f"{path}/Add", f"{path}.bias")
 
 
@@ -85,13 +86,13 @@ def promised_branch(subject: Subject) -> Iterator[Hit]:
             continue
         enters = quantizer.input[0] if quantizer is not None else node.input[0]
         try:
-            branch = find_branch(path, node, graph.nodes, graph.producer, graph.initializers)
+            branch = find_branch(graph, path, node)
         except BadGraph as error:
             yield Hit(str(error), node.name)
             continue
         if branch is not None and branch.input != enters:
             yield Hit(f"reads {branch.input}, the quantizer {enters}", branch.products[0], branch.factors[0])
-        smoother = find_smoothing(enters, graph.producer, graph.initializers)
+        smoother = find_smoothing(graph, enters)
         reads = {SMOOTHING: smoother.input[1] if smoother is not None else ""}
         reads |= zip(FACTORS, branch.factors if branch is not None else ("", ""), strict=True)
         for part, tensor in reads.items():
@@ -108,7 +109,7 @@ RULES = (promised_weight, promised_scale, promised_bias, promised_branch, module
 def product_of(subject: Subject, path: str) -> NodeProto | None:
     """Return the product of a promised linear, None where the graph has none under its name."""
     node = subject.graph.nodes.get(f"{path}/MatMul") or subject.graph.nodes.get(f"{path}/Gemm")
-    return node if node is not None and node.op_type in ("MatMul", "Gemm") else None
+    return node if node is not None and node.op_type in PRODUCTS else None
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _groups_of(subject: Subject) -> dict[str, list[str]]:
 def _reads(subject: Subject, node: NodeProto, product: Product | FP8Product | None) -> Iterator[_Read]:
     """Yield what a product reads, as far as it can be followed to constants."""
     if product is None:
-        source = subject.constant(subject.graph.source(node.input[1]))
+        source = subject.constant(subject.graph.to_source(node.input[1]))
         if source:
             yield _Read("weight", source)
     else:
@@ -181,18 +182,6 @@ def _parts_of(product: Product | FP8Product) -> dict[str, str]:
     chain = product.chain
     scales = {"weight_scale": chain.block_scales, "weight_scale_2": chain.global_scale}
     return {"weight": chain.codes, **(scales if chain.scales is not None else {})}
-
-
-def _count_readers(subject: Subject, tensor: str) -> int:
-    """Return how many inputs of nodes are a tensor, through Identity nodes."""
-    waiting, count = [tensor], 0
-    while waiting:
-        for node in subject.graph.consumers.get(waiting.pop(), ()):
-            if node.op_type == "Identity":
-                waiting.append(node.output[0])
-            else:
-                count += 1
-    return count
 
 
 def _bias(subject: Subject, node: NodeProto) -> str:

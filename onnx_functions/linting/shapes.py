@@ -5,7 +5,6 @@ What a graph declares of its inner tensors may be of another hand than its data,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Final
 
@@ -13,14 +12,17 @@ import onnx
 from onnx import NodeProto, ValueInfoProto, helper
 
 from onnx_functions.graph.element_types import attributes_of
-from onnx_functions.graph.linears import QUANTIZER, Graph
+from onnx_functions.graph.index import CASTS, Index
+from onnx_functions.library import ACTIVATION_PLACEHOLDER, FP8_QUANTIZER, QUANTIZER, WEIGHT_PLACEHOLDER
 
 __all__ = ["Shape", "Shapes"]
 
 Shape = tuple[int | None, ...]
 """Sizes; None where one is not fixed."""
 
-_SAME_SHAPE: Final = ("Cast", "Identity", "DequantizeLinear", "QuantizeLinear")
+_SAME_SHAPE: Final = (*CASTS, "DequantizeLinear", FP8_QUANTIZER, QUANTIZER, WEIGHT_PLACEHOLDER, ACTIVATION_PLACEHOLDER)
+"""Operators whose first output has the shape of what they read; what a quantizer gives counts as what it reads."""
+
 _LARGEST_TO_INFER: Final = 64 << 20
 """Bytes of a graph, its own data counted, whose shapes are inferred where they are needed and not declared."""
 
@@ -28,11 +30,10 @@ _LARGEST_TO_INFER: Final = 64 << 20
 class Shapes:
     """Shapes by tensor; what a graph does not declare is inferred once, when it is asked for."""
 
-    def __init__(self, model: onnx.ModelProto, graph: Graph, stored: Mapping[str, tuple[int, ...]]) -> None:
-        self._model = model
+    def __init__(self, graph: Index) -> None:
+        self._model = graph.model
         self._graph = graph
-        self._stored = stored
-        self._found: dict[str, Shape | None] = {}
+        self._found: dict[str, Shape | None] = {name: tuple(tensor.dims) for name, tensor in graph.constants.items()}
 
     @cached_property
     def declared(self) -> dict[str, Shape]:
@@ -44,9 +45,7 @@ class Shapes:
         above: list[tuple[str, NodeProto]] = []
         while tensor not in self._found:
             node = self._graph.producer.get(tensor)
-            if tensor in self._stored:
-                self._found[tensor] = self._stored[tensor]
-            elif node is None or not _keeps_shape(node, tensor):
+            if node is None or not _keeps_shape(node, tensor):
                 declared = self.declared.get(tensor)
                 self._found[tensor] = self._inferred.get(tensor) if declared is None else declared
             else:
@@ -83,7 +82,7 @@ def _without_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
 def _keeps_shape(node: NodeProto, tensor: str) -> bool:
     """Whether a tensor has the shape of its node's first input, or that in another order of axes."""
     first = bool(node.input) and node.output[0] == tensor
-    return first and node.op_type in (*_SAME_SHAPE, "Transpose", QUANTIZER)
+    return first and node.op_type in (*_SAME_SHAPE, "Transpose")
 
 
 def _moved(shape: Shape | None, node: NodeProto) -> Shape | None:

@@ -9,16 +9,15 @@ from typing import Final
 import onnx
 from onnx import GraphProto, NodeProto, defs
 
-from onnx_functions.graph.element_types import attributes_of
-from onnx_functions.library import TRT_DOMAIN
-from onnx_functions.linting.operators import graphs_of, nodes_with_inner
+from onnx_functions.graph.element_types import attributes_of, integer
+from onnx_functions.graph.index import name_of
+from onnx_functions.graph.wires import bodies_of, outer_reads
+from onnx_functions.library import ACTIVATION_PLACEHOLDER, TRT_DOMAIN, WEIGHT_PLACEHOLDER
 from onnx_functions.linting.opset import OLDEST, OPSET, differing_nodes, opset_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Subject, integer, name_of
+from onnx_functions.linting.subject import Subject
 
 __all__ = ["RULES", "tensor_order"]
-
-_PLACEHOLDERS = ("TRT_FP4QDQ", "TRT_FP4DynamicQDQ")
 
 
 @rule("opset", "wrong", "export again at opset 23")
@@ -102,7 +101,7 @@ def placeholder(subject: Subject) -> Iterator[Hit]:
     Source: measured: refused by the parser.
     """
     for node in subject.model.graph.node:
-        if node.op_type in _PLACEHOLDERS:
+        if node.op_type in (WEIGHT_PLACEHOLDER, ACTIVATION_PLACEHOLDER):
             yield Hit(f"a {node.op_type} is left in the graph", name_of(node), node.input[0] if node.input else "")
 
 
@@ -150,7 +149,7 @@ def _out_of_order(graph: GraphProto, outside: set[str]) -> Iterator[Hit]:
         for name in node.input:
             if name and name not in own and name not in outside:
                 yield Hit(f"reads {name}, which nothing before it gives", name_of(node), name)
-        for body in graphs_of(node):
+        for body in bodies_of(node):
             yield from _out_of_order(body, own | outside)
         for name in node.output:
             if name and name in own:
@@ -181,9 +180,7 @@ def dead_initializer(subject: Subject) -> Iterator[Hit]:
     Source: TensorRT-RTX drops it.
     """
     read = {value.name for value in subject.model.graph.output}
-    for node in nodes_with_inner(subject.model.graph.node):
-        read.update(node.input)
-        read.update(value.name for inner in graphs_of(node) for value in inner.output)
+    read.update(name for node in subject.model.graph.node for name in outer_reads(node))
     for name in subject.graph.initializers:
         if name not in read:
             yield Hit("nothing reads this initializer", tensor=name)
@@ -199,9 +196,7 @@ def fp8_attention(subject: Subject) -> Iterator[Hit]:
         if node.op_type != "Attention":
             continue
         for name in node.input[:3]:
-            above = subject.graph.producer.get(name)
-            while above is not None and above.op_type in ("Cast", "Identity", "Transpose", "Reshape"):
-                above = subject.graph.producer.get(above.input[0])
+            above = subject.graph.producer.get(subject.graph.through_moves(name))
             if above is not None and above.op_type == "DequantizeLinear":
                 yield Hit(f"reads {name}, which {name_of(above)} dequantizes", name_of(node), name)
 

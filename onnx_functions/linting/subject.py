@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,9 @@ from fp4trt.safetensors_header import HeldTensor, tensors_in_file
 from onnx_functions.graph.baked import Baked, baked_sizes
 from onnx_functions.graph.checkpoint_beside import CheckpointBeside, checkpoint_beside
 from onnx_functions.graph.dependence import Dependence, dependences
-from onnx_functions.graph.element_types import attributes_of
 from onnx_functions.graph.external_data import BadSpan, Span, nbytes_of, span_of
-from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER, Graph, gives_fp8, metadata_of
+from onnx_functions.graph.index import MOVES, RESHAPES, Index, Reader, exchanges_axes
+from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER, gives_fp8, metadata_of
 from onnx_functions.linting.shapes import Shapes
 from onnx_functions.linting.values import Values, read_values
 
@@ -30,12 +29,7 @@ __all__ = [
     "Product",
     "Subject",
     "WeightChain",
-    "exchanges_axes",
-    "integer",
-    "name_of",
 ]
-
-PASS_THROUGH = ("Cast", "Identity", "Transpose")
 
 
 @dataclass(frozen=True)
@@ -72,22 +66,16 @@ class ActivationChain:
 
 
 @dataclass(frozen=True)
-class Product:
-    """What reads an FP4 weight at the end of its chain: `transposed` after how many exchanges of the axes."""
+class Product(Reader):
+    """What reads an FP4 weight at the end of its chain."""
 
-    node: NodeProto
-    index: int
-    transposed: int
     chain: WeightChain
 
 
 @dataclass(frozen=True)
-class FP8Product:
-    """What reads an FP8 weight that `values` dequantizes under `scale`; `transposed` as in `Product`."""
+class FP8Product(Reader):
+    """What reads an FP8 weight that `values` dequantizes under `scale`."""
 
-    node: NodeProto
-    index: int
-    transposed: int
     values: NodeProto
     codes: str
     scale: str
@@ -101,18 +89,14 @@ class Subject:
     model: onnx.ModelProto
 
     @cached_property
-    def graph(self) -> Graph:
+    def graph(self) -> Index:
         """The index over nodes and tensors."""
-        return Graph(self.model)
+        return Index(self.model)
 
-    @cached_property
+    @property
     def constants(self) -> dict[str, TensorProto]:
         """Initializers and the values of Constant nodes."""
-        found = dict(self.graph.initializers)
-        for node in self.model.graph.node:
-            if node.op_type == "Constant" and isinstance(value := attributes_of(node).get("value"), TensorProto):
-                found[node.output[0]] = value
-        return found
+        return self.graph.constants
 
     @cached_property
     def checkpoint(self) -> CheckpointBeside | None:
@@ -163,7 +147,7 @@ class Subject:
     @cached_property
     def shapes(self) -> Shapes:
         """The tensors' shapes, as far as the graph gives them."""
-        return Shapes(self.model, self.graph, {name: tuple(tensor.dims) for name, tensor in self.constants.items()})
+        return Shapes(self.graph)
 
     @cached_property
     def dependence(self) -> Dependence:
@@ -218,25 +202,25 @@ class Subject:
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
-        """What reads the FP4 weights, through casts and transposes."""
+        """What reads the FP4 weights, cast and moved: a move that changes the last axis is such a reader too."""
         return tuple(
-            Product(node, index, transposed, chain)
+            Product(**vars(reader), chain=chain)
             for chain in self.weights
-            for node, index, transposed in self._readers(chain.values.output[0], 0)
+            for reader in self.graph.readers(chain.values.output[0], MOVES, self._changes_last_axis)
         )
 
     @cached_property
     def fp8_products(self) -> tuple[FP8Product, ...]:
         """What reads the FP8 weights; not the block scales of FP4, which dequantize codes."""
-        found = []
-        for values in self.model.graph.node:
-            codes = self.constant(values.input[0]) if values.op_type == "DequantizeLinear" else ""
-            if not codes or self.constants[codes].data_type != TensorProto.FLOAT8E4M3FN:
-                continue
-            for node, index, transposed in self._readers(values.output[0], 0):
-                if (node.op_type, index) != ("DequantizeLinear", 1):
-                    found.append(FP8Product(node, index, transposed, values, codes, values.input[1]))
-        return tuple(found)
+        nodes = (node for node in self.model.graph.node if node.op_type == "DequantizeLinear")
+        weights = ((node, codes) for node in nodes if (codes := self.constant(node.input[0])))
+        return tuple(
+            FP8Product(**vars(reader), values=node, codes=codes, scale=node.input[1])
+            for node, codes in weights
+            if self.constants[codes].data_type == TensorProto.FLOAT8E4M3FN
+            for reader in self.graph.readers(node.output[0], MOVES)
+            if (reader.node.op_type, reader.index) != ("DequantizeLinear", 1)
+        )
 
     @cached_property
     def fp8_quantizers(self) -> tuple[NodeProto, ...]:
@@ -246,37 +230,54 @@ class Subject:
 
     def fp8_quantizer_of(self, tensor: str) -> NodeProto | None:
         """Return the QuantizeLinear to FP8 whose dequantized codes a tensor is, None where there is none."""
-        node = self.graph.producer.get(self.graph.source(tensor))
+        node = self.graph.producer.get(self.graph.to_source(tensor))
         return node if node is not None and any(node is found for found in self.fp8_quantizers) else None
 
     def constant(self, tensor: str) -> str:
         """Return the constant that a tensor is, through Identity nodes; "" where it is none."""
-        while tensor not in self.constants:
-            node = self.graph.producer.get(tensor)
-            if node is None or node.op_type != "Identity":
-                return ""
-            tensor = node.input[0]
-        return tensor
+        return self.graph.constant(tensor)
 
     def scalar(self, tensor: str) -> float | None:
         """Return the value of a constant of one element, None where it is none or cannot be read."""
         found = self.values.get(self.constant(tensor))
         return found.scalar if found else None
 
+    def is_same_scale(self, one: str, other: str) -> bool:
+        """Whether two tensors are one constant, or two of one equal element."""
+        value = self.scalar(one)
+        return self.constant(one) == self.constant(other) or (value is not None and value == self.scalar(other))
+
     def dims(self, tensor: str) -> tuple[int, ...]:
         """Return a constant's shape."""
         return tuple(self.constants[tensor].dims)
 
     def quantizer_of(self, tensor: str) -> NodeProto | None:
-        """Return the activation quantizer whose dequantized codes a tensor is, None where there is none."""
-        node = self.graph.producer.get(self.graph.source(tensor))
-        return node if node is not None and node.op_type == QUANTIZER else None
+        """Return the activation quantizer whose dequantized codes a tensor is, None where there is none.
+
+        None too where a move on the way changes the last axis: then FP4 is lost.
+        """
+        node = self.graph.producer.get(self.graph.to_source(tensor))
+        if node is None or node.op_type != QUANTIZER:
+            return None
+        passed = self.graph.chain(tensor)
+        broken = sum(map(exchanges_axes, passed)) % 2 or any(map(self._changes_last_axis, passed))
+        return None if broken else node
+
+    def _changes_last_axis(self, node: NodeProto) -> bool:
+        """Whether a node gives a tensor another last axis, or one that is not known, in which blocks of FP4 break up.
+
+        Source: measured; in FP8, with one scale for the whole tensor, nothing is lost.
+        """
+        if node.op_type not in RESHAPES:
+            return False
+        before, after = (self.shapes.of(name) for name in (node.input[0], node.output[0]))
+        return not (before and after and before[-1] is not None and before[-1] == after[-1])
 
     def _weight_chain(self, node: NodeProto) -> WeightChain | None:
         codes = self.constant(node.input[0])
         if not codes:
             return None
-        scales = self._past_casts(node.input[1])
+        scales = self.graph.producer.get(self.graph.through_casts(node.input[1]))
         double = scales is not None and scales.op_type == "DequantizeLinear" and len(scales.input) > 1
         if self.constants[codes].data_type != TensorProto.FLOAT4E2M1 and not double:
             return None
@@ -285,43 +286,8 @@ class Subject:
             return WeightChain(node, codes, scales, self.constant(scales.input[0]), scales.input[1])
         return WeightChain(node, codes, None, self.constant(node.input[1]), "")
 
-    def _past_casts(self, tensor: str) -> NodeProto | None:
-        node = self.graph.producer.get(tensor)
-        while node is not None and node.op_type in ("Cast", "Identity"):
-            node = self.graph.producer.get(node.input[0])
-        return node
-
     def _dequantizers(self, tensor: str) -> tuple[NodeProto, ...]:
         return tuple(node for node in self.graph.consumers.get(tensor, ()) if node.op_type == "DequantizeLinear")
-
-    def _readers(self, tensor: str, transposed: int) -> Iterator[tuple[NodeProto, int, int]]:
-        waiting = [(tensor, transposed)]
-        while waiting:
-            tensor, transposed = waiting.pop(0)
-            for node in self.graph.consumers.get(tensor, ()):
-                if node.op_type in PASS_THROUGH:
-                    waiting.append((node.output[0], transposed + exchanges_axes(node)))
-                else:
-                    yield node, list(node.input).index(tensor), transposed
-
-
-def exchanges_axes(node: NodeProto) -> bool:
-    """Return whether a node exchanges the last two axes of what it reads: a Transpose whose permutation does that."""
-    if node.op_type != "Transpose":
-        return False
-    permutation = attributes_of(node).get("perm")
-    return not isinstance(permutation, list) or list(permutation[-2:]) == [len(permutation) - 1, len(permutation) - 2]
-
-
-def name_of(node: NodeProto) -> str:
-    """Return a node's name, or that of its first output where it has none."""
-    return node.name or (f"(node of {node.output[0]})" if node.output else f"({node.op_type})")
-
-
-def integer(attributes: Mapping[str, object], name: str, default: int) -> int:
-    """Return an integer attribute."""
-    value = attributes.get(name, default)
-    return value if isinstance(value, int) else default
 
 
 def _header(file: Path) -> dict[str, HeldTensor] | None:

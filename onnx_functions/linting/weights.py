@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from onnx import NodeProto, TensorProto
 
-from onnx_functions.graph.element_types import attributes_of
+from onnx_functions.graph.element_types import attributes_of, integer
 from onnx_functions.graph.external_data import type_name
+from onnx_functions.graph.index import ALIASES, name_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import Product, Subject, WeightChain, integer, name_of
+from onnx_functions.linting.subject import Product, Subject, WeightChain
 
 __all__ = ["RULES", "output_type"]
 
@@ -140,13 +141,11 @@ def weight_output_type(subject: Subject) -> Iterator[Hit]:
 
     Source: measured.
     """
-    pairs = [(chain.values, chain.scales) for chain in subject.weights]
-    pairs += [
-        (values, subject.graph.producer.get(values.input[1]))
-        for chain in subject.activations
-        for values in chain.values
-    ]
-    for values, scales in pairs:
+    found = [chain.values for chain in subject.weights]
+    found += [values for chain in subject.activations for values in chain.values]
+    for values in found:
+        # A Cast in between gives them one type.
+        scales = subject.graph.producer.get(subject.graph.through(values.input[1], ALIASES))
         if scales is None or scales.op_type != "DequantizeLinear":
             continue
         second = integer(attributes_of(values), "output_dtype", 0)
@@ -225,9 +224,6 @@ def output_type(subject: Subject, scales: NodeProto) -> int:
 
 def _fault(product: Product) -> str | None:
     """Return what keeps a reader of a weight from being an FP4 GEMM, None where nothing does."""
-    node, turned = product.node, product.transposed % 2 == 1
-    if node.op_type not in ("MatMul", "Gemm") or product.index != 1:
-        return f"a {node.op_type} reads the dequantized weight"
-    if node.op_type == "Gemm":
-        turned ^= bool(integer(attributes_of(node), "transB", 0))
-    return None if turned else "reads the weight [N, K] without its transposition"
+    if not product.multiplies:
+        return f"a {product.node.op_type} reads the dequantized weight"
+    return None if product.turned else "reads the weight [N, K] without its transposition"

@@ -13,7 +13,7 @@ import onnx
 from fp4trt.errors import BadGraph
 from onnx_functions.graph.attentions import Attention, Operand, find_attentions, promised_attentions
 from onnx_functions.graph.cut import cut
-from onnx_functions.graph.linears import Graph
+from onnx_functions.graph.index import Index
 from onnx_functions.simulation.simulate import runtime_session, simulate
 from onnx_functions.validation.verdict import FloatArray, Gate, gate_of_offenders, relative_l2
 
@@ -108,7 +108,7 @@ def attention_promise_gate(model: onnx.ModelProto, held: Collection[str] | None)
         held: module paths of the attentions that the checkpoint has in FP8; None where it does not say.
     """
     promised = promised_attentions(model)
-    written = {attention.path: attention for attention in find_attentions(Graph(model))}
+    written = {attention.path: attention for attention in find_attentions(Index(model))}
     known = dict.fromkeys((*promised, *(held or ()), *(path for path, one in written.items() if one.in_fp8)))
     if not known:
         return None

@@ -19,7 +19,8 @@ import torch
 
 from calibration.by_block.progress import BlockCheckpoint, finished_blocks
 from onnx_functions.graph.attentions import Attention, find_attentions
-from onnx_functions.graph.linears import Graph, Linear
+from onnx_functions.graph.index import Index
+from onnx_functions.graph.linears import Linear
 from onnx_functions.validation import teacher_gates
 from onnx_functions.validation.attention_gates import AttentionForced, compare_attention
 from onnx_functions.validation.block_structure import block_structure, entering, output_key
@@ -90,7 +91,7 @@ class Task:
 
     @cached_property
     def _attentions(self) -> tuple[Attention, ...]:
-        return find_attentions(Graph(self.graph))
+        return find_attentions(Index(self.graph))
 
     def attentions(self, block: str) -> list[Attention]:
         """Return the attentions of a block that are written out."""
@@ -201,7 +202,7 @@ class _Checker:
         blocks = self._task.held.blocks
         last = blocks[blocks.index(block) - 1] if block else blocks[-1]
         leaving = {int(place): name for place, name in result["structure"]["leaving"].items()}
-        return entering(Graph(self._task.graph), leaving, checked, last)
+        return entering(Index(self._task.graph), leaving, checked, last)
 
 
 def _run(walk: Walk, block: str, calls: Sequence[tuple[Inputs, Outputs]]) -> Iterator[tuple[Values, Outputs]]:

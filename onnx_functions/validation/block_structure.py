@@ -18,7 +18,8 @@ from onnx import TensorProto
 from fp4trt.errors import BadGraph
 from onnx_functions.graph.cut import cut
 from onnx_functions.graph.element_types import element_types
-from onnx_functions.graph.linears import Graph, Linear
+from onnx_functions.graph.index import Index
+from onnx_functions.graph.linears import Linear
 from onnx_functions.validation.structure_gates import Run, Tap, structure_gate, taps_of
 from onnx_functions.validation.teacher_gates import block_of
 from onnx_functions.validation.verdict import FloatArray, Gate, relative_l2
@@ -70,7 +71,7 @@ def block_structure(
     Raises:
         BadGraph, or what ONNX Runtime raises: the piece cannot be cut out or run.
     """
-    index = Graph(model)
+    index = Index(model)
     outputs = [] if block else [value.name for value in model.graph.output]
     candidates = _leaving(model, index, block) if block else []
     fed = runs[0].inputs
@@ -91,7 +92,7 @@ def block_structure(
     return BlockStructure(gate, errors, leaving)
 
 
-def entering(index: Graph, leaving: Mapping[int, str], checked: str, before: str) -> dict[int, str]:
+def entering(index: Index, leaving: Mapping[int, str], checked: str, before: str) -> dict[int, str]:
     """Return the tensors that leave the block before, given those that leave the last block that was checked.
 
     Raises:
@@ -106,7 +107,7 @@ def entering(index: Graph, leaving: Mapping[int, str], checked: str, before: str
     return names
 
 
-def _leaving(model: onnx.ModelProto, index: Graph, block: str) -> list[str]:
+def _leaving(model: onnx.ModelProto, index: Index, block: str) -> list[str]:
     """Return the floating-point tensors that the block's nodes make and other nodes read."""
     types = element_types(model)
     inside = [node for node in model.graph.node if _block(node) == block]

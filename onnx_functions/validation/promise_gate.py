@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from fp4trt.errors import BadGraph
+from onnx_functions.graph.index import PRODUCTS, Index
 from onnx_functions.graph.linears import Graph, promised_linears
 from onnx_functions.validation.verdict import Gate, gate_of_offenders
 
@@ -45,10 +46,10 @@ def promise_gate(model: onnx.ModelProto, quantized: Mapping[str, str], linears: 
 
 def _quantized_products(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
     """Yield path (or node name) and format of the products whose weight is stored as codes."""
-    graph = Graph(model)
+    graph = Index(model)
     for node in model.graph.node:
-        if node.op_type in ("MatMul", "Gemm") and len(node.input) > 1:
-            stored = graph.initializers.get(graph.source(node.input[1]))
+        if node.op_type in PRODUCTS and len(node.input) > 1:
+            stored = graph.stored(node.input[1])
             if stored is not None and stored.data_type in _FORMATS:
                 yield node.name.removesuffix(f"/{node.op_type}") or node.output[0], _FORMATS[stored.data_type]
 
@@ -81,7 +82,7 @@ def _against_graph(
         except BadGraph as error:
             yield path, str(error)
             continue
-        stored = _FORMATS.get(graph.initializers[linear.weight_source].data_type)
+        stored = _FORMATS.get(graph.constants[linear.weight_source].data_type)
         read = linear.quantizer.format if linear.quantizer is not None else None
         if stored != wanted:
             told = f"not {_NAMES[wanted]}" if wanted else _NAMES[stored or ""]

@@ -14,7 +14,8 @@ import onnx
 from onnx import TensorProto
 
 from onnx_functions.graph.cut import cut
-from onnx_functions.graph.linears import Graph, Linear
+from onnx_functions.graph.index import Index
+from onnx_functions.graph.linears import Linear
 from onnx_functions.simulation.simulate import runtime_session, simulate
 from onnx_functions.validation.verdict import (
     FloatArray,
@@ -98,7 +99,7 @@ def taps_of(model: onnx.ModelProto, linears: Sequence[Linear], outputs: Sequence
 
 
 def _in_order(model: onnx.ModelProto, taps: Sequence[Tap]) -> list[Tap]:
-    graph = Graph(model)
+    graph = Index(model)
 
     def position(tap: Tap) -> int:
         node = graph.producer.get(tap.tensor)
@@ -114,7 +115,7 @@ def module_taps(model: onnx.ModelProto, keys: Collection[tuple[str, str]]) -> li
     taken to be its input and output. That holds for norms and activations but is no promise of the exporter,
     so these taps only narrow down a divergence that others found.
     """
-    graph = Graph(model)
+    graph = Index(model)
     inside: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         inside.setdefault(node.name.rpartition("/")[0], []).append(node)
@@ -254,7 +255,7 @@ def _outputs(session: ort.InferenceSession, run: Run) -> dict[str, FloatArray]:
 
 def _unreached(model: onnx.ModelProto, tap: Tap, shape: str, agreeing: Sequence[str], reason: str) -> Gate:
     """Return the failed gate for a graph that breaks off before a tap."""
-    suspects = _suspects(Graph(model), tap.tensor, set(agreeing))
+    suspects = _suspects(Index(model), tap.tensor, set(agreeing))
     told = f"{tap.label} ({tap.tensor}) cannot be computed at {shape}: {reason}; nodes: {', '.join(suspects[:8])}"
     return Gate("structure", False, float("inf"), STRUCTURE_LIMIT, told, tuple(suspects))
 
@@ -272,7 +273,7 @@ def _divergence(
     model: onnx.ModelProto, tap: Tap, error: float, limit: float, shape: str, agreeing: Sequence[str]
 ) -> Gate:
     """Return the failed gate for the first diverging tensor, naming the nodes that can have caused it."""
-    graph = Graph(model)
+    graph = Index(model)
     node = graph.producer.get(tap.tensor)
     maker = f"node {node.name}" if node is not None else f"initializer {tap.tensor}"
     suspects = _suspects(graph, tap.tensor, set(agreeing))
@@ -289,19 +290,12 @@ def _divergence(
     return Gate("structure", False, error, limit, detail, (*first, *others))
 
 
-def _suspects(graph: Graph, tensor: str, agreeing: set[str]) -> list[str]:
+def _suspects(graph: Index, tensor: str, agreeing: set[str]) -> list[str]:
     """Return the nodes between tensors that agree and one that does not, the nearest to it first."""
-    wanted, seen = [tensor], dict[str, None]()
-    while wanted:
-        node = graph.producer.get(wanted.pop(0))
-        if node is None or node.name in seen:
-            continue
-        seen[node.name] = None
-        wanted.extend(name for name in node.input if name and name not in agreeing)
-    return sorted(seen, key=lambda name: -graph.order[name])
+    return [node.name for node in reversed(graph.above(tensor, until=agreeing))]
 
 
-def _reads_constant_alone(graph: Graph, name: str) -> bool:
+def _reads_constant_alone(graph: Index, name: str) -> bool:
     """Return whether a node brings in floats that neither the checkpoint nor an input of the graph gave."""
     node = graph.nodes[name]
     if node.op_type == "Constant":
@@ -345,7 +339,7 @@ def end_to_end_gate(
     error = relative_l2(found, run.values["", "output"])
     detail = f"relative L2 {error:.3g} between ONNX Runtime and torch at {run.shape}"
     name = model.graph.output[0].name
-    node = Graph(model).producer[name].name
+    node = Index(model).producer[name].name
     if error <= limit:
         return Gate("end to end", True, error, limit, detail)
     return Gate("end to end", False, error, limit, f"{name}, of node {node}: {detail}", (node,))

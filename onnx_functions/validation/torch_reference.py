@@ -33,7 +33,8 @@ from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor
 from onnx_functions.graph.external_data import array_of
-from onnx_functions.graph.linears import Graph, Linear, metadata_of, promised_linears
+from onnx_functions.graph.index import Index
+from onnx_functions.graph.linears import Linear, metadata_of, promised_linears
 from onnx_functions.validation import weight_gates
 from onnx_functions.validation.attention_gates import AttentionTeacher
 from onnx_functions.validation.reference_sizes import refuse_other_sizes
@@ -321,7 +322,7 @@ def teacher_of(
     Raises:
         BadGraph: a quantizer's scale is no initializer.
     """
-    index = Graph(graph)
+    index = Index(graph)
     scales: dict[str, np.float32] = {}
     smoothings: dict[str, FloatArray] = {}
     for linear in linears:
@@ -331,7 +332,7 @@ def teacher_of(
             continue
         stored = held.checkpoint.tensors.get(f"{linear.path}.input_scale")
         # A 16-bit reference knows no activation scales: then the graph's own are taken.
-        own = index.initializers.get(linear.quantizer.scale)
+        own = index.constants.get(linear.quantizer.scale)
         if stored is None and own is None:
             raise BadGraph(f"node {linear.quantizer.node} reads a scale that is no initializer; export the graph again")
         value = held.raw(f"{linear.path}.input_scale") if stored else array_of(own, folder) if own else None
@@ -371,8 +372,8 @@ def _multiply(x: npt.NDArray[Any], weight: FloatArray, bias: FloatArray | None =
     return nn.functional.linear(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(weight), added).numpy()
 
 
-def _smoothing(linear: Linear, held: Reference, index: Graph, folder: Path) -> FloatArray | None:
+def _smoothing(linear: Linear, held: Reference, index: Index, folder: Path) -> FloatArray | None:
     """Return what the input of a linear is multiplied by, as the reference has it, or, in 16 bit, as the graph has."""
     if held.quantized:
         return _round(held.raw(f"{linear.path}.{SMOOTHING}")) if held.checkpoint.is_smoothed(linear.path) else None
-    return None if linear.smoothing is None else _round(array_of(index.initializers[linear.smoothing], folder))
+    return None if linear.smoothing is None else _round(array_of(index.constants[linear.smoothing], folder))

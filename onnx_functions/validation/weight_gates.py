@@ -21,6 +21,7 @@ from fp4trt.errors import BadGraph
 from onnx_functions.graph.branches import FACTORS, SMOOTHING, effective_weight
 from onnx_functions.graph.cut import cut
 from onnx_functions.graph.external_data import array_of, span_of
+from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Graph, Linear, declared_groups
 from onnx_functions.simulation.simulate import runtime_session, simulate
 from onnx_functions.validation.verdict import FloatArray, Gate, gate_of_offenders, relative_l2, skipped
@@ -115,13 +116,13 @@ def graph_weights(
     model: onnx.ModelProto, directory: Path, linears: Sequence[Linear]
 ) -> Iterator[tuple[Linear, FloatArray]]:
     """Yield each linear's weight [N, K], FP32, as ONNX Runtime hands it to the MatMul; bounded memory."""
-    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    constants = Index(model).constants
     chunk: list[Linear] = []
     held = 0
     with click.progressbar(length=len(linears), label="weights", file=sys.stderr, show_eta=True) as bar:
         for index, linear in enumerate(linears):
             chunk.append(linear)
-            held += 4 * int(np.prod(dims[linear.weight_source]))
+            held += 4 * int(np.prod(constants[linear.weight_source].dims))
             if held < CHUNK_BYTES and index + 1 < len(linears):
                 continue
             names = list(dict.fromkeys(member.weight for member in chunk))
@@ -135,7 +136,7 @@ def graph_weights(
 
 def weights_gate(model: onnx.ModelProto, directory: Path, reference: Reference, linears: Sequence[Linear]) -> Gate:
     """Check that each MatMul's weight is, bit for bit, the reference's weight of that linear."""
-    dims = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    dims = {name: tuple(tensor.dims) for name, tensor in Index(model).constants.items()}
     offenders, differing, elements = [], 0, 0
     for linear, found in graph_weights(model, directory, linears):
         expected = reference.weight(linear.path)
@@ -218,7 +219,7 @@ def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _is_shared(name: str, graph: Graph, reference: Reference) -> bool:
+def _is_shared(name: str, graph: Index, reference: Reference) -> bool:
     """Whether another linear of the group has the same tensor in the graph, and the same bytes in the checkpoint."""
     path, _, leaf = name.rpartition(".")
     if leaf not in (FACTORS[0], SMOOTHING):
@@ -232,12 +233,12 @@ def _biases(graph: Graph) -> Iterator[tuple[str, str]]:
     """Yield the biases that a linear adds though they are another's, or does not add at all."""
     for linear in graph.linears():
         wanted = f"{linear.path}.bias"
-        source = graph.source(linear.bias) if linear.bias else None
+        source = graph.to_source(linear.bias) if linear.bias else None
         if source != wanted:
             yield wanted, f"node {linear.add or linear.matmul} adds {source} in its place"
 
 
-def _bad_scales(graph: Graph, directory: Path) -> Iterator[tuple[str, str]]:
+def _bad_scales(graph: Index, directory: Path) -> Iterator[tuple[str, str]]:
     """Yield the global scales that divide by zero or lead to values that are no numbers."""
     for name, tensor in graph.initializers.items():
         scales = (".input_scale", ".weight_scale", ".weight_scale_2")
@@ -258,9 +259,9 @@ def quantization_gates(
         of each linear by path.
     """
     errors, large, biased = {}, [], []
-    initializers = Graph(model).initializers
+    constants = Index(model).constants
     for linear, residual in graph_weights(model, directory, linears):
-        found = effective_weight(residual, linear.branch, linear.smoothing, initializers, directory)
+        found = effective_weight(residual, linear.branch, linear.smoothing, constants, directory)
         expected = reference.weight(linear.path)
         if found.shape != expected.shape:
             large.append((f"{linear.path}.weight", f"shape {list(found.shape)}, expected {list(expected.shape)}"))
@@ -269,7 +270,7 @@ def quantization_gates(
         w = expected.astype(np.float64).reshape(-1)
         bias = float(np.dot(w, found.reshape(-1)) / max(np.dot(w, w), 1e-30)) - 1
         errors[linear.path] = (error, bias)
-        is_fp8 = initializers[linear.weight_source].data_type == TensorProto.FLOAT8E4M3FN
+        is_fp8 = constants[linear.weight_source].data_type == TensorProto.FLOAT8E4M3FN
         limit = FP8_ERROR_LIMIT if is_fp8 else WEIGHT_ERROR_LIMIT
         if not error <= limit:
             large.append((f"{linear.path}.weight", f"relative L2 error {error:.3g}"))
@@ -309,7 +310,7 @@ def rounded_weights_gate(
     graph = Graph(model)
     offenders, differing, elements = [], 0, 0
     for linear, found in graph_weights(model, directory, linears):
-        scale = array_of(graph.initializers[graph.weight_scale(linear)], directory).reshape(())
+        scale = array_of(graph.constants[graph.weight_scale(linear)], directory).reshape(())
         expected = dequantize(linear.path, reference.weight(linear.path), np.float32(scale))
         wrong = _differing(found, expected)
         elements += expected.size

@@ -161,3 +161,9 @@ def attention_graph(tmp_path: Path) -> GraphWriter:
         return write_attention_graph(tmp_path / name, **options)
 
     return write
+
+
+@pytest.fixture
+def double_dequantize() -> type[DoubleDequantizeGraph]:
+    """What a test writes a graph of its own with."""
+    return DoubleDequantizeGraph

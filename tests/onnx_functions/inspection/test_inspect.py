@@ -12,6 +12,8 @@ from typing import Any
 
 import onnx
 import pytest
+from onnx import helper
+from small_graphs import array, integers, save, value
 
 import fp4trt
 from fp4trt.errors import BadCheckpoint, BadGraph, UnknownArtifact
@@ -46,6 +48,27 @@ def test_a_graph_is_described(quantized_digits: Path) -> None:
     assert found["external_files"] == ["diffusion_pytorch_model.safetensors"]
     assert found["formats"] == describe(quantized_digits)["formats"] | {"nvfp4": found["formats"]["nvfp4"]}
     assert any("FP4 covers" in line for line in table(found))
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "dims"),
+    [
+        ("Squeeze", {}, (1, 64, 32)),
+        ("Reshape", {}, (2, 32, 32)),
+        ("Transpose", {"perm": [1, 0]}, (32, 64)),
+        ("TRT_FP4QDQ", {"domain": "trt"}, (64, 32)),
+    ],
+)
+def test_a_linear_has_the_shape_that_its_product_reads(
+    op: str, attributes: dict[str, Any], dims: tuple[int, ...], tmp_path: Path
+) -> None:
+    numbers = {"Squeeze": [integers("to", 0)], "Reshape": [integers("to", 64, 32)]}.get(op, [])
+    moved = helper.make_node(op, ["stored", *(held.name for held in numbers)], ["moved"], "move", **attributes)
+    product = helper.make_node("MatMul", ["x", "moved"], ["y"], "layer/MatMul")
+    stored = [array("stored", *dims), *numbers]
+    path = save(tmp_path / "g.onnx", [moved, product], [value("x", "B", 64)], [value("y", "B", 32)], stored)
+    (found,) = describe(path)["linears"]
+    assert (found["path"], found["shape"], found["nbytes"]) == ("layer", [32, 64], 4 * 64 * 32)
 
 
 def test_an_engine_is_described_by_the_json_beside_it(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import onnx
 import pytest
 from lint_damage import Damaged
@@ -54,6 +57,34 @@ def test_a_weight_with_an_axis_of_1_in_front_is_judged_by_its_own_shape(damaged:
     for name in (f"{OUT}.weight", f"{OUT}.weight_scale"):
         damaged.tensor(name).dims.insert(0, 1)
     damaged.set(f"{OUT}/Transpose", perm=[0, 2, 1])
+    assert lint(damaged.save()).findings == ()
+
+
+def test_a_move_that_keeps_the_last_axis_is_looked_through(damaged: Damaged) -> None:
+    """TensorRT-RTX builds it in FP4."""
+    damaged.put("tokens", np.array([0, -1, 128], np.int64), (3,), onnx.TensorProto.INT64)
+    damaged.between(f"{OUT}/MatMul", 0, "Reshape", "tokens")
+    damaged.between(f"{OUT}/Transpose", 0, "Flatten", axis=1)
+    assert lint(damaged.save()).findings == ()
+
+
+def test_a_move_to_another_last_axis_is_looked_through_in_fp8(fp8_digits: Path, tmp_path: Path) -> None:
+    """One scale for the whole tensor is the same wherever its elements are; TensorRT-RTX builds it in FP8."""
+    graph = Damaged.copy(fp8_digits, tmp_path / "model")
+    clean = lint(graph.save()).findings
+    for name, size in (("rows", (-1, 128)), ("one row", (1, -1))):
+        graph.put(name, np.array(size, np.int64), (2,), onnx.TensorProto.INT64)
+    graph.between(f"{MODULATION}/MatMul", 0, "Reshape", "rows")
+    graph.between(f"{MODULATION}/MatMul/inserted_0", 0, "Reshape", "one row")
+    assert lint(graph.save()).findings == clean
+
+
+def test_a_cast_of_block_scales_gives_both_dequantizations_one_type(damaged: Damaged) -> None:
+    """TensorRT-RTX builds it in FP4, and refuses it without the Cast."""
+    kind = int(onnx.TensorProto.BFLOAT16)
+    damaged.set(f"{OUT}/weight/DequantizeLinear", output_dtype=kind)
+    assert [finding.rule for finding in lint(damaged.save()).findings] == ["weight-output-type"]
+    damaged.between(f"{OUT}/weight/DequantizeLinear", 1, "Cast", to=kind)
     assert lint(damaged.save()).findings == ()
 
 
