@@ -58,11 +58,15 @@ class NumberFormat:
             ``quantizer``.
         arithmetic: module that computes it (see :mod:`calibration.formats.arithmetic`).
         rewrite: the exporter's pass, ``module:function``, (graph, linear to leader, dtype of scales) to nothing.
+        graph: module that says what its operators are in ONNX (see :mod:`onnx_functions.formats`).
         onnx_codes: ONNX type of the codes.
+        onnx_scales: of the block scales, or of the only scale.
+        quantizer: domain and name of the operator that quantizes an activation.
+        dequantizer: the same of the one that reads the codes.
         engine: what the builder's layer information calls the type of the operands of its GEMM.
         gemm: what a GEMM of it is called, such as ``FP4``.
         gpus: the architectures whose engines have such GEMMs.
-        elsewhere: what an engine makes of it on other GPUs; None where it cannot be built for them.
+        elsewhere: what an engine for another GPU makes of it; None where it cannot be built.
     """
 
     name: str
@@ -78,7 +82,11 @@ class NumberFormat:
     modelopt: Mapping[str, Any]
     arithmetic: str
     rewrite: str
+    graph: str
     onnx_codes: str
+    onnx_scales: str
+    quantizer: tuple[str, str]
+    dequantizer: tuple[str, str]
     engine: str
     gemm: str
     gpus: frozenset[str]
@@ -141,7 +149,11 @@ NVFP4: Final = NumberFormat(
     },
     arithmetic="calibration.formats.nvfp4",
     rewrite="exporter.passes.double_dequantize:double_dequantize",
+    graph="onnx_functions.formats.nvfp4",
     onnx_codes="FLOAT4E2M1",
+    onnx_scales="FLOAT8E4M3FN",
+    quantizer=("trt", "TRT_FP4DynamicQuantize"),
+    dequantizer=("", "DequantizeLinear"),
     engine="FP4E2M1",
     gemm="FP4",
     gpus=frozenset(("SM100", "SM103", "SM120", "SM121")),
@@ -166,7 +178,11 @@ FP8: Final = NumberFormat(
     },
     arithmetic="calibration.formats.fp8",
     rewrite="exporter.passes.fp8_quantize:fp8_quantize",
+    graph="onnx_functions.formats.fp8",
     onnx_codes="FLOAT8E4M3FN",
+    onnx_scales="FLOAT",
+    quantizer=("", "QuantizeLinear"),
+    dequantizer=("", "DequantizeLinear"),
     engine="FP8",
     gemm="FP8",
     gpus=frozenset(("SM89", "SM90", "SM100", "SM103", "SM120", "SM121")),

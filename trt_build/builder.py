@@ -13,6 +13,7 @@ from typing import Any
 
 from fp4trt.errors import BackendMissingError
 from fp4trt.file_output import partial_path
+from fp4trt.number_formats import FORMATS, NVFP4
 from onnx_functions.linting import require_clean
 from trt_build import manifest
 from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
@@ -54,6 +55,11 @@ class _Plan:
     @property
     def compute_capabilities(self) -> list[str]:
         return sorted({target.compute_capability for target in self.targets})
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The number formats that every GPU has GEMMs of."""
+        return tuple(name for name in FORMATS if all(name in target.formats for target in self.targets))
 
     @property
     def backend(self) -> str:
@@ -109,7 +115,8 @@ def build(
     plan = _validate(model, gpu, options, output, weight_streaming, allow_slow=allow_slow)
     manifest.check_output(plan.engine, plan.graph, force=force)
     weights = plan.graph.weight_bytes
-    for line in (*plan.profile.notes, *_lint(plan.graph.path, allow_slow=allow_slow)):
+    notes = (*plan.profile.notes, *_without_gemms(plan), *_lint(plan.graph.path, allow_slow=allow_slow))
+    for line in notes:
         on_line(line)
     version = _tensorrt_version(plan, force)
     if weights > GIB:
@@ -143,9 +150,10 @@ def _validate(
     targets = parse_gpus(gpu)
     graph = read_graph(Path(model).absolute())  # a link stays: weights lie beside it
     if graph.uses_fp4:
-        require_format(targets, "nvfp4")
-    if graph.promised_fp8:
-        require_format(targets, "fp8")
+        require_format(targets, NVFP4.name)
+    for kind, paths in graph.promised.items():
+        if paths and FORMATS[kind].elsewhere is None:
+            require_format(targets, kind)
     fp8_attention = bool(graph.promised_attentions)
     shapes = make_profile(graph.input_shapes, graph.symbols, **profile, fp8_attention=fp8_attention)
     if fp8_attention and not allow_slow:
@@ -160,6 +168,14 @@ def _validate(
         engine=Path(output).absolute() if output is not None else default,
         weight_streaming=weight_streaming,
     )
+
+
+def _without_gemms(plan: _Plan) -> Iterator[str]:
+    """Yield a line for each format that a GPU stores and does not multiply."""
+    for kind, paths in plan.graph.promised.items():
+        if paths and kind not in plan.formats:
+            names = ", ".join(plan.compute_capabilities)
+            yield f"{len(paths)} linears in {FORMATS[kind].title}: {FORMATS[kind].elsewhere} on {names}"
 
 
 def _lint(path: Path, *, allow_slow: bool) -> Iterator[str]:
@@ -231,7 +247,8 @@ def _build_and_publish(
     try:
         event = run_child(asked, on_progress)
         layers = parse_layers(event["layers"])
-        coverage, attentions = measure_coverage(plan.graph, layers), measure_attentions(plan.graph, layers)
+        coverage = measure_coverage(plan.graph, layers, plan.formats)
+        attentions = measure_attentions(plan.graph, layers)
         if not allow_slow:
             require_coverage(coverage.lost, coverage.quantized_linears)
             require_attentions(attentions.lost, len(attentions.promised))

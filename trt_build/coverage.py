@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import onnx
 
 from fp4trt.errors import CoverageError
+from fp4trt.number_formats import FORMATS, FP8, NVFP4
 from onnx_functions.graph.element_types import attributes_of, integer
-from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER
 from trt_build.graph import Graph
 from trt_build.layer_info import Gemm, Layer, find_gemms
 
 __all__ = ["Coverage", "SixteenBit", "measure_coverage", "require_coverage"]
 
-_QUANTIZERS: Final = {"nvfp4": QUANTIZER, "fp8": FP8_QUANTIZER}
-_NAMES: Final = {"nvfp4": "FP4", "fp8": "FP8"}
+_NAMES: Final = {name: kind.gemm for name, kind in FORMATS.items()}
 
 
 @dataclass(frozen=True)
 class SixteenBit:
     """A linear that no GEMM of its format computes, the kernel that does (None where none was found), and why.
 
-    `promised` is that format, `nvfp4` or `fp8`; None for a linear that is not quantized.
+    `promised` is that format; None for a linear that is not to run in such a GEMM.
     """
 
     linear: str
@@ -48,12 +47,12 @@ class Coverage:
     @property
     def fp4_gemms(self) -> int:
         """Kernels that multiply FP4."""
-        return self._gemms("nvfp4")
+        return self._gemms(NVFP4.name)
 
     @property
     def fp4_linears(self) -> int:
         """Promised linears that run in them."""
-        return self._covered("nvfp4")
+        return self._covered(NVFP4.name)
 
     @property
     def quantized_linears(self) -> int:
@@ -64,15 +63,15 @@ class Coverage:
         return sum(gemm.format == kind for gemm in self.gemms)
 
     def _covered(self, kind: str) -> int:
-        return len(self.promised[kind]) - sum(item.promised == kind for item in self.lost)
+        return len(self.promised.get(kind, ())) - sum(item.promised == kind for item in self.lost)
 
     def summary(self) -> dict[str, Any]:
         """Return the JSON form that the engine's manifest holds."""
         return {
             "fp4_gemms": self.fp4_gemms,
             "fp4_linears": self.fp4_linears,
-            "fp8_gemms": self._gemms("fp8"),
-            "fp8_linears": self._covered("fp8"),
+            "fp8_gemms": self._gemms(FP8.name),
+            "fp8_linears": self._covered(FP8.name),
             "quantized_linears": self.quantized_linears,
             "gemms": [{"kernel": g.kernel, "format": g.format, "linears": list(g.linears)} for g in self.gemms],
             "lost": [vars(item) for item in self.lost],
@@ -80,8 +79,13 @@ class Coverage:
         }
 
 
-def measure_coverage(graph: Graph, layers: Iterable[Layer]) -> Coverage:
+def measure_coverage(graph: Graph, layers: Iterable[Layer], formats: Collection[str] = tuple(FORMATS)) -> Coverage:
     """Match the engine's layers with the graph's linears.
+
+    Args:
+        graph: what was built.
+        layers: of the engine.
+        formats: those that the engine's GPU has GEMMs of.
 
     Raises:
         CoverageError: there are no layers, so that nothing can be said.
@@ -100,7 +104,8 @@ def measure_coverage(graph: Graph, layers: Iterable[Layer]) -> Coverage:
     )
     covered = {(linear, gemm.format) for gemm in gemms for linear in gemm.linears}
     kernels = {linear: gemm for gemm in gemms for linear in gemm.linears}
-    promised = {"nvfp4": graph.promised_fp4, "fp8": graph.promised_fp8}
+    promised = {kind: paths for kind, paths in graph.promised.items() if kind in formats}
+    stored = [path for kind, paths in graph.promised.items() if kind not in formats for path in paths]
     return Coverage(
         gemms,
         promised,
@@ -112,7 +117,7 @@ def measure_coverage(graph: Graph, layers: Iterable[Layer]) -> Coverage:
         ),
         tuple(
             SixteenBit(path, _kernel(kernels.get(path)), _why_kept(graph, path))
-            for path in graph.other_linears
+            for path in (*graph.other_linears, *stored)
             if not covered & {(path, kind) for kind in promised}
         ),
     )
@@ -140,6 +145,9 @@ def _why_kept(graph: Graph, path: str) -> str:
         return "weight-only: its weight is FP4, its input is not quantized"
     if path in graph.fp8_weights:
         return "weight-only: its weight is FP8, its input is not quantized"
+    for kind, paths in graph.promised.items():
+        if path in paths:
+            return f"{FORMATS[kind].title}: {FORMATS[kind].elsewhere}"
     return "the graph does not quantize it"
 
 
@@ -148,7 +156,7 @@ def _why_lost(graph: Graph, path: str, kind: str) -> str:
     if product is None:
         return f"the graph has no node {path}/MatMul"
     maker = graph.index.producer.get(graph.index.to_source(product.input[0]))
-    quantizer = _QUANTIZERS[kind]
+    quantizer = FORMATS[kind].quantizer[1]
     if maker is None or maker.op_type != quantizer:
         return f"its input comes from {_origin(graph, product.input[0])}, not from a {quantizer}"
     return _weight_fault(graph, product, kind) or "the builder chose another kernel"
@@ -159,8 +167,9 @@ def _weight_fault(graph: Graph, product: onnx.NodeProto, kind: str) -> str | Non
     stored = index.stored(weight)
     if stored is None:
         return f"{_origin(graph, weight)} stands between its weight and the product"
-    if kind == "fp8":
-        return None if stored.data_type == onnx.TensorProto.FLOAT8E4M3FN else "its weight is not stored in FP8"
+    if kind != NVFP4.name:
+        is_stored = onnx.TensorProto.DataType.Name(stored.data_type) == FORMATS[kind].onnx_codes
+        return None if is_stored else f"its weight is not stored in {FORMATS[kind].title}"
     dequantize = index.producer.get(index.through_moves(weight))
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return "its weight is not dequantized from FP4"

@@ -14,6 +14,7 @@ import onnx
 from fp4trt.checkpoint_manifest import CheckpointManifest, read_checkpoint_manifest
 from fp4trt.errors import BadGraph, BadModelError, UnknownArtifact
 from fp4trt.file_kind import what_it_lacks
+from fp4trt.number_formats import FORMATS, FP8, NVFP4
 from fp4trt.pipeline_folder import graph_in
 from onnx_functions.graph.attentions import Attention, find_attentions, promised_attentions
 from onnx_functions.graph.branches import BRANCH_ADD, is_factor
@@ -80,7 +81,7 @@ class Graph:
         pattern: then its stored codes promise nothing.
         """
         weights = self.fp4_weights if "fp4trt.linears" in self.metadata or self._quantizes_activations else ()
-        promised = (*self.declared_linears.get("nvfp4", ()), *self._manifest_linears("nvfp4"), *weights)
+        promised = (*self._said(NVFP4.name), *weights)
         return tuple(dict.fromkeys(promised))
 
     @cached_property
@@ -91,8 +92,16 @@ class Graph:
         """
         declared = "fp4trt.linears" in self.metadata
         weights = (path for path in self.fp8_weights if declared or self._reads_fp8(self.products[path]))
-        promised = (*self.declared_linears.get("fp8", ()), *self._manifest_linears("fp8"), *weights)
-        return tuple(path for path in dict.fromkeys(promised) if path not in set(self.promised_fp4))
+        others = {path for kind in FORMATS if kind != FP8.name for path in self._said(kind)}
+        promised = dict.fromkeys((*self._said(FP8.name), *weights))
+        return tuple(path for path in promised if path not in {*self.promised_fp4, *others})
+
+    @cached_property
+    def promised(self) -> dict[str, tuple[str, ...]]:
+        """Linears by the format in whose GEMMs they must run; NVFP4 and FP8 are always there."""
+        others = {kind: self._said(kind) for kind in FORMATS if kind not in (NVFP4.name, FP8.name)}
+        promised = {NVFP4.name: self.promised_fp4, FP8.name: self.promised_fp8}
+        return promised | {kind: paths for kind, paths in others.items() if paths}
 
     @cached_property
     def fp4_weights(self) -> tuple[str, ...]:
@@ -110,7 +119,7 @@ class Graph:
         declared = (path for paths in self.declared_linears.values() for path in paths)
         constant = (path for path, node in self.products.items() if self.index.stored(node.input[1]) is not None)
         found = declared if "fp4trt.linears" in self.metadata else constant
-        promised = {*self.promised_fp4, *self.promised_fp8}
+        promised = {path for paths in self.promised.values() for path in paths}
         return tuple(path for path in dict.fromkeys(found) if path not in promised)
 
     @cached_property
@@ -133,8 +142,10 @@ class Graph:
         with _of_model(self.path):
             return declared_symbols(self.model)
 
-    def _manifest_linears(self, kind: str) -> tuple[str, ...]:
-        return self._manifest.quantized(kind) if self._manifest else ()
+    def _said(self, kind: str) -> tuple[str, ...]:
+        """Return the linears that the metadata, or the manifest beside the graph, say to be in a format."""
+        manifest = self._manifest.quantized(kind) if self._manifest else ()
+        return tuple(dict.fromkeys((*self.declared_linears.get(kind, ()), *manifest)))
 
     @cached_property
     def attentions(self) -> dict[str, Attention]:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from fp4trt.number_formats import FORMATS, NVFP4
+
 __all__ = ["Gemm", "Layer", "find_gemms", "is_layer_message", "parse_layers"]
 
 _LAYER = re.compile(
@@ -20,7 +22,7 @@ _LAYER = re.compile(
 )
 _DATA_TYPE = re.compile(r"Datatype: (\w+)")
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_FORMATS = {"FP4E2M1": "nvfp4", "FP8": "fp8"}
+_FORMATS = {kind.engine: name for name, kind in FORMATS.items()}
 """TensorRT's data types of which both operands of a product may be."""
 _PRODUCT_KINDS = ("gemm", "runtime_fusion")
 
@@ -38,20 +40,20 @@ class Layer:
 
     @property
     def gemm_format(self) -> str | None:
-        """`nvfp4` or `fp8` where both operands are in it; None for any other kernel.
+        """The number format that both operands are in; None for any other kernel.
 
         One with such a type only among its constants unpacks weights to 16 bit; so does a fused kernel with both
         operands in FP8 (measured with scales along the sum), which is why in FP8 only a plain GEMM counts.
         """
         for kind, name in _FORMATS.items():
             if kind in self.inputs and (kind in self.constants or self.inputs.count(kind) > 1):
-                return name if name == "nvfp4" or self.kind == "gemm" else None
+                return name if name == NVFP4.name or self.kind == "gemm" else None
         return None
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """A kernel that computes linears: `format` is "nvfp4", "fp8" or TensorRT's name of the activation's type."""
+    """A kernel that computes linears: `format` is that of its operands, or TensorRT's name of the activation's type."""
 
     kernel: str
     format: str
@@ -82,7 +84,7 @@ def find_gemms(layers: Iterable[Layer], products: Collection[str]) -> tuple[Gemm
     return tuple(
         Gemm(layer.name, layer.gemm_format or _sixteen_bit(layer), names)
         for layer in layers
-        if (layer.gemm_format == "nvfp4" or (layer.kind in _PRODUCT_KINDS and layer.inputs))
+        if (layer.gemm_format == NVFP4.name or (layer.kind in _PRODUCT_KINDS and layer.inputs))
         and (names := tuple(node for node in layer.onnx_nodes if node in products))
     )
 

@@ -8,6 +8,7 @@ from string import Template
 
 from fp4trt.errors import OutputExistsError
 from fp4trt.file_output import made_folder, write_texts
+from fp4trt.number_formats import FORMATS
 from trt_build.graph import Graph
 from trt_build.profiles import Profile
 from trt_build.targets import Target
@@ -128,7 +129,7 @@ def script_of(
         name: [found[name].scores.name, found[name].output.name] if name in found else [f"{name}/Attention"]
         for name in graph.promised_attentions
     }
-    promised = {"FP4": graph.promised_fp4, "FP8": graph.promised_fp8}
+    promised = {FORMATS[kind].gemm: paths for kind, paths in graph.promised.items()}
     rows = (f"    {name!r}: {shapes!r}," for name, shapes in profile.inputs.items())
     return _TEMPLATE.substitute(
         engine_name=engine.name,

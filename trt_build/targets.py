@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp4trt.errors import UnknownGpuError, UnsupportedFormatError
+from fp4trt.number_formats import FORMATS
 
 __all__ = ["TARGETS", "Target", "parse_gpus", "require_format"]
 
@@ -32,17 +33,16 @@ class Target:
 
 # What a compute capability multiplies, and which TensorRT builds for it. TensorRT-RTX 1.7 offers SM75, 80,
 # 86, 89, 120, 121; Hopper and data-center Blackwell are left to TensorRT, which needs the GPU in the machine.
-_CAPABILITIES: dict[str, tuple[Backend, tuple[str, ...]]] = {
-    "SM75": ("tensorrt_rtx", ("int8",)),
-    "SM80": ("tensorrt_rtx", ("int8",)),
-    "SM86": ("tensorrt_rtx", ("int8",)),
-    "SM89": ("tensorrt_rtx", ("int8", "fp8")),
-    "SM90": ("tensorrt", ("int8", "fp8")),
-    "SM100": ("tensorrt", ("int8", "fp8", "nvfp4")),
-    "SM103": ("tensorrt", ("int8", "fp8", "nvfp4")),
-    "SM120": ("tensorrt_rtx", ("int8", "fp8", "nvfp4")),
-    "SM121": ("tensorrt_rtx", ("int8", "fp8", "nvfp4")),
+_BACKENDS: dict[str, Backend] = {
+    **dict.fromkeys(("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"), "tensorrt_rtx"),
+    **dict.fromkeys(("SM90", "SM100", "SM103"), "tensorrt"),
 }
+
+
+def _formats(capability: str) -> tuple[str, ...]:
+    """Return what the tensor cores multiply, the widest first."""
+    return ("int8", *(name for name, kind in reversed(list(FORMATS.items())) if capability in kind.gpus))
+
 
 # Cards and their nominal memory in GiB.
 _CARDS = {
@@ -73,7 +73,7 @@ _ALIASES = {
 }
 
 TARGETS: dict[str, Target] = {
-    name: Target(name, capability, int(memory), *_CAPABILITIES[capability])
+    name: Target(name, capability, int(memory), _BACKENDS[capability], _formats(capability))
     for capability, cards in _CARDS.items()
     for name, _, memory in (card.partition(":") for card in cards.split())
 }
@@ -103,7 +103,7 @@ def require_format(targets: Sequence[Target], number_format: str) -> None:
     lacking = [target for target in targets if number_format not in target.formats]
     if lacking:
         names = ", ".join(f"{target.name} ({target.compute_capability})" for target in lacking)
-        able = ", ".join(name for name, (_, formats) in _CAPABILITIES.items() if number_format in formats)
+        able = ", ".join(sorted(FORMATS[number_format].gpus, key=lambda name: int(name.removeprefix("SM"))))
         raise UnsupportedFormatError(
             f"the graph is {number_format.upper()}, which {names} cannot compute; choose a GPU of {able}"
         )

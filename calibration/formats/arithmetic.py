@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,11 @@ Pack = Callable[[npt.NDArray[np.uint16]], Mapping[str, npt.NDArray[np.uint8]]]
 
 class Arithmetic(Protocol):
     """The module of a format."""
+
+    @staticmethod
+    def quantize_reference(x: npt.NDArray[np.float32], scale: float | np.float32) -> Any:
+        """Return the bytes of codes and, in a format of blocks, of block scales of [..., K], slowly and obviously."""
+        ...
 
     @staticmethod
     def tensor_scale(amax: torch.Tensor | float) -> torch.Tensor:

@@ -12,7 +12,8 @@ import onnx
 from onnx import NodeProto, TensorProto, defs, helper
 
 from fp4trt.errors import BadGraph
-from onnx_functions.library import QUANTIZER, SIMULATION_DOMAIN, TRT_DOMAIN
+from fp4trt.number_formats import FORMATS
+from onnx_functions.library import SIMULATION_DOMAIN
 
 __all__ = ["attributes_of", "element_types", "integer", "opset_of"]
 
@@ -54,8 +55,11 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
 def output_types(node: NodeProto, types: Mapping[str, int], opset: int) -> Iterable[int]:
     """Return the element types of a node's outputs, given those of its inputs."""
     attributes = attributes_of(node)
-    if node.domain == TRT_DOMAIN and node.op_type == QUANTIZER:
-        return TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN
+    for kind in FORMATS.values():
+        if node.domain and (node.domain, node.op_type) == kind.dequantizer:
+            return (integer(attributes, "output_dtype", TensorProto.FLOAT),)
+        if node.domain and (node.domain, node.op_type) == kind.quantizer:
+            return TensorProto.DataType.Value(kind.onnx_codes), TensorProto.DataType.Value(kind.onnx_scales)
     if node.domain == SIMULATION_DOMAIN:
         return (integer(attributes, "output_dtype", TensorProto.FLOAT),)
     if node.op_type == "Constant":

@@ -21,6 +21,7 @@ from typing import Final
 import onnx
 from onnx import NodeProto, TensorProto
 
+from fp4trt.number_formats import FORMATS
 from onnx_functions.graph.element_types import attributes_of, integer
 from onnx_functions.graph.wires import outer_reads
 from onnx_functions.library import FP8_QUANTIZER, WEIGHT_PLACEHOLDER
@@ -53,7 +54,7 @@ RESHAPES: Final = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 MOVES: Final = (*CASTS, *RESHAPES, "Transpose")
 """Operators that keep the elements, in whatever place and type."""
 
-SOURCE: Final = (*MOVES, "DequantizeLinear")
+SOURCE: Final = (*MOVES, *dict.fromkeys(kind.dequantizer[1] for kind in FORMATS.values()))
 """Operators between what is stored, or what a quantizer gives, and what is computed with."""
 
 QUANTIZED: Final = (*SOURCE, FP8_QUANTIZER, WEIGHT_PLACEHOLDER)

@@ -16,9 +16,10 @@ from onnx import NodeProto, TensorProto
 
 from fp4trt.errors import BadGraph
 from fp4trt.json_file import lists_of_strings, object_of, strings
+from fp4trt.number_formats import FORMATS
 from onnx_functions.graph.branches import Branch, find_branch, find_smoothing
 from onnx_functions.graph.index import PRODUCTS, Index
-from onnx_functions.library import FP8_QUANTIZER, QUANTIZER, TRT_DOMAIN
+from onnx_functions.library import FP8_QUANTIZER, QUANTIZER
 
 __all__ = [
     "FP8_QUANTIZER",
@@ -36,29 +37,29 @@ __all__ = [
 
 _T = TypeVar("_T")
 
+_DEQUANTIZERS = {kind.dequantizer[1] for kind in FORMATS.values()}
+
 
 @dataclass(frozen=True)
 class Quantizer:
     """An activation quantizer and the tensors around it.
 
     Attributes:
-        node: the name of the trt::TRT_FP4DynamicQuantize, or in FP8 of the QuantizeLinear.
+        format: name of the number format.
+        node: the node's name.
         input: the tensor [..., K] that it reads.
-        scale: its global scale, or that of the tensor.
+        scale: the scale of the whole tensor that it reads, "" in a format without one.
         codes: [..., K].
-        block_scales: [..., K / 16]; None in FP8, which has none.
+        block_scales: one for each block along K; None in a format without blocks.
     """
+
+    format: str
 
     node: str
     input: str
     scale: str
     codes: str
     block_scales: str | None
-
-    @property
-    def format(self) -> str:
-        """`nvfp4` or `fp8`."""
-        return "fp8" if self.block_scales is None else "nvfp4"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def promised_linears(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Return the linears that the exporter promised, by format ("nvfp4", "fp8", "bf16").
+    """Return the linears that the exporter promised, by the name of the format, `bf16` without one.
 
     Raises:
         BadGraph: the graph carries no such promise, or one that cannot be read.
@@ -178,11 +179,29 @@ class Graph(Index):
     def quantizer(self, tensor: str) -> Quantizer | None:
         """Return the activation quantizer whose dequantized codes `tensor` is, None where there is none."""
         node = self.producer.get(self.to_source(tensor))
-        if node is not None and node.op_type == FP8_QUANTIZER and gives_fp8(node, self.constants):
-            return Quantizer(node.name, node.input[0], node.input[1], node.output[0], None)
-        if node is None or node.domain != TRT_DOMAIN or node.op_type != QUANTIZER:
+        kind = None if node is None else self.quantizes_to(node)
+        if node is None or kind is None:
             return None
-        return Quantizer(node.name, node.input[0], node.input[1], node.output[0], node.output[1])
+        scale = node.input[1] if FORMATS[kind].needs_input_amax else ""
+        block_scales = node.output[1] if FORMATS[kind].block is not None else None
+        return Quantizer(kind, node.name, node.input[0], scale, node.output[0], block_scales)
+
+    def quantizes_to(self, node: NodeProto) -> str | None:
+        """Return the format that a node quantizes activations to, None where it does not."""
+        for name, kind in FORMATS.items():
+            if (node.domain, node.op_type) == kind.quantizer and (node.domain or gives_fp8(node, self.constants)):
+                return name
+        return None
+
+    def weight_format(self, tensor: str) -> str | None:
+        """Return the format of the codes that a weight is dequantized from, None for one that is not quantized."""
+        stored = self.stored(tensor)
+        if stored is None:
+            return None
+        codes = TensorProto.DataType.Name(stored.data_type)
+        passed = {(node.domain, node.op_type) for node in self.chain(tensor)}
+        found = (name for name, kind in FORMATS.items() if codes == kind.onnx_codes and kind.dequantizer in passed)
+        return next(found, None)
 
     def linear(self, path: str) -> Linear:
         """Return the linear of a module path.
@@ -227,13 +246,13 @@ class Graph(Index):
         )
 
     def weight_scale(self, linear: Linear) -> str:
-        """Return the initializer that is the global scale of a quantized linear's weight, in FP8 its only one.
+        """Return the initializer that is the scale of a quantized linear's weight: the global one, or the only one.
 
         Raises:
             BadGraph: the weight is not dequantized so.
         """
         values = self.producer.get(self.through_moves(linear.weight))
-        while values is not None and values.op_type == "DequantizeLinear":
+        while values is not None and values.op_type in _DEQUANTIZERS:
             if scale := self.constant(values.input[1]):
                 return scale
             values = self.producer.get(self.through_casts(values.input[1]))

@@ -7,22 +7,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from fp4trt.number_formats import BF16, FORMATS, NVFP4
+
 __all__ = ["FORMAT_OF", "StoredLinear", "compare", "coverage", "is_fp4", "is_quantized"]
 
 FORMAT_OF: Final[Mapping[str, str]] = {
-    "U8": "nvfp4",
-    "FLOAT4E2M1": "nvfp4",
-    "BF16": "bf16",
-    "BFLOAT16": "bf16",
+    **{
+        name: kind.name
+        for kind in reversed(list(FORMATS.values()))
+        for name in (kind.codes, kind.onnx_codes, kind.title)
+    },
+    "BF16": BF16,
+    "BFLOAT16": BF16,
     "F16": "fp16",
     "FLOAT16": "fp16",
     "F32": "fp32",
     "FLOAT": "fp32",
-    "F8_E4M3": "fp8",
-    "FLOAT8E4M3FN": "fp8",
-    "NVFP4": "nvfp4",
 }
-"""Format by the name of the stored type, that of safetensors, of ONNX and of an engine's GEMMs."""
+"""Format by the name of the stored type, that of safetensors, of ONNX and of an engine's GEMMs.
+
+Of several formats with one type of codes it is the first: their other tensors tell them apart.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,12 @@ class StoredLinear:
 
 def is_fp4(kind: str) -> bool:
     """Return whether a format stores its weights in FP4."""
-    return kind.startswith(("nvfp4", "fp4"))
+    return kind.startswith((NVFP4.name, "fp4"))
 
 
 def is_quantized(kind: str) -> bool:
-    """Return whether a format stores its weights in FP4 or FP8."""
-    return is_fp4(kind) or kind.startswith("fp8")
+    """Return whether a format stores its weights quantized."""
+    return kind.startswith(("fp4", *FORMATS))
 
 
 def coverage(linears: Sequence[StoredLinear], groups: Iterable[Sequence[str]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from onnx import NodeProto
 
 from fp4trt.errors import BadGraph
 from fp4trt.file_kind import shortened
+from fp4trt.number_formats import FORMATS, NVFP4
 from onnx_functions.graph.branches import described_branches, is_factor
 from onnx_functions.graph.element_types import attributes_of, integer, opset_of
 from onnx_functions.graph.external_data import BadSpan, load_graph, nbytes_of, type_name
@@ -118,12 +119,12 @@ def _linears(subject: Subject, sizes: Mapping[str, int]) -> Iterator[_Found]:
                 as_stored = integer(attributes_of(node), "transB" if index else "transA", 0) == index
                 shape = (read[0], read[1]) if as_stored else (read[1], read[0])
                 activation = node.input[1 - index]
-                quantizer = subject.quantizer_of(activation) or subject.fp8_quantizer_of(activation)
-                kind = _format(subject, source, chains.get(source), quantizer is not None, marked)
+                quantizer = subject.any_quantizer_of(activation)
+                kind = _format(subject, node.input[index], source, chains.get(source), quantizer is not None, marked)
                 chain = chains.get(source)
                 nbytes = sizes[source] + (sizes.get(chain.block_scales, 0) if chain else 0)
                 reads = quantizer.output[0] if quantizer is not None else ""
-                scale = chain.global_scale if chain else "each its own" if kind == "fp8" else ""
+                scale = chain.global_scale if chain else "each its own" if kind in FORMATS else ""
                 yield _Found(StoredLinear(path, kind, shape, nbytes), reads, scale)
                 break
 
@@ -146,15 +147,15 @@ def _path(node: NodeProto, weight: str, taken: set[str]) -> str:
     return node.name if node.name and node.name not in taken else node.output[0]
 
 
-def _format(subject: Subject, source: str, chain: WeightChain | None, quantized: bool, marked: bool) -> str:
+def _format(
+    subject: Subject, weight: str, source: str, chain: WeightChain | None, quantized: bool, marked: bool
+) -> str:
     name = type_name(subject.constants[source].data_type)
-    kind = FORMAT_OF.get(name, name.lower())
+    kind = subject.graph.weight_format(weight) or FORMAT_OF.get(name, name.lower())
     if marked:
         return f"{kind} marked"
-    if kind == "fp8" and not quantized:
-        return "fp8 weight-only"
-    if kind != "nvfp4":
-        return kind
+    if kind != NVFP4.name:
+        return f"{kind} weight-only" if kind in FORMATS and not quantized else kind
     if chain is None or chain.scales is None:
         return "fp4"
     return kind if quantized else "nvfp4 weight-only"

@@ -13,6 +13,7 @@ from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import object_of, read_object, strings
 from fp4trt.layouts import recognised
+from fp4trt.number_formats import FORMATS
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_header import HeldTensor, metadata_in_file, tensors_in_file, tensors_in_folder
 from onnx_functions.graph.branches import described_branches
@@ -80,7 +81,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     linears = list(_stored_linears(tensors, missing))
     found = {linear.path: linear.format for linear in linears}
     quantized = any(is_quantized(kind) for kind in found.values())
-    promised = {kind: manifest.quantized(kind) for kind in ("nvfp4", "fp8")} if manifest else {}
+    promised = {kind: manifest.quantized(kind) for kind in FORMATS} if manifest else {}
     return {
         "kind": "quantized checkpoint" if quantized else "checkpoint",
         "path": str(folder.resolve()),

@@ -13,6 +13,7 @@ from onnx import TensorProto
 from fp4trt.families import FAMILIES, family_named
 from fp4trt.families.dim import BOUNDS, out_of_order
 from fp4trt.json_file import lists_of_strings, object_of, strings
+from fp4trt.number_formats import FORMATS, FP8, NVFP4
 from onnx_functions.graph.external_data import type_name
 from onnx_functions.graph.index import name_of
 from onnx_functions.graph.stored_linears import FORMAT_OF
@@ -88,6 +89,10 @@ def _recipe(subject: Subject, text: str) -> Iterator[str]:
         yield f"the recipe {text!r} is no name of one; expected small letters, digits, dots and dashes"
 
 
+_KNOWN: Final = sorted({*FORMATS, *FORMAT_OF.values()})
+"""What metadata may call the format of a linear."""
+
+
 def _scale_dtype(subject: Subject, text: str) -> Iterator[str]:
     if text not in _SCALE_DTYPES:
         yield f"the value is {text!r}; expected one of: {', '.join(_SCALE_DTYPES)}"
@@ -107,15 +112,14 @@ def _linears(subject: Subject, text: str) -> Iterator[str]:
         yield str(error)
         formats, paths = {}, []
     for kind in formats:
-        if kind not in FORMAT_OF.values():
-            yield f"the format {kind!r} is unknown; known are {', '.join(sorted(set(FORMAT_OF.values())))}"
+        if kind not in _KNOWN:
+            yield f"the format {kind!r} is unknown; known are {', '.join(_KNOWN)}"
     for path, count in Counter(paths).items():
         if count > 1:
             yield f"{path} is promised {count} times"
-    if not subject.promised.get("nvfp4") and subject.weights:
-        yield "no linear is promised in nvfp4, but the graph holds FP4 weights"
-    if not subject.promised.get("fp8") and subject.fp8_products:
-        yield "no linear is promised in fp8, but the graph holds FP8 weights"
+    for kind, held in ((NVFP4, subject.weights), (FP8, subject.fp8_products)):
+        if not subject.promised.get(kind.name) and held:
+            yield f"no linear is promised in {kind.name}, but the graph holds {kind.gemm} weights"
 
 
 def _attention(_: Subject, text: str) -> Iterator[str]:
@@ -125,7 +129,7 @@ def _attention(_: Subject, text: str) -> Iterator[str]:
     except TypeError as error:
         yield str(error)
         return
-    yield from (f"the format {kind!r} is unknown; known is fp8" for kind in formats if kind != "fp8")
+    yield from (f"the format {kind!r} is unknown; known is fp8" for kind in formats if kind != FP8.name)
     yield from (f"{path} is promised {count} times" for path, count in Counter(paths).items() if count > 1)
 
 
@@ -135,7 +139,7 @@ def _groups(subject: Subject, text: str) -> Iterator[str]:
     except TypeError as error:
         yield str(error)
         return
-    quantized = {path for kind in ("nvfp4", "fp8") for path in subject.promised.get(kind, ())}
+    quantized = {path for kind in FORMATS for path in subject.promised.get(kind, ())}
     for path, count in Counter(members).items():
         if path not in quantized:
             yield f"{path} is in a group, but not promised in nvfp4 or fp8"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from onnx import TensorProto, ValueInfoProto
 
 from fp4trt.families import family_named
+from fp4trt.number_formats import FORMATS, NVFP4, NumberFormat
 from onnx_functions.graph.external_data import type_name
 from onnx_functions.graph.index import CASTS, PRODUCTS, name_of
 from onnx_functions.linting.promised_tensors import product_of
 from onnx_functions.linting.rule import Hit, rule
-from onnx_functions.linting.subject import FP8Product, Product, Subject
+from onnx_functions.linting.subject import Subject
 
 __all__ = ["RULES", "Tensor", "contract_of"]
 
@@ -63,16 +64,18 @@ def promised_fp4(subject: Subject) -> Iterator[Hit]:
 
     Source: measured: built without a word.
     """
-    yield from _in_another_format(subject, "nvfp4", "FP4")
+    yield from _in_another_format(subject, NVFP4)
 
 
 @rule("promised-fp8", "slow", "quantize it again, or export again: the promise is in the metadata")
 def promised_fp8(subject: Subject) -> Iterator[Hit]:
-    """A linear that is promised in FP8 and whose weight is stored in 16 bit.
+    """A linear that is promised in FP8, or in MXFP8, and whose weight is stored in 16 bit.
 
     Source: measured: built without a word.
     """
-    yield from _in_another_format(subject, "fp8", "FP8")
+    for kind in FORMATS.values():
+        if kind != NVFP4:
+            yield from _in_another_format(subject, kind)
 
 
 @rule("promised-sixteen-bit", "wrong", "export again: the promise is in the metadata")
@@ -81,15 +84,13 @@ def promised_sixteen_bit(subject: Subject) -> Iterator[Hit]:
 
     Source: embedders and the output layer are kept in 16 bit for their effect on quality.
     """
-    quantized = {name_of(product.node): ("fp8", product.codes) for product in subject.fp8_products}
-    quantized |= {name_of(product.node): ("nvfp4", product.chain.codes) for product in subject.products}
-    for kind, paths in subject.promised.items():
-        for path in paths if kind != "nvfp4" else ():
+    quantized = {name_of(node): (kind, codes) for node, kind, codes in subject.quantized_products}
+    for promised, paths in subject.promised.items():
+        for path in paths if promised != NVFP4.name else ():
             node = product_of(subject, path)
-            stored, codes = quantized.get(name_of(node), (kind, "")) if node is not None else (kind, "")
-            if node is not None and stored != kind:
-                name = "FP4" if stored == "nvfp4" else "FP8"
-                yield Hit(f"its weight is {name}; promised as {kind}", name_of(node), codes)
+            stored, codes = quantized.get(name_of(node), (None, "")) if node is not None else (None, "")
+            if node is not None and stored is not None and stored.name != promised:
+                yield Hit(f"its weight is {stored.gemm}; promised as {promised}", name_of(node), codes)
 
 
 @rule("unpromised-fp4", "wrong", "export again: the promise is in the metadata")
@@ -99,11 +100,9 @@ def unpromised_fp4(subject: Subject) -> Iterator[Hit]:
     Source: fp4trt export lists every linear; what is left out escapes the rules of the promise.
     """
     listed = {f"{path}/{kind}" for paths in subject.promised.values() for path in paths for kind in PRODUCTS}
-    found = [(product.node, "FP4", product.chain.codes) for product in subject.products]
-    found += [(product.node, "FP8", product.codes) for product in subject.fp8_products]
-    for node, kind, codes in found if listed else ():
+    for node, kind, codes in subject.quantized_products if listed else ():
         if node.op_type in PRODUCTS and node.name not in listed:
-            yield Hit(f"multiplies by an {kind} weight, and is not promised", name_of(node), codes)
+            yield Hit(f"multiplies by an {kind.gemm} weight, and is not promised", name_of(node), codes)
 
 
 @rule("contract-names", "wrong", "rename or reorder, or export again")
@@ -170,19 +169,18 @@ RULES = (
 )
 
 
-def _in_another_format(subject: Subject, kind: str, name: str) -> Iterator[Hit]:
+def _in_another_format(subject: Subject, kind: NumberFormat) -> Iterator[Hit]:
     """Yield the linears promised in a format whose weight is stored otherwise; in FP4 it is another rule's."""
-    products: list[Product | FP8Product] = [*subject.products, *(subject.fp8_products if kind == "fp8" else ())]
-    quantized = {name_of(product.node) for product in products}
-    for path in subject.promised.get(kind, ()):
+    quantized = {name_of(node) for node, found, _ in subject.quantized_products if found in (kind, NVFP4)}
+    for path in subject.promised.get(kind.name, ()):
         node = product_of(subject, path)
         if node is None or name_of(node) in quantized:
             continue
         source = subject.graph.to_source(node.input[1]) if len(node.input) > 1 else ""
         stored = subject.constants[source].data_type if source in subject.constants else None
         if stored != TensorProto.FLOAT4E2M1:
-            found = f"not {name}" if stored is None else type_name(stored)
-            yield Hit(f"its weight is {found}; promised in {name}", name_of(node), source)
+            found = f"not {kind.gemm}" if stored is None else type_name(stored)
+            yield Hit(f"its weight is {found}; promised in {kind.gemm}", name_of(node), source)
 
 
 def _width(subject: Subject, output: str) -> int | None:

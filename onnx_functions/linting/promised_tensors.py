@@ -9,6 +9,7 @@ from typing import Final
 from onnx import NodeProto
 
 from fp4trt.errors import BadGraph
+from fp4trt.number_formats import FORMATS
 from onnx_functions.graph.branches import BRANCH_ADD, FACTORS, SMOOTHING, find_branch, find_smoothing
 from onnx_functions.graph.index import ALIASES, PRODUCTS
 from onnx_functions.linting.rule import Hit, rule
@@ -81,8 +82,8 @@ def promised_branch(subject: Subject) -> Iterator[Hit]:
         node = product_of(subject, path)
         if node is None:
             continue  # rules of their own
-        quantizer = subject.quantizer_of(node.input[0]) or subject.fp8_quantizer_of(node.input[0])
-        if quantizer is None and kind in ("nvfp4", "fp8"):
+        quantizer = subject.any_quantizer_of(node.input[0])
+        if quantizer is None and kind in FORMATS:
             continue
         enters = quantizer.input[0] if quantizer is not None else node.input[0]
         try:
@@ -126,7 +127,7 @@ def _strangers(subject: Subject, parts: tuple[str, ...]) -> Iterator[Hit]:
     products |= {id(product.node): product for product in subject.fp8_products}
     first = _first_members(subject)
     promised = dict.fromkeys(path for paths in subject.promised.values() for path in paths)
-    quantized = {path for kind in ("nvfp4", "fp8") for path in subject.promised.get(kind, ())}
+    quantized = {path for kind in FORMATS for path in subject.promised.get(kind, ())}
     for path in promised:
         node = product_of(subject, path)
         if node is None:
@@ -165,14 +166,21 @@ def _reads(subject: Subject, node: NodeProto, product: Product | FP8Product | No
         source = subject.constant(subject.graph.to_source(node.input[1]))
         if source:
             yield _Read("weight", source)
+        for above in subject.graph.chain(node.input[1]):
+            if (above.domain, above.op_type) in _OWN_DEQUANTIZERS and (scale := subject.constant(above.input[1])):
+                yield _Read("weight_scale", scale)
     else:
         parts = _parts_of(product)
         yield from (_Read(part, constant) for part, name in parts.items() if (constant := subject.constant(name)))
-    quantizer = subject.quantizer_of(node.input[0]) or subject.fp8_quantizer_of(node.input[0])
-    scale = subject.constant(quantizer.input[1]) if quantizer is not None else ""
+    quantizer = subject.any_quantizer_of(node.input[0])
+    scale = subject.constant(quantizer.input[1]) if quantizer is not None and len(quantizer.input) > 1 else ""
     if scale:
         yield _Read("input_scale", scale)
     yield _Read("bias", _bias(subject, node))
+
+
+_OWN_DEQUANTIZERS: Final = {kind.dequantizer for kind in FORMATS.values() if kind.dequantizer[0]}
+"""Operators of TensorRT's own that read a weight's codes and block scales."""
 
 
 def _parts_of(product: Product | FP8Product) -> dict[str, str]:

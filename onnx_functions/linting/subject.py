@@ -13,13 +13,14 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from fp4trt.errors import UnknownArtifact
+from fp4trt.number_formats import FORMATS, FP8, NVFP4, NumberFormat
 from fp4trt.safetensors_header import HeldTensor, tensors_in_file
 from onnx_functions.graph.baked import Baked, baked_sizes
 from onnx_functions.graph.checkpoint_beside import CheckpointBeside, checkpoint_beside
 from onnx_functions.graph.dependence import Dependence, dependences
 from onnx_functions.graph.external_data import BadSpan, Span, nbytes_of, span_of
-from onnx_functions.graph.index import MOVES, RESHAPES, Index, Reader, exchanges_axes
-from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER, gives_fp8, metadata_of
+from onnx_functions.graph.index import MOVES, PRODUCTS, RESHAPES, Reader, exchanges_axes
+from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER, Graph, gives_fp8, metadata_of
 from onnx_functions.linting.shapes import Shapes
 from onnx_functions.linting.values import Values, read_values
 
@@ -89,9 +90,9 @@ class Subject:
     model: onnx.ModelProto
 
     @cached_property
-    def graph(self) -> Index:
+    def graph(self) -> Graph:
         """The index over nodes and tensors."""
-        return Index(self.model)
+        return Graph(self.model)
 
     @property
     def constants(self) -> dict[str, TensorProto]:
@@ -227,6 +228,26 @@ class Subject:
         """The QuantizeLinear nodes that give FP8."""
         nodes = (node for node in self.model.graph.node if node.op_type == FP8_QUANTIZER)
         return tuple(node for node in nodes if gives_fp8(node, self.constants))
+
+    @cached_property
+    def quantized_products(self) -> tuple[tuple[NodeProto, NumberFormat, str], ...]:
+        """What reads a quantized weight, the weight's format, and its codes."""
+        found = [(product.node, FP8, product.codes) for product in self.fp8_products]
+        found += [(product.node, NVFP4, product.chain.codes) for product in self.products]
+        others = set(FORMATS) - {FP8.name, NVFP4.name}
+        for node in self.model.graph.node if others else ():
+            if node.op_type in PRODUCTS and len(node.input) > 1:
+                kind = self.graph.weight_format(node.input[1])
+                if kind in others:
+                    found.append((node, FORMATS[kind], self.graph.to_source(node.input[1])))
+        return tuple(found)
+
+    def any_quantizer_of(self, tensor: str) -> NodeProto | None:
+        """Return the activation quantizer, to any format, whose dequantized codes a tensor is; None without one."""
+        node = self.graph.producer.get(self.graph.to_source(tensor))
+        if node is not None and self.graph.quantizes_to(node) not in (None, FP8.name, NVFP4.name):
+            return node
+        return self.quantizer_of(tensor) or self.fp8_quantizer_of(tensor)
 
     def fp8_quantizer_of(self, tensor: str) -> NodeProto | None:
         """Return the QuantizeLinear to FP8 whose dequantized codes a tensor is, None where there is none."""

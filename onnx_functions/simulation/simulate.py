@@ -19,11 +19,13 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from fp4trt.errors import BadGraph
+from fp4trt.number_formats import FORMATS
 from onnx_functions import library
+from onnx_functions.formats import graph_format
 from onnx_functions.graph.cut import cut
 from onnx_functions.graph.element_types import attributes_of, element_types
 from onnx_functions.graph.external_data import in_real_files, load_graph
-from onnx_functions.graph.linears import QUANTIZER, Graph, Linear
+from onnx_functions.graph.linears import Graph, Linear
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -35,6 +37,10 @@ _MOVES: Final = frozenset(
     "Abs Concat Expand Flatten Gather GatherElements GatherND Identity Max Min Neg Pad Relu Reshape ScatterElements "
     "ScatterND Slice Split Squeeze Tile Transpose Unsqueeze Where".split()
 )
+_TRT_OPERATORS: Final = tuple(
+    name for kind in FORMATS.values() for domain, name in (kind.quantizer, kind.dequantizer) if domain
+)
+_DEQUANTIZERS: Final = {kind.dequantizer[1] for kind in FORMATS.values()}
 _SMALL_FLOATS: Final = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1)
 
 
@@ -172,7 +178,7 @@ def _without_activation_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:
-        if node.op_type == "DequantizeLinear" and (source := _quantized_by(graph, node)):
+        if node.op_type in _DEQUANTIZERS and (source := _quantized_by(graph, node)):
             bypass = helper.make_node("Cast", [source], node.output, node.name, to=types[node.output[0]])
             node.CopyFrom(bypass)
     return cut(copy, {value.name: value.name for value in copy.graph.input}, [v.name for v in copy.graph.output])
@@ -234,8 +240,9 @@ def _translated(node: NodeProto, state: _Rewrite) -> Iterator[NodeProto]:
     if node.op_type == "DequantizeLinear" and state.types[node.input[0]] in _SMALL_FLOATS:
         yield from _dequantize(node, state)
         return
-    if node.domain == library.TRT_DOMAIN and node.op_type != QUANTIZER:
-        raise BadGraph(f"node {node.name} is trt::{node.op_type}; expected {QUANTIZER} only: export the graph again")
+    if node.domain == library.TRT_DOMAIN and node.op_type not in _TRT_OPERATORS:
+        known = ", ".join(_TRT_OPERATORS)
+        raise BadGraph(f"node {node.name} is trt::{node.op_type}; expected {known} only: export the graph again")
     copy = NodeProto()
     copy.CopyFrom(node)
     for attribute in copy.attribute:
@@ -274,13 +281,7 @@ def _dequantize(node: NodeProto, state: _Rewrite) -> Iterator[NodeProto]:
 
 def _finish(source: onnx.ModelProto, result: onnx.ModelProto) -> None:
     """Give the result its operator sets, functions and metadata; value_info, with its FP4 types, stays out."""
-    result.functions.extend(
-        [
-            library.fp4_dynamic_quantize(TensorProto.FLOAT8E4M3FN),
-            library.fp4_dequantize(),
-            library.fp4_dequantize_gather(),
-        ]
-    )
+    result.functions.extend(function for name in FORMATS for function in graph_format(name).functions())
     opsets = {entry.domain: entry.version for entry in source.opset_import}
     opsets.update({library.TRT_DOMAIN: 1, library.SIMULATION_DOMAIN: 1, library.MICROSOFT_DOMAIN: 1})
     result.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in opsets.items())

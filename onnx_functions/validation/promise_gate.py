@@ -10,18 +10,16 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 import onnx
-from onnx import TensorProto
 
 from fp4trt.errors import BadGraph
-from onnx_functions.graph.index import PRODUCTS, Index
+from fp4trt.number_formats import FORMATS, NVFP4
+from onnx_functions.graph.index import PRODUCTS
 from onnx_functions.graph.linears import Graph, promised_linears
 from onnx_functions.validation.verdict import Gate, gate_of_offenders
 
 __all__ = ["promise_gate"]
 
-_FORMATS: Final[Mapping[int, str]] = {TensorProto.FLOAT4E2M1: "nvfp4", TensorProto.FLOAT8E4M3FN: "fp8"}
-"""By the type of a weight's codes; a weight of any other is in 16 bit."""
-_NAMES: Final[Mapping[str, str]] = {"nvfp4": "FP4", "fp8": "FP8"}
+_NAMES: Final[Mapping[str, str]] = {name: kind.gemm for name, kind in FORMATS.items()}
 
 
 def promise_gate(model: onnx.ModelProto, quantized: Mapping[str, str], linears: Collection[str]) -> Gate:
@@ -29,7 +27,7 @@ def promise_gate(model: onnx.ModelProto, quantized: Mapping[str, str], linears: 
 
     Args:
         model: the deployable graph.
-        quantized: module path to format, `nvfp4` or `fp8`, of the linears that the checkpoint has quantized.
+        quantized: module path to format of the linears that the checkpoint has quantized.
         linears: all of the checkpoint's linears, those included.
     """
     formats = {path: kind for kind, paths in promised_linears(model).items() for path in paths}
@@ -37,7 +35,7 @@ def promise_gate(model: onnx.ModelProto, quantized: Mapping[str, str], linears: 
     for path, what in _against_graph(model, formats, quantized):
         offenders.setdefault(path, what)
     counts = {name: sum(found == kind for found in formats.values()) for kind, name in _NAMES.items()}
-    told = " and ".join(f"{counts[name]} of them in {name}" for name in counts if counts[name] or name == "FP4")
+    told = " and ".join(f"{counts[name]} of them in {name}" for name in counts if counts[name] or name == NVFP4.gemm)
     compared = f"{len(formats)} linears, {told}, as promised"
     if not formats and not offenders:
         offenders["fp4trt.linears"] = "the graph's metadata promise no linear at all; export the graph again"
@@ -46,18 +44,18 @@ def promise_gate(model: onnx.ModelProto, quantized: Mapping[str, str], linears: 
 
 def _quantized_products(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
     """Yield path (or node name) and format of the products whose weight is stored as codes."""
-    graph = Index(model)
+    graph = Graph(model)
     for node in model.graph.node:
         if node.op_type in PRODUCTS and len(node.input) > 1:
-            stored = graph.stored(node.input[1])
-            if stored is not None and stored.data_type in _FORMATS:
-                yield node.name.removesuffix(f"/{node.op_type}") or node.output[0], _FORMATS[stored.data_type]
+            kind = graph.weight_format(node.input[1])
+            if kind is not None:
+                yield node.name.removesuffix(f"/{node.op_type}") or node.output[0], kind
 
 
 def _against_checkpoint(
     formats: Mapping[str, str], quantized: Mapping[str, str], linears: Collection[str]
 ) -> Iterator[tuple[str, str]]:
-    words = {"nvfp4": "in NVFP4", "fp8": "in FP8"}
+    words = {name: f"in {kind.title}" for name, kind in FORMATS.items()}
     for path in sorted(linears, key=lambda path: path not in quantized):
         wanted = quantized.get(path)
         held = words[wanted] if wanted else "in 16 bit"
@@ -82,7 +80,7 @@ def _against_graph(
         except BadGraph as error:
             yield path, str(error)
             continue
-        stored = _FORMATS.get(graph.constants[linear.weight_source].data_type)
+        stored = graph.weight_format(linear.weight)
         read = linear.quantizer.format if linear.quantizer is not None else None
         if stored != wanted:
             told = f"not {_NAMES[wanted]}" if wanted else _NAMES[stored or ""]

@@ -16,11 +16,12 @@ import onnx
 import torch
 
 from calibration.checkpoints.threads import suited_threads
-from calibration.formats import fp8, nvfp4
+from calibration.formats.arithmetic import arithmetic_of
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadGraph
 from fp4trt.file_output import partial_path
 from fp4trt.free_memory import available_memory
+from fp4trt.number_formats import FORMATS, NVFP4
 from fp4trt.pipeline_folder import graph_in
 from fp4trt.safetensors_file import sha256_of
 from onnx_functions.graph.external_data import BadSpan, load_graph, span_of
@@ -36,7 +37,7 @@ from onnx_functions.validation.promise_gate import promise_gate
 from onnx_functions.validation.report import check_report_folder, write_report
 from onnx_functions.validation.teacher_gates import block_of
 from onnx_functions.validation.third_party_validation import is_third_party, validate_third_party
-from onnx_functions.validation.torch_reference import FORMATS, Reference, Shape, Walk, open_reference
+from onnx_functions.validation.torch_reference import Reference, Shape, Walk, open_reference
 from onnx_functions.validation.verdict import (
     Figures,
     Gate,
@@ -212,8 +213,9 @@ def _why_by_block(level: str, blocks: str | None, held: Reference) -> str | None
 def _all_gates(subject: _Subject, work: Path) -> Iterator[Gate]:
     """Yield every gate as it is decided, filling in the figures of each linear."""
     graph, held, folder = subject.graph, subject.held, subject.folder
-    eight = fp8.quantize_reference if "fp8" in held.formats.values() else None
-    yield from guarded("functions", lambda: [functions_gate(nvfp4.quantize_reference, eight)])
+    kinds = [name for name in FORMATS if name == NVFP4.name or name in held.formats.values()]
+    references = {name: arithmetic_of(name).quantize_reference for name in kinds}
+    yield from guarded("functions", lambda: [functions_gate(references)])
     yield from guarded("files", lambda: [weight_gates.files_gate(graph, folder, (held.directory, folder))])
     yield from guarded("promise", lambda: [promise_gate(graph, held.formats, held.linears)])
     yield from guarded("attention promise", lambda: _attention_promise(subject))

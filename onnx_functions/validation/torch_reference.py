@@ -22,20 +22,21 @@ from torch import nn
 from calibration.by_block.runner import BlockRunner, Outputs
 from calibration.checkpoints.plain import BUILT_IN, empty_source, find_source, finite_tensor, tensors_of
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING, Checkpoint, empty_model, read, reader
-from calibration.formats import fp8, nvfp4
-from calibration.formats.fp8 import E4M3_MAX
+from calibration.formats import fp8
+from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.fp8_attention import MODULE as FP8_ATTENTION
 from calibration.formats.fp8_attention import FP8Attention
 from fp4trt.account import SCALE_LEAVES
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, BadGraph, BadReference
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import FORMATS, NVFP4
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor
+from onnx_functions.formats import graph_format
 from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Linear, metadata_of, promised_linears
-from onnx_functions.validation import weight_gates
 from onnx_functions.validation.attention_gates import AttentionTeacher
 from onnx_functions.validation.reference_sizes import refuse_other_sizes
 from onnx_functions.validation.structure_gates import Run
@@ -54,7 +55,6 @@ __all__ = [
     "teacher_of",
 ]
 
-FORMATS: Final = ("nvfp4", "fp8")
 """What a linear may be quantized to."""
 
 Shape = tuple[int, int, int]
@@ -75,10 +75,10 @@ class Reference:
 
     Attributes:
         checkpoint: its tensors.
-        quantized: whether its linears are stored in NVFP4 and FP8.
+        quantized: whether its linears are stored quantized.
         rounds_scales: whether the graph rounds the product of the scales to BF16 (`--scale-dtype bfloat16`).
         names: of the tensors that the graph must hold byte by byte.
-        formats: linears that the graph must compute in ``nvfp4`` or ``fp8``.
+        formats: linears that the graph must compute in a number format, by its name.
     """
 
     checkpoint: Checkpoint
@@ -98,11 +98,6 @@ class Reference:
         return self.checkpoint.family.blocks(self.checkpoint.config)
 
     @cached_property
-    def stored_fp4(self) -> frozenset[str]:
-        """Linears that the checkpoint stores in NVFP4."""
-        return frozenset(self.checkpoint.quantized)
-
-    @cached_property
     def linears(self) -> tuple[str, ...]:
         """All its linears: they alone have matrices."""
         matrices = (name.rpartition(".") for name, tensor in self.checkpoint.tensors.items() if len(tensor.shape) == 2)
@@ -114,26 +109,21 @@ class Reference:
 
     def weight(self, path: str) -> FloatArray:
         """Return a linear's weight [N, K], FP32 rounded to BF16."""
-        if path in self.checkpoint.fp8:
-            codes = self.raw(f"{path}.weight").astype(np.float32)
-            return _round(codes * np.float32(self.raw(f"{path}.weight_scale")))
-        if path not in self.stored_fp4:
+        kind = self.checkpoint.formats.get(path)
+        if kind is None:
             return _round(self.raw(f"{path}.weight"))
-        codes = nvfp4.unpack_codes(self.checkpoint.tensor(f"{path}.weight")).numpy()
-        scales = self.raw(f"{path}.weight_scale").view(np.uint8)
-        return self.dequantize(codes, scales, self.raw(f"{path}.weight_scale_2"))
+        quantized, scale = graph_format(kind).stored(lambda leaf: self.raw(f"{path}.{leaf}"))
+        return self.dequantize(kind, quantized, scale)
 
-    def dequantize(self, codes: npt.NDArray[Any], scales: npt.NDArray[Any], scale: npt.ArrayLike) -> FloatArray:
-        """Return what the graph's chain makes of codes 0..15, E4M3 bytes and a global scale."""
-        d = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.asarray(scale, np.float32)
-        d = _round(d) if self.rounds_scales else d
-        return _round(weight_gates.E2M1[codes] * np.repeat(d, nvfp4.BLOCK_SIZE, -1))
+    def dequantize(self, kind: str, quantized: Sequence[FloatArray], scale: np.float32) -> FloatArray:
+        """Return what the graph's chain makes of codes, block scales and the scale of the tensor."""
+        rounded = _round if self.rounds_scales else lambda d: d
+        return _round(graph_format(kind).dequantize(quantized, scale, rounded))
 
     def requantized(self, path: str, weight: FloatArray, scale: np.float32) -> FloatArray:
         """Return a linear's weight, or its input, after plain rounding to the linear's format under a scale."""
-        if self.formats.get(path) == "fp8":
-            return _round(_quantize_fp8(weight, scale) * scale)
-        return self.dequantize(*_quantize(weight, scale), scale)
+        kind = self.formats.get(path, NVFP4.name)
+        return self.dequantize(kind, quantized_values(kind, weight, scale), scale)
 
     def example(self, shape: Shape, dtype: torch.dtype) -> Inputs:
         """Return seeded inputs of the model."""
@@ -145,17 +135,18 @@ def _round(array: npt.NDArray[Any]) -> FloatArray:
     return np.asarray(array).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def _quantize(x: FloatArray, scale: np.float32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Quantize with torch; returns codes 0..15 and the bytes of E4M3 block scales."""
-    codes, scales = nvfp4.quantize(torch.from_numpy(np.ascontiguousarray(x)), torch.tensor(float(scale)))
-    return codes.numpy(), scales.view(torch.uint8).numpy()
+def quantized_values(kind: str, x: FloatArray, scale: np.float32) -> tuple[FloatArray, ...]:
+    """Quantize with torch; returns the values of codes and block scales. A scale that is none gives what IEEE says."""
+    tensors = arithmetic_of(kind).stored(torch.from_numpy(np.ascontiguousarray(x)), torch.tensor(float(scale)))
+
+    def raw(leaf: str) -> npt.NDArray[Any]:
+        value = tensors[leaf]
+        return value.view(torch.uint8).numpy().view(_E4M3) if value.dtype == torch.float8_e4m3fn else value.numpy()
+
+    return graph_format(kind).stored(raw)[0]
 
 
-def _quantize_fp8(x: FloatArray, scale: np.float32) -> FloatArray:
-    """Quantize with ml_dtypes' own cast; returns E4M3 values. A scale that is none gives what IEEE says."""
-    with np.errstate(all="ignore"):
-        clipped = np.clip(x / scale, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
-    return np.asarray(clipped.astype(np.float32))
+_E4M3: Final = ml_dtypes.float8_e4m3fn
 
 
 def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | None) -> Reference:
@@ -183,11 +174,10 @@ def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | 
     names = tuple(name for name in checkpoint.tensors if name not in made)
     # A 16-bit reference says what the linears are; which of them are quantized is then the graph's word and that of the
     # manifest beside it.
-    stored = {"nvfp4": checkpoint.quantized, "fp8": checkpoint.fp8}
     words = [manifest, None if quantized else beside]
     formats: dict[str, str] = {}
     for kind in FORMATS:
-        paths = [*(stored[kind] if quantized else promised.get(kind, ()))]
+        paths = [*(checkpoint.of_format(kind) if quantized else promised.get(kind, ()))]
         paths += [path for word in words if word is not None for path in word.quantized(kind)]
         formats |= {path: kind for path in paths if path not in formats}
     rounds = metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16"
@@ -330,6 +320,9 @@ def teacher_of(
             smoothings[linear.path] = smoothing
         if linear.quantizer is None:
             continue
+        if not linear.quantizer.scale:
+            scales[linear.path] = np.float32(1)
+            continue
         stored = held.checkpoint.tensors.get(f"{linear.path}.input_scale")
         # A 16-bit reference knows no activation scales: then the graph's own are taken.
         own = index.constants.get(linear.quantizer.scale)
@@ -343,10 +336,7 @@ def teacher_of(
 
     def quantize(path: str, x: FloatArray) -> tuple[FloatArray, ...]:
         x = smoothed(path, x)
-        if held.formats.get(path) == "fp8":
-            return (_quantize_fp8(x, scales[path]),)
-        codes, scale_bytes = _quantize(x, scales[path])
-        return weight_gates.E2M1[codes], scale_bytes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return quantized_values(held.formats.get(path, NVFP4.name), x, scales[path])
 
     def product(path: str, x: FloatArray) -> FloatArray:
         bias = f"{path}.bias"

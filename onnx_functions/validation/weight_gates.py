@@ -18,6 +18,8 @@ from onnx import TensorProto
 
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadGraph
+from fp4trt.number_formats import FORMATS, NVFP4
+from onnx_functions.formats import graph_format
 from onnx_functions.graph.branches import FACTORS, SMOOTHING, effective_weight
 from onnx_functions.graph.cut import cut
 from onnx_functions.graph.external_data import array_of, span_of
@@ -39,16 +41,10 @@ __all__ = [
 CHUNK_BYTES: Final = 256 << 20
 """How much of dequantized weights is held at a time."""
 
-WEIGHT_ERROR_LIMIT: Final = 0.16
-"""Of a weight quantized to NVFP4, relative L2: normal data give .095, the widest layers of FLUX stay under
-.12."""
-
-FP8_ERROR_LIMIT: Final = 0.05
-"""Of a weight quantized to FP8: normal data give .027."""
-
 SCALE_BIAS_LIMIT: Final = 0.03
 
-E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_SHARED_SCALES: Final = {leaf for kind in FORMATS.values() for leaf in kind.shared}
+_SCALES: Final = {leaf for kind in FORMATS.values() for leaf in kind.leaves}
 
 
 class Reference(Protocol):
@@ -189,7 +185,7 @@ def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Refe
     for name in reference.names:
         tensor = graph.initializers.get(name)
         if tensor is None:
-            if not name.endswith((".input_scale", ".weight_scale_2")) and not _is_shared(name, graph, reference):
+            if name.rpartition(".")[2] not in _SHARED_SCALES and not _is_shared(name, graph, reference):
                 offenders.append((name, "is in the checkpoint but not in the graph"))
             continue
         try:
@@ -241,8 +237,7 @@ def _biases(graph: Graph) -> Iterator[tuple[str, str]]:
 def _bad_scales(graph: Index, directory: Path) -> Iterator[tuple[str, str]]:
     """Yield the global scales that divide by zero or lead to values that are no numbers."""
     for name, tensor in graph.initializers.items():
-        scales = (".input_scale", ".weight_scale", ".weight_scale_2")
-        if name.endswith(scales) and tensor.data_type == TensorProto.FLOAT:
+        if name.rpartition(".")[2] in _SCALES and tensor.data_type == TensorProto.FLOAT:
             with contextlib.suppress(BadGraph):  # which the gate on files says
                 value = float(array_of(tensor, directory).reshape(-1)[0])
                 if not 0 < value < np.inf:
@@ -259,7 +254,8 @@ def quantization_gates(
         of each linear by path.
     """
     errors, large, biased = {}, [], []
-    constants = Index(model).constants
+    graph = Graph(model)
+    constants = graph.constants
     for linear, residual in graph_weights(model, directory, linears):
         found = effective_weight(residual, linear.branch, linear.smoothing, constants, directory)
         expected = reference.weight(linear.path)
@@ -270,9 +266,7 @@ def quantization_gates(
         w = expected.astype(np.float64).reshape(-1)
         bias = float(np.dot(w, found.reshape(-1)) / max(np.dot(w, w), 1e-30)) - 1
         errors[linear.path] = (error, bias)
-        is_fp8 = constants[linear.weight_source].data_type == TensorProto.FLOAT8E4M3FN
-        limit = FP8_ERROR_LIMIT if is_fp8 else WEIGHT_ERROR_LIMIT
-        if not error <= limit:
+        if not error <= graph_format(graph.weight_format(linear.weight) or NVFP4.name).ERROR_LIMIT:
             large.append((f"{linear.path}.weight", f"relative L2 error {error:.3g}"))
         if not abs(bias) <= SCALE_BIAS_LIMIT:
             biased.append((f"{linear.path}.weight", f"is {1 + bias:.4g} times as large as the reference's"))
@@ -281,7 +275,7 @@ def quantization_gates(
     told = f"largest relative L2 error of {len(errors)} weights {worst:.3g}"
     told_bias = f"largest scale bias of {len(errors)} weights {worst_bias:.2%}"
     return (
-        gate_of_offenders("weight error", large, worst, WEIGHT_ERROR_LIMIT, told, count=len(errors)),
+        gate_of_offenders("weight error", large, worst, graph_format(NVFP4.name).ERROR_LIMIT, told, count=len(errors)),
         gate_of_offenders("scale bias", biased, worst_bias, SCALE_BIAS_LIMIT, told_bias, count=len(errors)),
         errors,
     )
@@ -310,8 +304,9 @@ def rounded_weights_gate(
     graph = Graph(model)
     offenders, differing, elements = [], 0, 0
     for linear, found in graph_weights(model, directory, linears):
-        scale = array_of(graph.constants[graph.weight_scale(linear)], directory).reshape(())
-        expected = dequantize(linear.path, reference.weight(linear.path), np.float32(scale))
+        kind = FORMATS[graph.weight_format(linear.weight) or NVFP4.name]
+        stored = array_of(graph.constants[graph.weight_scale(linear)], directory) if kind.weight_scale else np.ones(())
+        expected = dequantize(linear.path, reference.weight(linear.path), np.float32(stored.reshape(())))
         wrong = _differing(found, expected)
         elements += expected.size
         if wrong:
