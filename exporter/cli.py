@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from exporter.onnx_export import Exported
+    from exporter.placeholders import ExportedGraph
 
 __all__ = ["export"]
 
@@ -38,7 +42,7 @@ def export(
     copy_weights: bool,
     allow_slow: bool,
     force: bool,
-) -> dict[str, Any]:
+) -> Exported | ExportedGraph:
     """Export a checkpoint, or a graph with FP4 placeholders, as an opset-23 ONNX graph for TensorRT.
 
     A checkpoint's graph points into its safetensors: keep both in one folder. THEIRS.onnx is a graph of other
@@ -58,49 +62,45 @@ def export(
             raise click.UsageError("--precision, --scale-dtype and --copy-weights are for checkpoints, not for a graph")
         if output is None:
             raise click.UsageError(f"{source} is a graph; name the one to write with --output")
-        return _export_graph(source, output, force, allow_slow)
+        return _export_graph(source, output, force=force, allow_slow=allow_slow)
     if source.exists() and not source.is_dir():
         raise BadGraph(f"{source} is not a regular file; expected an ONNX file or a checkpoint's folder")
     if allow_slow:
         raise click.UsageError("--allow-slow is for a graph of other origin, not for a checkpoint")
-    return _export_checkpoint(source, output, scale_dtype, copy_weights, force, precision)
+    options = {"scale_dtype": scale_dtype, "copy_weights": copy_weights, "force": force, "precision": precision}
+    return _export_checkpoint(source, output, **options)
 
 
-def _export_checkpoint(source: Path, output: Path | None, *options: Any) -> dict[str, Any]:
+def _export_checkpoint(source: Path, output: Path | None, **options: Any) -> Exported:
     from exporter.onnx_export import export as run
 
-    result = run(source, output, *options)
-    if result["copied_weights"]:
-        click.echo(f"weights are copied beside the graph: {result['copied_because']}")
-    click.echo(
-        f"exported {result['nodes']} nodes, {_linears(result)}, {result['onnx_bytes']:,} bytes -> {result['onnx']}"
-    )
+    result = run(source, output, **options)
+    if result.copied_weights:
+        click.echo(f"weights are copied beside the graph: {result.copied_because}")
+    click.echo(f"exported {result.nodes} nodes, {_linears(result)}, {result.onnx_bytes:,} bytes -> {result.onnx}")
     return result
 
 
-def _export_graph(source: Path, output: Path, force: bool, allow_slow: bool) -> dict[str, Any]:
+def _export_graph(source: Path, output: Path, **options: Any) -> ExportedGraph:
     from exporter.placeholders import export_graph
 
-    result = export_graph(source, output, force, allow_slow)
-    if result["declared_opset"] != result["opset"]:
-        click.echo(
-            f"raised opset {result['declared_opset']} to {result['opset']}: every operator means the same in both"
-        )
-    for line in result["allowed"]:
+    result = export_graph(source, output, **options)
+    if result.declared_opset != result.opset:
+        click.echo(f"raised opset {result.declared_opset} to {result.opset}: every operator means the same in both")
+    for line in result.allowed:
         click.echo(f"allowed: {line}")
-    quantizers = result["activation_quantizers"]
+    quantizers = result.activation_quantizers
     click.echo(
-        f"packed {len(result['quantized_weights'])} weights to NVFP4; "
+        f"packed {len(result.quantized_weights)} weights to NVFP4; "
         + (f"{quantizers} activation quantizers kept" if quantizers else "no activation quantizers: weight-only")
     )
-    total = result["onnx_bytes"] + result["data_bytes"]
-    click.echo(f"exported {result['nodes']} nodes, {total:,} bytes with their data -> {result['onnx']}")
+    total = result.onnx_bytes + result.data_bytes
+    click.echo(f"exported {result.nodes} nodes, {total:,} bytes with their data -> {result.onnx}")
     return result
 
 
-def _linears(result: dict[str, Any]) -> str:
-    if result["precision"] == "bf16":
+def _linears(result: Exported) -> str:
+    if result.precision == "bf16":
         return "all linears in BF16"
-    in_fp8 = result["fp8_linears"]
-    text = f"{result['quantized_linears'] - in_fp8} linears in NVFP4"
-    return f"{text}, {in_fp8} in FP8" if in_fp8 else text
+    text = f"{result.quantized_linears - result.fp8_linears} linears in NVFP4"
+    return f"{text}, {result.fp8_linears} in FP8" if result.fp8_linears else text

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import click
 import onnx_ir as ir
 
 from calibration.checkpoints.plain import BUILT_IN, find_source
@@ -31,6 +30,8 @@ from fp4trt.errors import BadGraph, WrongPrecision
 from fp4trt.file_output import check_writable
 from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
 from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.progress import Progress, tracking
+from fp4trt.verb import Result, verb
 
 __all__ = ["IR_VERSION", "Precision", "branches", "export", "graph_of", "graph_path", "group_leaders"]
 
@@ -40,14 +41,48 @@ IR_VERSION = 11
 """The first ONNX IR version with FLOAT4E2M1."""
 
 
+@dataclass(frozen=True, eq=False)
+class Exported(Result):
+    """What :func:`export` wrote.
+
+    Attributes:
+        onnx: the graph's path.
+        opset: its opset.
+        precision: ``nvfp4`` or ``bf16``.
+        nodes: number of its nodes.
+        quantized_linears: how many linears are quantized, in any format.
+        fp8_attentions: how many attentions are in FP8.
+        fp8_linears: how many of the linears are in FP8.
+        scale_dtype: of the block scales; None in BF16.
+        onnx_bytes: size of the graph without its weights.
+        copied_weights: whether the weights were copied beside it.
+        copied_because: why; None where they were not.
+    """
+
+    onnx: str
+    opset: int
+    precision: Precision
+    nodes: int
+    quantized_linears: int
+    fp8_attentions: int
+    fp8_linears: int
+    scale_dtype: ScaleDtype | None
+    onnx_bytes: int
+    copied_weights: bool
+    copied_because: str | None
+
+
+@verb
 def export(
     directory: str | Path,
     output: str | Path | None = None,
+    *,
     scale_dtype: ScaleDtype | None = None,
     copy_weights: bool = False,
     force: bool = False,
     precision: Precision = "nvfp4",
-) -> dict[str, Any]:
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> Exported:
     """Export a checkpoint as an opset-23 graph: quantized, in double-DequantizeLinear form, or plain, in BF16.
 
     Args:
@@ -59,9 +94,7 @@ def export(
         copy_weights: copy the weights into ``NAME.onnx.data``; implied where the graph cannot point at them.
         force: replace an existing graph.
         precision: ``nvfp4`` takes a quantized checkpoint, ``bf16`` a plain one.
-
-    Returns:
-        What the command prints as JSON.
+        progress: called with each step.
 
     Raises:
         BadCheckpoint: the folder is no such checkpoint.
@@ -90,38 +123,38 @@ def export(
         if copies:
             external_weights.refuse_little_space(checkpoint.tensors, path)
         nodes = _write(checkpoint, path, scale_dtype or "float32", copies)
-    return {
-        "onnx": str(path.resolve()),
-        "opset": OPSET,
-        "precision": precision,
-        "nodes": nodes,
-        "quantized_linears": len(checkpoint.formats),
-        "fp8_attentions": len(checkpoint.fp8_attentions),
-        "fp8_linears": len(checkpoint.fp8),
-        "scale_dtype": None if precision == "bf16" else scale_dtype or "float32",
-        "onnx_bytes": path.stat().st_size,
-        "copied_weights": copies,
-        "copied_because": "--copy-weights" if copy_weights else reason,
-    }
+    return Exported(
+        onnx=str(path.resolve()),
+        opset=OPSET,
+        precision=precision,
+        nodes=nodes,
+        quantized_linears=len(checkpoint.formats),
+        fp8_attentions=len(checkpoint.fp8_attentions),
+        fp8_linears=len(checkpoint.fp8),
+        scale_dtype=None if precision == "bf16" else scale_dtype or "float32",
+        onnx_bytes=path.stat().st_size,
+        copied_weights=copies,
+        copied_because="--copy-weights" if copy_weights else reason,
+    )
 
 
 def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: bool) -> int:
     """Trace, rewrite and save; return the graph's number of nodes."""
-    # The bar's units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
-    with click.progressbar(length=100, label="exporting", file=sys.stderr) as bar:
-        model = graph_of(checkpoint, group_leaders(checkpoint), scale_dtype, bar.update)
+    # The units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
+    with tracking(100, "exporting") as advance:
+        model = graph_of(checkpoint, group_leaders(checkpoint), scale_dtype, advance)
         # A finding, even a slow one, is a mistake of this room's, or of the checkpoint's data.
         accept = functools.partial(passed_lint, source=checkpoint.directory)
         if copies:
             external_weights.save_with_copies(model, checkpoint.tensors, path, accept)
         else:
             external_weights.save_pointing(model, checkpoint.tensors, path, accept)
-        bar.update(10)
+        advance(10)
     return len(model.graph)
 
 
 def graph_of(
-    checkpoint: Checkpoint, leaders: Mapping[str, str], scale_dtype: ScaleDtype, progress: Callable[[int], object]
+    checkpoint: Checkpoint, leaders: Mapping[str, str], scale_dtype: ScaleDtype, advance: Callable[[int], object]
 ) -> ir.Model:
     """Return the graph of a checkpoint, whose weights have no values yet.
 
@@ -129,12 +162,12 @@ def graph_of(
         checkpoint: what its config, and the names and shapes of its tensors, say is all that is read.
         leaders: see :func:`exporter.passes.double_dequantize.double_dequantize`.
         scale_dtype: likewise.
-        progress: told how many hundredths of an export are behind, 90 in all.
+        advance: called with hundredths of an export that are done, 90 in all.
     """
     program = trace(checkpoint)
-    progress(30)
+    advance(30)
     model = translate(checkpoint, program)
-    progress(60)
+    advance(60)
     fold_constants(model)
     stamp_blocks(model, _stacks(checkpoint))
     add_branches(model, branches(checkpoint))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import click
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -34,6 +33,8 @@ from exporter.passes.settle_activations import settle_activations
 from exporter.trace import OPSET
 from exporter.trt_ops import QUANTIZER
 from fp4trt.errors import BadGraph, OutputExists
+from fp4trt.progress import Progress, tracking
+from fp4trt.verb import Result, verb
 from onnx_functions.graph.external_data import load_graph
 from onnx_functions.linting import require_form
 
@@ -45,9 +46,44 @@ _INLINE_BYTES: Final = 1024
 _CHUNK: Final = 1 << 22
 
 
+@dataclass(frozen=True, eq=False)
+class ExportedGraph(Result):
+    """What :func:`export_graph` wrote.
+
+    Attributes:
+        onnx: the graph's path.
+        opset: its opset.
+        declared_opset: that of the graph it was made of.
+        nodes: number of its nodes.
+        nodes_before: that of the graph it was made of.
+        quantized_weights: names of the initializers that hold codes.
+        activation_quantizers: how many there are.
+        allowed: findings of the lint that were let pass, a line each.
+        onnx_bytes: size of the graph.
+        data_bytes: size of the file beside it.
+    """
+
+    onnx: str
+    opset: int
+    declared_opset: int | None
+    nodes: int
+    nodes_before: int
+    quantized_weights: Sequence[str]
+    activation_quantizers: int
+    allowed: Sequence[str]
+    onnx_bytes: int
+    data_bytes: int
+
+
+@verb
 def export_graph(
-    source: str | Path, output: str | Path, force: bool = False, allow_slow: bool = False
-) -> dict[str, Any]:
+    source: str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    allow_slow: bool = False,
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> ExportedGraph:
     """Replace the ``TRT_FP4QDQ`` placeholders of an ONNX graph by FP4 codes and scales.
 
     Global scales are each weight's own, as ModelOpt's exporter has them. Nodes and tensors of the graph keep their
@@ -58,9 +94,7 @@ def export_graph(
         output: the graph to write, or a folder for ``model.onnx``; its data go into one file beside it.
         force: replace an existing graph.
         allow_slow: let pass what the lint finds to lose FP4 speed only.
-
-    Returns:
-        What the command prints as JSON; ``allowed`` are the lines of what passed so.
+        progress: called with each step.
 
     Raises:
         NoPlaceholders: nothing in the graph is marked for FP4.
@@ -90,25 +124,25 @@ def export_graph(
     try:
         with folder_for(path):
             refuse_existing_results(path, True, force)
-            with click.progressbar(length=len(contents), label="exporting", file=sys.stderr) as bar:
-                counted = {name: functools.partial(_counted, chunks, bar) for name, chunks in contents.items()}
+            with tracking(len(contents), "exporting") as advance:
+                counted = {name: functools.partial(_counted, chunks, advance) for name, chunks in contents.items()}
                 accept = functools.partial(passed_lint, source=theirs, allow_slow=allow_slow)
                 allowed = save_self_contained(model, counted, path, accept)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         raise BadGraph(f"{theirs} makes no valid ONNX graph ({reason}); export it again") from None
-    return {
-        "onnx": str(path.resolve()),
-        "opset": OPSET,
-        "declared_opset": declared,
-        "nodes": len(model.graph),
-        "nodes_before": nodes,
-        "quantized_weights": [weight.codes for weight in weights],
-        "activation_quantizers": sum(node.op_type == QUANTIZER for node in model.graph),
-        "allowed": allowed,
-        "onnx_bytes": path.stat().st_size,
-        "data_bytes": data_file(path).stat().st_size,
-    }
+    return ExportedGraph(
+        onnx=str(path.resolve()),
+        opset=OPSET,
+        declared_opset=declared,
+        nodes=len(model.graph),
+        nodes_before=nodes,
+        quantized_weights=[weight.codes for weight in weights],
+        activation_quantizers=sum(node.op_type == QUANTIZER for node in model.graph),
+        allowed=allowed,
+        onnx_bytes=path.stat().st_size,
+        data_bytes=data_file(path).stat().st_size,
+    )
 
 
 def _contents(model: ir.Model, weights: Iterable[QuantizedWeight]) -> Iterator[tuple[str, Chunks]]:
@@ -135,9 +169,9 @@ def _contents(model: ir.Model, weights: Iterable[QuantizedWeight]) -> Iterator[t
     yield from packed.items()
 
 
-def _counted(chunks: Chunks, bar: Any) -> Iterator[npt.NDArray[np.uint8]]:
+def _counted(chunks: Chunks, advance: Callable[[], None]) -> Iterator[npt.NDArray[np.uint8]]:
     yield from chunks()
-    bar.update(1)
+    advance()
 
 
 def _scalar(packer: PackedWeight) -> ir.TensorProtocol:

@@ -17,13 +17,15 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import click
 
+from fp4trt.progress import on_terminal
+from fp4trt.verb import Result
 from fp4trt.version import __version__
 
 __all__ = ["COMMANDS", "EXTRAS", "Entry", "main", "run"]
@@ -203,18 +205,23 @@ def _with_json(command: click.Command, name: str) -> click.Command:
 def _with_status(callback: Callable[..., Any] | None) -> Callable[..., int]:
     """Wrap a room's callback: hold its result, print it under `--json`, and turn it into an exit status."""
 
-    def call(*, as_json: bool, **values: Any) -> int:
+    def run(values: Mapping[str, Any]) -> Any:
         assert callback is not None
+        with on_terminal():
+            return callback(**values)
+
+    def call(*, as_json: bool, **values: Any) -> int:
         if os.environ.get("RANK", "0") != "0":  # of several processes of `accelerate launch` the first one speaks
             with contextlib.redirect_stdout(io.StringIO()):
-                result = callback(**values)
+                result = run(values)
         elif as_json:
             with _stdout_to_stderr():
-                result = callback(**values)
-            click.echo(json.dumps(_finite(result or {}), allow_nan=False, default=os.fspath))
+                result = run(values)
+            shown = result.as_dict() if isinstance(result, Result) else result or {}
+            click.echo(json.dumps(_finite(shown), allow_nan=False, default=os.fspath))
         else:
-            result = callback(**values)
-        return 1 if isinstance(result, dict) and result.get("passed") is False else 0
+            result = run(values)
+        return 1 if isinstance(result, Mapping) and result.get("passed") is False else 0
 
     return call
 
@@ -281,7 +288,7 @@ def _finite(value: Any) -> Any:
     """Return `value` with each infinite or NaN float, which JSON cannot hold, replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]

@@ -1,39 +1,134 @@
-"""A progress bar on stderr for work that turns out to take more than two seconds."""
+"""Progress and notes of long work: the library reports them, whoever called decides what becomes of them.
+
+A verb's ``progress`` argument is called with each step; the command line draws bars on stderr. Notes are one-line
+messages (a run that resumes, a warning): the command line prints them, elsewhere they go to the logger ``fp4trt``.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final
 
 import click
 
-__all__ = ["progress"]
+__all__ = ["Progress", "Step", "note", "on_terminal", "reporting", "tracking"]
 
-_PATIENCE_S = 2.0
+
+@dataclass(frozen=True)
+class Step:
+    """How far a piece of work is.
+
+    Attributes:
+        label: what is being done, such as ``quantizing blocks``.
+        done: units that are finished: blocks, bytes, steps.
+        total: of how many.
+        detail: what is worth adding, such as the loss; may be empty.
+    """
+
+    label: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+Progress = Callable[[Step], object]
+"""Called with each step of long work, on any thread."""
+
+_PATIENCE_S: Final = 2.0
+"""Work that takes no longer leaves no trace on the terminal."""
+
+_progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+_note: ContextVar[Callable[[str], object] | None] = ContextVar("note", default=None)
 
 
 @contextmanager
-def progress(length: int, label: str) -> Iterator[Callable[[], None]]:
-    """Give a function to call after each of ``length`` steps; quick work leaves no trace on the terminal."""
-    started = time.monotonic()
-    pending = 0
-    shown = False
-    bar = click.progressbar(length=length, label=label, file=sys.stderr, show_eta=True)
-
-    def advance() -> None:
-        nonlocal pending, shown
-        pending += 1
-        if not shown and time.monotonic() - started > _PATIENCE_S:
-            bar.__enter__()
-            shown = True
-        if shown:
-            bar.update(pending)
-            pending = 0
-
+def reporting(progress: Progress | None = None, note: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Send progress and notes of what is called within to these functions; None leaves them where they go."""
+    tokens = []
+    if progress is not None:
+        tokens.append((_progress, _progress.set(progress)))
+    if note is not None:
+        tokens.append((_note, _note.set(note)))  # type: ignore[arg-type]
     try:
-        yield advance
+        yield
     finally:
-        if shown:
-            bar.__exit__(None, None, None)
+        for variable, token in tokens:
+            variable.reset(token)
+
+
+def note(text: str) -> None:
+    """Report one line."""
+    tell = _note.get()
+    if tell is None:
+        logging.getLogger("fp4trt").warning(text)
+    else:
+        tell(text)
+
+
+@contextmanager
+def tracking(length: int, label: str) -> Iterator[Callable[..., None]]:
+    """Give a function to call after each step, with how many units are done since the last one and a detail.
+
+    Args:
+        length: units in all.
+        label: what is being done.
+    """
+    tell, done, lock = _progress.get(), 0, threading.Lock()
+
+    def advance(count: int = 1, detail: str = "") -> None:
+        nonlocal done
+        with lock:  # several threads may share the work
+            done += count
+            if tell is not None:
+                tell(Step(label, done, length, detail))
+
+    if tell is not None:
+        tell(Step(label, 0, length))
+    yield advance
+
+
+@contextmanager
+def on_terminal() -> Iterator[None]:
+    """Draw bars with an ETA on stderr, and print notes there, for what is called within."""
+    with _Bars() as bars, reporting(bars.show, lambda text: click.echo(text, err=True)):
+        yield
+
+
+class _Bars:
+    """The bars of a command, one after another; each appears once its work has taken a while."""
+
+    def __init__(self) -> None:
+        self._label, self._begun = "", 0.0
+        self._bar: Any = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def show(self, step: Step) -> None:
+        """Draw a step."""
+        if step.label != self._label or not step.done:
+            self._stack.close()
+            self._label, self._begun, self._bar = step.label, time.monotonic(), None
+        if self._bar is None and step.done and time.monotonic() - self._begun > _PATIENCE_S:
+            self._bar = self._stack.enter_context(
+                click.progressbar(
+                    length=step.total,
+                    label=step.label,
+                    file=sys.stderr,
+                    show_eta=True,
+                    item_show_func=lambda detail: detail or None,
+                )
+            )
+        if self._bar is not None:
+            self._bar.update(step.done - self._bar.pos, step.detail)

@@ -11,12 +11,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import click
-
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadCheckpoint, OutputExists
 from fp4trt.folder_lock import alone
 from fp4trt.json_file import load_json
+from fp4trt.progress import note
 from fp4trt.safetensors_file import naming, sha256_of
 
 __all__ = [
@@ -85,7 +84,7 @@ def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
         (directory / _MARK).unlink()
     finally:
         if identity and (partial / _PROGRESS).exists():
-            click.echo(f"{partial} keeps what is finished: the same command goes on from there", err=True)
+            note(f"{partial} keeps what is finished: the same command resumes from there")
         else:
             discard(partial, _MARK)
 

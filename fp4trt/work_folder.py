@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from fp4trt.errors import OutputExists
 from fp4trt.folder_lock import alone
+from fp4trt.progress import note
 from fp4trt.publish import discard, write_json
 
 __all__ = ["work_folder", "write_mark"]
@@ -53,7 +52,7 @@ def _work_folder(
         yield
     except (OSError, MemoryError, KeyboardInterrupt):
         if what := keeps():
-            click.echo(f"{folder} keeps {what}: the same command goes on from there", err=True)
+            note(f"{folder} keeps {what}: the same command resumes from there")
         else:
             _leave_nothing(folder, mark, missing)
         raise

@@ -71,7 +71,16 @@ def validate(
             validate as check,  # torch, which a third party's graph does not need
         )
 
-        report = check(model, reference, level, folder, force, click.echo, blocks, tokens)
+        report = check(
+            model,
+            reference,
+            level=level,
+            report_dir=folder,
+            force=force,
+            say=click.echo,
+            blocks=blocks,
+            tokens=tokens,
+        )
     data, page = report_files(folder)
     failed = ", ".join(gate.name for gate in report.failures)
     if page is None:

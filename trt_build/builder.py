@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 from fp4trt.errors import BackendMissingError
 from fp4trt.file_output import partial_path
 from fp4trt.number_formats import FORMATS, NVFP4
+from fp4trt.progress import Progress, Step
+from fp4trt.verb import Result
 from onnx_functions.linting import require_clean
 from trt_build import manifest
 from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
@@ -25,7 +27,7 @@ from trt_build.layer_info import parse_layers
 from trt_build.least_tokens import require_tokens
 from trt_build.local_gpu import local_compute_capabilities
 from trt_build.memory import GIB, memory_lines
-from trt_build.profiles import Profile, make_profile
+from trt_build.profiles import Count, Pixels, Profile, make_profile
 from trt_build.script import script_of, script_path, write_script
 from trt_build.served_sizes import require_served
 from trt_build.supervise import run_child
@@ -66,16 +68,70 @@ class _Plan:
         return self.targets[0].backend
 
 
+_STEPS = 1000
+"""Units of a build's progress."""
+
+
+@dataclass(frozen=True, eq=False)
+class Built(Result):
+    """An engine, and what is in it.
+
+    Attributes:
+        engine, manifest: absolute paths.
+        engine_bytes, engine_sha256: its size and hash.
+        fp4_gemms, fp4_linears: FP4 GEMMs, and the linears that they cover.
+        fp8_gemms, fp8_linears: the same in FP8.
+        quantized_linears: the linears that the graph promises quantized.
+        gemms: every GEMM kernel with its linears.
+        lost: the promised linears that run in BF16, and why.
+        fp8_attentions: attentions that are one FP8 kernel each.
+        quantized_attentions: how many the graph promises.
+        lost_attentions: those that fell apart, and why.
+        sixteen_bit: linears that run in BF16 as they should, and why.
+        kernels: number of the engine's kernels.
+        branch: what SVDQuant's branches cost (see :mod:`trt_build.branch_cost`); None without any.
+        gpus, compute_capabilities: what it runs on.
+        profile: minimum, optimum and maximum of each symbol.
+        shapes: the same of each input.
+        cached: whether an unchanged request was answered without building.
+        seconds: how long that took.
+    """
+
+    engine: str
+    manifest: str
+    engine_bytes: int
+    engine_sha256: str
+    fp4_gemms: int
+    fp4_linears: int
+    fp8_gemms: int
+    fp8_linears: int
+    quantized_linears: int
+    gemms: Sequence[Mapping[str, Any]]
+    lost: Sequence[Mapping[str, Any]]
+    fp8_attentions: int
+    quantized_attentions: int
+    lost_attentions: Sequence[Mapping[str, Any]]
+    sixteen_bit: Sequence[Mapping[str, Any]]
+    kernels: int | None
+    branch: Mapping[str, Any] | None
+    gpus: Sequence[str]
+    compute_capabilities: Sequence[str]
+    profile: Mapping[str, Any]
+    shapes: Mapping[str, Any]
+    cached: bool
+    seconds: float
+
+
 def build(
     model: str | Path,
     *,
-    gpu: str = "rtx5090",
+    gpu: str | Sequence[str] = "rtx5090",
     # the optimization profile
-    resolution: int | str | None = None,
-    batch: int | str | None = None,
-    text: int | str | None = None,
+    resolution: Pixels | None = None,
+    batch: Count | None = None,
+    text: Count | None = None,
     shapes: Sequence[str] = (),
-    reference_images: int | str | None = None,
+    reference_images: Count | None = None,
     # the result
     output: str | Path | None = None,
     force: bool = False,
@@ -84,12 +140,13 @@ def build(
     # what the caller hears meanwhile
     on_progress: OnProgress = _ignore,
     on_line: Callable[[str], None] = _ignore,
-) -> dict[str, Any]:
+    progress: Progress | None = None,
+) -> Built:
     """Build the engine of an ONNX graph, or answer from the engine that an unchanged request has left.
 
     Args:
         model: an ONNX file, or a directory that holds model.onnx.
-        gpu: one GPU or several, "rtx5090,gb10", in one engine (see trt_build.targets).
+        gpu: one GPU, or several in one engine: a sequence, or "rtx5090,gb10" (see trt_build.targets).
         resolution, batch, text, shapes, reference_images: see trt_build.profiles.make_profile.
         output: the engine file, DIRECTORY/GPU.engine unless given; its manifest NAME.json goes beside it.
         force: replace a file at `output` that fp4trt did not build, or a build script that was edited.
@@ -97,13 +154,7 @@ def build(
         weight_streaming: let the runtime keep weights in host memory.
         on_progress: called with (fraction 0..1, phase) during the build.
         on_line: called with one line for what a build starts with (the memory estimate) and for each warning.
-
-    Returns:
-        engine, manifest (absolute paths), engine_bytes, engine_sha256, fp4_gemms, fp4_linears,
-        quantized_linears, gemms, lost, fp8_attentions (kernels), quantized_attentions (what is promised),
-        lost_attentions, sixteen_bit, kernels (all of the engine's), branch (what SVDQuant's cost, see
-        trt_build.branch_cost; None without any), gpus, compute_capabilities, profile (minimum, optimum and maximum of
-        each symbol), shapes (the same of each input), cached, seconds.
+        progress: called with each step, as all verbs do it, besides `on_progress`.
 
     Raises:
         LintError: the graph would be built wrongly, or slowly without `allow_slow`.
@@ -112,7 +163,9 @@ def build(
     started = time.monotonic()
     options = {"resolution": resolution, "batch": batch, "text": text, "shapes": shapes}
     options["reference_images"] = reference_images
-    plan = _validate(model, gpu, options, output, weight_streaming, allow_slow=allow_slow)
+    plan = _validate(
+        model, gpu if isinstance(gpu, str) else ",".join(gpu), options, output, weight_streaming, allow_slow=allow_slow
+    )
     manifest.check_output(plan.engine, plan.graph, force=force)
     weights = plan.graph.weight_bytes
     notes = (*plan.profile.notes, *_without_gemms(plan), *_lint(plan.graph.path, allow_slow=allow_slow))
@@ -129,7 +182,8 @@ def build(
             on_line(line)
         for line in require_room(plan.engine, weights):
             on_line(line)
-        content = _build_and_publish(plan, request, allow_slow=allow_slow, on_progress=on_progress)
+        hear = on_progress if progress is None else _both(on_progress, progress)
+        content = _build_and_publish(plan, request, allow_slow=allow_slow, on_progress=hear)
     elif not allow_slow:
         require_coverage([SixteenBit(**item) for item in content["lost"]], content["quantized_linears"])
         require_attentions(
@@ -271,19 +325,30 @@ def _build_and_publish(
     return content
 
 
-def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: float) -> dict[str, Any]:
+def _both(on_progress: OnProgress, progress: Progress) -> OnProgress:
+    """Return what tells both of a build's progress."""
+
+    def tell(fraction: float, phase: str) -> None:
+        on_progress(fraction, phase)
+        progress(Step("building", round(fraction * _STEPS), _STEPS, phase))
+
+    return tell
+
+
+def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: float) -> Built:
     counts = ("fp4_gemms", "fp4_linears", "fp8_gemms", "fp8_linears", "quantized_linears")
     kept = ("engine_bytes", "engine_sha256", *counts, "gemms", "lost")
     attention = ("fp8_attentions", "quantized_attentions", "lost_attentions")
-    return {
-        "engine": str(plan.engine),
-        "manifest": str(manifest.manifest_path(plan.engine)),
+    return Built(
+        engine=str(plan.engine),
+        manifest=str(manifest.manifest_path(plan.engine)),
         **{key: content[key] for key in (*kept, *attention, "sixteen_bit")},
-        **{key: content.get(key) for key in ("kernels", "branch")},
-        "gpus": [target.name for target in plan.targets],
-        "compute_capabilities": plan.compute_capabilities,
-        "profile": {name: list(extent) for name, extent in plan.profile.symbols.items()},
-        "shapes": content["request"]["profile"],
-        "cached": cached,
-        "seconds": round(seconds, 3),
-    }
+        kernels=content.get("kernels"),
+        branch=content.get("branch"),
+        gpus=[target.name for target in plan.targets],
+        compute_capabilities=plan.compute_capabilities,
+        profile={name: list(extent) for name, extent in plan.profile.symbols.items()},
+        shapes=content["request"]["profile"],
+        cached=cached,
+        seconds=round(seconds, 3),
+    )

@@ -15,6 +15,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trt_build.builder import Built
+
 __all__ = ["build_command"]
 
 _STEPS = 1000
@@ -51,7 +53,7 @@ Example:
 @click.option("--weight-streaming", is_flag=True, help="Let the runtime keep weights in host memory.")
 @click.option("--allow-slow", is_flag=True, help="Build and publish even where FP4 is lost.")
 @click.option("--force", is_flag=True, help="Replace an output, or build script, that is not as fp4trt wrote it.")
-def build_command(model: Path, **options: Any) -> dict[str, Any]:
+def build_command(model: Path, **options: Any) -> Built:
     """Build the engine of DIR/model.onnx or MODEL.onnx.
 
     The result is GPU.engine and, beside it, GPU.json: the request, its hashes, and the kernel of every
@@ -66,34 +68,32 @@ def build_command(model: Path, **options: Any) -> dict[str, Any]:
     with _progress_bar() as on_progress:
         result = build(model, on_progress=on_progress, on_line=on_line, **options)
     click.echo(_summary(result))
-    if branch := result["branch"]:
+    if branch := result.branch:
         what = f"low-rank branches of {branch['linears']} linears" if branch["linears"] else "smoothed inputs"
-        click.echo(f"  {what}: {branch['bytes']:,} bytes, {branch['kernels']} of {result['kernels']} kernels")
-    for item in result["lost"]:
+        click.echo(f"  {what}: {branch['bytes']:,} bytes, {branch['kernels']} of {result.kernels} kernels")
+    for item in result.lost:
         click.echo(f"  16 bit: {item['linear']}: {item['reason']}")
-    for item in result["lost_attentions"]:
+    for item in result.lost_attentions:
         click.echo(f"  not one kernel: {item['attention']}: {item['reason']}")
-    if not result["quantized_linears"]:
-        for reason, count in Counter(item["reason"] for item in result["sixteen_bit"]).items():
+    if not result.quantized_linears:
+        for reason, count in Counter(item["reason"] for item in result.sixteen_bit).items():
             click.echo(f"  16 bit: {count} linears: {reason}")
     return result
 
 
-def _summary(result: dict[str, Any]) -> str:
-    how = "unchanged, not built again" if result["cached"] else f"built in {result['seconds']:.1f} s"
-    size = result["engine_bytes"] / 1e6
-    capabilities = ", ".join(result["compute_capabilities"])
-    promised = result["quantized_linears"]
-    covered = f"{result['fp4_gemms']} FP4 GEMMs cover {result['fp4_linears']}"
-    if result["fp8_gemms"]:
-        covered += f" and {result['fp8_gemms']} FP8 GEMMs {result['fp8_linears']}"
+def _summary(result: Built) -> str:
+    how = "unchanged, not built again" if result.cached else f"built in {result.seconds:.1f} s"
+    size = result.engine_bytes / 1e6
+    capabilities = ", ".join(result.compute_capabilities)
+    promised = result.quantized_linears
+    covered = f"{result.fp4_gemms} FP4 GEMMs cover {result.fp4_linears}"
+    if result.fp8_gemms:
+        covered += f" and {result.fp8_gemms} FP8 GEMMs {result.fp8_linears}"
     covered += f" of {promised} quantized linears"
     coverage = covered if promised else "nothing promises FP4 GEMMs of this graph"
-    if result["quantized_attentions"]:
-        coverage += (
-            f", {result['fp8_attentions']} of {result['quantized_attentions']} attentions are one FP8 kernel each"
-        )
-    return f"{result['engine']}: {size:.2f} MB for {capabilities}, {how}; {coverage}"
+    if result.quantized_attentions:
+        coverage += f", {result.fp8_attentions} of {result.quantized_attentions} attentions are one FP8 kernel each"
+    return f"{result.engine}: {size:.2f} MB for {capabilities}, {how}; {coverage}"
 
 
 @contextmanager

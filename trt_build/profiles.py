@@ -10,10 +10,17 @@ from fp4trt.errors import BadModelError, BadProfileError
 from fp4trt.families.dim import BOUNDS, OPTIONS, out_of_order
 from trt_build.least_tokens import raised
 
-__all__ = ["Extent", "InputShape", "Profile", "make_profile"]
+__all__ = ["Count", "Extent", "InputShape", "Pixels", "Profile", "make_profile"]
 
 Extent = tuple[int, int, int]
 """Minimum, optimum and maximum of one dimension."""
+
+Count = int | tuple[int, int, int] | str
+"""One number, or minimum, optimum and maximum."""
+
+Side = int | tuple[int, int]
+Pixels = Side | tuple[Side, Side, Side] | str
+"""A side or (width, height), or minimum, optimum and maximum of these."""
 
 InputShape = tuple[int | str | None, ...]
 """Dimensions of a graph input: a number, a symbol, or None where the graph says nothing."""
@@ -32,26 +39,26 @@ def make_profile(
     input_shapes: Mapping[str, InputShape],
     symbols: Mapping[str, Mapping[str, Any]],
     *,
-    resolution: int | str | None = None,
-    batch: int | str | None = None,
-    text: int | str | None = None,
+    resolution: Pixels | None = None,
+    batch: Count | None = None,
+    text: Count | None = None,
     shapes: Sequence[str] = (),
     fp8_attention: bool = False,
-    reference_images: int | str | None = None,
+    reference_images: Count | None = None,
 ) -> Profile:
     """Return the profile of a graph.
 
     Args:
         input_shapes: the graph's inputs with their dimensions.
         symbols: the model's `fp4trt.symbols`; empty for a graph that fp4trt did not write.
-        resolution: pixels, "1024", "768x1360" (width x height) or "512:1024:1360"; each side a multiple of
-            the pixels that a token spans. A single number may be an int, here and below.
-        batch: images, "1" or "1:1:4".
-        text: tokens, "512" or "1:512:512".
+        resolution: pixels: one side, (width, height), or minimum, optimum and maximum of either; each side a multiple
+            of the pixels that a token spans. As the command line has it "1024", "768x1360" or "512:1024:1360".
+        batch: images: 1 or (1, 1, 4); "1" or "1:1:4".
+        text: tokens: 512 or (1, 512, 512); "512" or "1:512:512".
         shapes: "NAME=MIN:OPT:MAX", NAME a symbol (numbers) or an input (shapes such as 1x256x64).
         fp8_attention: the graph wants 32 tokens or more: minima that no option names are raised to that.
         reference_images: pictures that the model reads as further image tokens, as Kontext does, each of the size that
-            `resolution` says: "1" or "0:1:2".
+            `resolution` says: 1 or (0, 1, 2); "1" or "0:1:2".
 
     A dimension that no option names covers all that the metadata declares.
 
@@ -62,7 +69,7 @@ def make_profile(
     for name, symbol in symbols.items():
         _check_symbol(name, symbol)
     options = {"--resolution": resolution, "--batch": batch, "--text": text}
-    given = {option: None if value is None else str(value) for option, value in options.items()}
+    given = {option: None if value is None else _as_text(value) for option, value in options.items()}
     kinds = {OPTIONS[symbol["kind"]] for symbol in symbols.values()}
     for option, value in given.items():
         if value is not None and option not in kinds:
@@ -71,7 +78,7 @@ def make_profile(
             )
     extents = {name: _symbol_extent(symbol, given[OPTIONS[symbol["kind"]]]) for name, symbol in symbols.items()}
     if reference_images is not None:
-        extents |= _with_references(extents, symbols, str(reference_images))
+        extents |= _with_references(extents, symbols, _as_text(reference_images))
     named = {name for name, symbol in symbols.items() if given[OPTIONS[symbol["kind"]]] is not None}
     whole: dict[str, tuple[tuple[int, ...], ...]] = {}
     for shape in shapes:
@@ -92,6 +99,13 @@ def make_profile(
         for name, dimensions in input_shapes.items()
     }
     return Profile({name: (low, best, high) for name, (low, best, high) in inputs.items()}, extents, notes)
+
+
+def _as_text(value: Pixels | Count) -> str:
+    """Return an option as the command line has it, which messages quote."""
+    if isinstance(value, tuple):
+        return ("x" if len(value) == 2 else ":").join(_as_text(part) for part in value)
+    return str(value)
 
 
 def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import torch
 from torch import nn
 
@@ -21,6 +19,7 @@ from fp4trt.families.digits import DIGITS
 from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import PIPELINE
+from fp4trt.progress import tracking
 
 __all__ = [
     "Sampling",
@@ -190,11 +189,11 @@ def _capture_pipeline(
     root, config = pipeline_of(folder), load_json(folder / "config.json")
     conditions = conditions_of(root, config, sampling.pictures)
     pipeline = load_pipeline(root, model)
-    progress = click.progressbar(prompts, label="sampling prompts", file=sys.stderr)
-    with capturing(model, family, config) as calls, progress as bar:
-        for seed, prompt in enumerate(bar):
+    with capturing(model, family, config) as calls, tracking(len(prompts), "sampling prompts") as advance:
+        for seed, prompt in enumerate(prompts):
             settings = sampling.as_arguments() | conditions.arguments(seed, sampling.resolution)
             generator = torch.Generator().manual_seed(seed)
             with drawing(root):
                 pipeline(prompt=prompt, generator=generator, output_type="latent", **settings)
+            advance()
     return calls

@@ -54,7 +54,7 @@ def search(
     sensitivity: Path | None,
     force: bool,
     device: str,
-) -> dict[str, Any]:
+) -> Any:
     """Choose NVFP4, FP8 or BF16 for each linear by measurement, and write the choice as a recipe.
 
     SOURCE is a diffusers checkpoint in BF16, or "digits" for the built-in model. What counts is the error of the
@@ -69,7 +69,19 @@ def search(
     """
     from calibration.layer_choice.search import search as run
 
-    result = run(source, output, budget, of, recipe, calibration, bf16, calls, sensitivity, force, device)
-    click.echo(result.pop("table"))
+    result = run(
+        source,
+        output,
+        budget,
+        of=of,
+        recipe=recipe,
+        calibration=calibration,
+        bf16=bf16,
+        calls=calls,
+        sensitivity=sensitivity,
+        force=force,
+        device=device,
+    )
+    click.echo(result.table)
     click.echo(f"\nthe recipe is in {output}: fp4trt quantize {source} --recipe {output / 'recipe.yaml'} -o ...")
     return result

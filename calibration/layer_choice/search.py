@@ -6,13 +6,11 @@ import contextlib
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import yaml
 
 from calibration.by_block.input_amax import captured_from
@@ -35,9 +33,11 @@ from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import BadCheckpoint, BadInputs, BadRecipe
 from fp4trt.json_file import load_json
 from fp4trt.number_formats import BF16, FP8, NVFP4
+from fp4trt.progress import Progress, tracking
 from fp4trt.safetensors_file import StoredTensor
+from fp4trt.verb import PEOPLE, Result, verb
 
-__all__ = ["DATA", "LARGEST", "PICTURE", "RECIPE", "search"]
+__all__ = ["DATA", "LARGEST", "PICTURE", "RECIPE", "Searched", "search"]
 
 DATA: Final = "search.json"
 RECIPE: Final = "recipe.yaml"
@@ -79,10 +79,43 @@ class _Task:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class Searched(Result):
+    """What :func:`search` found: what search.json holds, and where the files are.
+
+    Attributes:
+        format: of search.json.
+        recipe: what the recipe searched for says.
+        budget: what might be spent beyond NVFP4.
+        of: what the budget is of.
+        calls: captured calls that errors were measured on, 0 where that was done earlier.
+        sensitivity: the groups, as :meth:`calibration.layer_choice.sensitivity.Sensitivity.as_dict` has them.
+        frontier: the points, by budget.
+        data: path of search.json.
+        recipe_file: path of recipe.yaml.
+        picture: path of frontier.png; None without matplotlib.
+        table: the frontier for people.
+    """
+
+    format: str
+    recipe: Mapping[str, Any]
+    budget: float
+    of: str
+    calls: int
+    sensitivity: Mapping[str, Any]
+    frontier: Sequence[Mapping[str, Any]]
+    data: str
+    recipe_file: str
+    picture: str | None
+    table: str = field(metadata=PEOPLE)
+
+
+@verb
 def search(
     source: str | Path,
     output: str | Path,
     budget: float,
+    *,
     of: str = "both",
     recipe: str | Path = "nvfp4-quality",
     calibration: str | Path | None = None,
@@ -91,7 +124,8 @@ def search(
     sensitivity: str | Path | None = None,
     force: bool = False,
     device: str = "cpu",
-) -> dict[str, Any]:
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> Searched:
     """Choose NVFP4, FP8 or BF16 for each group of linears, and write the choice as a recipe.
 
     The model is quantized by the recipe's method twice, to NVFP4 and to FP8; then each group's linears are put into the
@@ -110,9 +144,7 @@ def search(
         sensitivity: search.json of an earlier search, in place of measuring again.
         force: replace an earlier result.
         device: where to compute, ``cpu`` or ``cuda``.
-
-    Returns:
-        What the command prints as JSON: search.json, and where the files are; and the table for people.
+        progress: called with each step.
 
     Raises:
         BadRecipe, BadCheckpoint, BadInputs, OutputExists: naming what is wrong.
@@ -144,7 +176,7 @@ def search(
             for kind in _ALONE:
                 shutil.rmtree(partial / kind)
         point = next(point for point in points if point.budget == budget)
-        result = {
+        result: dict[str, Any] = {
             "format": FORMAT,
             "recipe": chosen.resolved(),
             "budget": budget,
@@ -156,12 +188,9 @@ def search(
         publish.write_json(partial / DATA, result)
         _write_recipe(partial / RECIPE, _recipe(chosen, found, point, of))
         drawn = draw(found, points, point, partial / PICTURE)
-    files = {"data": DATA, "recipe_file": RECIPE, **({"picture": PICTURE} if drawn else {})}
-    return {
-        **result,
-        **{key: str((directory / name).resolve()) for key, name in files.items()},
-        "table": table(points, budget),
-    }
+    files = {"data": DATA, "recipe_file": RECIPE, "picture": PICTURE}
+    paths: dict[str, Any] = {key: str((directory / name).resolve()) for key, name in files.items()}
+    return Searched(**result, **(paths if drawn else {**paths, "picture": None}), table=table(points, budget))
 
 
 def _is_search(directory: Path) -> bool:
@@ -235,21 +264,21 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
     total = (2 + runs) * len(task.some) + runs_of(groups, len(task.some))
     with contextlib.ExitStack() as stack:
         changed = stack.enter_context(_folded(task, partial / "folds"))
-        bar = stack.enter_context(click.progressbar(length=total, label="measuring", file=sys.stderr, show_eta=True))
+        advance = stack.enter_context(tracking(total, "measuring"))
         reference = Mixture(plain.folder, {}, {}, task.device)
         with reference.loaded():
-            wanted = reference.outputs(task.some, {}, bar.update)
+            wanted = reference.outputs(task.some, {}, advance)
         model = Mixture(plain.folder, changed, quantized, task.device)
         stack.enter_context(model.loaded())
-        folded = relative_error(model.outputs(task.some, {}, bar.update), wanted)
+        folded = relative_error(model.outputs(task.some, {}, advance), wanted)
         keep = lambda errors: publish.note_progress(partial, {"errors": errors})  # noqa: E731
-        errors = measure_groups(model, groups, task.some, wanted, finished.get("errors", {}), keep, bar.update)
+        errors = measure_groups(model, groups, task.some, wanted, finished.get("errors", {}), keep, advance)
         base = folded or min(min(found.values()) for found in errors.values())
         sensitivity = Sensitivity(_sized(plain, _beyond(errors, base)), base)
 
         def measure(point: Point) -> Point:
             formats = {path: point.formats[group[0]] for group in groups for path in group}
-            outputs = model.outputs(task.some, formats, bar.update)
+            outputs = model.outputs(task.some, formats, advance)
             return replace(point, measured=relative_error(outputs, wanted) ** 0.5)
 
         yield sensitivity, measure

@@ -62,7 +62,7 @@ def compare(
     steps: int | None,
     resolution: int | None,
     force: bool,
-) -> dict[str, Any]:
+) -> Any:
     """Draw the same images with a BF16 model and with its quantized checkpoints, and say how far apart they are.
 
     SOURCE is "digits" for the built-in model, or the folder of a diffusers pipeline. Differences are told to the first
@@ -76,7 +76,18 @@ def compare(
     """
     from generation.comparison.compare import compare as run
 
-    result = run(source, checkpoints, output, seeds, images, prompts, steps, resolution, force, pictures)
-    click.echo(result.pop("table"))
-    click.echo(f"\nall of it is in {output}; open {result['report']}")
+    result = run(
+        source,
+        checkpoints,
+        output,
+        seeds=seeds,
+        images=images,
+        prompts=prompts,
+        pictures=pictures,
+        steps=steps,
+        resolution=resolution,
+        force=force,
+    )
+    click.echo(result.table)
+    click.echo(f"\nall of it is in {output}; open {result.report}")
     return result

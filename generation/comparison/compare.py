@@ -7,11 +7,10 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import torch
 
 from calibration.checkpoints.plain import files_of, find_source, load_source, refuse_quantized
@@ -24,8 +23,9 @@ from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of
 from fp4trt.families.digits import DIGITS
 from fp4trt.json_file import load_json
-from fp4trt.progress import progress
+from fp4trt.progress import Progress, note, tracking
 from fp4trt.safetensors_file import sha256_of
+from fp4trt.verb import FLAT, PEOPLE, Result, verb
 from generation.comparison import metrics as known
 from generation.comparison.drawing import Sampler, as_unit, follow
 from generation.comparison.grid import draw_grid
@@ -86,10 +86,31 @@ def _file_stamps(folder: Path) -> dict[str, tuple[str, int, int]]:
     return {file.name: (str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class Compared(Result):
+    """What :func:`compare` found.
+
+    Attributes:
+        figures: what compare.json holds: what was compared, and how far apart it is.
+        data: path of compare.json.
+        report: path of compare.html.
+        grid: path of grid.png.
+        table: the figures for people.
+    """
+
+    figures: Mapping[str, Any] = field(metadata=FLAT)
+    data: str
+    report: str
+    grid: str
+    table: str = field(metadata=PEOPLE)
+
+
+@verb
 def compare(
     source: str | Path,
     checkpoints: Mapping[str, str | Path],
     output: str | Path,
+    *,
     seeds: Sequence[int] = (1000, 1001, 1002),
     images: int | None = None,
     prompts: str | Path | None = None,
@@ -97,7 +118,8 @@ def compare(
     resolution: int | None = None,
     force: bool = False,
     pictures: str | Path | None = None,
-) -> dict[str, Any]:
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> Compared:
     """Draw the same images with a plain model and its quantized checkpoints, and say how far apart they are.
 
     One model is in memory at a time. Each finished pair of checkpoint and seed is kept in ``OUTPUT.partial`` until the
@@ -114,9 +136,7 @@ def compare(
         resolution: of a pipeline's images, in pixels; None for its own.
         force: replace an earlier result.
         pictures: a picture or a folder of them, which the images take in turn; for a pipeline that reads some.
-
-    Returns:
-        What the command prints as JSON: compare.json, and where the files are; and the table that it prints for people.
+        progress: called with each step.
 
     Raises:
         BadCheckpoint, BadInputs, OutputExists, UnknownFamily: naming what is wrong.
@@ -126,7 +146,7 @@ def compare(
     task = _task(find_source(source), checkpoints, seeds, images, prompts, sampling)
     ours = (DATA, PAGE, GRID) if _is_comparison(directory) else ()
     if not has_plots():
-        click.echo(NO_PLOTS, err=True)
+        note(NO_PLOTS)
     few = suited_threads(load_json(task.folder / "config.json"))
     with few, publish.replacing(directory, force, task.identity(), ours) as partial:
         store = Store(partial / _WORK)
@@ -138,11 +158,8 @@ def compare(
         write_report(comparison, _described(task), partial / GRID, partial / PAGE)
         shutil.rmtree(store.folder)
     files = {"data": DATA, "report": PAGE, "grid": GRID}
-    return {
-        **result,
-        **{key: str((directory / name).resolve()) for key, name in files.items()},
-        "table": table(comparison),
-    }
+    paths = {key: str((directory / name).resolve()) for key, name in files.items()}
+    return Compared(result, **paths, table=table(comparison))
 
 
 def _task(
@@ -225,8 +242,8 @@ def _draw(task: _Task, store: Store, kept: Callable[[], None]) -> None:
     }
     pairs = sum(len(absent) for _, absent in missing.values())
     if done := len(task.seeds) * len(missing) - pairs:
-        click.echo(f"going on: {done} of {done + pairs} pairs of checkpoint and seed are finished", err=True)
-    with progress((len(seeds) + 2 * pairs) * len(batches), "Drawing") as advance:
+        note(f"resuming: {done} of {done + pairs} pairs of checkpoint and seed are finished")
+    with tracking((len(seeds) + 2 * pairs) * len(batches), "Drawing") as advance:
         reference = load_source(task.folder, task.dtype) if seeds else None
         for seed in seeds:
             assert reference is not None
@@ -259,7 +276,7 @@ def _measured(task: _Task, store: Store) -> Comparison:
 
     metrics, unavailable = _metrics(task.family)
     for title, reason in unavailable.items():
-        click.echo(f"{title} is left out: {reason}", err=True)
+        note(f"{title} is left out: {reason}")
     return measure(metrics, reference, {name: shown(task.key(name)) for name in task.checkpoints}, unavailable)
 
 

@@ -7,20 +7,17 @@ the layout (:mod:`onnx_functions.layouts.fits`). Only the bytes of the tiles are
 
 from __future__ import annotations
 
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import click
-
 from fp4trt.account import account_of
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
 from fp4trt.layouts import recognised, refuse_foreign_layout
+from fp4trt.progress import tracking
 from onnx_functions.layouts.fits import Fit, fits_of
 from onnx_functions.layouts.names import Rows, index_of, stretches_of
 from onnx_functions.layouts.readings import HIGH_FIRST, LOW_FIRST, ROW_MAJOR, TILES
@@ -273,17 +270,8 @@ def _number(value: float | None) -> str:
 
 
 def _shown(items: Iterable[_T], count: int) -> Iterator[_T]:
-    """Yield items; a bar with an estimate stands on stderr once they have taken two seconds."""
-    begin, bar = time.monotonic(), None
-    try:
-        for done, item in enumerate(items):
+    """Yield items, and report each."""
+    with tracking(count, "linears") as advance:
+        for item in items:
             yield item
-            if bar is None and time.monotonic() - begin > _PATIENCE_S:
-                bar = click.progressbar(length=count, label="linears", file=sys.stderr, show_eta=True)
-                bar.__enter__()
-                bar.update(done)
-            if bar is not None:
-                bar.update(1)
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
+            advance()

@@ -6,18 +6,17 @@ external data. Each finished block is kept on disk until the report is written, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
 import onnx
 import torch
 
 from calibration.by_block.progress import BlockCheckpoint, finished_blocks
+from fp4trt.progress import tracking
 from onnx_functions.graph.attentions import Attention, find_attentions
 from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Linear
@@ -116,11 +115,11 @@ def check_by_block(task: Task, work: Path, identity: Mapping[str, Any]) -> ByBlo
     steps = [*task.blocks, _OUTSIDE]
     with finished_blocks(work, identity) as finished:
         checker = _Checker(task, finished)
-        with click.progressbar(length=len(steps), label="blocks", file=sys.stderr, show_eta=True) as bar:
-            bar.update(len(finished.results))
+        with tracking(len(steps), "blocks") as advance:
+            advance(len(finished.results))
             for block in steps[len(finished.results) :]:
                 checker.check(block)
-                bar.update(1)
+                advance()
         return _collected(task, finished.results)
 
 

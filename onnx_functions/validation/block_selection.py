@@ -7,10 +7,16 @@ from itertools import groupby
 
 from fp4trt.errors import BadSelection
 
-__all__ = ["chosen_blocks", "token_counts"]
+__all__ = ["Blocks", "Tokens", "chosen_blocks", "token_counts"]
+
+Blocks = int | Sequence[str] | str
+"""How many blocks of each stack, or their module paths; as the command line has it, a string of either."""
+
+Tokens = tuple[int, int] | str
+"""Image and text tokens; as the command line has it, ``IMAGE,TEXT``."""
 
 
-def chosen_blocks(blocks: Sequence[str], asked: str | None) -> tuple[str, ...]:
+def chosen_blocks(blocks: Sequence[str], asked: Blocks | None) -> tuple[str, ...]:
     """Return the blocks to check, in the order in which they run.
 
     The first block of each stack and the last of all are always among them: what they hand on tells which tensors of
@@ -18,7 +24,7 @@ def chosen_blocks(blocks: Sequence[str], asked: str | None) -> tuple[str, ...]:
 
     Args:
         blocks: module paths of all blocks, in the order in which they run.
-        asked: how many of each stack, spread evenly; or module paths, with commas between; None for all.
+        asked: how many of each stack, spread evenly; or module paths; None for all.
 
     Raises:
         BadSelection: it is neither.
@@ -27,10 +33,14 @@ def chosen_blocks(blocks: Sequence[str], asked: str | None) -> tuple[str, ...]:
         return tuple(blocks)
     stacks = [list(stack) for _, stack in groupby(blocks, lambda path: path.rpartition(".")[0])]
     wanted = {stack[0] for stack in stacks} | {blocks[-1]}
-    if asked.isdecimal() and int(asked):
-        wanted |= {path for stack in stacks for path in _spread(stack, int(asked))}
+    if isinstance(asked, str):
+        asked = int(asked) if asked.isdecimal() and int(asked) else [path.strip() for path in asked.split(",")]
+    if isinstance(asked, int):
+        if asked < 1:
+            raise BadSelection(f"--blocks is {asked}; expected a number above 0, or paths, as {blocks[0]}")
+        wanted |= {path for stack in stacks for path in _spread(stack, asked)}
         return tuple(path for path in blocks if path in wanted)
-    for path in (path.strip() for path in asked.split(",")):
+    for path in asked:
         if path not in blocks:
             raise BadSelection(f"--blocks: '{path}' is no block of this model; give a number or paths, as {blocks[0]}")
         wanted.add(path)
@@ -42,15 +52,15 @@ def _spread(stack: Sequence[str], count: int) -> set[str]:
     return {stack[index * (len(stack) - 1) // steps] for index in range(min(count, len(stack)))}
 
 
-def token_counts(asked: str | None) -> tuple[int, int] | None:
-    """Return image and text tokens from `IMAGE,TEXT`; None for None.
+def token_counts(asked: Tokens | None) -> tuple[int, int] | None:
+    """Return image and text tokens; None for None.
 
     Raises:
         BadSelection: it is something else, or the two are equal, so that one stream could be taken for the other.
     """
     if asked is None:
         return None
-    parts = [part.strip() for part in asked.split(",")]
+    parts = [part.strip() for part in (asked.split(",") if isinstance(asked, str) else map(str, asked))]
     if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise BadSelection(f"--tokens is '{asked}'; expected image and text tokens above 0, such as 512,128")
     image, text = (int(part) for part in parts)

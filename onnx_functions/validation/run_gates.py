@@ -23,7 +23,9 @@ from fp4trt.file_output import partial_path
 from fp4trt.free_memory import available_memory
 from fp4trt.number_formats import FORMATS, NVFP4
 from fp4trt.pipeline_folder import graph_in
+from fp4trt.progress import Progress
 from fp4trt.safetensors_file import sha256_of
+from fp4trt.verb import verb
 from onnx_functions.graph.external_data import BadSpan, load_graph, span_of
 from onnx_functions.graph.linears import Graph, Linear, metadata_of, promised_linears
 from onnx_functions.linting import require_form
@@ -31,7 +33,7 @@ from onnx_functions.simulation.simulate import runtime_session, simulate
 from onnx_functions.validation import structure_gates, teacher_gates, weight_gates
 from onnx_functions.validation.attention_gates import attention_gates, attention_promise_gate
 from onnx_functions.validation.block_gates import ByBlock, Task, check_by_block, structure_by_block
-from onnx_functions.validation.block_selection import chosen_blocks, token_counts
+from onnx_functions.validation.block_selection import Blocks, Tokens, chosen_blocks, token_counts
 from onnx_functions.validation.functions_gate import functions_gate
 from onnx_functions.validation.promise_gate import promise_gate
 from onnx_functions.validation.report import check_report_folder, write_report
@@ -109,15 +111,18 @@ class _Subject:
         return [linear for linear in self.linears if linear.path in promised]
 
 
+@verb
 def validate(
     model: str | Path,
     reference: str | Path | None = None,
+    *,
     level: str = "full",
     report_dir: str | Path | None = None,
     force: bool = False,
     say: Callable[[str], None] | None = None,
-    blocks: str | None = None,
-    tokens: str | None = None,
+    blocks: Blocks | None = None,
+    tokens: Tokens | None = None,
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Report:
     """Check the numerics of a deployable graph; of a third party's graph, what can be said without a reference.
 
@@ -131,8 +136,9 @@ def validate(
             `REPORT_DIR.partial` keeps the finished blocks until then; a killed validation goes on with the next.
         force: replace files of these names there that are no reports of fp4trt.
         say: called with one line per finished gate.
-        blocks: how many blocks of each stack, or module paths with commas between; implies level `blocks`.
-        tokens: `IMAGE,TEXT`, the tokens of the only run, of batch 1, in place of two runs on a few.
+        blocks: how many blocks of each stack, or their module paths; implies level `blocks`.
+        tokens: image and text tokens of the only run, of batch 1, in place of two runs on a few.
+        progress: called with each step.
 
     Returns:
         The report; `report.passed` is the verdict.
@@ -196,7 +202,7 @@ def _work_folder(report_dir: str | Path | None) -> contextlib.AbstractContextMan
     return contextlib.nullcontext(str(partial_path(Path(report_dir))))
 
 
-def _why_by_block(level: str, blocks: str | None, held: Reference) -> str | None:
+def _why_by_block(level: str, blocks: Blocks | None, held: Reference) -> str | None:
     """Return why the whole graph is not to be run, None where it is."""
     if level == "blocks":
         return "it runs the whole graph; --level full does"

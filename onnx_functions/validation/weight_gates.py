@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import click
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +17,7 @@ from onnx import TensorProto
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadGraph
 from fp4trt.number_formats import FORMATS, NVFP4
+from fp4trt.progress import tracking
 from onnx_functions.formats import graph_format
 from onnx_functions.graph.branches import FACTORS, SMOOTHING, effective_weight
 from onnx_functions.graph.cut import cut
@@ -115,7 +114,7 @@ def graph_weights(
     constants = Index(model).constants
     chunk: list[Linear] = []
     held = 0
-    with click.progressbar(length=len(linears), label="weights", file=sys.stderr, show_eta=True) as bar:
+    with tracking(len(linears), "weights") as advance:
         for index, linear in enumerate(linears):
             chunk.append(linear)
             held += 4 * int(np.prod(constants[linear.weight_source].dims))
@@ -126,7 +125,7 @@ def graph_weights(
             arrays = dict(zip(names, session.run(names, {}), strict=True))
             for member in chunk:
                 yield member, arrays[member.weight].T
-            bar.update(len(chunk))
+            advance(len(chunk))
             chunk, held = [], 0
 
 

@@ -24,7 +24,9 @@ ALLOWED = {
     "exporter": TORCH | LIGHT | {"onnx_ir", "onnxscript", "calibration", "onnx_functions"},
     "onnx_functions": LIGHT | {"onnxruntime", "matplotlib"},
     "trt_build": LIGHT | {"polygraphy", "tensorrt", "tensorrt_rtx", "onnx_functions"},
-    "generation": TORCH | {"click", "numpy", "matplotlib", "PIL", "scipy", "torchmetrics", "calibration"},
+    "generation": TORCH
+    | {"click", "numpy", "matplotlib", "PIL", "scipy", "torchmetrics", "calibration"}
+    | {"onnx_functions"},
 }
 # Files that may import more than their room, and why.
 EXCEPTIONS = {
@@ -58,7 +60,7 @@ FLOORS = {
         {"inspection", "validation"},
         {"cli"},
     ),
-    "generation": ({"comparison"}, {"demo"}),
+    "generation": ({"comparison", "transformer"}, {"demo"}),
 }
 
 

@@ -6,14 +6,12 @@ import contextlib
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import torch
 from torch import nn
 
@@ -25,6 +23,7 @@ from fp4trt.errors import BadCheckpoint, BadRecipe
 from fp4trt.families import Family
 from fp4trt.families.family import Config
 from fp4trt.json_file import load_json
+from fp4trt.progress import note, tracking
 from fp4trt.publish import write_json
 
 __all__ = ["Losses", "learning_rate", "train"]
@@ -164,20 +163,12 @@ class _Loop:
     def run(self) -> None:
         """Take every step that is not done."""
         done = self._resume()
-        bar: Any = click.progressbar(
-            length=self._options.steps,
-            label="training",
-            file=sys.stderr,
-            show_eta=True,
-            item_show_func=lambda loss: None if loss is None else f"loss {loss:.2e}",
-        )
-        with bar if processes.is_main() else contextlib.nullcontext() as shown:
-            if shown is not None:
-                shown.update(done)
+        with tracking(self._options.steps, "training") as advance:
+            advance(done)
             for step in range(done, self._options.steps):
                 loss = self._step(step)
-                if shown is not None:
-                    shown.update(1, loss)
+                if processes.is_main():
+                    advance(detail="" if loss is None else f"loss {loss:.2e}")
                 self._keep(step + 1)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -258,7 +249,7 @@ class _Loop:
         self._accelerator.load_state(str(found[0]))
         self.losses = kept["losses"]
         if processes.is_main():
-            click.echo(f"going on: {kept['done']} of {self._options.steps} steps are done", err=True)
+            note(f"resuming: {kept['done']} of {self._options.steps} steps are done")
         return int(kept["done"])
 
 

@@ -1,0 +1,68 @@
+"""One transformer for a model in any of its forms: a checkpoint in torch, or a graph in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.checkpoints.plain import BUILT_IN, find_source, load_source, tensors_of
+from calibration.checkpoints.quantized import load
+from fp4trt.account import is_quantized_checkpoint
+from fp4trt.errors import UnknownArtifact
+from fp4trt.families import Transformer
+from fp4trt.json_file import load_json
+from fp4trt.pipeline_folder import transformer_folder
+from onnx_functions.simulation import session
+
+__all__ = ["GraphTransformer", "open_transformer"]
+
+
+def open_transformer(artifact: str | Path, device: str = "cpu") -> Transformer:
+    """Open a model that is called with the family's inputs by name, and returns a tuple with the velocity first.
+
+    Args:
+        artifact: a checkpoint, plain or quantized (``digits`` for the built-in one), or an exported ONNX file.
+        device: where a checkpoint computes, ``cpu`` or ``cuda``; a graph runs on the CPU.
+
+    Raises:
+        BadCheckpoint, BadGraph, UnknownFamily: the artifact is damaged.
+        UnknownArtifact: it is neither; an engine runs on its GPU alone.
+    """
+    path = Path(artifact)
+    if path.suffix == ".onnx":
+        return GraphTransformer(path)
+    if path.suffix == ".engine":
+        raise UnknownArtifact(f"{path} is an engine, which is not run here; expected the checkpoint or graph it is of")
+    folder = find_source(artifact) if str(artifact) == BUILT_IN else transformer_folder(path)
+    quantized = is_quantized_checkpoint(load_json(folder / "config.json"), tensors_of(folder))
+    model: Any = load(folder) if quantized else load_source(folder)
+    return model.to(device)  # type: ignore[no-any-return]
+
+
+class GraphTransformer:
+    """An exported graph in ONNX Runtime on the CPU, with the numerics that the engine should have.
+
+    Args:
+        graph: what ``fp4trt export`` wrote; its weights stay where they are.
+
+    Raises:
+        BadGraph: it is no such graph.
+    """
+
+    def __init__(self, graph: Path) -> None:
+        self._session = session(graph)
+        self._inputs = [value.name for value in self._session.get_inputs()]
+
+    def __call__(self, *, return_dict: bool = False, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the outputs, each in the dtype of the first input.
+
+        Args:
+            return_dict: False, as nothing but a tuple is returned.
+            inputs: the family's, by name; those that the graph does not have are ignored, as a pipeline gives some.
+        """
+        assert not return_dict, "a graph returns a tuple"
+        given = {name: inputs[name].detach().float().cpu().numpy() for name in self._inputs}
+        dtype = inputs[self._inputs[0]].dtype
+        return tuple(torch.from_numpy(value).to(dtype) for value in self._session.run(None, given))
