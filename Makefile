@@ -10,14 +10,20 @@ FINDER  = for python in python3.11 python3.12 python3.13 python3.14 python3 pyth
               && { echo "$$python"; break; }; done
 PYTHON ?= $(shell $(FINDER))
 
-.PHONY: demo test check bench clean
+.PHONY: demo test quick check bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
 	$(BIN)/fp4trt demo -o build/demo --force
 
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# Every test but those marked slow: three minutes where make test has been run before.
+quick: $(INSTALLED)
+	$(PYTEST) -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -8,14 +8,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "onnx_functions")]
-
-from lint_damage import Damaged  # noqa: E402
-from lint_mutations_fp8 import MUTATIONS  # noqa: E402
-from lint_table import verdict  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from calibration import quantize  # noqa: E402
 from exporter import export  # noqa: E402
+from tests.onnx_functions.linting.damage import Damaged  # noqa: E402
+from tests.onnx_functions.linting.mutations import MUTATIONS  # noqa: E402
+from tests.onnx_functions.linting.table import verdict  # noqa: E402
 from trt_build.graph import read_graph  # noqa: E402
 
 RECIPE = {

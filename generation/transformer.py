@@ -38,7 +38,7 @@ def open_transformer(artifact: str | Path, device: str = "cpu") -> Transformer:
     folder = find_source(artifact) if str(artifact) == BUILT_IN else transformer_folder(path)
     quantized = is_quantized_checkpoint(load_json(folder / "config.json"), tensors_of(folder))
     model: Any = load(folder) if quantized else load_source(folder)
-    return model.to(device)  # type: ignore[no-any-return]
+    return model.to(device)
 
 
 class GraphTransformer:

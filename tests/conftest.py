@@ -6,16 +6,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests import warm_python
 from tests.shared_folders import SharedFolder, shared_folder
+from tests.traced_once import share_traces, shared_traces
 
-__all__ = ["shared_folder"]  # a fixture
+__all__ = ["shared_folder", "shared_traces"]  # fixtures
 
 # The models of the tests are so small that a second thread costs more than it brings. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+
+
+def pytest_runtest_setup() -> None:
+    share_traces()
 
 
 _KILLED_AFTER = """
@@ -63,9 +68,8 @@ def kill_after() -> Callable[..., None]:
     def run(blocks: int, *arguments: object) -> None:
         if sys.platform == "win32":
             pytest.skip("kills as POSIX does")
-        command = [sys.executable, "-c", _KILLED_AFTER, str(blocks), *map(str, arguments)]
-        root = Path(__file__).parents[1]
-        assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == -9
+        status, printed = warm_python.run(_KILLED_AFTER, blocks, *arguments)
+        assert status == -signal.SIGKILL, printed
 
     return run
 
@@ -261,15 +265,14 @@ def fp8_attention_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fp8_attention_digits(quantized_digits: Path, fp8_attention_recipe: Path, shared_folder: SharedFolder) -> Path:
+def fp8_attention_digits(five_calls: Path, fp8_attention_recipe: Path, shared_folder: SharedFolder) -> Path:
     """The built-in model with attention in FP8, quantized and exported; not to be changed."""
 
     def make(folder: Path) -> None:
         from calibration import quantize
         from exporter import export
 
-        calls = quantized_digits / "calibration" / "inputs.safetensors"
-        quantize("digits", folder / "digits-fp8", recipe=fp8_attention_recipe, calibration=calls)
+        quantize("digits", folder / "digits-fp8", fp8_attention_recipe, five_calls)
         export(folder / "digits-fp8")
 
     return shared_folder("fp8-attention", make) / "digits-fp8"

@@ -24,7 +24,7 @@ SharedFolder = Callable[[str, Callable[[Path], object]], Path]
 
 
 @functools.cache
-def _sources() -> bytes:
+def sources() -> bytes:
     """Return the hash of all that can change what a folder holds."""
     files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if "__pycache__" not in path.parts]
     digest = hashlib.sha256()
@@ -43,7 +43,7 @@ def _state(folder: Path) -> str:
 
 def _made(name: str, make: Callable[[Path], object]) -> Path:
     """Return the folder of this name; make it if nobody has, or if what is there is not as it was left."""
-    key = hashlib.sha256(_sources() + Path(inspect.getfile(make)).read_bytes()).hexdigest()[:12]
+    key = hashlib.sha256(sources() + Path(inspect.getfile(make)).read_bytes()).hexdigest()[:12]
     folder, state = KEPT / name / key, KEPT / name / f"{key}.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(KEPT / f"{name}.lock"):
@@ -65,7 +65,7 @@ def _but_the_last_of_other_sources(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def shared_folder() -> Iterator[SharedFolder]:
+def shared_folder(shared_traces: None) -> Iterator[SharedFolder]:
     """Return what makes a folder of a name once; ``make`` fills the empty folder that it is given."""
     used: set[Path] = set()
 

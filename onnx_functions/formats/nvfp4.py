@@ -84,8 +84,9 @@ def functions() -> Sequence[FunctionProto]:
 
 def quantizer_node() -> NodeProto:
     """Return `trt::TRT_FP4DynamicQuantize`."""
-    attributes = {"axis": -1, "block_size": 16, "scale_type": 17}
-    return helper.make_node("TRT_FP4DynamicQuantize", ["x", "scale"], ["q", "s"], domain="trt", **attributes)
+    return helper.make_node(
+        "TRT_FP4DynamicQuantize", ["x", "scale"], ["q", "s"], domain="trt", axis=-1, block_size=16, scale_type=17
+    )
 
 
 def bytes_of(outputs: Sequence[FloatArray]) -> tuple[npt.NDArray[np.uint8], ...]:

@@ -83,7 +83,7 @@ def _json(text: str) -> Any:
 def _recipe(subject: Subject, text: str) -> Iterator[str]:
     if not text.strip():
         yield "the recipe has no name; expected one, or none"
-    elif (text == "none") == (subject.has_fp4 or bool(subject.fp8_products)):
+    elif (text == "none") == (subject.has_fp4 or bool(subject.quantized_products)):
         yield f"the recipe is {text!r}, and the graph holds {'FP4' if subject.has_fp4 else 'no FP4'}"
     elif not _RECIPE.fullmatch(text):
         yield f"the recipe {text!r} is no name of one; expected small letters, digits, dots and dashes"
@@ -117,9 +117,9 @@ def _linears(subject: Subject, text: str) -> Iterator[str]:
     for path, count in Counter(paths).items():
         if count > 1:
             yield f"{path} is promised {count} times"
-    for kind, held in ((NVFP4, subject.weights), (FP8, subject.fp8_products)):
-        if not subject.promised.get(kind.name) and held:
-            yield f"no linear is promised in {kind.name}, but the graph holds {kind.gemm} weights"
+    for number, held in ((NVFP4, subject.weights), (FP8, subject.fp8_products)):
+        if not subject.promised.get(number.name) and held:
+            yield f"no linear is promised in {number.name}, but the graph holds {number.gemm} weights"
 
 
 def _attention(_: Subject, text: str) -> Iterator[str]:

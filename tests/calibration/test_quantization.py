@@ -107,12 +107,14 @@ def test_the_stored_tensors_equal_modelopts_own_unified_export(
     assert config["quantization_config"] == load_json(tmp_path / "modelopt" / "config.json")["quantization_config"]
 
 
+@pytest.mark.slow
 def test_quantizing_twice_gives_identical_bytes(quantized_digits: Path, tmp_path: Path) -> None:
     quantize("digits", tmp_path / "again", "nvfp4-ptq")
     for name in ("config.json", "fp4trt.json", checkpoint.WEIGHTS, "calibration/inputs.safetensors"):
         assert sha256_of(tmp_path / "again" / name) == sha256_of(quantized_digits / name), name
 
 
+@pytest.mark.slow
 def test_saved_calibration_inputs_and_a_file_of_maxima_repeat_the_weights(
     quantized_digits: Path, tmp_path: Path
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_modelopt_state_with_another_selection_of_linears_than_the_recipe_is_r
         quantize("digits", tmp_path / "out", "nvfp4-ptq", modelopt_state=tmp_path / "state.pt", trust=True)
 
 
+@pytest.mark.slow
 def test_an_existing_result_is_kept_without_force_and_replaced_with_it(copy_of_digits: Path) -> None:
     with pytest.raises(OutputExists, match="--force"):
         quantize("digits", copy_of_digits)

@@ -155,9 +155,9 @@ def normal() -> Callable[..., np.ndarray]:
 
 
 FLUX_CONFIG: dict[str, Any] = {
-    "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 16, "num_layers": 5,
+    "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "num_layers": 5,
     "num_single_layers": 6, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
-    "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": [4, 6, 6],
+    "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": [4, 6, 6],
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from exporter import trace
 from exporter.decompose import decompose
 
 
+@pytest.mark.slow
 def test_a_graph_equals_that_of_torchs_decomposition(
     traced_graph: Callable[..., onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
 ) -> None:

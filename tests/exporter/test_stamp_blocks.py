@@ -23,6 +23,7 @@ def trace_every_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return do
 
 
+@pytest.mark.slow
 def test_a_stamped_graph_equals_a_fully_traced_one(
     trace_every_block: Callable[[], None], traced_graph: Callable[..., onnx.ModelProto]
 ) -> None:
@@ -30,12 +31,12 @@ def test_a_stamped_graph_equals_a_fully_traced_one(
 
     def in_fp4(path: str) -> bool:
         whole = ("transformer_blocks.0.", "single_transformer_blocks.2.")
-        return path.startswith(whole) or path.endswith(("3.ff.net.2", "1.proj_out"))
+        return path.startswith(whole) or path.endswith(("2.ff.net.2", "1.proj_out"))
 
     def in_fp8(path: str) -> bool:
-        return path.startswith(("transformer_blocks.2.", "transformer_blocks.3.norm"))
+        return path.startswith(("transformer_blocks.1.", "transformer_blocks.2.norm"))
 
-    changes: dict[str, Any] = {"num_layers": 4, "num_single_layers": 3, "guidance_embeds": False}
+    changes: dict[str, Any] = {"num_layers": 3, "num_single_layers": 3, "guidance_embeds": False}
     stamped = traced_graph(in_fp4, fp8=in_fp8, **changes)
     trace_every_block()
     traced = traced_graph(in_fp4, fp8=in_fp8, **changes)

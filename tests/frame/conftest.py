@@ -8,11 +8,10 @@ import pytest
 
 
 @pytest.fixture
-def commands(quantized_digits: Path) -> dict[str, list[object]]:
-    inputs = quantized_digits / "calibration" / "inputs.safetensors"
+def commands(quantized_digits: Path, five_calls: Path) -> dict[str, list[object]]:
     return {
-        "calibrate": ["calibrate", "digits", "--inputs", inputs],
-        "quantize": ["quantize", "digits", "--recipe", "nvfp4-ptq", "--calibration", inputs],
+        "calibrate": ["calibrate", "digits", "--inputs", five_calls],
+        "quantize": ["quantize", "digits", "--recipe", "nvfp4-ptq", "--calibration", five_calls],
         "export": ["export", quantized_digits],
         "build": ["build", quantized_digits],
         "validate": ["validate", quantized_digits],

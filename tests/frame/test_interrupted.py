@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import fp4trt
+from tests import warm_python
 
 ROOT = Path(fp4trt.__file__).parents[1]
 Commands = dict[str, list[object]]
 
 
-FULL_DISK = """
-import resource, sys
+@contextlib.contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Limit the size of a file, in bytes, for this process and those that it starts."""
+    import resource
 
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-import fp4trt
-
-sys.exit(fp4trt.run(sys.argv[2:]))
-"""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of a file as POSIX does")
 @pytest.mark.parametrize(
-    ("command", "limit"), [("quantize", 500_000), ("export", 100_000), ("build", 1_000_000), ("validate", 9_000)]
+    ("command", "limit"), [("quantize", 60_000), ("export", 100_000), ("build", 1_000_000), ("validate", 9_000)]
 )
-def test_a_full_disk_leaves_nothing_behind(command: str, limit: int, commands: Commands, tmp_path: Path) -> None:
-    arguments = [*commands[command], "-o", tmp_path / "result"]
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(limit), *map(str, arguments)],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if "error:" in line], done.stderr
+@pytest.mark.slow
+def test_a_full_disk_leaves_nothing_behind(
+    command: str, limit: int, commands: Commands, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with no_file_above(limit):
+        status = fp4trt.run([*map(str, commands[command]), "-o", str(tmp_path / "result")])
+    said = capfd.readouterr().err
+    assert status == 2, said
+    assert "Traceback" not in said
+    assert [line for line in said.splitlines() if "error:" in line], said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -58,6 +62,7 @@ def test_a_full_disk_leaves_nothing_behind(command: str, limit: int, commands: C
         ("build", "memory"),
     ],
 )
+@pytest.mark.slow
 def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(
     command: str, shown: str, commands: Commands, tmp_path: Path
 ) -> None:
@@ -77,6 +82,7 @@ def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends the signal as a POSIX terminal does")
 @pytest.mark.parametrize("to_all", [True, False])
+@pytest.mark.slow
 def test_ctrl_c_ends_the_demo_in_one_line_whoever_hears_of_it(to_all: bool, tmp_path: Path) -> None:
     status, text = _interrupted(["demo", "-o", str(tmp_path / "result")], "calibrating", to_all)
     assert status == 2, text
@@ -123,22 +129,9 @@ def _interrupted(arguments: list[str], shown: str, to_all: bool = False) -> tupl
 
     `to_all` sends the signal to the processes that it has started too, as a terminal does.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "fp4trt", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        cwd=ROOT,
-        start_new_session=to_all,
-    )
-    assert process.stdout is not None
-    seen = ""
-    while shown not in seen and process.poll() is None:
-        seen += process.stdout.read(1)
-    time.sleep(0.2)
-    if to_all:
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[0]
-    return process.returncode, seen + rest
+    with warm_python.started(warm_python.FP4TRT, *arguments, new_session=to_all) as running:
+        if running.wait(lambda: shown in running.printed):
+            time.sleep(0.2)
+            (os.killpg if to_all else os.kill)(running.pid, signal.SIGINT)
+            running.wait()
+        return running.status, running.printed

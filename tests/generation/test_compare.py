@@ -6,7 +6,6 @@ import errno
 import importlib.machinery
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,24 +26,22 @@ from generation.comparison.compare import compare
 from generation.comparison.digits import compare as compare_digits
 from generation.comparison.grid import draw_grid
 from generation.comparison.perceptual import perceptual_metrics
+from tests import warm_python
 
 SMALL = ("--images", "10", "--steps", "2", "--seeds", "1000,1001")
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("good") / "good"
-    quantize("digits", folder, "nvfp4-ptq")
-    return folder
+def good(quantized_digits: Path) -> Path:
+    return quantized_digits
 
 
 @pytest.fixture(scope="module")
-def rougher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rougher(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A worse checkpoint: calibrated to an eighth of what the inputs become."""
     folder = tmp_path_factory.mktemp("rougher")
-    calibrate("digits", folder / "amax.json")
-    amax = json.loads((folder / "amax.json").read_text())
-    reduced = {name: value if name.startswith("__") else value / 8 for name, value in amax.items()}
+    measured = json.loads((good / "fp4trt.json").read_text())["amax"]
+    reduced = {name.removesuffix(".input_quantizer"): v / 8 for name, v in measured.items() if ".input" in name}
     (folder / "amax.json").write_text(json.dumps(reduced))
     quantize("digits", folder / "rougher", calibration=folder / "amax.json")
     return folder / "rougher"
@@ -97,6 +94,7 @@ def test_the_report_is_one_file_with_its_pictures_inside(result: Path) -> None:
         assert picture.size[1] == 28 + 5 * 68  # the reference, and two rows for each checkpoint
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bytes_and_needs_force(
     result: Path, good: Path, rougher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,14 +131,14 @@ sys.exit(fp4trt.run(sys.argv[1:]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+@pytest.mark.slow
 def test_a_killed_comparison_takes_over_its_finished_pairs(
     result: Path, good: Path, rougher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     command = arguments(tmp_path / "result", good=good, bad=rougher)
-    root = Path(fp4trt.__file__).parents[1]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *command], cwd=root, capture_output=True, check=False)
-    assert killed.returncode == -9, killed.stderr.decode()
+    status, printed = warm_python.run(_KILLED, *command)
+    assert status == -9, printed
     drawn = []
     follow = comparing.follow
     monkeypatch.setattr(comparing, "follow", lambda *given: drawn.append(given[2]) or follow(*given))

@@ -13,13 +13,13 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from lint_damage import Damaged
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration.formats import nvfp4
 from onnx_functions.graph.cut import cut
 from onnx_functions.graph.linears import Graph
 from onnx_functions.simulation.simulate import runtime_session, simulate
+from tests.onnx_functions.linting.damage import Damaged
 
 GROUPS = (("first", "second"), ("third",))
 WIDTH = 32

@@ -8,6 +8,8 @@ import fp4trt
 from calibration.recipes.recipe import load_recipe, preset_names
 from fp4trt.json_file import load_json
 
+pytestmark = pytest.mark.slow
+
 AWQ = "nvfp4-modelopt-awq"
 PLAIN = [name for name in preset_names() if load_recipe(name).method.name == "modelopt" and name != AWQ]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_the_best_preset_becomes_an_engine_with_all_gates_passed(walk):
     walk("nvfp4-quality")  # that of SVDQuant is tests/trt_build/test_svdquant_engine.py's

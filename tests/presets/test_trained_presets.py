@@ -8,6 +8,8 @@ import pytest
 
 from calibration.recipes.recipe import load_recipe, preset_names
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", [name for name in preset_names() if load_recipe(name).method.name == "qat"])
 def test_a_preset_changes_no_more_than_weights_and_scales(name, quantize_plain, tmp_path):

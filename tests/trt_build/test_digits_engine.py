@@ -15,6 +15,8 @@ from calibration.inputs.captured import load_inputs, save_inputs
 from onnx_functions.validation.run_gates import validate
 from trt_build import build
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(fp4trt.__file__).parents[1]
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 4
 

@@ -19,6 +19,8 @@ from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from trt_build import build
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tensorrt_rtx")
 
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 4

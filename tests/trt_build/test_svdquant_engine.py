@@ -14,6 +14,8 @@ from onnx_functions.inspection.inspect import describe
 from onnx_functions.validation.run_gates import validate
 from trt_build import build
 
+pytestmark = pytest.mark.slow
+
 GROUPS = 32
 """Of linears that read one input: each is one FP4 GEMM."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from fp4trt.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import read_header
+from tests import warm_python
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,6 +50,7 @@ def attentions(digits: Path) -> tuple[str, ...]:
     return family_of(config).attentions(config)
 
 
+@pytest.mark.slow
 def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_bit(
     digits: Path, inputs: Path, paths: tuple[str, ...], attentions: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_each_weight_is_read_once_whatever_the_number_of_calls(
     assert sorted(read) == sorted(read_header(digits / "diffusion_pytorch_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_goes_on_with_the_next_block_and_gives_the_same_bytes(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: Callable[..., None]
 ) -> None:
@@ -141,23 +143,23 @@ def test_a_killed_calibration_goes_on_with_the_next_block_and_gives_the_same_byt
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+@pytest.mark.slow
 def test_a_calibration_killed_at_any_moment_gives_the_same_bytes_when_it_is_run_again(
     inputs: Path, tmp_path: Path
 ) -> None:
     few = tmp_path / "few.safetensors"
-    save_inputs(few, load_inputs(inputs)[:40])
+    save_inputs(few, load_inputs(inputs)[:16])
     calibrate("digits", tmp_path / "whole.json", inputs=few)
-    command = [sys.executable, "-m", "fp4trt", "calibrate", "digits", "-o", str(tmp_path / "amax.json")]
-    process = subprocess.Popen([*command, "--inputs", str(few)], cwd=ROOT, stderr=subprocess.PIPE)
-    while not (tmp_path / "amax.json.partial").exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.4)
-    process.kill()
-    process.communicate()
+    command = ["calibrate", "digits", "-o", tmp_path / "amax.json", "--inputs", few]
+    with warm_python.started(warm_python.FP4TRT, *command) as process:
+        process.wait((tmp_path / "amax.json.partial").exists)
+        time.sleep(0.4)
+    assert process.status == -9
     calibrate("digits", tmp_path / "amax.json", inputs=few, force=True)
     assert (tmp_path / "amax.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_not_used_for_other_inputs(
     inputs: Path, tmp_path: Path, kill_after: Callable[..., None]
 ) -> None:

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from fp4trt.publish import progress_of, replacing
 from fp4trt.safetensors_file import StoredTensor
+from tests import warm_python
 
 MakeFlux = Callable[..., Path]
 
@@ -115,6 +114,7 @@ def test_shards_hold_the_tensors_of_one_file_whole_groups_at_a_time(
     assert set(source) == {"config.json", *(f"diffusion_pytorch_model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))}
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_exported_and_validated(
     flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,10 +204,8 @@ def left(sources: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("killed")
     for sharded, source in sources.items():
         arguments = (source, folder / str(sharded), _write_amax(source, folder / "amax.json"), SMALL)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", KILLED, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, check=False, capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        status, printed = warm_python.run(KILLED, *arguments)
+        assert status == -signal.SIGKILL, printed
         assert not (folder / str(sharded)).exists()
     return {sharded: folder / f"{sharded}.partial" for sharded in sources}
 
@@ -225,6 +223,7 @@ def _count_packing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
     sharded: bool,
     sources: dict[bool, Path],
@@ -249,6 +248,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_the_bar_reaches_its_end_in_a_run_that_goes_on_too(
     sources: dict[bool, Path],
     left: dict[bool, Path],
@@ -268,6 +268,7 @@ def test_the_bar_reaches_its_end_in_a_run_that_goes_on_too(
 
 
 @pytest.mark.parametrize("how", ["gone", "short", "another header"])
+@pytest.mark.slow
 def test_files_that_are_not_as_they_were_left_are_written_anew(
     how: str, left: dict[bool, Path], flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +283,7 @@ def test_files_that_are_not_as_they_were_left_are_written_anew(
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_a_run_that_begins_anew_removes_is_not_relied_on_from_the_first_file_on(
     left: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +327,7 @@ def test_a_result_that_a_kill_met_as_it_got_its_name_is_ours(flux: Path, amax: P
     assert _files(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_not_used_for_another_result(
     left: dict[bool, Path], flux: Path, amax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

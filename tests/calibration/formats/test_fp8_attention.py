@@ -23,6 +23,7 @@ from calibration.formats import fp8
 from calibration.formats.attention_amax import OperandAmax, checked_attentions
 from calibration.formats.fp8_attention import SCALES, FP8Attention, attention_scales
 from calibration.inputs.captured import load_inputs
+from calibration.quantization import quantize
 from fp4trt.errors import BadAmax, BadCheckpoint
 
 FIRST, LAST = "transformer_blocks.0.attn", "single_transformer_blocks.3.attn"
@@ -109,14 +110,15 @@ def test_maxima_of_before_stay_valid_and_lack_only_what_attention_in_fp8_needs(
 
 
 def test_a_recipe_writes_the_measured_scales_and_the_manifest_tells_of_them(
-    quantized_digits: Path, fp8_attention_digits: Path
+    five_calls: Path, fp8_attention_digits: Path, tmp_path: Path
 ) -> None:
-    checkpoint, plain = read(fp8_attention_digits), read(quantized_digits)
+    quantize("digits", tmp_path / "plain", "nvfp4-ptq", five_calls)
+    checkpoint, plain = read(fp8_attention_digits), read(tmp_path / "plain")
     attentions = plain.family.attentions(plain.config)
     assert checkpoint.fp8_attentions == attentions
     assert checkpoint.manifest["attention"] == {"fp8": list(attentions)}
     assert checkpoint.manifest["recipe"]["attention"] == "fp8"
-    largest = _given_to_attention(quantized_digits, attentions)
+    largest = _given_to_attention(five_calls, attentions)
     for path in attentions:
         for operand in "qkv":
             scale = checkpoint.tensor(f"{path}.{operand}_scale")
@@ -129,11 +131,11 @@ def test_a_recipe_writes_the_measured_scales_and_the_manifest_tells_of_them(
     assert all((checkpoint.tensors[name].bytes() == plain.tensors[name].bytes()).all() for name in plain.tensors)
 
 
-def _given_to_attention(quantized: Path, attentions: Sequence[str]) -> dict[str, float]:
-    """Return what the plain model gives torch's attention on the calibration inputs of a checkpoint."""
+def _given_to_attention(inputs: Path, attentions: Sequence[str]) -> dict[str, float]:
+    """Return what the plain model gives torch's attention on captured inputs."""
     model = load_source(find_source("digits"))
     with OperandAmax(attentions) as operands, torch.no_grad():
-        for call in load_inputs(quantized / "calibration" / "inputs.safetensors"):
+        for call in load_inputs(inputs):
             model(**call)
     return operands.amax
 

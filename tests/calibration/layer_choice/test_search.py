@@ -28,14 +28,14 @@ from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 
-CALLS = 4
+CALLS = 2
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def searched(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search on the built-in model by plain PTQ, a fifth of what FP8 costs; not to be changed."""
     folder = tmp_path_factory.mktemp("search") / "found"
-    search("digits", folder, 0.2, recipe="nvfp4-ptq", calls=CALLS)
+    search("digits", folder, 0.2, recipe="nvfp4-ptq", calibration=five_calls, calls=CALLS)
     return folder
 
 
@@ -81,15 +81,17 @@ def test_a_budget_of_one_pays_for_everything_in_fp8() -> None:
     assert set(allocate(sensitivity, 4).values()) == {"bf16"}
 
 
+@pytest.mark.slow
 def test_the_error_of_a_group_is_that_of_the_whole_model_with_its_linears_exchanged(
-    found: Sensitivity, digits: Path, tmp_path: Path
+    found: Sensitivity, digits: Path, five_calls: Path, tmp_path: Path
 ) -> None:
-    calls = spread(captured_from(digits, None).calls, CALLS)
+    calls = spread(captured_from(digits, five_calls).calls, CALLS)
     plain = load_source(digits)
     checkpoints = {}
     for kind in ("nvfp4", "fp8"):
         formats = FormatRules.model_validate({"default": kind})
-        quantize(digits, tmp_path / kind, load_recipe("nvfp4-ptq").model_copy(update={"formats": formats}))
+        recipe = load_recipe("nvfp4-ptq").model_copy(update={"formats": formats})
+        quantize(digits, tmp_path / kind, recipe, five_calls)
         checkpoints[kind] = load(tmp_path / kind)
     with torch.no_grad():
         wanted = [plain(**call, return_dict=False)[0] for call in calls]
@@ -102,6 +104,7 @@ def test_the_error_of_a_group_is_that_of_the_whole_model_with_its_linears_exchan
                 assert group.errors[kind] == relative_error(outputs, wanted) - found.base > 0
 
 
+@pytest.mark.slow
 def test_what_the_groups_add_up_to_is_what_the_mixture_has(searched: Path) -> None:
     points = load_json(searched / DATA)["frontier"]
     assert [point["budget"] for point in points] == sorted(point["budget"] for point in points)
@@ -111,6 +114,7 @@ def test_what_the_groups_add_up_to_is_what_the_mixture_has(searched: Path) -> No
     assert points[-1]["measured"] < 0.5 * points[0]["measured"]
 
 
+@pytest.mark.slow
 def test_the_choice_is_better_than_others_of_its_price(found: Sensitivity) -> None:
     """By prediction, which the test before holds to what is measured."""
     (best,) = frontier(found, [0.2], "both", tuple(BITS))
@@ -125,10 +129,11 @@ def test_the_choice_is_better_than_others_of_its_price(found: Sensitivity) -> No
         assert found.predicted(formats) > best.predicted
 
 
-def test_the_recipe_quantizes_as_it_was_chosen(searched: Path, digits: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_recipe_quantizes_as_it_was_chosen(searched: Path, digits: Path, five_calls: Path, tmp_path: Path) -> None:
     result = load_json(searched / DATA)
     chosen = next(point for point in result["frontier"] if point["budget"] == result["budget"])["formats"]
-    quantize("digits", tmp_path / "mixed", searched / RECIPE)
+    quantize("digits", tmp_path / "mixed", searched / RECIPE, five_calls)
     checkpoint = read(tmp_path / "mixed")
     stored = {**dict.fromkeys(checkpoint.quantized, "nvfp4"), **dict.fromkeys(checkpoint.fp8, "fp8")}
     config = load_json(digits / "config.json")
@@ -138,6 +143,7 @@ def test_the_recipe_quantizes_as_it_was_chosen(searched: Path, digits: Path, tmp
     assert sorted(path.name for path in searched.iterdir()) == sorted((DATA, RECIPE, PICTURE))
 
 
+@pytest.mark.slow
 def test_another_budget_needs_no_other_measurement(searched: Path, tmp_path: Path) -> None:
     search("digits", tmp_path / "same", 0.2, recipe="nvfp4-ptq", sensitivity=searched / DATA)
     assert (tmp_path / "same" / RECIPE).read_bytes() == (searched / RECIPE).read_bytes()
@@ -146,6 +152,7 @@ def test_another_budget_needs_no_other_measurement(searched: Path, tmp_path: Pat
     assert [rule["format"] for rule in rules] == ["fp8"]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_trains_is_searched_by_what_it_starts_from(searched: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "qat.yaml"
     method = {"name": "qat", "start": "nvfp4-ptq", "steps": 10, "learning_rate": 1e-4}
@@ -156,8 +163,13 @@ def test_a_recipe_that_trains_is_searched_by_what_it_starts_from(searched: Path,
     assert written.formats == load_recipe(searched / RECIPE).formats
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
-    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    searched: Path,
+    five_calls: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     measure, measured = room.relative_error, []
     inner = "calibration.layer_choice.measurement.relative_error"
@@ -169,12 +181,14 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
         return measure(*of)
 
     monkeypatch.setattr(inner, interrupt)
-    arguments = ("search", "digits", "-o", tmp_path / "found", "--fp8-budget", "0.2", "--recipe", "nvfp4-ptq")
-    assert fp4trt.run([*map(str, arguments), "--calls", str(CALLS)]) == 2
+    options = {"-o": tmp_path / "found", "--fp8-budget": 0.2, "--recipe": "nvfp4-ptq", "--calls": CALLS}
+    options |= {"--calibration": five_calls}
+    arguments = ["search", "digits", *(str(word) for option in options.items() for word in option)]
+    assert fp4trt.run(arguments) == 2
     assert "keeps what is finished" in capsys.readouterr().err
     assert not (tmp_path / "found").exists()
     before = len(measured)
-    assert fp4trt.run([*map(str, arguments), "--calls", str(CALLS)]) == 0
+    assert fp4trt.run(arguments) == 0
     groups = len(json.loads((searched / DATA).read_text())["sensitivity"]["groups"])
     assert len(measured) - before == 2 * groups - 20  # the first block has ten
     for name in (DATA, RECIPE):
@@ -182,6 +196,7 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["found"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_searched_is_refused_in_one_line(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.digits.model import load_transformer
 from calibration.digits.sampling import capture
 from calibration.formats.linears import QuantizedLinear
+from calibration.inputs.captured import load_inputs, save_inputs
 from calibration.methods.qat import distillation
 from calibration.methods.qat.student import StudentLinear, make_student, student_linears, student_tensors
 from calibration.methods.qat.training import learning_rate, train
@@ -31,6 +32,7 @@ from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from generation.comparison.digits import compare
+from tests import warm_python
 
 ROOT = Path(fp4trt.__file__).parents[1]
 RECIPE = """
@@ -40,8 +42,10 @@ method: {name: qat, start: nvfp4-ptq, steps: %d, learning_rate: 0.0002, batch: %
 
 
 @pytest.fixture(scope="module")
-def start(quantized_digits: Path) -> Path:
-    return quantized_digits
+def start(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "ptq"
+    quantize("digits", folder, "nvfp4-ptq", five_calls)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def calls(digits: Path) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+def trained(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """A checkpoint that was trained for some steps, and the student that it is of."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "short.yaml").write_text(RECIPE % (12, 20))
@@ -58,7 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     with pytest.MonkeyPatch.context() as patch:
         real = distillation.train
         patch.setattr(distillation, "train", lambda student, *rest: students.append(student) or real(student, *rest))
-        quantize("digits", folder / "qat", folder / "short.yaml")
+        quantize("digits", folder / "qat", folder / "short.yaml", five_calls)
     return folder / "qat", students[0].eval()
 
 
@@ -128,11 +132,12 @@ def test_a_linear_that_stays_as_it_is_lets_the_gradient_through(kind):
     assert torch.equal(given.grad, linear.weight.sum(0).expand(3, -1))
 
 
-def test_attention_and_linears_in_fp8_stay_and_the_nvfp4_ones_learn(digits, calls, tmp_path):
+@pytest.mark.slow
+def test_attention_and_linears_in_fp8_stay_and_the_nvfp4_ones_learn(digits, calls, five_calls, tmp_path):
     (tmp_path / "mixed.yaml").write_text(
         (RECIPE % (2, 4)) + "attention: fp8\nformats: {rules: [{linears: '*.norm*.linear', format: fp8}]}\n"
     )
-    quantize("digits", tmp_path / "qat", tmp_path / "mixed.yaml")
+    quantize("digits", tmp_path / "qat", tmp_path / "mixed.yaml", five_calls)
     checkpoint = read(tmp_path / "qat")
     plain = tensors_of(digits)
     student = make_student(checkpoint, lambda name: plain[name].tensor())
@@ -142,6 +147,7 @@ def test_attention_and_linears_in_fp8_stay_and_the_nvfp4_ones_learn(digits, call
     assert all(linear.weight.grad.abs().max() > 0 for _, linear in student_linears(student))
 
 
+@pytest.mark.slow
 def test_what_the_student_computes_is_what_is_stored(trained, calls):
     folder, student = trained
     stored = load(folder, torch.float32)
@@ -149,6 +155,7 @@ def test_what_the_student_computes_is_what_is_stored(trained, calls):
         assert torch.equal(answer(student, call), answer(stored, call))
 
 
+@pytest.mark.slow
 def test_training_brings_the_student_nearer_to_its_teacher(trained, start):
     folder, _ = trained
     losses = json.loads((folder / "training" / "loss.json").read_text())["velocity"]
@@ -158,6 +165,7 @@ def test_training_brings_the_student_nearer_to_its_teacher(trained, start):
     assert found.difference("qat", "ptq", "velocity_error").high < 0
 
 
+@pytest.mark.slow
 def test_the_manifest_tells_how_it_was_trained_and_the_curve_is_kept(trained):
     folder, _ = trained
     manifest = load_json(folder / "fp4trt.json")
@@ -169,6 +177,7 @@ def test_the_manifest_tells_how_it_was_trained_and_the_curve_is_kept(trained):
     assert not list(folder.parent.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_global_scales_and_groups_are_those_it_started_from(trained, start):
     after, before = read(trained[0]), read(start)
     changed = 0
@@ -211,12 +220,14 @@ sys.exit(fp4trt.run(sys.argv[1:]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(trained, tmp_path, capfd):
+@pytest.mark.slow
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(trained, five_calls, tmp_path, capfd):
     (tmp_path / "short.yaml").write_text(RECIPE % (12, 20))
     command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
+    command += ["--calibration", str(five_calls)]
     for script, left in ((_KILLED_BEFORE_ITS_MARK, ["training.json.partial"]), (_KILLED, None)):
-        killed = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, capture_output=True, check=False)
-        assert killed.returncode == -9, killed.stderr.decode()
+        status, printed = warm_python.run(script, *command)
+        assert status == -9, printed
         found = [path.name for path in (tmp_path / "qat.training.partial").iterdir()]
         assert left is None or found == left
     assert fp4trt.run(command) == 0
@@ -226,13 +237,15 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(trained, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qat", "short.yaml"]
 
 
-def test_two_processes_calibrate_to_the_same_maxima_as_one_and_train(start, tmp_path):
+@pytest.mark.slow
+def test_two_processes_calibrate_to_the_same_maxima_as_one_and_train(start, five_calls, tmp_path):
     (tmp_path / "short.yaml").write_text(RECIPE % (2, 4))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(port)]
     command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
+    command += ["--calibration", str(five_calls)]
     done = subprocess.run(
         [sys.executable, "-m", *launch, "-m", "fp4trt", *command],
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -293,14 +306,16 @@ def test_a_batch_that_does_not_split_over_the_processes_is_refused(digits, start
         losses_of(digits, start, calls, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_start_that_leaves_nothing_to_train_is_refused(five_calls, tmp_path, capfd):
     start = tmp_path / "start.yaml"
     start.write_text("{name: of-branches, method: {name: svdquant, rank: 1, smoothing: false}}")
     (tmp_path / "branches.yaml").write_text((RECIPE % (2, 4)).replace("nvfp4-ptq", json.dumps(str(start))))
+    save_inputs(tmp_path / "inputs.safetensors", load_inputs(five_calls)[:1])
     command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "branches.yaml")]
-    assert fp4trt.run([*command, "--calibration", str(five_calls)]) == 2
+    assert fp4trt.run([*command, "--calibration", str(tmp_path / "inputs.safetensors")]) == 2
     assert "of-branches leaves no linear in plain NVFP4" in capfd.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["branches.yaml", "start.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["branches.yaml", "inputs.safetensors", "start.yaml"]
 
 
 def test_training_that_starts_from_training_is_refused(tmp_path, capfd):

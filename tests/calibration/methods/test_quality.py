@@ -18,6 +18,8 @@ from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import sha256_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def inputs(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -114,6 +114,7 @@ def plain_max(digits: Path) -> nn.Module:
         ("NVFP4_FP8_MHA_CONFIG", False, 0.08),  # ModelOpt's torch model does not round what softmax gives
     ],
 )
+@pytest.mark.slow
 def test_the_result_computes_what_modelopts_own_model_computes(
     config: str, filtered: bool, limit: float, digits: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from small_graphs import array, node, product, save, value
 
 import fp4trt
 from fp4trt.errors import BadGraph
@@ -15,6 +14,7 @@ from onnx_functions.graph.dependence import dependences
 from onnx_functions.graph.external_data import load_graph
 from onnx_functions.graph.wires import circle
 from onnx_functions.linting import lint
+from tests.onnx_functions.small_graphs import array, node, product, save, value
 
 X, Y = value("x", "B", "S", 64), value("y", "B", "S", 32)
 

@@ -7,11 +7,11 @@ import math
 import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper
-from small_graphs import array, integers, node, value
 
 from onnx_functions.graph.attentions import find_attentions
 from onnx_functions.graph.index import ALIASES, CASTS, MOVES, QUANTIZED, SOURCE, Index, Reader
 from onnx_functions.graph.linears import Graph
+from tests.onnx_functions.small_graphs import array, integers, node, value
 
 FP8 = int(TensorProto.FLOAT8E4M3FN)
 

@@ -39,6 +39,7 @@ def elsewhere(copy_of_digits: Path) -> Path:
     return copy_of_digits
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_validated_with_the_figures_of_the_plain_folder(
     quantized_digits: Path, hub_snapshot: Snapshot, tmp_path: Path
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_snapshot_is_validated_with_the_figures_of_the_plain_folder(
     assert "not there, and not needed: calibration/inputs.safetensors" in files.detail
 
 
+@pytest.mark.slow
 def test_every_reader_follows_the_links_of_a_hubs_cache(
     quantized_digits: Path, hub_snapshot: Snapshot, tmp_path: Path
 ) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from onnx import NodeProto
-from small_graphs import array, integers, node, product, save, value
 
 from onnx_functions.graph.sizes import sizes_at
 from onnx_functions.graph.symbols import assignments, evaluated
 from onnx_functions.linting import lint
+from tests.onnx_functions.small_graphs import array, integers, node, product, save, value
 
 X, Y = value("x", "B", "S", 64), value("y", "B", "S", 32)
 SLICE = [integers("begin", 0), integers("end", 16), integers("axis", 1)]

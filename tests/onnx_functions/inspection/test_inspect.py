@@ -13,12 +13,12 @@ from typing import Any
 import onnx
 import pytest
 from onnx import helper
-from small_graphs import array, integers, save, value
 
 import fp4trt
 from fp4trt.errors import BadCheckpoint, BadGraph, UnknownArtifact
 from onnx_functions.inspection.inspect import describe
 from onnx_functions.inspection.table import table
+from tests.onnx_functions.small_graphs import array, integers, save, value
 
 
 def test_a_quantized_checkpoint_is_described(quantized_digits: Path) -> None:

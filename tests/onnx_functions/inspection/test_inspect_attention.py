@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lint_damage import Damaged
-from lint_mutations_attention import A, B, in_fp8
 
 from fp4trt.checkpoint_manifest import MANIFEST
 from onnx_functions.inspection.attention import of_engine
 from onnx_functions.inspection.inspect import describe
 from onnx_functions.inspection.table import table
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations.attention import A, B, in_fp8
 
 
 def test_a_checkpoint_and_its_graph_are_described(fp8_attention_digits: Path) -> None:

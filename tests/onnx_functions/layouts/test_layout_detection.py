@@ -10,7 +10,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from layout_writer import LAYOUTS, Tensors, codes_of, pack, swizzled, write, write_layout, write_source
 
 import fp4trt
 from fp4trt.errors import UnknownArtifact
@@ -18,6 +17,16 @@ from fp4trt.safetensors_header import tensors_in_file
 from onnx_functions.inspection.inspect import describe
 from onnx_functions.layouts.detection import detect, lines_of
 from onnx_functions.layouts.readings import unswizzled
+from tests.onnx_functions.layout_writer import (
+    LAYOUTS,
+    Tensors,
+    codes_of,
+    pack,
+    swizzled,
+    write,
+    write_layout,
+    write_source,
+)
 
 SHAPES = {"attn.to_q": (128, 128), "ff": (256, 64), "odd": (48, 80), "deep": (64, 256)}
 OURS = "ModelOpt's unified export, which fp4trt writes"

@@ -10,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lint_table
 import onnx
 import pytest
-from lint_damage import Damaged
-from lint_mutations import DEEP, MODULATION, OUT, TRT, Mutation
-from lint_mutations_fp8 import MUTATIONS
 from onnx import helper
 
 import fp4trt
 from fp4trt.errors import BadGraph, LintError
 from onnx_functions.graph.external_data import type_name
 from onnx_functions.linting import RULES, lint, normalise, promise, require_clean, values
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations import MUTATIONS
+from tests.onnx_functions.linting.mutations.mutation import DEEP, MODULATION, OUT, TRT, Mutation
+from tests.onnx_functions.linting.table import page, verdict
 from trt_build.graph import read_graph
 
 SEVERITY = {rule.name: rule.severity for rule in RULES}
@@ -66,7 +66,7 @@ def test_every_rule_has_a_mutation_and_every_mutation_a_name_of_its_own() -> Non
 
 def test_the_table_in_the_documentation_is_that_of_the_code() -> None:
     text = (Path(fp4trt.__file__).parents[1] / "docs" / "lint.md").read_text(encoding="utf-8")
-    assert lint_table.page(text) == text, "run tests/onnx_functions/lint_table.py"
+    assert page(text) == text, "run python -m tests.onnx_functions.linting.table"
 
 
 def test_an_untouched_export_has_no_finding(
@@ -139,6 +139,7 @@ def test_normalise_declares_opset_23_and_cleans_the_inputs(damaged: Damaged) -> 
         normalise(damaged.model)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_bad_input_or_judged_and_never_a_crash(damaged: Damaged) -> None:
     whole = damaged.save().read_bytes()
     choose = random.Random(3)
@@ -187,12 +188,13 @@ def test_an_export_that_the_lint_refuses_leaves_nothing(copy_of_digits: Path) ->
 
 
 @pytest.mark.parametrize("name", BUILT)
+@pytest.mark.slow
 def test_tensorrt_does_what_the_table_says(name: str, untouched: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     source = untouched[BY_NAME[name].base]
     damaged = Damaged.copy(source, tmp_path / "model")
     BY_NAME[name].apply(damaged)
-    assert lint_table.verdict(damaged.save(), read_graph(source)) == BY_NAME[name].tensorrt
+    assert verdict(damaged.save(), read_graph(source)) == BY_NAME[name].tensorrt
 
 
 @pytest.mark.parametrize("text", ['{"nvfp4": null}', "{}", "null", "[" * 5000])

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from lint_damage import Damaged
-from lint_mutations import MODULATION, OUT, K, Q
 from onnx import helper
 
 from calibration.recipes.recipe import preset_names
 from onnx_functions.graph.linears import metadata_of
 from onnx_functions.linting import lint
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations.mutation import MODULATION, OUT, K, Q
 
 
 def test_a_gemm_does_as_well_as_a_matmul(damaged: Damaged) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from lint_damage import WEIGHTS, Damaged
 from onnx import TensorProto
 
 from onnx_functions.graph.linears import Graph, promised_linears
@@ -18,6 +17,7 @@ from onnx_functions.validation.promise_gate import promise_gate
 from onnx_functions.validation.run_gates import validate
 from onnx_functions.validation.torch_reference import open_reference
 from onnx_functions.validation.verdict import Report
+from tests.onnx_functions.linting.damage import WEIGHTS, Damaged
 
 ROOT = "transformer_blocks.0"
 FIRST, CONTEXT = f"{ROOT}.norm1.linear", f"{ROOT}.norm1_context.linear"

@@ -44,6 +44,7 @@ def test_a_bypassed_quantizer_is_named_though_the_metadata_keep_their_promise(mu
     assert "/MatMul reads an activation that is not quantized" in found.detail
 
 
+@pytest.mark.slow
 def test_a_linear_that_is_promised_in_16_bit_but_stored_in_fp4_is_named(
     mutant, quantized_digits: Path, digits: Path
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_gate_that_compared_nothing_does_not_pass() -> None:
     assert "nothing to compare: 0 elements" in gate.line
 
 
+@pytest.mark.slow
 def test_without_a_manifest_the_files_gate_is_skipped_with_the_reason(mutant, digits: Path) -> None:
     found = gate(validate(mutant.path, digits, level="blocks"), "files")
     assert found.startswith("files: skipped (no fp4trt.json")
@@ -94,6 +96,7 @@ def test_a_graph_apart_from_its_checkpoint_asks_for_the_reference(quantized_digi
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 def test_a_global_scale_of_zero_is_named_without_a_warning(mutant, quantized_digits: Path, tmp_path: Path) -> None:
     mutant.scale(f"{TO_Q}.input_scale", 0)
     report = validate(mutant.path, quantized_digits, report_dir=tmp_path / "out")

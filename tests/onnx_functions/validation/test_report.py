@@ -73,6 +73,7 @@ def test_the_files_hold_no_path_of_this_machine(tmp_path: Path) -> None:
     assert report(tmp_path).as_dict()["model"] == str(tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_an_earlier_report_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
     data, page = write_report(report(tmp_path), tmp_path)
     assert page is not None

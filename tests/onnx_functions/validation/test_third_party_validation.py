@@ -13,13 +13,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from small_graphs import array, integers, node, product, save, value
 
 import fp4trt
 import onnx_functions
 from fp4trt.errors import BadGraph, CannotRun
 from onnx_functions.validation.third_party_validation import NO_REFERENCE
 from onnx_functions.validation.verdict import Gate, Report
+from tests.onnx_functions.small_graphs import array, integers, node, product, save, value
 
 X, Y = value("x", "B", "S", 64), value("y", "B", "S", 32)
 

@@ -71,6 +71,7 @@ def test_no_code_and_no_block_scale_differs_and_linears_are_within_1e_4(clean: R
     assert all(row.structure_error is not None and row.structure_error <= 1e-3 for row in clean.linears)
 
 
+@pytest.mark.slow
 def test_against_the_16_bit_model_the_gates_measure_the_quantization_error(
     quantized_digits: Path, digits: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_against_the_16_bit_model_the_gates_measure_the_quantization_error(
     assert gates["rounded weights"].figure == 0
 
 
+@pytest.mark.slow
 def test_the_bfloat16_scale_chain_passes_every_gate_too(bfloat16_digits: Path, quantized_digits: Path) -> None:
     report = validate(bfloat16_digits / "model.onnx", quantized_digits)
     assert failures(report) == {}
@@ -97,11 +99,13 @@ def test_one_flipped_code_is_named(mutant, quantized_digits: Path) -> None:
     assert f"{TO_Q}.weight" in found["stored tensors"]
 
 
+@pytest.mark.slow
 def test_one_flipped_code_is_named_against_the_16_bit_model(mutant, digits: Path) -> None:
     mutant.flip_code(f"{TO_Q}.weight", 100)
     assert f"{TO_Q}.weight: 1 of" in blocks_only(mutant.path, digits)["rounded weights"]
 
 
+@pytest.mark.slow
 def test_swapped_nibbles_are_named(mutant, quantized_digits: Path) -> None:
     mutant.swap_nibbles(f"{PROJ_MLP}.weight")
     detail = blocks_only(mutant.path, quantized_digits)["weights"]
@@ -109,6 +113,7 @@ def test_swapped_nibbles_are_named(mutant, quantized_digits: Path) -> None:
     assert "the two codes of each byte are exchanged" in detail
 
 
+@pytest.mark.slow
 def test_two_exchanged_initializers_are_named(mutant, quantized_digits: Path) -> None:
     mutant.exchange_pointers(f"{TO_Q}.weight", f"{TO_K}.weight")
     mutant.exchange_pointers(f"{TO_Q}.weight_scale", f"{TO_K}.weight_scale")
@@ -117,6 +122,7 @@ def test_two_exchanged_initializers_are_named(mutant, quantized_digits: Path) ->
     assert f"reads the weight of {TO_Q}" in detail
 
 
+@pytest.mark.slow
 def test_two_exchanged_wires_are_named_although_every_stored_byte_is_right(mutant, quantized_digits: Path) -> None:
     mutant.exchange_wires(TO_Q, TO_K)
     found = blocks_only(mutant.path, quantized_digits)
@@ -132,6 +138,7 @@ def test_a_weight_global_scale_10_percent_off_is_named(mutant, quantized_digits:
     assert "are 1.1 times" in found["weights"]
 
 
+@pytest.mark.slow
 def test_a_weight_global_scale_10_percent_off_is_a_scale_bias_against_the_16_bit_model(mutant, digits: Path) -> None:
     mutant.scale(f"{PROJ_OUT}.weight_scale_2", 1.1)
     assert f"{PROJ_OUT}.weight" in blocks_only(mutant.path, digits)["scale bias"]
@@ -145,6 +152,7 @@ def test_an_activation_global_scale_10_percent_off_is_named(mutant, quantized_di
 
 
 @pytest.mark.parametrize(("leaf", "count"), [("weight", 1), ("weight_scale", 1), ("bias", 2)])
+@pytest.mark.slow
 def test_an_offset_shifted_by_one_element_is_named(mutant, quantized_digits: Path, leaf: str, count: int) -> None:
     mutant.shift(f"{TO_K}.{leaf}", count)
     found = blocks_only(mutant.path, quantized_digits)
@@ -157,12 +165,14 @@ def test_an_offset_behind_the_end_of_the_file_is_named(mutant, quantized_digits:
     assert f"initializer {TO_K}.weight needs bytes" in found["files"]
 
 
+@pytest.mark.slow
 def test_a_negated_graph_output_is_named(mutant, quantized_digits: Path) -> None:
     mutant.negate("latent")
     found = failures(validate(mutant.path, quantized_digits))
     assert "node negation gives graph output latent" in found["structure"]
 
 
+@pytest.mark.slow
 def test_a_negated_graph_output_is_named_against_the_16_bit_model(mutant) -> None:
     mutant.negate("latent")
     found = failures(validate(mutant.path, "digits"))
@@ -170,6 +180,7 @@ def test_a_negated_graph_output_is_named_against_the_16_bit_model(mutant) -> Non
     assert "node negation gives graph output latent" in found["structure"]
 
 
+@pytest.mark.slow
 def test_a_negated_tensor_inside_is_named(mutant, quantized_digits: Path) -> None:
     mutant.negate(_output_of(mutant.path, f"{TO_Q}/Add"))
     found = failures(validate(mutant.path, quantized_digits))
@@ -177,6 +188,7 @@ def test_a_negated_tensor_inside_is_named(mutant, quantized_digits: Path) -> Non
 
 
 @pytest.mark.parametrize("as_node", [True, False], ids=["constant node", "initializer"])
+@pytest.mark.slow
 def test_an_activation_baked_to_a_constant_is_named(mutant, quantized_digits: Path, as_node: bool) -> None:
     tensor = _input_of(mutant.path, f"{PROJ_OUT}/TRT_FP4DynamicQuantize")
     maker = _maker_of(mutant.path, tensor)
@@ -186,6 +198,7 @@ def test_an_activation_baked_to_a_constant_is_named(mutant, quantized_digits: Pa
     assert f"input of {PROJ_OUT}" in found["structure"]
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_1_and_names_the_tensor(
     mutant, quantized_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

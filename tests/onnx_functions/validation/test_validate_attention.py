@@ -14,6 +14,8 @@ from onnx import NodeProto, numpy_helper
 from onnx_functions.validation.run_gates import validate
 from onnx_functions.validation.verdict import Gate
 
+pytestmark = pytest.mark.slow
+
 BLOCK = "transformer_blocks.0"
 A = f"{BLOCK}.attn"
 

@@ -18,6 +18,8 @@ from onnx_functions.validation.run_gates import validate
 from onnx_functions.validation.torch_reference import Outputs, Walk, open_reference
 from onnx_functions.validation.verdict import Gate, Report
 
+pytestmark = pytest.mark.slow
+
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 FLUX = [f"{DOUBLE}.{index}" for index in range(19)] + [f"{SINGLE}.{index}" for index in range(38)]
 

@@ -1,4 +1,4 @@
-"""The last of the table in lint_mutations.py: linears in FP8, of the built-in model with its modulation in FP8."""
+"""Linears in FP8, of the built-in model with its modulation in FP8."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import json
 
 import ml_dtypes
 import numpy as np
-from lint_damage import Damaged
-from lint_mutations import MODULATION, OUT, mutation
-from lint_mutations_inputs import MUTATIONS
 from onnx import TensorProto, helper
 
-__all__ = ["MUTATIONS"]
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations.mutation import MODULATION, OUT, mutation
 
 QUANTIZE = f"{MODULATION}/input/QuantizeLinear"
 READ = f"{MODULATION}/input/DequantizeLinear"

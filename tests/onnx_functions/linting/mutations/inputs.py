@@ -1,15 +1,13 @@
-"""More of the table in lint_mutations.py: inputs, activations and sizes that an exporter has made constants of."""
+"""Inputs, activations and sizes that an exporter has made constants of."""
 
 from __future__ import annotations
 
 import numpy as np
-from lint_damage import Damaged
-from lint_mutations import MODULATION, OUT, TRT, mutation
-from lint_mutations_meant import MUTATIONS
-from lint_mutations_outside import unpromise
 from onnx import NodeProto, TensorProto, helper
 
-__all__ = ["MUTATIONS"]
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations.mutation import MODULATION, OUT, TRT, mutation
+from tests.onnx_functions.linting.mutations.outside import unpromise
 
 QUANTIZE = f"{MODULATION}/input/QuantizeLinear"
 

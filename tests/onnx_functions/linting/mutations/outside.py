@@ -1,4 +1,4 @@
-"""More of the table in lint_mutations.py: what lies around the FP4 chains: structure, promise, files."""
+"""What lies around the FP4 chains: structure, promise, files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 import shutil
 
 import numpy as np
-from lint_damage import WEIGHTS, Damaged
-from lint_mutations import MODULATION, MUTATIONS, OUT, TRT, WIDE, K, Q, activation_quantizer_missing, mutation
 from onnx import TensorProto, helper
 
-__all__ = ["MUTATIONS", "linears_of", "unpromise"]
+from tests.onnx_functions.linting.damage import WEIGHTS, Damaged
+from tests.onnx_functions.linting.mutations.chains import activation_quantizer_missing
+from tests.onnx_functions.linting.mutations.mutation import MODULATION, OUT, TRT, WIDE, K, Q, mutation
 
 # The structure
 

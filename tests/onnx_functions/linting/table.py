@@ -1,20 +1,15 @@
 """The table of docs/lint.md, and what TensorRT-RTX does with a graph when the lint does not stop it.
 
-`python tests/onnx_functions/lint_table.py` writes the table into docs/lint.md; a test holds the two together.
+`python -m tests.onnx_functions.linting.table` writes the table into docs/lint.md; a test holds the two together.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from lint_mutations_fp8 import MUTATIONS
 
 from fp4trt.errors import BuildError
 from onnx_functions.linting import RULES
+from tests.onnx_functions.linting.mutations import MUTATIONS
 from trt_build.attention_coverage import measure_attentions
 from trt_build.coverage import measure_coverage
 from trt_build.graph import Graph, read_graph
@@ -24,7 +19,7 @@ from trt_build.supervise import run_child
 
 __all__ = ["BEGIN", "END", "page", "table", "verdict"]
 
-BEGIN = "<!-- table: written by tests/onnx_functions/lint_table.py -->"
+BEGIN = "<!-- table: written by tests/onnx_functions/linting/table.py -->"
 WHOLE = {0: (30, 52), 8: (24, 44)}
 """Number of linears in FP8 to the FP4 GEMMs of the built-in model's engine, and the linears that these cover."""
 END = "<!-- end of the table -->"
@@ -47,7 +42,7 @@ def page(text: str) -> str:
 
 
 def verdict(path: Path, untouched: Graph) -> str:
-    """Build a mutated graph and return `accepted`, `slow`, `refused` or `crashes`: see lint_mutations.py."""
+    """Build a mutated graph and return `accepted`, `slow`, `refused` or `crashes`: see its mutations/."""
     graph = read_graph(path)
     profile = make_profile(graph.input_shapes, untouched.symbols, fp8_attention=bool(graph.attentions))
     partial = path.with_name("engine.partial")
@@ -74,5 +69,5 @@ def verdict(path: Path, untouched: Graph) -> str:
 
 
 if __name__ == "__main__":
-    target = Path(__file__).parents[2] / "docs" / "lint.md"
+    target = Path(__file__).resolve().parents[3] / "docs" / "lint.md"
     target.write_text(page(target.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""More of the table in lint_mutations.py: an attention that was written out in FP8, and then went wrong."""
+"""An attention that was written out in FP8, and then went wrong."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Final
 
 import ml_dtypes
 import numpy as np
-from lint_damage import Damaged
-from lint_mutations import mutation
-from lint_mutations_names import MUTATIONS
 from onnx import TensorProto, helper
 
-__all__ = ["MUTATIONS", "in_fp8"]
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations.mutation import mutation
 
 A: Final = "transformer_blocks.0.attn"
 B: Final = "single_transformer_blocks.0.attn"

@@ -1,59 +1,13 @@
-"""The table of mutations: ways in which an export of the built-in model goes wrong, and what each provokes.
-
-Each names the rule of the lint that refuses it, the node or tensor that the finding has to name, and what
-TensorRT-RTX 1.7.1 does with the graph when nothing stops it: `accepted` (an engine with all FP4 GEMMs, and a kernel for
-each attention that is written out), `slow` (an engine with fewer linears in FP4, or more kernels), `refused` (an error
-of parser or builder), or `crashes`. `benchmarks/lint_verdicts.py` measures that; docs/lint.md shows all of it.
-"""
+"""The chains of an FP4 linear: weight, scales, activation, product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
-
 import ml_dtypes
 import numpy as np
-from lint_damage import Damaged
 from onnx import TensorProto, helper
 
-__all__ = ["MUTATIONS", "Mutation"]
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One way to damage a graph: of the built-in model all in FP4, or with its modulation in FP8 (`base` is fp8)."""
-
-    name: str
-    rule: str
-    where: str
-    tensorrt: str
-    apply: Callable[[Damaged], None]
-    base: str = "fp4"
-
-
-MUTATIONS: list[Mutation] = []
-
-
-def mutation(
-    rule: str, where: str, tensorrt: str, base: str = "fp4"
-) -> Callable[[Callable[[Damaged], None]], Callable[[Damaged], None]]:
-    """Add a function to the table; its name, read as words, says what it does."""
-
-    def add(function: Callable[[Damaged], None]) -> Callable[[Damaged], None]:
-        MUTATIONS.append(Mutation(function.__name__.replace("_", " "), rule, where, tensorrt, function, base))
-        return function
-
-    return add
-
-
-OUT: Final = "transformer_blocks.0.attn.to_out.0"  # [128, 128], in no group
-WIDE: Final = "transformer_blocks.0.ff.net.0.proj"  # [512, 128], in no group
-DEEP: Final = "transformer_blocks.0.ff.net.2"  # [128, 512], in no group
-MODULATION: Final = "transformer_blocks.0.norm1.linear"  # [768, 128], its input has two axes
-Q: Final = "transformer_blocks.0.attn.to_q"  # leads a group of three
-K: Final = "transformer_blocks.0.attn.to_k"
-TRT: Final = "TRT_FP4DynamicQuantize"
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations.mutation import DEEP, OUT, TRT, WIDE, K, mutation
 
 # The weight's chain
 

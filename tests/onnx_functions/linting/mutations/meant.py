@@ -1,4 +1,4 @@
-"""More of the table in lint_mutations.py: graphs that look whole, and in which another tensor or wire does the work."""
+"""Graphs that look whole, and in which another tensor or wire does the work."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import json
 from typing import Any
 
 import numpy as np
-from layout_writer import swizzled
-from lint_damage import Damaged
-from lint_mutations import MODULATION, OUT, TRT, WIDE, mutation
-from lint_mutations_attention import MUTATIONS
 from onnx import TensorProto, helper
 
-__all__ = ["MUTATIONS"]
+from tests.onnx_functions.layout_writer import swizzled
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations.mutation import MODULATION, OUT, TRT, WIDE, mutation
 
 # Data inside the graph under the name of a stored tensor
 

@@ -1,4 +1,4 @@
-"""More of the table in lint_mutations.py: names and bytes that do not belong together, and operators out of form."""
+"""Names and bytes that do not belong together, and operators out of form."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import shutil
 
 import ml_dtypes
 import numpy as np
-from lint_damage import Damaged
-from lint_mutations import DEEP, MUTATIONS, OUT, TRT, WIDE, K, Q, mutation
-from lint_mutations_outside import linears_of, unpromise
 from onnx import StringStringEntryProto, TensorProto, helper
 
-__all__ = ["MUTATIONS"]
+from tests.onnx_functions.linting.damage import Damaged
+from tests.onnx_functions.linting.mutations.mutation import DEEP, OUT, TRT, WIDE, K, Q, mutation
+from tests.onnx_functions.linting.mutations.outside import linears_of, unpromise
 
 V = "transformer_blocks.0.attn.to_v"
 TIME = "time_text_embed.timestep_embedder.linear_1"
