@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from calibration.by_block import processes
-from calibration.by_block.input_amax import Calibration, calibration_from, captured_from
+from calibration.by_block.input_amax import Calibration, calibration_from, captured_from, is_amax
 from calibration.by_block.measure_amax import require_device
 from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
 from calibration.checkpoints.plain import files_of, find_source
 from calibration.checkpoints.threads import suited_threads
-from calibration.formats.fp8_attention import attention_scales
+from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
 from calibration.recipes.recipe import QAT, Recipe, load_recipe
+from calibration.result_by_block import ResultByBlock
 from calibration.results import Given, write_result
 from fp4trt import publish
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
@@ -41,11 +41,12 @@ def quantize(
     force: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Quantize a BF16 checkpoint and write the quantized one, a few MiB of it in memory at a time.
+    """Quantize a BF16 checkpoint and write the quantized one.
 
-    The source is read once (see :mod:`calibration.checkpoints.one_pass`), after what the recipe's method does block by
-    block (see :mod:`calibration.by_block.quantize_blocks`). A killed run resumes, when it is started again, after what
-    it had brought to disk.
+    The source is read once: block by block where the model is run on captured inputs (see
+    :mod:`calibration.by_block.quantize_blocks`), with one block in memory at a time; from an amax file in the order of
+    its bytes, a few MiB at a time (see :mod:`calibration.checkpoints.one_pass`). A killed run resumes, when it is
+    started again, after what it had brought to disk.
 
     Args:
         source: BF16 checkpoint (see :func:`calibration.checkpoints.plain.find_source`).
@@ -84,15 +85,16 @@ def quantize(
         return _from_state(folder, directory, asked, Path(modelopt_state), trust, force, device)
     plain = checked(folder, chosen)
     work = directory.with_name(f"{directory.name}.calibration.partial")
+    by_method = registry.needs_activations(chosen.method)
+    if not isinstance(chosen.method, QAT) and (by_method or (not is_amax(calibration) and processes.count() == 1)):
+        if processes.is_main():  # it goes block by block in one process
+            _by_block(plain, calibration or None, directory, force, work, device)
+        processes.wait(device)
+        return _summary(directory, plain, load_manifest(directory / MANIFEST))
     given_by: AbstractContextManager[Given]
     if isinstance(chosen.method, QAT):
         training = directory.with_name(f"{directory.name}.training.partial")
         given_by = _trained(plain, chosen.method, calibration or None, training, device)
-    elif registry.needs_activations(chosen.method):
-        if not processes.is_main():  # goes block by block in one process
-            processes.wait(device)
-            return _summary(directory, plain, load_manifest(directory / MANIFEST))
-        given_by = _prepared(plain, calibration or None, work, device)
     else:
         given_by = _calibrated(plain, calibration or None, work, device)
     with suited_threads(plain.config), given_by as given:
@@ -105,16 +107,14 @@ def quantize(
 
 def _usual_recipe(calibration: str | Path | Sequence[str | Path] | None) -> str:
     """Return the preset that makes the most of what is there: maxima allow no more than rounding to nearest."""
-    files = [Path(path) for path in ([calibration] if isinstance(calibration, str | Path) else calibration or ())]
-    only_maxima = len(files) > 1 or any(path.suffix == ".json" for path in files)
-    return "nvfp4-ptq" if only_maxima else "nvfp4-quality"
+    return "nvfp4-ptq" if is_amax(calibration) else "nvfp4-quality"
 
 
 @contextlib.contextmanager
 def _calibrated(
     plain: Plain, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
 ) -> Iterator[Given]:
-    """Run a plain checkpoint on captured inputs, or read what an earlier run measured."""
+    """Read what an earlier run measured; in one of several processes run a plain checkpoint on captured inputs."""
     with calibration_from(plain.folder, calibration, work, device) as calibrated:
         yield Given(calibrated, _attention(plain, calibrated))
 
@@ -126,20 +126,26 @@ def _attention(plain: Plain, calibrated: Calibration) -> Prepared:
         BadAmax: one was not measured.
     """
     scales = attention_scales(calibrated.amax, plain.fp8_attentions)
-    return Prepared({name: hold(name, scale) for name, scale in scales.items()})
+    tensors = {name: hold(name, scale) for name, scale in scales.items()}
+    return Prepared(tensors, amax=attention_quantizers(calibrated.amax, plain.fp8_attentions))
 
 
-@contextlib.contextmanager
-def _prepared(
-    plain: Plain, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
-) -> Iterator[Given]:
+def _by_block(
+    plain: Plain,
+    calibration: str | Path | Sequence[str | Path] | None,
+    directory: Path,
+    force: bool,
+    work: Path,
+    device: str,
+) -> None:
     """Run a plain checkpoint on captured inputs, and let the recipe's method quantize each block on its own."""
-    captured = captured_from(plain.folder, calibration)
-    method = registry.of_block(plain.recipe.method, plain.family)
-    recipe = plain.recipe.resolved()
-    task = (plain.folder, captured.calls, plain.formats, method, recipe, work, device, plain.fp8_attentions)
-    with prepared_by_block(*task) as prepared:
-        yield Given(replace(captured, amax=prepared.amax), prepared)
+    with suited_threads(plain.config):
+        captured = captured_from(plain.folder, calibration)
+        method = registry.of_block(plain.recipe.method, plain.family)
+        result = ResultByBlock(plain, captured, directory, force, device)
+        task = (plain.folder, captured.calls, plain.formats, method, plain.recipe.resolved(), work, device)
+        with prepared_by_block(*task, plain.fp8_attentions, result.opened) as prepared:
+            result.complete(prepared)
 
 
 @contextlib.contextmanager
@@ -160,7 +166,7 @@ def _trained(
         quantize(plain.folder, directory, first, calibration, device=device)
 
     with trained(plain.folder, captured.calls, options, recipe, begin, work, device) as result:
-        yield Given(captured, Prepared(result.tensors), kept=result.files, training=result.figures)
+        yield Given(captured, Prepared(result.tensors, amax=result.amax), kept=result.files, training=result.figures)
 
 
 def _from_state(

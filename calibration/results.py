@@ -1,4 +1,8 @@
-"""Write a quantized checkpoint: the tensors in one pass, and beside them config, manifest and what calibrated it."""
+"""Write a quantized checkpoint: the tensors, and beside them config, manifest and what calibrated it.
+
+The tensors come in one pass over the files of the source (:func:`write_result`), or block by block, as each is read to
+be run (:mod:`calibration.result_by_block`). Either way the source is read once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,23 +28,22 @@ from calibration.checkpoints.one_pass import MEMORY, Done, Work, estimated_secon
 from calibration.checkpoints.plain import files_of
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import shared_scales
-from calibration.formats.fp8_attention import SCALES
 from calibration.formats.quantization_config import AWQ, quantization_config
 from calibration.inputs.captured import save_inputs
 from calibration.methods.plan import Plain
 from fp4trt import publish
-from fp4trt.account import OUTPUT_SCALE
+from fp4trt.account import TensorHeader
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import TooLittleSpace
 from fp4trt.number_formats import FORMATS, FP8
-from fp4trt.safetensors_file import StoredTensor, sha256_of
+from fp4trt.safetensors_file import sha256_of
 
-__all__ = ["Given", "write_result"]
+__all__ = ["Given", "complete", "foresee", "shared_input_amax", "versions", "write_result"]
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt", "numpy", "ml_dtypes")
 
-_LAYOUT: Final = "one pass"
-"""What an interrupted run leaves; one that left something else cannot go on."""
+_LAYOUT: Final = "one pass, errors noted"
+"""What an interrupted run leaves; one that left something else cannot be resumed."""
 
 _WORTH_SAYING: Final = 1_000_000_000
 """Bytes of a source that takes long enough to say first what is going to happen."""
@@ -76,7 +79,7 @@ class Given:
             dict(self.calibrated.amax),
             dict(self.calibrated.described),
         ]
-        parts += [self.prepared.figures, self.training, files, _versions(), _LAYOUT]
+        parts += [self.prepared.figures, self.training, files, versions(), _LAYOUT]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -100,71 +103,88 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
         click.echo(f"going on: {len(done.written)} of {len(plain.stored)} tensors are done", err=True)
     else:
         done = given.done or Done()
-    packed = [group for group in groups if f"{group[0]}.weight" not in prepared]
-    calibrated = [group for group in packed if FORMATS[linears[group[0]]].needs_input_amax]
-    inputs = shared_scales.shared(given.calibrated.amax, calibrated)
     sources = files_of(plain.folder) if given.done is None else []
     files = layout.ShardFiles(partial, planned, layout.results_of(done.written, groups, linears, prepared))
     to_read = [
         tensor for tensor in plain.stored.values() if tensor.file in sources and tensor.file.name not in done.sha256
     ]
-    _foresee(partial, sum(tensor.nbytes for tensor in to_read), files.missing())
+    reads, needed = sum(tensor.nbytes for tensor in to_read), files.missing()
+    foresee(partial, reads, needed)
+    if reads >= _WORTH_SAYING:
+        seconds = estimated_seconds(reads, needed)
+        words = f"it takes {_size(MEMORY)} of memory beside the libraries', and about {seconds:.0f} s where the disk"
+        click.echo(f"{words} keeps up", err=True)
+    inputs = shared_input_amax(plain, _packed(plain, prepared), given.calibrated.amax)
     work = Work(sources, plain.stored, groups, linears, inputs, prepared, device)
     with _bar(work.nbytes) as progress:
         quantize_in_one_pass(work, files, done, functools.partial(publish.note_progress, partial), progress)
+    return complete(partial, plain, given, prepared, planned, done)
+
+
+def _packed(plain: Plain, decided: Container[str]) -> layout.Groups:
+    """Return the groups of linears whose weights are rounded to nearest here."""
+    return [group for group in plain.quantized_groups if f"{group[0]}.weight" not in decided]
+
+
+def shared_input_amax(plain: Plain, groups: layout.Groups, amax: Mapping[str, float]) -> dict[str, float]:
+    """Return the amax that each linear shares with those that read the same input."""
+    kinds = plain.quantized_linears
+    return shared_scales.shared(amax, [group for group in groups if FORMATS[kinds[group[0]]].needs_input_amax])
+
+
+def complete(
+    partial: Path,
+    plain: Plain,
+    given: Given,
+    decided: Mapping[str, TensorHeader],
+    planned: Sequence[layout.Shard],
+    done: Done,
+) -> dict[str, Any]:
+    """Write all that lies beside the tensors; return the manifest.
+
+    Args:
+        partial: the folder.
+        plain: what is quantized.
+        given: what is known of it.
+        decided: the tensors that were not packed or copied, by name.
+        planned: the files of the tensors.
+        done: what was found and written.
+    """
     written = {shard.name: done.files[shard.name] for shard in planned}
     if len(planned) > 1:
         written[layout.INDEX] = publish.write_json(partial / layout.INDEX, layout.index_of(planned))
-    branches = _branches(prepared)
-    formats = {**plain.formats, **dict.fromkeys((_smoothed(prepared) & set(plain.paths)) - branches.keys(), AWQ)}
+    branches = _branches(decided)
+    formats = {**plain.formats, **dict.fromkeys((_smoothed(decided) & set(plain.paths)) - branches.keys(), AWQ)}
     ranks = {rank for path, rank in branches.items() if path in plain.paths}
     described = quantization_config(plain.model, formats, ranks)
     config = {**plain.config, "quantization_config": described}
     written["config.json"] = publish.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
+    packed = _packed(plain, decided)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
-    merged = [group for group in packed if FORMATS[linears[group[0]]].shares_weight_scale]
+    merged = [group for group in packed if FORMATS[plain.formats[group[0]]].shares_weight_scale]
     common = own | shared_scales.shared(own, merged)
+    inputs = shared_input_amax(plain, packed, given.calibrated.amax)
     manifest = {
-        **_description(plain, given),
-        "amax": _amax(inputs, common, prepared, linears),
+        **_description(plain, given, branches),
+        "amax": {
+            **given.prepared.amax,
+            **{f"{path}.input_quantizer": value for path, value in inputs.items()},
+            **{f"{path}.weight_quantizer": value for path, value in common.items()},
+        },
         "files": written,
         "source": {"config.json": sha256_of(plain.folder / "config.json"), **done.sha256},
     }
-    if alone := {path: own[path] for group in merged for path in group}:
-        manifest["sharing_cost"] = asdict(shared_scales.measure_cost(plain.stored, alone, common))
+    if errors := [done.errors[f"{path}.weight"] for group in merged for path in group]:
+        manifest["sharing_cost"] = asdict(shared_scales.sharing_cost(errors))
     publish.write_json(partial / MANIFEST, manifest)
     return manifest
 
 
-def _amax(
-    inputs: Mapping[str, float],
-    weights: Mapping[str, float],
-    prepared: Mapping[str, StoredTensor],
-    formats: Mapping[str, str],
-) -> dict[str, float]:
-    """Return what the manifest says of each quantizer: what was packed here, and what a method has decided."""
-    amax = {f"{path}.input_quantizer": value for path, value in inputs.items()}
-    amax |= {f"{path}.weight_quantizer": value for path, value in weights.items()}
-    for name, tensor in prepared.items():
-        path, _, leaf = name.rpartition(".")
-        kind = FORMATS.get(formats.get(path, ""), FP8)
-        if leaf in SCALES:
-            quantizer = f"{leaf.removesuffix('_scale')}_bmm_quantizer"
-        elif leaf == OUTPUT_SCALE:
-            quantizer = "bmm2_output_quantizer"
-        elif path in formats and leaf in kind.scalars:
-            quantizer = "weight_quantizer" if leaf == kind.weight_scale else "input_quantizer"
-        else:
-            continue
-        amax[f"{path}.{quantizer}"] = float(tensor.tensor()) * (kind.amax_factor or 1.0)
-    return amax
-
-
-def _description(plain: Plain, given: Given) -> dict[str, Any]:
+def _description(plain: Plain, given: Given, branches: Iterable[str]) -> dict[str, Any]:
     """Return what the manifest says of the quantization itself."""
     formats = {kind: plain.of_format(kind) for kind in FORMATS}
-    formats["svdquant"] = tuple(_branches(given.prepared.tensors))
+    formats["svdquant"] = tuple(branches)
     described = {
         "format": 1,
         "family": plain.family.name,
@@ -172,7 +192,7 @@ def _description(plain: Plain, given: Given) -> dict[str, Any]:
         "quantized": {kind: paths for kind, paths in formats.items() if paths},
         "groups": plain.quantized_groups,
         "calibration": dict(given.calibrated.described),
-        "versions": _versions(),
+        "versions": versions(),
     }
     if given.training:
         described["training"] = dict(given.training)
@@ -181,7 +201,7 @@ def _description(plain: Plain, given: Given) -> dict[str, Any]:
     return {**described, "blocks": dict(given.prepared.figures)} if given.prepared.figures else described
 
 
-def _branches(prepared: Mapping[str, StoredTensor]) -> dict[str, int]:
+def _branches(prepared: Mapping[str, TensorHeader]) -> dict[str, int]:
     """Return the linears that a low-rank branch was prepared for, and its rank."""
     factors = {name.rpartition("."): tensor.shape for name, tensor in prepared.items()}
     return {path: shape[0] for (path, _, leaf), shape in factors.items() if leaf == BRANCH[0]}
@@ -192,8 +212,8 @@ def _smoothed(prepared: Iterable[str]) -> set[str]:
     return {path for path, _, leaf in (name.rpartition(".") for name in prepared) if leaf == SMOOTHING}
 
 
-def _foresee(folder: Path, reads: int, needed: int) -> None:
-    """Say, before a long run, what it reads, writes and needs, in bytes.
+def foresee(folder: Path, reads: int, needed: int) -> None:
+    """Say, before a long run, how many bytes it reads and writes.
 
     Raises:
         TooLittleSpace: the result does not fit on its disk.
@@ -205,12 +225,7 @@ def _foresee(folder: Path, reads: int, needed: int) -> None:
             "--output"
         )
     if reads >= _WORTH_SAYING:
-        click.echo(
-            f"reading {_size(reads)}, writing {_size(needed)} ({_size(free)} are free), with {_size(MEMORY)} of memory "
-            f"beside the libraries'; hashing and packing take about {estimated_seconds(reads, needed):.0f} s where the "
-            "disk keeps up",
-            err=True,
-        )
+        click.echo(f"reading {_size(reads)}, writing {_size(needed)} ({_size(free)} are free)", err=True)
 
 
 def _size(count: int) -> str:
@@ -251,5 +266,6 @@ def _keep_training(partial: Path, files: Mapping[str, Path]) -> dict[str, str]:
     return {name: sha256_of(partial / name) for name in kept}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
     return {name: importlib.metadata.version(name) for name in _VERSIONED}

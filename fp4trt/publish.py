@@ -20,6 +20,7 @@ from fp4trt.safetensors_file import naming, sha256_of
 
 __all__ = [
     "discard",
+    "forget_progress",
     "note_progress",
     "progress_of",
     "refuse_existing",
@@ -72,7 +73,7 @@ def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
             f"{partial} is in the way and was not written by fp4trt; move it, or choose another --output"
         )
     if not (identity and mark.is_file() and mark.read_text(encoding="utf-8") == identity):
-        _forget_progress(partial)
+        forget_progress(partial)
         discard(partial, _MARK)
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def _replacing(partial: Path, directory: Path, identity: str) -> Iterator[Path]:
             mark.write_text(identity, encoding="utf-8")
         yield partial
         _publish(partial, directory)
-        _forget_progress(directory)
+        forget_progress(directory)
         (directory / _MARK).unlink()
     finally:
         if identity and (partial / _PROGRESS).exists():
@@ -106,7 +107,8 @@ def discard(folder: Path, last: str) -> None:
         folder.rmdir()
 
 
-def _forget_progress(folder: Path) -> None:
+def forget_progress(folder: Path) -> None:
+    """Let nothing of a :func:`replacing` folder count as finished."""
     for name in (_PROGRESS, f"{_PROGRESS}.partial"):  # the second where a kill met it half-written
         (folder / name).unlink(missing_ok=True)
 

@@ -62,7 +62,7 @@ class Stopwatch:
 def watch(stopwatch: Stopwatch) -> None:
     """Wrap what the methods are made of."""
     import calibration.formats.modelopt_backend  # noqa: F401  a second or two, that would be the first block's
-    from calibration.by_block import input_statistics, measure_amax, quantize_blocks
+    from calibration.by_block import input_statistics, quantize_blocks
     from calibration.methods import registry
     from calibration.methods.modelopt import svdquant
     from calibration.methods.quality import gptq, quantize_block
@@ -92,8 +92,6 @@ def watch(stopwatch: Stopwatch) -> None:
         return lambda task: stopwatch.block(task.path, lambda: method(task))
 
     registry.of_block = timed_method
-    measure = stopwatch.stage("runs", measure_amax._measure)
-    measure_amax._measure = lambda runner, block, *args: stopwatch.block(block, lambda: measure(runner, block, *args))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import click
 
 from calibration.by_block import processes
 from calibration.by_block.measure_amax import measured_by_block
-from calibration.checkpoints.plain import check_source, find_source, load_source, weights_fingerprint
+from calibration.checkpoints.plain import find_source, load_source, open_plain, weights_fingerprint
 from calibration.checkpoints.threads import suited_threads
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import operands_of
@@ -27,7 +27,7 @@ from fp4trt.json_file import load_json
 from fp4trt.publish import refuse_existing, write_json
 from fp4trt.safetensors_file import sha256_of
 
-__all__ = ["Calibration", "calibrate", "calibration_from", "captured_from", "merged"]
+__all__ = ["Calibration", "calibrate", "calibration_from", "captured_from", "is_amax", "merged"]
 
 METADATA: Final = "__metadata__"
 """The one key of a calibration file that is no module path."""
@@ -117,6 +117,16 @@ def calibrate(
     }
 
 
+def is_amax(given: str | Path | Sequence[str | Path] | None) -> bool:
+    """Whether what calibrates is one or more files of amax, and not captured inputs."""
+    files = _paths(given)
+    return len(files) > 1 or any(path.suffix == ".json" for path in files)
+
+
+def _paths(given: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    return [Path(path) for path in ([given] if isinstance(given, str | Path) else given or ())]
+
+
 @contextlib.contextmanager
 def calibration_from(
     folder: Path, given: str | Path | Sequence[str | Path] | None, work: Path, device: str = "cpu"
@@ -133,8 +143,8 @@ def calibration_from(
     Raises:
         BadAmax, BadInputs: naming what is wrong.
     """
-    files = [Path(path) for path in ([given] if isinstance(given, str | Path) else given or ())]
-    if len(files) > 1 or (files and files[0].suffix == ".json"):
+    files = _paths(given)
+    if is_amax(given):
         config = load_json(folder / "config.json")
         family = family_of(config)
         yield merged(files, family.quantized(config), family.attentions(config), weights_fingerprint(folder))
@@ -221,8 +231,8 @@ def captured_from(folder: Path, given: str | Path | Sequence[str | Path] | None)
     Raises:
         BadInputs: naming what is wrong.
     """
-    files = [Path(path) for path in ([given] if isinstance(given, str | Path) else given or ())]
-    if len(files) > 1 or (files and files[0].suffix == ".json"):
+    files = _paths(given)
+    if is_amax(given):
         raise BadInputs(
             f"{files[0]} holds maxima; this recipe needs captured inputs (.safetensors), which fp4trt calibrate "
             "--save-inputs writes"
@@ -263,7 +273,7 @@ def _captured(
         raise BadInputs("both captured inputs and pictures were given; pictures go with prompts: leave them out")
     calls: Sequence[Inputs]
     if inputs is not None:
-        check_source(folder)
+        open_plain(folder)
         calls = load_inputs(inputs)
         described: dict[str, Any] = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
     else:

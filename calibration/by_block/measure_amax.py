@@ -16,13 +16,11 @@ from torch import nn
 
 from calibration.by_block.progress import finished_blocks
 from calibration.by_block.runner import BlockRunner, Outputs
-from calibration.checkpoints.plain import empty_source, files_of, finite_tensor
+from calibration.checkpoints.plain import files_of, open_plain
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import OperandAmax, checked_attentions
 from calibration.inputs.captured import Inputs
 from fp4trt.errors import BadInputs
-from fp4trt.families import family_of
-from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import bytes_of
 
 __all__ = ["OUTSIDE", "identity_of", "measured_by_block", "measured_outside", "require_device"]
@@ -56,12 +54,10 @@ def measured_by_block(
         OutputExists: ``work`` is somebody else's.
     """
     require_device(device)
-    config = load_json(folder / "config.json")
-    family = family_of(config)
+    source = open_plain(folder)
+    config, family = source.config, source.family
     blocks, paths, attentions = family.blocks(config), family.quantized(config), family.attentions(config)
-    model, stored = empty_source(folder)
-    tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
-    runner = BlockRunner(model, blocks, tensor, device)
+    runner = BlockRunner(source.model, blocks, source.tensor, device)
     outside = tuple(path for group in family.outside for path in group.linears)
     length = (len(blocks) + bool(outside)) * len(calls)
     progress = click.progressbar(length=length, label="calibrating", file=sys.stderr, show_eta=True)
@@ -72,7 +68,9 @@ def measured_by_block(
             add = finished.add if block != blocks[-1] or outside else _drop
             finished.finish(block, _measure(runner, block, members, inner, calls, finished.outputs, add, bar.update))
         if outside and OUTSIDE not in finished.results:
-            finished.finish(OUTSIDE, measured_outside(runner, model, outside, calls, finished.outputs, bar.update))
+            finished.finish(
+                OUTSIDE, measured_outside(runner, source.model, outside, calls, finished.outputs, bar.update)
+            )
         amax = {path: value for result in finished.results.values() for path, value in result.items()}
         yield input_quantizers.checked(amax, paths) | checked_attentions(amax, attentions)
 

@@ -90,6 +90,14 @@ class BlockCheckpoint:
         self.save()
         old.unlink(missing_ok=True)
 
+    def forget(self) -> None:
+        """Begin anew."""
+        if self.results:
+            old = self._file(len(self.results))
+            self.results, self._calls = {}, []
+            self.save()
+            old.unlink(missing_ok=True)
+
     def save(self) -> None:
         """Write what is finished."""
         calls = [[(stored.dtype, stored.shape) for stored in call] for call in self._calls]

@@ -1,7 +1,7 @@
 """Quantize block by block where that needs the model's own activations: each method is one function of a block.
 
-What a block becomes lies on disk before the next one is loaded; a run that was killed goes on with its first unfinished
-block. The finished tensors are then copied into the result by the same pass that packs everything else.
+Each block is loaded once. What it becomes lies on disk before the next one is loaded, in the result itself or in a file
+for each block (:class:`Sink`); a run that was killed resumes with its first unfinished block.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import click
 import torch
@@ -20,16 +22,14 @@ from torch import nn
 from calibration.by_block.measure_amax import OUTSIDE, identity_of, measured_outside, require_device
 from calibration.by_block.progress import BlockCheckpoint, finished_blocks
 from calibration.by_block.runner import BlockRunner
-from calibration.checkpoints.plain import empty_source, finite_tensor
+from calibration.checkpoints.plain import PlainCheckpoint, open_plain
 from calibration.formats.attention_amax import OperandAmax
-from calibration.formats.fp8_attention import attention_scales
+from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.inputs.captured import Inputs
-from fp4trt.families import family_of
-from fp4trt.json_file import load_json
 from fp4trt.number_formats import BF16
 from fp4trt.safetensors_file import StoredTensor, bytes_of, plan_of, read_header, write
 
-__all__ = ["BlockResult", "BlockTask", "Method", "Prepared", "Run", "prepared_by_block"]
+__all__ = ["BlockResult", "BlockTask", "Method", "OpenSink", "Prepared", "Run", "Sink", "prepared_by_block"]
 
 
 class Run(Protocol):
@@ -69,15 +69,45 @@ class BlockResult:
 
     Attributes:
         tensors: name in the quantized checkpoint to value, in the type that it is stored in: whatever differs from what
-            the plain checkpoint has.
+            the plain checkpoint has. A method that changes weights gives all of the linears' that it has quantized; one
+            that only measures gives none, and they are rounded to nearest.
         figures: what the method measured, as JSON, for the manifest.
+        amax: of each quantizer of the linears that it has quantized, such as ``X.input_quantizer``.
     """
 
     tensors: Mapping[str, torch.Tensor]
     figures: Mapping[str, Any] = field(default_factory=dict)
+    amax: Mapping[str, float] = field(default_factory=dict)
 
 
 Method = Callable[[BlockTask], BlockResult]
+
+
+class Sink(Protocol):
+    """Reads the plain checkpoint, and takes what becomes of it."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Where what was put lies, for a sink that keeps it for others."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor of the plain checkpoint, in BF16."""
+        ...
+
+    def put(self, block: str, tensors: Mapping[str, torch.Tensor], amax: Mapping[str, float]) -> None:
+        """Bring to disk what a block became, or last what lies :data:`OUTSIDE`; nothing but that block was read since.
+
+        Args:
+            block: its path.
+            tensors: as :attr:`BlockResult.tensors`, and the scales of attentions in FP8.
+            amax: of each quantizer.
+        """
+        ...
+
+
+OpenSink = Callable[[BlockCheckpoint], AbstractContextManager[Sink]]
+"""Opens a sink for the blocks that are not finished; may have the checkpoint forget those that are."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +117,14 @@ class Prepared:
     Attributes:
         tensors: name in the quantized checkpoint to where the value lies.
         figures: block to what the method measured there.
-        amax: of the inputs of linears outside the blocks, which are rounded to nearest.
+        amax: of each quantizer that a method has decided or measured, such as ``X.input_quantizer``.
+        outside: module path to amax of the input of each linear outside the blocks, which are rounded to nearest.
     """
 
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
     amax: Mapping[str, float] = field(default_factory=dict)
-
-
-_METADATA: Final = {"format": "fp4trt-block"}
+    outside: Mapping[str, float] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -108,6 +137,7 @@ def prepared_by_block(
     work: Path,
     device: str = "cpu",
     fp8_attentions: Sequence[str] = (),
+    into: OpenSink | None = None,
 ) -> Iterator[Prepared]:
     """Quantize a plain checkpoint block by block; what comes of it is there until the end of the ``with`` statement.
 
@@ -122,22 +152,23 @@ def prepared_by_block(
         work: folder for what is finished, as :func:`calibration.by_block.progress.finished_blocks` has it.
         device: where to compute, ``cpu`` or ``cuda``.
         fp8_attentions: module paths of the attentions that get scales, from what the plain model gives them.
+        into: where the blocks go; None for files in ``work``.
 
     Raises:
         BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
     """
     require_device(device)
-    config = load_json(folder / "config.json")
-    family = family_of(config)
+    source = open_plain(folder)
+    config, family = source.config, source.family
     blocks = family.blocks(config)
     groups = [group for group in family.groups(config) if formats[group[0]] != BF16]
-    model, stored = empty_source(folder)
-    tensor = lambda name: finite_tensor(folder, name, stored[name]).to(torch.bfloat16)  # noqa: E731
-    runner = BlockRunner(model, blocks, tensor, device)
     identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
+    identity["results"] = "amax, figures"
     outside = tuple(path for group in family.outside for path in group.linears if formats[path] != BF16)
     bar = click.progressbar(length=len(blocks), label="quantizing blocks", file=sys.stderr, show_eta=True)
-    with finished_blocks(work, identity) as finished, bar as progress:
+    open_sink = into or partial(_files, source)
+    with finished_blocks(work, identity) as finished, open_sink(finished) as sink, bar as progress:
+        runner = BlockRunner(source.model, blocks, sink.tensor, device)
         progress.update(len(finished.results))
         for block in blocks[len(finished.results) :]:
             inside = tuple(group for group in groups if group[0].startswith(f"{block}."))
@@ -148,15 +179,19 @@ def prepared_by_block(
                 result = method(BlockTask(block, module, linears, inside, run))
                 run.require()
                 scales = attention_scales(run.operands.amax, attentions)
-                _save(_file(finished, block), {**result.tensors, **scales})
-            finished.finish(block, dict(result.figures))
+                amax = {**result.amax, **attention_quantizers(run.operands.amax, attentions)}
+                sink.put(block, {**result.tensors, **scales}, amax)
+            finished.finish(block, {"amax": amax, "figures": dict(result.figures)})
             progress.update(1)
         if outside and OUTSIDE not in finished.results:
-            measured = measured_outside(runner, model, outside, calls, finished.outputs, lambda _: None)
+            measured = measured_outside(runner, source.model, outside, calls, finished.outputs, lambda _: None)
             finished.finish(OUTSIDE, measured)
-        tensors = {name: place for block in blocks for name, place in read_header(_file(finished, block)).items()}
-        figures = {block: finished.results[block] for block in blocks}
-        yield Prepared(tensors, figures, finished.results.get(OUTSIDE, {}))
+        entering = finished.results.get(OUTSIDE, {})
+        sink.put(OUTSIDE, {}, {f"{path}.input_quantizer": value for path, value in entering.items()})
+        results = {block: finished.results[block] for block in blocks}
+        amax = {name: value for result in results.values() for name, value in result["amax"].items()}
+        figures = {block: result["figures"] for block, result in results.items() if result["figures"]}
+        yield Prepared(sink.tensors, figures, amax, entering)
 
 
 class _Run:
@@ -217,10 +252,29 @@ def _left_behind(modules: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def _file(finished: BlockCheckpoint, block: str) -> Path:
-    return finished.folder / f"{block}.safetensors"
+@dataclass(frozen=True)
+class _BlockFiles:
+    """Keeps what each block became in a file of its own."""
+
+    source: PlainCheckpoint
+    folder: Path
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        files = [self._file(block) for block in self.source.family.blocks(self.source.config)]
+        return {name: place for file in files for name, place in read_header(file).items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.source.tensor(name)
+
+    def put(self, block: str, tensors: Mapping[str, torch.Tensor], _: Mapping[str, float]) -> None:
+        plan = [plan_of(name, value) for name, value in tensors.items()]
+        pieces = ((name, bytes_of(value)) for name, value in tensors.items() if value.numel())
+        write(self._file(block), plan, pieces, {"format": "fp4trt-block"})
+
+    def _file(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
 
 
-def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    plan = [plan_of(name, value) for name, value in tensors.items()]
-    write(file, plan, ((name, bytes_of(value)) for name, value in tensors.items() if value.numel()), _METADATA)
+def _files(source: PlainCheckpoint, finished: BlockCheckpoint) -> AbstractContextManager[Sink]:
+    return contextlib.nullcontext(_BlockFiles(source, finished.folder))

@@ -1,16 +1,24 @@
-"""Read a file of a plain checkpoint from beginning to end: hashed, checked, and the largest weights noted."""
+"""Read a plain checkpoint once: every tensor is hashed and checked, and its amax noted, while it is at hand.
+
+A file that is read from beginning to end is identified by its SHA-256. Where a model runs block by block, the tensors
+are read in another order, and a file is identified by ``tensors-sha256:`` and the SHA-256 of a sequence of SHA-256
+digests: that of the header, with the eight bytes of its length, then those of the tensors in file order.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+
+import torch
 
 from calibration.formats.bfloat16 import as_bits, largest_magnitude, refuse_other_types, why_unusable
 from fp4trt.errors import BadCheckpoint
-from fp4trt.safetensors_file import read_header
+from fp4trt.safetensors_file import StoredTensor, read_header
 
-__all__ = ["FileReader"]
+__all__ = ["FileReader", "TensorReader", "hash_of_tensors"]
 
 
 class FileReader:
@@ -27,14 +35,14 @@ class FileReader:
     def __init__(self, file: Path, progress: Callable[[int], object]) -> None:
         self.file = file
         self.sha256 = ""
-        self._tensors = iter(sorted(read_header(file).items(), key=lambda item: item[1].offset))
+        self._tensors = iter(_in_file_order(file).items())
         self._digest, self._position, self._progress = hashlib.sha256(), 0, progress
 
     def advance(self) -> tuple[str, float] | None:
         """Read the next tensor; return its name and its largest magnitude in BF16, or None at the end.
 
         Raises:
-            BadCheckpoint: it holds what BF16 cannot, is no floating-point number, or overlaps the one before.
+            BadCheckpoint: it holds what BF16 cannot, or is no floating-point number.
         """
         name, stored = next(self._tensors, ("", None))
         if stored is None:
@@ -42,8 +50,6 @@ class FileReader:
             self.sha256 = self._digest.hexdigest()
             return None
         refuse_other_types(f"{self.file}: {name}", stored)
-        if stored.offset < self._position:
-            raise BadCheckpoint(f"{self.file}: {name} overlaps the tensor before it; copy the file again")
         self._skip_to(stored.offset)
         largest = 0.0
         for piece in stored.pieces():
@@ -62,3 +68,86 @@ class FileReader:
             opened.seek(self._position)
             self._digest.update(opened.read(offset - self._position))
         self._position = offset
+
+
+class TensorReader:
+    """Reads tensors in any order, each of them once, and holds them as BF16 until they are taken.
+
+    Args:
+        stored: name to tensor of a plain checkpoint.
+        amax: gets the largest magnitude in BF16 of each tensor that is read, by name.
+        sha256: gets the hash of its bytes.
+        passed_on: names of those that are not held: nothing is asked for but their values now.
+        changed: beginnings of the names of those whose values may be changed by whoever asked for them.
+        forgets: let the system drop from its cache what was read.
+
+    Raises:
+        BadCheckpoint: two tensors overlap.
+    """
+
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        amax: dict[str, float],
+        sha256: dict[str, str],
+        passed_on: Container[str],
+        changed: tuple[str, ...],
+        forgets: bool = False,
+    ) -> None:
+        self._stored, self._amax, self._sha256 = stored, amax, sha256
+        self._passed_on, self._changed, self._forgets = passed_on, changed, forgets
+        self._held: dict[str, torch.Tensor] = {}
+        for file in {tensor.file for tensor in stored.values()}:
+            _in_file_order(file)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor.
+
+        Raises:
+            BadCheckpoint: it holds what BF16 cannot, or is no floating-point number.
+        """
+        stored = self._stored[name]
+        refuse_other_types(f"{stored.file}: {name}", stored)
+        data = stored.bytes()
+        self._sha256[name] = hashlib.sha256(data.data).hexdigest()
+        bits = as_bits(data, stored.dtype)
+        largest = largest_magnitude(bits)
+        if largest is None:
+            raise BadCheckpoint(f"{stored.file}: {name} {why_unusable(stored)}")
+        self._amax[name] = largest
+        if self._forgets:
+            stored.forget()
+        value = torch.from_numpy(bits).view(torch.bfloat16).reshape(stored.shape)
+        if name in self._passed_on:
+            return value
+        self._held[name] = value
+        return value.clone() if name.startswith(self._changed) else value
+
+    def take(self, beginning: str = "") -> dict[str, torch.Tensor]:
+        """Give away the tensors that are held and whose names begin so."""
+        return {name: self._held.pop(name) for name in list(self._held) if name.startswith(beginning)}
+
+
+def hash_of_tensors(file: Path, sha256: Mapping[str, str]) -> str:
+    """Return ``tensors-sha256:...`` of a file from the hashes of its tensors."""
+    with file.open("rb") as opened:
+        length = opened.read(8)
+        digest = hashlib.sha256(hashlib.sha256(length + opened.read(struct.unpack("<Q", length)[0])).digest())
+    for name in _in_file_order(file):
+        digest.update(bytes.fromhex(sha256[name]))
+    return f"tensors-sha256:{digest.hexdigest()}"
+
+
+def _in_file_order(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file in the order of their bytes.
+
+    Raises:
+        BadCheckpoint: two overlap.
+    """
+    tensors = dict(sorted(read_header(file).items(), key=lambda item: item[1].offset))
+    end = 0
+    for name, stored in tensors.items():
+        if stored.offset < end:
+            raise BadCheckpoint(f"{file}: {name} overlaps the tensor before it; copy the file again")
+        end = stored.offset + stored.nbytes
+    return tensors

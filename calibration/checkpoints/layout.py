@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibration.checkpoints.quantized import WEIGHTS
+from fp4trt.account import TensorHeader
 from fp4trt.number_formats import FORMATS, NumberFormat
 from fp4trt.safetensors_file import StoredTensor, TensorPlan, is_reserved, naming, reserve, sha256_of
 
@@ -58,7 +59,7 @@ def plan_shards(
     stored: Mapping[str, StoredTensor],
     groups: Groups,
     formats: Mapping[str, str],
-    prepared: Mapping[str, StoredTensor] = MappingProxyType({}),
+    prepared: Mapping[str, TensorHeader] = MappingProxyType({}),
     limit: int = SHARD_BYTES,
 ) -> list[Shard]:
     """Return the files to write: one, or more where a file would grow beyond ``limit`` bytes.

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ from calibration.formats.bfloat16 import bits_of, pieces_of
 from fp4trt.number_formats import FORMATS, NVFP4, NumberFormat
 from fp4trt.safetensors_file import DTYPE_BYTES, StoredTensor
 
-__all__ = ["MEMORY", "Done", "Work", "estimated_seconds", "quantize_in_one_pass"]
+__all__ = ["MEMORY", "Done", "Work", "estimated_seconds", "is_large", "quantize_in_one_pass"]
 
 _PIECE: Final = 1 << 21
 """Weights that one job packs: 4 MiB in BF16."""
@@ -60,21 +60,20 @@ class Done:
         amax: name of each tensor of the source that was read, to its largest magnitude in BF16.
         written: tensors of the source whose results are on disk, and prepared ones that are.
         files: name of each file of the result that is whole, to its hash.
+        errors: name of each packed weight that shares its scale, to what that costs it.
+        tensors: name of each tensor of the source that was read in another order than the file's, to its hash.
     """
 
     sha256: dict[str, str] = field(default_factory=dict)
     amax: dict[str, float] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, shared_scales.Errors] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return a copy as JSON holds it; ``Done(**d)`` undoes this, because JSON keeps every float."""
-        return {
-            "sha256": dict(self.sha256),
-            "amax": dict(self.amax),
-            "written": list(self.written),
-            "files": dict(self.files),
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -138,6 +137,11 @@ def quantize_in_one_pass(
             raise
 
 
+def is_large(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether tensors would fill so much of the system's cache that it had better forget what was read."""
+    return sum(tensor.nbytes for tensor in stored.values()) > _memory() // 2
+
+
 def estimated_seconds(read: int, written: int) -> float:
     """Return about how long hashing and packing take here, from doing a little of both.
 
@@ -168,7 +172,7 @@ class _Pass:
         self._written = set(done.written)
         self._missing: dict[str, int] = {}  # tensor to how many of its jobs are not done
         self._sealed = {path for path in files.whole() if path.name in done.files}
-        self._forgets = sum(tensor.nbytes for tensor in work.stored.values()) > _memory() // 2
+        self._forgets = is_large(work.stored)
         self._reading = 0  # files
         self._noted, self._noted_at = len(done.written), time.monotonic()
 
@@ -236,17 +240,25 @@ class _Pass:
         if all(f"{path}.weight" in self._done.amax for path in together):
             own = input_quantizers.checked_weights({path: self._done.amax[f"{path}.weight"] for path in together})
             arithmetic = arithmetic_of(kind.name)
-            scale = arithmetic.tensor_scale(shared_scales.shared(own, [together])[together[0]])
+            common = max(own.values())
+            scale = arithmetic.tensor_scale(common)
             pack = arithmetic.packer(scale, self._work.device)
             for path in together:
                 if f"{path}.weight" not in self._written:
-                    self._add(f"{path}.weight", self._packing(path, kind, pack, scale))
+                    jobs = self._packing(path, kind, pack, scale)
+                    if kind.shares_weight_scale:
+                        weight = self._work.stored[f"{path}.weight"]
+                        jobs.append(functools.partial(shared_scales.measure_errors, weight, own[path], common))
+                    self._add(f"{path}.weight", jobs)
 
     def _add(self, name: str, jobs: Sequence[Job]) -> None:
         self._missing[name] = len(jobs)
         self._ready.extend((job, functools.partial(self._did, name)) for job in jobs)
 
-    def _did(self, name: str, _: object) -> None:
+    def _did(self, name: str, errors: shared_scales.Errors | None) -> None:
+        """Count a job as done; the one that measures errors returns them."""
+        if errors is not None:
+            self._done.errors[name] = errors
         self._missing[name] -= 1
         if not self._missing[name]:
             self._written.add(name)

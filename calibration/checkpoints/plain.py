@@ -6,12 +6,11 @@ import hashlib
 import importlib
 import importlib.resources
 import math
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import torch
 from torch import nn
 
@@ -26,7 +25,7 @@ from fp4trt.safetensors_file import StoredTensor, metadata_in_file, read_header,
 
 __all__ = [
     "BUILT_IN",
-    "check_source",
+    "PlainCheckpoint",
     "empty_source",
     "files_of",
     "find_source",
@@ -34,6 +33,7 @@ __all__ = [
     "load_source",
     "metadata_of",
     "model_class",
+    "open_plain",
     "refuse_other_shapes",
     "refuse_quantized",
     "source_hashes",
@@ -172,6 +172,33 @@ def model_class(family: Family) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+@dataclass(frozen=True)
+class PlainCheckpoint:
+    """A plain checkpoint whose headers fit its config.
+
+    Attributes:
+        folder: where.
+        config: its config.
+        family: its family.
+        model: its diffusers model, on the meta device.
+        stored: where each tensor lies, in the order of the files.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    model: nn.Module
+    stored: Mapping[str, StoredTensor]
+
+    def tensor(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Read a tensor.
+
+        Raises:
+            BadCheckpoint: as :func:`finite_tensor`.
+        """
+        return finite_tensor(self.folder, name, self.stored[name]).to(dtype)
+
+
 def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Load a plain checkpoint as its diffusers class, in eval mode, on the CPU.
 
@@ -179,14 +206,20 @@ def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         BadCheckpoint: names, shapes or values are not what config.json asks for.
         UnknownFamily: the model is of no family of ours.
     """
-    model, stored = empty_source(folder)
-    state = {name: finite_tensor(folder, name, tensor).to(dtype) for name, tensor in stored.items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    source = open_plain(folder)
+    state = {name: source.tensor(name, dtype) for name in source.stored}
+    source.model.load_state_dict(state, strict=True, assign=True)
+    return source.model.eval().requires_grad_(False)
 
 
-def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
-    """Return the diffusers model of a plain checkpoint on the meta device, and where its tensors lie.
+def empty_source(folder: Path) -> tuple[nn.Module, Mapping[str, StoredTensor]]:
+    """Return the model and the tensors of :func:`open_plain`."""
+    source = open_plain(folder)
+    return source.model, source.stored
+
+
+def open_plain(folder: Path) -> PlainCheckpoint:
+    """Return a plain checkpoint, of which only config and headers were read.
 
     Stricter than ``from_pretrained``, which fills missing weights with random ones and only warns.
 
@@ -198,25 +231,12 @@ def empty_source(folder: Path) -> tuple[nn.Module, dict[str, StoredTensor]]:
     refuse_quantized(folder, config)
     stored = tensors_of(folder)
     refuse_foreign_layout(str(folder), config, metadata_of(folder), stored)
-    cls = model_class(family_of(config))
+    family = family_of(config)
+    cls = model_class(family)
     with torch.device("meta"):
         model = cls.from_config(config)
     refuse_other_shapes(folder, model, stored)
-    return model, stored
-
-
-def check_source(folder: Path) -> None:
-    """Read every tensor of a plain checkpoint once, one in memory at a time, before hours are spent on it.
-
-    Raises:
-        BadCheckpoint, UnknownFamily: as :func:`load_source`.
-    """
-    _, stored = empty_source(folder)
-    size = sum(tensor.nbytes for tensor in stored.values())
-    with click.progressbar(length=size, label="checking weights", file=sys.stderr, show_eta=True) as bar:
-        for name, tensor in stored.items():
-            finite_tensor(folder, name, tensor)
-            bar.update(tensor.nbytes)
+    return PlainCheckpoint(folder, config, family, model, stored)
 
 
 def finite_tensor(folder: Path, name: str, stored: StoredTensor) -> torch.Tensor:

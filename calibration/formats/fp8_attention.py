@@ -13,7 +13,15 @@ from calibration.formats import fp8
 from calibration.formats.attention_amax import ATTENTION, checked_attentions
 from fp4trt.account import ATTENTION_SCALES, OUTPUT_SCALE
 
-__all__ = ["MODULE", "PROBABILITY_SCALE", "SCALES", "FP8Attention", "attention_scales", "quantize_attention"]
+__all__ = [
+    "MODULE",
+    "PROBABILITY_SCALE",
+    "SCALES",
+    "FP8Attention",
+    "attention_quantizers",
+    "attention_scales",
+    "quantize_attention",
+]
 
 MODULE: Final = "fp8_attention"
 """What such an attention calls the module that computes its products."""
@@ -32,6 +40,15 @@ def attention_scales(amax: Mapping[str, float], attentions: Sequence[str]) -> di
         BadAmax: one is missing, or gives no scale, naming the operand.
     """
     return {f"{name}_scale": fp8.tensor_scale(value) for name, value in checked_attentions(amax, attentions).items()}
+
+
+def attention_quantizers(amax: Mapping[str, float], attentions: Sequence[str]) -> dict[str, float]:
+    """Return the same amax by the names of ModelOpt's quantizers.
+
+    Raises:
+        BadAmax: as :func:`attention_scales`.
+    """
+    return {f"{name}_bmm_quantizer": value for name, value in checked_attentions(amax, attentions).items()}
 
 
 class FP8Attention(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,10 +13,13 @@ from calibration.formats import nvfp4
 from calibration.formats.bfloat16 import bits_of
 from fp4trt.safetensors_file import StoredTensor
 
-__all__ = ["SharingCost", "measure_cost", "shared"]
+__all__ = ["SharingCost", "measure_errors", "shared", "sharing_cost"]
 
 _ROWS: Final = 8
-"""Of every weight: together they tell the error to a few in a thousand, and are read in no time."""
+"""Of every weight: together they tell the error to a few in a thousand."""
+
+Errors = Sequence[float]
+"""Of some rows of a weight: sum of the squares, squared error under its own amax, and under its group's."""
 
 
 @dataclass(frozen=True)
@@ -40,27 +43,18 @@ def shared(amax: Mapping[str, float], groups: Sequence[Sequence[str]]) -> dict[s
     return {path: max(amax[member] for member in group) for group in groups for path in group}
 
 
-def measure_cost(
-    stored: Mapping[str, StoredTensor], own: Mapping[str, float], common: Mapping[str, float]
-) -> SharingCost:
-    """Quantize the first rows of every weight with its own amax and with its group's.
+def measure_errors(stored: StoredTensor, own: float, common: float) -> Errors:
+    """Quantize the first rows of a weight of the plain checkpoint with its own amax and with its group's."""
+    rows = bits_of(stored, 0, min(_ROWS, stored.shape[0]) * stored.shape[1])
+    weight = torch.from_numpy(rows).view(torch.bfloat16).reshape(-1, stored.shape[1]).float()
+    alone = _squared_error(weight, own)
+    return float(weight.square().sum()), alone, alone if own == common else _squared_error(weight, common)
 
-    Args:
-        stored: the plain checkpoint's tensors.
-        own: module path to the amax of its weight.
-        common: module path to that of its group.
-    """
-    power = 0.0
-    errors = {"own": 0.0, "common": 0.0}
-    for path in own:
-        tensor = stored[f"{path}.weight"]
-        rows = bits_of(tensor, 0, min(_ROWS, tensor.shape[0]) * tensor.shape[1])
-        weight = torch.from_numpy(rows).view(torch.bfloat16).reshape(-1, tensor.shape[1]).float()
-        power += float(weight.square().sum())
-        alone = _squared_error(weight, own[path])
-        errors["own"] += alone
-        errors["common"] += alone if own[path] == common[path] else _squared_error(weight, common[path])
-    return SharingCost(math.sqrt(errors["own"] / power), math.sqrt(errors["common"] / power))
+
+def sharing_cost(errors: Iterable[Errors]) -> SharingCost:
+    """Return the cost from the errors of all weights that share a scale."""
+    power, own, common = (sum(each) for each in zip(*errors, strict=True))
+    return SharingCost(math.sqrt(own / power), math.sqrt(common / power))
 
 
 def _squared_error(weight: torch.Tensor, amax: float) -> float:

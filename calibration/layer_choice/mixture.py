@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from calibration.by_block.runner import BlockRunner, Outputs, fill
-from calibration.checkpoints.plain import empty_source, finite_tensor
+from calibration.checkpoints.plain import open_plain
 from calibration.checkpoints.quantized import Checkpoint, empty_model, reader
 from calibration.inputs.captured import Inputs
-from fp4trt.families import family_of
-from fp4trt.json_file import load_json
 from fp4trt.number_formats import BF16
 from fp4trt.safetensors_file import StoredTensor
 
@@ -55,14 +53,12 @@ class Mixture:
             quantized: format to the checkpoint with all linears in it.
             device: where to compute.
         """
-        config = load_json(folder / "config.json")
-        self._model, stored = empty_source(folder)
-        self.blocks = family_of(config).blocks(config)
+        source = open_plain(folder)
+        self._model, self.blocks = source.model, source.family.blocks(source.config)
         self._quantized, self._device = quantized, device
 
         def tensor(name: str) -> torch.Tensor:
-            value = changed[name].tensor() if name in changed else finite_tensor(folder, name, stored[name])
-            return value.to(torch.bfloat16)
+            return changed[name].tensor().to(torch.bfloat16) if name in changed else source.tensor(name)
 
         self._runner = BlockRunner(self._model, self.blocks, tensor, device)
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from calibration.checkpoints.plain import empty_source
+from calibration.checkpoints.plain import open_plain
 from calibration.methods import registry
 from calibration.recipes.recipe import Recipe, linear_formats
 from fp4trt.errors import UnsupportedLinear
-from fp4trt.families import Family, family_of
-from fp4trt.json_file import load_json
+from fp4trt.families import Family
 from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
 from fp4trt.safetensors_file import StoredTensor
 
@@ -88,16 +87,15 @@ def checked(folder: Path, recipe: Recipe) -> Plain:
     Raises:
         BadCheckpoint, BadRecipe, UnknownFamily, UnsupportedLinear: naming what is wrong.
     """
-    model, stored = empty_source(folder)
-    config = load_json(folder / "config.json")
-    family = family_of(config)
+    source = open_plain(folder)
+    config, family, stored = source.config, source.family, source.stored
     shapes = {path: stored[f"{path}.weight"].shape for path in family.quantized(config)}
     formats = linear_formats(recipe.formats, family, config, shapes)
     for path, kind in formats.items():
         if kind != BF16:
             require_whole_blocks(path, shapes[path][1], kind)
-    ordered = {name: stored[name] for name in model.state_dict()}
-    plain = Plain(folder, config, family, model, ordered, recipe, formats)
+    ordered = {name: stored[name] for name in source.model.state_dict()}
+    plain = Plain(folder, config, family, source.model, ordered, recipe, formats)
     registry.require_fit(recipe.method, plain.groups, shapes)
     return plain
 

@@ -1,16 +1,18 @@
-"""From a recipe's method to the function that quantizes a block."""
+"""From a recipe's method to the function that quantizes a block, and to what that adds to a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from calibration.by_block.quantize_blocks import Method
+from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
+from calibration.formats import input_quantizers
 from calibration.methods.quality import quantize_block
 from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant
 from calibration.recipes.recipe import Method as Options
 from fp4trt.families import Family
+from fp4trt.safetensors_file import TensorPlan
 
-__all__ = ["changes_plain_linears", "needs_activations", "of_block", "require_fit"]
+__all__ = ["added_tensors", "changes_plain_linears", "needs_activations", "of_block", "require_fit"]
 
 
 def needs_activations(options: Options) -> bool:
@@ -35,9 +37,34 @@ def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mappi
         require_rank(options.rank, groups, shapes)
 
 
-def of_block(options: Options, family: Family) -> Method:
-    """Return what quantizes a block of a family's models by a method that needs activations."""
+def added_tensors(
+    options: Options, family: Family, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
+) -> list[TensorPlan]:
+    """Return what a method gives linears beside codes, scales and bias, in the order of the file.
+
+    Args:
+        options: of the recipe.
+        family: of the model.
+        groups: the linears in NVFP4 of its blocks.
+        shapes: of their weights, [N, K].
+    """
     match options:
+        case SVDQuant():
+            rank, smooths = options.rank, options.smoothing
+        case ModelOpt():
+            rank, smooths = 0, options.algorithm == "awq_lite"
+        case _:
+            return []
+    from calibration.methods.modelopt.linears import added_tensors as added
+
+    return list(added(rank, lambda path: smooths and family.rows(path) > 1, groups, shapes))
+
+
+def of_block(options: Options, family: Family) -> Method:
+    """Return what quantizes a block of a family's models."""
+    match options:
+        case PTQ():
+            return _measure
         case Quality():
             return lambda task: quantize_block.quantize_block(task, options, family.modulated(task.path))
         case SVDQuant():
@@ -49,3 +76,13 @@ def of_block(options: Options, family: Family) -> Method:
 
             return calibrated(options.algorithm, family.rows)
     raise AssertionError(f"no function of a block for {options.name}")
+
+
+def _measure(task: BlockTask) -> BlockResult:
+    """Measure what enters the linears, and leave it to others to round them to nearest."""
+    inner = {path.removeprefix(f"{task.path}."): path for path in task.linears}
+    if not inner:
+        task.run()
+    measured = input_quantizers.measure_input_amax(task.module, list(inner), task.run) if inner else {}
+    amax = input_quantizers.checked({inner[name]: value for name, value in measured.items()}, list(task.linears))
+    return BlockResult({}, amax={f"{path}.input_quantizer": value for path, value in amax.items()})

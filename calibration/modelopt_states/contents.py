@@ -15,7 +15,7 @@ from torch import nn
 
 from calibration.formats import fp8, fp8_attention
 from calibration.methods.modelopt.fused_linears import Fused
-from calibration.methods.modelopt.linears import nvfp4_tensors, rounded_tensors
+from calibration.methods.modelopt.linears import nvfp4_tensors, quantizer_amax, rounded_tensors
 from calibration.methods.plan import require_whole_blocks
 from calibration.modelopt_states.quantizers import FORMATS, Unsayable, described, format_of, require_inert, smoothing_of
 from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING
@@ -23,7 +23,7 @@ from fp4trt.errors import BadAmax, BadCheckpoint
 from fp4trt.families import Family
 from fp4trt.number_formats import BF16, FP8, NVFP4
 
-__all__ = ["ATTENTION_OPERANDS", "ATTENTION_OUTPUT", "Contents", "contents_of", "tensors_of"]
+__all__ = ["ATTENTION_OPERANDS", "ATTENTION_OUTPUT", "Contents", "amax_of", "contents_of", "tensors_of"]
 
 ATTENTION_OPERANDS: Final = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")
 ATTENTION_OUTPUT: Final = "bmm2_output_quantizer"
@@ -233,6 +233,19 @@ def tensors_of(model: nn.Module, contents: Contents) -> dict[str, torch.Tensor]:
         if rounds_output:
             tensors[f"{path}.{OUTPUT_SCALE}"] = fp8.tensor_scale(float(getattr(attention, ATTENTION_OUTPUT).amax))
     return tensors
+
+
+def amax_of(model: nn.Module, contents: Contents) -> dict[str, float]:
+    """Return the amax of every quantizer whose scale :func:`tensors_of` gives, by its name in the model."""
+    amax: dict[str, float] = {}
+    for path, kind in contents.formats.items():
+        if kind != BF16:
+            amax |= quantizer_amax(model.get_submodule(path), [path])
+    for path, rounds_output in contents.attentions.items():
+        leaves = (*ATTENTION_OPERANDS, ATTENTION_OUTPUT) if rounds_output else ATTENTION_OPERANDS
+        attention = model.get_submodule(path)
+        amax |= {f"{path}.{leaf}": float(getattr(attention, leaf).amax) for leaf in leaves}
+    return amax
 
 
 def _beside(path: str, linear: Any) -> dict[str, torch.Tensor]:

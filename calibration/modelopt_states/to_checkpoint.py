@@ -17,7 +17,7 @@ from calibration.by_block.quantize_blocks import Prepared
 from calibration.checkpoints.one_pass import Done
 from calibration.checkpoints.plain import empty_source, load_source, source_hashes
 from calibration.methods.plan import Plain
-from calibration.modelopt_states.contents import Contents, contents_of, tensors_of
+from calibration.modelopt_states.contents import Contents, amax_of, contents_of, tensors_of
 from calibration.modelopt_states.reference import outputs_of
 from calibration.modelopt_states.state import Restored, restore
 from calibration.recipes.recipe import PTQ, FormatRules, ModelOpt, Recipe, SVDQuant
@@ -109,8 +109,10 @@ def take(folder: Path, state: Path, trust: bool, asked: Plain | None) -> Taken:
     rounded = None if restored.dtype == torch.bfloat16 else str(restored.dtype).removeprefix("torch.")
     if rounded:
         described["rounded_from"] = rounded
-    prepared = Prepared({name: hold(name, value) for name, value in tensors.items()})
-    given = Given(Calibration({}, described), prepared, Done(source_hashes(folder)))
+    held = {name: hold(name, value) for name, value in tensors.items()}
+    given = Given(
+        Calibration({}, described), Prepared(held, amax=amax_of(model, contents)), Done(source_hashes(folder))
+    )
     return Taken(plain, given, outputs_of(model, contents, family, config), restored.algorithms, rounded)
 
 

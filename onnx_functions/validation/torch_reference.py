@@ -6,7 +6,7 @@ It runs block by block (`calibration.by_block.runner`), so that one block's weig
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from calibration.by_block.runner import BlockRunner, Outputs
-from calibration.checkpoints.plain import BUILT_IN, empty_source, find_source, finite_tensor, tensors_of
+from calibration.checkpoints.plain import BUILT_IN, find_source, open_plain, tensors_of
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING, Checkpoint, empty_model, read, reader
 from calibration.formats import fp8
 from calibration.formats.arithmetic import arithmetic_of
@@ -206,13 +206,14 @@ class Walk:
 
     def __init__(self, held: Reference, dtype: torch.dtype, quantize_activations: bool) -> None:
         folder, stored = held.directory, held.checkpoint.tensors
+        tensor: Callable[[str], torch.Tensor]
         if held.quantized:
             self._model = empty_model(held.checkpoint, quantize_activations)
             read_as = reader(held.checkpoint, self._model, dtype)
             tensor = lambda name: _as_in_graph(name, stored, read_as(name))  # noqa: E731
         else:
-            self._model, _ = empty_source(folder)
-            tensor = lambda name: finite_tensor(folder, name, stored[name]).to(dtype)  # noqa: E731
+            source = open_plain(folder)
+            self._model, tensor = source.model, partial(source.tensor, dtype=dtype)
         self._held, self._dtype = held, dtype
         self._runner = BlockRunner(self._model, held.blocks, tensor)
 

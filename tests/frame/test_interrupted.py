@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_nothing_behind(
     ("command", "shown"),
     [
         ("calibrate", "calibrating"),
-        ("quantize", "calibrating"),
+        ("quantize", "quantizing blocks"),
         ("export", "exporting"),
         ("validate", "functions"),
         ("build", "memory"),

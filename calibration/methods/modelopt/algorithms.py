@@ -23,6 +23,7 @@ from calibration.methods.modelopt.linears import (
     measure,
     nvfp4_tensors,
     only,
+    quantizer_amax,
     quiet,
     rounded_tensors,
     smooth,
@@ -61,6 +62,7 @@ def calibrated(algorithm: str, rows: Callable[[str], int]) -> Method:
 
     def quantize(task: BlockTask) -> BlockResult:
         tensors: dict[str, torch.Tensor] = {}
+        amax: dict[str, float] = {}
         figures = {}
         rounded = {path: kind for path, kind in task.linears.items() if kind != NVFP4.name}
         groups = [group for group in task.groups if group[0] not in rounded]
@@ -76,15 +78,17 @@ def calibrated(algorithm: str, rows: Callable[[str], int]) -> Method:
             for group, whole in zip(groups, wholes, strict=True):
                 linear = task.module.get_submodule(whole.path)
                 tensors |= nvfp4_tensors(linear, group, whole)
+                amax |= quantizer_amax(linear, group)
                 figures[group[0]] = before[whole.path].figures(linear)
             if rounded:
                 with only(task.module, [inner[path] for path in rounded]):
                     measure(task)
             for path, kind in rounded.items():
                 tensors |= rounded_tensors(task.linear(path), path, kind)
+                amax |= quantizer_amax(task.linear(path), [path])
         expected = [group[0] for group, path in zip(groups, paths, strict=True) if path in searched]
         _require_effect(algorithm, task.path, [figures[path]["changed"] for path in expected])
-        return BlockResult(tensors, {"modelopt": figures})
+        return BlockResult(tensors, {"modelopt": figures}, amax)
 
     return quantize
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ from calibration.formats import input_quantizers, nvfp4
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.methods.modelopt.fused_linears import Fused
 from fp4trt.number_formats import FORMATS, NVFP4
+from fp4trt.safetensors_file import TensorPlan
 
 __all__ = [
+    "added_tensors",
     "insert_quantizers",
     "measure",
     "nvfp4_tensors",
     "only",
+    "quantizer_amax",
     "quiet",
     "rounded_tensors",
     "smooth",
@@ -38,6 +41,28 @@ def quiet() -> Iterator[None]:
     """Keep from the terminal what ModelOpt tells of its steps, and its progress bars, which would break ours."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+def added_tensors(
+    rank: int, smooths: Callable[[str], bool], groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[TensorPlan]:
+    """Yield what :func:`nvfp4_tensors` gives linears beside codes and scales, in the same order.
+
+    Args:
+        rank: of the low-rank branch for each linear of a group; 0 for none.
+        smooths: (first linear of a group) to whether its input is smoothed.
+        groups: module paths of the linears.
+        shapes: of their weights, [N, K].
+    """
+    for group in groups:
+        for path in group:
+            rows, columns = shapes[path]
+            if rank:
+                yield TensorPlan(f"{path}.{BRANCH[0]}", "BF16", (rank * len(group), columns))
+            if smooths(group[0]):
+                yield TensorPlan(f"{path}.{SMOOTHING}", "BF16", (columns,))
+            if rank:
+                yield TensorPlan(f"{path}.{BRANCH[1]}", "BF16", (rows, rank * len(group)))
 
 
 def insert_quantizers(block: nn.Module, formats: Mapping[str, str], weights: Mapping[str, Any]) -> None:
@@ -117,7 +142,7 @@ def nvfp4_tensors(linear: Any, group: Sequence[str], whole: Fused) -> dict[str, 
     Raises:
         BadAmax: nothing entered the linear, or nothing finite; or its weight has no scale.
     """
-    _, entering = _maxima(linear, group[0])
+    _, entering = _checked_amax(linear, group[0])
     block_scales, scale = weight_scales(linear)
     steps = (block_scales.float() * scale).unsqueeze(-1)
     codes = nvfp4.codes_under(linear.weight.float().unflatten(-1, (-1, nvfp4.BLOCK_SIZE)), steps).flatten(-2)
@@ -142,7 +167,7 @@ def rounded_tensors(linear: Any, path: str, kind: str) -> dict[str, torch.Tensor
     Raises:
         BadAmax: as :func:`nvfp4_tensors`.
     """
-    weight, entering = _maxima(linear, path)
+    weight, entering = _checked_amax(linear, path)
     arithmetic = arithmetic_of(kind)
     tensors = arithmetic.stored(linear.weight, arithmetic.tensor_scale(weight))
     if FORMATS[kind].needs_input_amax:
@@ -150,8 +175,19 @@ def rounded_tensors(linear: Any, path: str, kind: str) -> dict[str, torch.Tensor
     return {f"{path}.{leaf}": value for leaf, value in tensors.items()}
 
 
-def _maxima(linear: Any, path: str) -> tuple[float, float]:
-    """Return the maxima of a linear's weight and of its input, checked."""
+def quantizer_amax(linear: Any, paths: Sequence[str]) -> dict[str, float]:
+    """Return the amax of a calibrated linear's quantizers, by the name of each in the linears that it stands for.
+
+    Raises:
+        BadAmax: as :func:`nvfp4_tensors`.
+    """
+    weight, entering = _checked_amax(linear, paths[0])
+    found = {"weight_quantizer": weight, "input_quantizer": entering}
+    return {f"{path}.{quantizer}": value for path in paths for quantizer, value in found.items()}
+
+
+def _checked_amax(linear: Any, path: str) -> tuple[float, float]:
+    """Return the amax of a linear's weight and of its input."""
     quantizers = linear.weight_quantizer, linear.input_quantizer
     amax = [getattr(quantizer, "global_amax", None) for quantizer in quantizers]
     amax = [quantizer.amax if value is None else value for value, quantizer in zip(amax, quantizers, strict=True)]

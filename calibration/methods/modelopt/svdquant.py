@@ -19,6 +19,7 @@ from calibration.methods.modelopt.linears import (
     insert_quantizers,
     measure,
     nvfp4_tensors,
+    quantizer_amax,
     quiet,
     rounded_tensors,
     smooth,
@@ -65,6 +66,7 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float, rows: Callable[[str]
         from calibration.formats.modelopt_backend import make_room_for_branches
 
         tensors: dict[str, torch.Tensor] = {}
+        amax: dict[str, float] = {}
         figures = {}
         rounded = {path: kind for path, kind in task.linears.items() if kind != NVFP4.name}
         groups = [group for group in task.groups if group[0] not in rounded]
@@ -85,10 +87,12 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float, rows: Callable[[str]
             for group, whole in zip(groups, wholes, strict=True):
                 linear = task.module.get_submodule(whole.path)
                 tensors |= nvfp4_tensors(linear, group, whole)
+                amax |= quantizer_amax(linear, group)
                 figures[group[0]] = _figures(linear)
             for path, kind in rounded.items():
                 tensors |= rounded_tensors(task.linear(path), path, kind)
-        return BlockResult(tensors, {"svdquant": figures})
+                amax |= quantizer_amax(task.linear(path), [path])
+        return BlockResult(tensors, {"svdquant": figures}, amax)
 
     return quantize
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 
 from calibration.by_block import processes
 from calibration.by_block.measure_amax import identity_of, require_device
-from calibration.checkpoints.plain import empty_source, finite_tensor, load_source
+from calibration.checkpoints.plain import load_source, open_plain
 from calibration.checkpoints.quantized import Checkpoint, read
 from calibration.inputs.captured import Inputs
 from calibration.methods.qat.loss_curve import write_losses
@@ -40,11 +41,13 @@ class Trained:
 
     Attributes:
         tensors: every tensor of the quantized checkpoint.
+        amax: of each quantizer; training leaves them.
         files: name to file of the loss curve.
         figures: for the manifest.
     """
 
     tensors: Mapping[str, StoredTensor]
+    amax: Mapping[str, float]
     files: Mapping[str, Path]
     figures: Mapping[str, Any]
 
@@ -88,7 +91,8 @@ def trained(
         losses = load_json(work / "loss.json")
         figures = {"start": start.manifest["recipe"], "velocity_loss": _ends(losses["velocity"])}
         files = {path.name: path for path in (work / "loss.json", work / "loss.png") if path.is_file()}
-        yield Trained({**start.tensors, **read_header(work / _RESULT)}, files, figures)
+        tensors = {**start.tensors, **read_header(work / _RESULT)}
+        yield Trained(tensors, start.manifest["amax"], files, figures)
 
 
 def _train(
@@ -100,8 +104,7 @@ def _train(
     work: Path,
     device: str,
 ) -> None:
-    _, stored = empty_source(folder)
-    student = make_student(start, lambda name: finite_tensor(folder, name, stored[name]))
+    student = make_student(start, functools.partial(open_plain(folder).tensor, dtype=torch.float32))
     if not any(student_linears(student)):
         raise BadRecipe(
             f"{start.recipe} leaves no linear in plain NVFP4, and no other is trained; expected one like nvfp4-ptq"

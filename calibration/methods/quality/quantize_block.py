@@ -55,16 +55,17 @@ def quantize_block(task: BlockTask, options: Quality, modulated: Sequence[Modula
         work.measure()
         for stage in work.stages():
             work.quantize(stage)
-    return BlockResult(work.tensors, work.figures)
+    return BlockResult(work.tensors, work.figures, work.amax)
 
 
 @dataclass
 class _Work:
-    """One block while it is quantized; ``tensors`` and ``figures`` become the result."""
+    """One block while it is quantized; ``tensors``, ``amax`` and ``figures`` become the result."""
 
     task: BlockTask
     options: Quality
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    amax: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     channels: dict[str, Channels] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
@@ -114,8 +115,9 @@ class _Work:
     def input_scale(self, group: Group) -> torch.Tensor:
         """Return the scale of a group's input, in NVFP4 the global one, with the headroom that the recipe wants."""
         amax = float(self.channels[group[0]].amax.max())
-        checked = input_quantizers.checked({group[0]: amax * self.options.input_headroom}, group[:1])
-        return arithmetic_of(self.task.linears[group[0]]).tensor_scale(checked[group[0]])
+        amax = input_quantizers.checked({group[0]: amax * self.options.input_headroom}, group[:1])[group[0]]
+        self.amax |= {f"{path}.input_quantizer": amax for path in group}
+        return arithmetic_of(self.task.linears[group[0]]).tensor_scale(amax)
 
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""
@@ -134,7 +136,9 @@ class _Work:
             for path, weight in weights.items()
         }
         own = {path: float(target.abs().max()) for path, target in targets.items()}
-        scale = nvfp4.global_scale(max(input_quantizers.checked_weights(own).values())).to(covariance.device)
+        amax = max(input_quantizers.checked_weights(own).values())
+        self.amax |= {f"{path}.weight_quantizer": amax for path in group}
+        scale = nvfp4.global_scale(amax).to(covariance.device)
         for path, weight in weights.items():
             rounded = self.rounded(targets[path], covariance, feedback, scale)
             self.note(path, targets[path], rounded, covariance, scale)
@@ -149,6 +153,7 @@ class _Work:
         for path in group:
             weight = self.linear(path).weight.float()
             amax = input_quantizers.checked_weights({path: float(weight.abs().max())})[path]
+            self.amax[f"{path}.weight_quantizer"] = amax
             stored = arithmetic.stored(weight, arithmetic.tensor_scale(amax).to(weight.device))
             self.tensors |= {f"{path}.{leaf}": value for leaf, value in stored.items()}
             self.settle(path, weight, arithmetic.restored(stored), group, moments, input_scale)

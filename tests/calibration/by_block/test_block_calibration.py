@@ -113,11 +113,11 @@ def test_a_run_from_a_block_on_gives_the_models_own_output(digits: Path, inputs:
 def test_each_weight_is_read_once_whatever_the_number_of_calls(
     digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from calibration.by_block import measure_amax
+    from calibration.checkpoints import plain
 
     read: list[str] = []
-    finite = measure_amax.finite_tensor
-    monkeypatch.setattr(measure_amax, "finite_tensor", lambda *of: read.append(of[1]) or finite(*of))
+    finite = plain.finite_tensor
+    monkeypatch.setattr(plain, "finite_tensor", lambda *of: read.append(of[1]) or finite(*of))
     with measured_by_block(digits, load_inputs(inputs)[:3], tmp_path / "work"):
         pass
     assert sorted(read) == sorted(read_header(digits / "diffusion_pytorch_model.safetensors"))

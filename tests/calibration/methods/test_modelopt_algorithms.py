@@ -214,6 +214,7 @@ def test_four_over_six_leaves_room_for_every_block_and_chooses_between_two_scale
         assert bool((six | four).all())
         assert 0.1 < six.float().mean() < 0.9
         assert held["weight_scale"].float().max() <= 384
+        assert done.result.amax[f"{path}.weight_quantizer"] == float(weight.abs().max())
 
 
 def test_the_sweep_finds_the_best_of_all_scales_for_each_block() -> None:

@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     command = ["quantize", "digits", "-o", tmp_path / "fp4", "--recipe", quick, "--calibration", inputs]
     kill_after(3, *command)
     kept = tmp_path / "fp4.calibration.partial"
-    assert len(list(kept.glob("*.safetensors"))) == 3
+    assert sorted(path.name for path in kept.iterdir()) == ["003.outputs", "blocks.json"]
     assert fp4trt.run([str(argument) for argument in command]) == 0
     for name in (WEIGHTS, MANIFEST, "config.json"):
         assert sha256_of(tmp_path / "fp4" / name) == sha256_of(result / name), name
