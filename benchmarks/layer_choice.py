@@ -129,7 +129,7 @@ def error_of(base: str, formats: Formats, folder: Path, calls: Sequence[Any], wa
     rules = [{"linears": [path], "format": formats[group[0]]} for group in GROUPS for path in group]
     start = load_recipe(base)
     recipe = Recipe.model_validate({**start.described(), "formats": FormatRules.model_validate({"rules": rules})})
-    quantize("digits", folder, recipe, force=True)
+    quantize("digits", folder, recipe=recipe, force=True)
     model = load(folder)
     with torch.no_grad():
         return relative_error([model(**call, return_dict=False)[0] for call in calls], wanted) ** 0.5

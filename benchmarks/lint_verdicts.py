@@ -31,8 +31,8 @@ def main(names: list[str]) -> int:
         sources = {"fp4": Path(folder) / "digits", "fp8": Path(folder) / "digits-fp8"}
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(json.dumps(RECIPE), encoding="utf-8")
-        quantize("digits", sources["fp4"], "nvfp4-ptq")
-        quantize("digits", sources["fp8"], recipe)
+        quantize("digits", sources["fp4"], recipe="nvfp4-ptq")
+        quantize("digits", sources["fp8"], recipe=recipe)
         for source in sources.values():
             export(source)
         for mutation in MUTATIONS:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from calibration.by_block.input_amax import Calibrated
+    from calibration.quantization import Quantized
 
 __all__ = ["calibrate", "quantize", "recipes"]
 
@@ -43,7 +47,7 @@ def calibrate(
     resolution: int | None,
     device: str,
     force: bool,
-) -> dict[str, Any]:
+) -> Calibrated:
     """Measure how large the inputs of the linears become, over the whole denoising schedule.
 
     SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
@@ -56,8 +60,19 @@ def calibrate(
     """
     from calibration.by_block.input_amax import calibrate as run
 
-    result = run(source, output, inputs, prompts, save_inputs, steps, resolution, force, device, pictures)
-    click.echo(f"calibrated {result['linears']} linears on {result['calls']} calls -> {output}")
+    result = run(
+        source,
+        output,
+        inputs=inputs,
+        prompts=prompts,
+        save_inputs_to=save_inputs,
+        steps=steps,
+        resolution=resolution,
+        force=force,
+        device=device,
+        pictures=pictures,
+    )
+    click.echo(f"calibrated {result.linears} linears on {result['calls']} calls -> {output}")
     return result
 
 
@@ -118,7 +133,7 @@ def quantize(
     trust: bool,
     force: bool,
     device: str,
-) -> dict[str, Any]:
+) -> Quantized:
     """Quantize a BF16 checkpoint to NVFP4 with ModelOpt.
 
     SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
@@ -132,14 +147,23 @@ def quantize(
     """
     from calibration.quantization import quantize as run
 
-    result = run(source, output, recipe, calibration, modelopt_state, trust, force, device)
-    in_fp8 = f", {result['fp8_linears']} of them to FP8" if result["fp8_linears"] else ""
-    attention = f" and {result['fp8_attentions']} attentions" if result["fp8_attentions"] else ""
-    click.echo(
-        f"quantized {result['quantized_linears']} linears{in_fp8}{attention} ({result['recipe']}): "
-        f"{result['source_bytes']:,} -> {result['bytes']:,} bytes -> {output}"
+    result = run(
+        source,
+        output,
+        recipe=recipe,
+        calibration=calibration,
+        modelopt_state=modelopt_state,
+        trust=trust,
+        force=force,
+        device=device,
     )
-    if (state := result.get("modelopt_state")) is not None:
+    in_fp8 = f", {result.fp8_linears} of them to FP8" if result.fp8_linears else ""
+    attention = f" and {result.fp8_attentions} attentions" if result.fp8_attentions else ""
+    click.echo(
+        f"quantized {result.quantized_linears} linears{in_fp8}{attention} ({result.recipe}): "
+        f"{result.source_bytes:,} -> {result.bytes:,} bytes -> {output}"
+    )
+    if (state := result.modelopt_state) is not None:
         click.echo(
             f"it computes what the model of {modelopt_state} computes: relative difference {state['difference']:.2g} "
             f"on {state['inputs']} inputs (ModelOpt's {', '.join(state['algorithms']) or 'no calibration'})"
@@ -148,8 +172,8 @@ def quantize(
             click.echo(
                 f"each linear keeps its own scales, as in the state: {state['apart']} FP4 GEMMs more than shared"
             )
-    if cost := result["sharing_cost"]:
-        text = f"one global scale for each of {result['groups']} groups costs: "
+    if cost := result.sharing_cost:
+        text = f"one global scale for each of {result.groups} groups costs: "
         text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"
         click.echo(text)
     return result

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import click
 
 from calibration.by_block import processes
 from calibration.by_block.input_amax import Calibration, calibration_from, captured_from, is_amax
@@ -20,27 +19,63 @@ from calibration.formats.fp8_attention import attention_quantizers, attention_sc
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
 from calibration.recipes.recipe import QAT, Recipe, load_recipe
-from calibration.result_by_block import ResultByBlock
-from calibration.results import Given, write_result
+from calibration.results.by_block import ResultByBlock
+from calibration.results.write import Given, write_result
 from fp4trt import publish
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.number_formats import FP8
+from fp4trt.progress import Progress, note
 from fp4trt.safetensors_file import hold
+from fp4trt.verb import Result, verb
 
 __all__ = ["quantize"]
 
 
+@dataclass(frozen=True, eq=False)
+class Quantized(Result):
+    """A quantized checkpoint, and what became of the plain one.
+
+    Attributes:
+        checkpoint: its folder.
+        family: of the model.
+        recipe: name of the recipe.
+        quantized_linears: how many linears are quantized, in any format.
+        fp8_linears: how many of them are in FP8.
+        fp8_attentions: how many attentions are in FP8.
+        groups: how many groups of linears in NVFP4 share their scales.
+        bytes: size of its weights.
+        source_bytes: size of the plain checkpoint's.
+        sharing_cost: relative error of the weights with scales of their own and shared; None where none are shared.
+        modelopt_state: of a state, how far the result is from its own model; None otherwise.
+    """
+
+    checkpoint: str
+    family: str
+    recipe: str
+    quantized_linears: int
+    fp8_linears: int
+    fp8_attentions: int
+    groups: int
+    bytes: int
+    source_bytes: int
+    sharing_cost: Mapping[str, float] | None
+    modelopt_state: Mapping[str, Any] | None = None
+
+
+@verb
 def quantize(
     source: str | Path,
     output: str | Path,
+    *,
     recipe: str | Path | Recipe | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
     modelopt_state: str | Path | None = None,
     trust: bool = False,
     force: bool = False,
     device: str = "cpu",
-) -> dict[str, Any]:
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> Quantized:
     """Quantize a BF16 checkpoint and write the quantized one.
 
     The source is read once: block by block where the model is run on captured inputs (see
@@ -61,10 +96,7 @@ def quantize(
         trust: allow reading that state, which is a pickle and can run code.
         force: replace an existing result.
         device: where to run the model on captured inputs, and to pack: ``cpu`` or ``cuda``.
-
-    Returns:
-        What the command prints as JSON: paths, counts, bytes, the cost of sharing scales; and of a state, how far the
-        result is from its own model.
+        progress: called with each step.
 
     Raises:
         BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear, Untrusted: naming
@@ -163,7 +195,7 @@ def _trained(
     recipe = {**plain.recipe.resolved(), "start": first.resolved()}
 
     def begin(directory: Path) -> None:
-        quantize(plain.folder, directory, first, calibration, device=device)
+        quantize(plain.folder, directory, recipe=first, calibration=calibration, device=device)
 
     with trained(plain.folder, captured.calls, options, recipe, begin, work, device) as result:
         yield Given(captured, Prepared(result.tensors, amax=result.amax), kept=result.files, training=result.figures)
@@ -171,7 +203,7 @@ def _trained(
 
 def _from_state(
     folder: Path, directory: Path, asked: Plain | None, state: Path, trust: bool, force: bool, device: str
-) -> dict[str, Any]:
+) -> Quantized:
     """Write what a ModelOpt state of a plain checkpoint's model says, once it computes what the state's model does."""
     from calibration.modelopt_states.reference import INPUTS, require_reproduced
     from calibration.modelopt_states.to_checkpoint import take
@@ -181,29 +213,29 @@ def _from_state(
     difference = 0.0
     if processes.is_main():
         if taken.rounded:
-            click.echo(f"warning: the weights of {state} are {taken.rounded}; they were rounded to bfloat16", err=True)
+            note(f"warning: the weights of {state} are {taken.rounded}; they were rounded to bfloat16")
         with publish.replacing(directory, force) as partial:
             write_result(partial, plain, taken.given, device)
-            click.echo(f"comparing the result with the model of {state.name} on {INPUTS} inputs", err=True)
+            note(f"comparing the result with the model of {state.name} on {INPUTS} inputs")
             difference = require_reproduced(partial, taken.expected, plain.family, plain.config, state.name)
     processes.wait(device)
     found = {"difference": difference, "inputs": INPUTS, "algorithms": list(taken.algorithms), "apart": taken.apart}
-    return {**_summary(directory, plain, load_manifest(directory / MANIFEST)), "modelopt_state": found}
+    return replace(_summary(directory, plain, load_manifest(directory / MANIFEST)), modelopt_state=found)
 
 
-def _summary(directory: Path, plain: Plain, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(directory: Path, plain: Plain, manifest: Mapping[str, Any]) -> Quantized:
     def size(root: Path) -> int:
         return sum(file.stat().st_size for file in files_of(root))
 
-    return {
-        "checkpoint": str(directory.resolve()),
-        "family": plain.family.name,
-        "recipe": plain.recipe.name,
-        "quantized_linears": len(plain.quantized_linears),
-        "fp8_linears": len(plain.of_format(FP8.name)),
-        "fp8_attentions": len(plain.fp8_attentions),
-        "groups": len(plain.groups),
-        "bytes": size(directory),
-        "source_bytes": size(plain.folder),
-        "sharing_cost": manifest.get("sharing_cost"),
-    }
+    return Quantized(
+        checkpoint=str(directory.resolve()),
+        family=plain.family.name,
+        recipe=plain.recipe.name,
+        quantized_linears=len(plain.quantized_linears),
+        fp8_linears=len(plain.of_format(FP8.name)),
+        fp8_attentions=len(plain.fp8_attentions),
+        groups=len(plain.groups),
+        bytes=size(directory),
+        source_bytes=size(plain.folder),
+        sharing_cost=manifest.get("sharing_cost"),
+    )

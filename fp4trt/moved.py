@@ -83,7 +83,7 @@ MOVED: Final = {
     "calibration.quality": "calibration.methods.quality.quantize_block",
     "calibration.quantization_config": "calibration.formats.quantization_config",
     "calibration.recipe": "calibration.recipes.recipe",
-    "calibration.result_files": "calibration.results",
+    "calibration.result_files": "calibration.results.write",
     "calibration.safetensors_file": "fp4trt.safetensors_file",
     "calibration.shards": "calibration.checkpoints.layout",
     "calibration.sharing": "calibration.formats.shared_scales",

@@ -90,7 +90,7 @@ def quantized_digits(shared_folder: SharedFolder) -> Path:
         from calibration import quantize
         from exporter import export
 
-        quantize("digits", folder / "digits-fp4", "nvfp4-ptq")
+        quantize("digits", folder / "digits-fp4", recipe="nvfp4-ptq")
         export(folder / "digits-fp4")
 
     return shared_folder("quantized", make) / "digits-fp4"
@@ -110,7 +110,7 @@ def fp8_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
         rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
         recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
         (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        quantize("digits", folder / "digits-fp8", folder / "recipe.yaml", folder / "amax.json")
+        quantize("digits", folder / "digits-fp8", recipe=folder / "recipe.yaml", calibration=folder / "amax.json")
         export(folder / "digits-fp8")
 
     return shared_folder("fp8", make) / "digits-fp8"
@@ -190,7 +190,7 @@ def svdquant_checkpoint(five_calls: Path, shared_folder: SharedFolder) -> Path:
     def make(folder: Path) -> None:
         from calibration import quantize
 
-        quantize("digits", folder / "digits-svdquant", "svdquant-r8", five_calls)
+        quantize("digits", folder / "digits-svdquant", recipe="svdquant-r8", calibration=five_calls)
 
     return shared_folder("svdquant", make) / "digits-svdquant"
 
@@ -272,7 +272,7 @@ def fp8_attention_digits(five_calls: Path, fp8_attention_recipe: Path, shared_fo
         from calibration import quantize
         from exporter import export
 
-        quantize("digits", folder / "digits-fp8", fp8_attention_recipe, five_calls)
+        quantize("digits", folder / "digits-fp8", recipe=fp8_attention_recipe, calibration=five_calls)
         export(folder / "digits-fp8")
 
     return shared_folder("fp8-attention", make) / "digits-fp8"

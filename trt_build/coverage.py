@@ -141,13 +141,13 @@ def _kernel(gemm: Gemm | None) -> str | None:
 
 
 def _why_kept(graph: Graph, path: str) -> str:
+    for kind, paths in graph.promised.items():
+        if path in paths:
+            return f"{FORMATS[kind].title}: {FORMATS[kind].elsewhere}"
     if path in graph.fp4_weights:
         return "weight-only: its weight is FP4, its input is not quantized"
     if path in graph.fp8_weights:
         return "weight-only: its weight is FP8, its input is not quantized"
-    for kind, paths in graph.promised.items():
-        if path in paths:
-            return f"{FORMATS[kind].title}: {FORMATS[kind].elsewhere}"
     return "the graph does not quantize it"
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import click
-
 from calibration.by_block import processes
 from calibration.by_block.measure_amax import measured_by_block
 from calibration.checkpoints.plain import find_source, load_source, open_plain, weights_fingerprint
@@ -24,8 +22,10 @@ from fp4trt.errors import BadAmax, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
+from fp4trt.progress import Progress, note
 from fp4trt.publish import refuse_existing, write_json
 from fp4trt.safetensors_file import sha256_of
+from fp4trt.verb import FLAT, Result, verb
 
 __all__ = ["Calibration", "calibrate", "calibration_from", "captured_from", "is_amax", "merged"]
 
@@ -52,9 +52,30 @@ class Calibration:
     calls: Sequence[Inputs] = field(default=(), repr=False)
 
 
+@dataclass(frozen=True, eq=False)
+class Calibrated(Result):
+    """What :func:`calibrate` measured.
+
+    Attributes:
+        amax: path of the JSON file.
+        inputs: path of the captured inputs that were kept; None without.
+        linears: how many linears it covers.
+        attentions: how many attentions it covers.
+        described: what it was measured on: ``data``, ``calls``, ``family`` and more.
+    """
+
+    amax: str
+    inputs: str | None
+    linears: int
+    attentions: int
+    described: Mapping[str, Any] = field(metadata=FLAT)
+
+
+@verb
 def calibrate(
     source: str | Path,
     output: str | Path,
+    *,
     inputs: str | Path | None = None,
     prompts: str | Path | None = None,
     save_inputs_to: str | Path | None = None,
@@ -63,7 +84,8 @@ def calibrate(
     force: bool = False,
     device: str = "cpu",
     pictures: str | Path | None = None,
-) -> dict[str, Any]:
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> Calibrated:
     """Measure the largest magnitude that enters every quantized linear and write ``{module path: amax}``.
 
     And that of the operands of every attention's products, as ``A.q``, ``A.k`` and ``A.v``.
@@ -82,9 +104,7 @@ def calibrate(
         force: replace existing results.
         device: ``cpu`` or ``cuda``, for the calibration; the prompts' pipeline uses a GPU where there is one.
         pictures: a picture or a folder of them, which the prompts take in turn; for a pipeline that reads some.
-
-    Returns:
-        What the command prints as JSON.
+        progress: called with each step.
 
     Raises:
         BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
@@ -108,13 +128,13 @@ def calibrate(
             write_json(work / output.name, {METADATA: described, **measured.amax})
             os.replace(work / output.name, output)
     processes.wait(device)
-    return {
-        "amax": str(output.resolve()),
-        "inputs": str(Path(save_inputs_to).resolve()) if save_inputs_to is not None else None,
-        "linears": len(family.quantized(config)),
-        "attentions": len(family.attentions(config)),
-        **measured.described,
-    }
+    return Calibrated(
+        amax=str(output.resolve()),
+        inputs=str(Path(save_inputs_to).resolve()) if save_inputs_to is not None else None,
+        linears=len(family.quantized(config)),
+        attentions=len(family.attentions(config)),
+        described=measured.described,
+    )
 
 
 def is_amax(given: str | Path | Sequence[str | Path] | None) -> bool:
@@ -194,10 +214,9 @@ def _refuse_other_source(file: Path, metadata: Any, source: str) -> None:
     """Refuse amax that was measured on another model; warn where the file does not say on which."""
     measured_on = metadata.get(SOURCE) if isinstance(metadata, dict) else None
     if measured_on is None:
-        click.echo(
+        note(
             f"warning: {file} does not say on which model it was measured, as fp4trt calibrate does; make sure that it "
-            "was this one",
-            err=True,
+            "was this one"
         )
     elif measured_on != source:
         raise BadAmax(
@@ -285,6 +304,6 @@ def _captured(
         save_inputs(save_inputs_to, calls)
     described |= {"calls": len(calls), "family": family.name}
     if warning := partial_schedule(calls):
-        click.echo(f"warning: {warning}", err=True)
+        note(f"warning: {warning}")
         described["warnings"] = [warning]
     return Calibration({}, described, calls)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import torch
 from torch import nn
 
@@ -21,6 +19,7 @@ from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import OperandAmax, checked_attentions
 from calibration.inputs.captured import Inputs
 from fp4trt.errors import BadInputs
+from fp4trt.progress import tracking
 from fp4trt.safetensors_file import bytes_of
 
 __all__ = ["OUTSIDE", "identity_of", "measured_by_block", "measured_outside", "require_device"]
@@ -60,17 +59,15 @@ def measured_by_block(
     runner = BlockRunner(source.model, blocks, source.tensor, device)
     outside = tuple(path for group in family.outside for path in group.linears)
     length = (len(blocks) + bool(outside)) * len(calls)
-    progress = click.progressbar(length=length, label="calibrating", file=sys.stderr, show_eta=True)
-    with finished_blocks(work, identity_of(folder, config, calls, device)) as finished, progress as bar:
-        bar.update(len(finished.results) * len(calls))
+    identity = identity_of(folder, config, calls, device)
+    with finished_blocks(work, identity) as finished, tracking(length, "calibrating") as advance:
+        advance(len(finished.results) * len(calls))
         for block in blocks[len(finished.results) :]:
             members, inner = ([p for p in listed if p.startswith(f"{block}.")] for listed in (paths, attentions))
             add = finished.add if block != blocks[-1] or outside else _drop
-            finished.finish(block, _measure(runner, block, members, inner, calls, finished.outputs, add, bar.update))
+            finished.finish(block, _measure(runner, block, members, inner, calls, finished.outputs, add, advance))
         if outside and OUTSIDE not in finished.results:
-            finished.finish(
-                OUTSIDE, measured_outside(runner, source.model, outside, calls, finished.outputs, bar.update)
-            )
+            finished.finish(OUTSIDE, measured_outside(runner, source.model, outside, calls, finished.outputs, advance))
         amax = {path: value for result in finished.results.values() for path, value in result.items()}
         yield input_quantizers.checked(amax, paths) | checked_attentions(amax, attentions)
 

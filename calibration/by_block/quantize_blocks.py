@@ -7,7 +7,6 @@ for each block (:class:`Sink`); a run that was killed resumes with its first unf
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
 import torch
 from torch import nn
 
@@ -27,6 +25,7 @@ from calibration.formats.attention_amax import OperandAmax
 from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.inputs.captured import Inputs
 from fp4trt.number_formats import BF16
+from fp4trt.progress import tracking
 from fp4trt.safetensors_file import StoredTensor, bytes_of, plan_of, read_header, write
 
 __all__ = ["BlockResult", "BlockTask", "Method", "OpenSink", "Prepared", "Run", "Sink", "prepared_by_block"]
@@ -165,11 +164,11 @@ def prepared_by_block(
     identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
     identity["results"] = "amax, figures"
     outside = tuple(path for group in family.outside for path in group.linears if formats[path] != BF16)
-    bar = click.progressbar(length=len(blocks), label="quantizing blocks", file=sys.stderr, show_eta=True)
+    bar = tracking(len(blocks), "quantizing blocks")
     open_sink = into or partial(_files, source)
-    with finished_blocks(work, identity) as finished, open_sink(finished) as sink, bar as progress:
+    with finished_blocks(work, identity) as finished, open_sink(finished) as sink, bar as advance:
         runner = BlockRunner(source.model, blocks, sink.tensor, device)
-        progress.update(len(finished.results))
+        advance(len(finished.results))
         for block in blocks[len(finished.results) :]:
             inside = tuple(group for group in groups if group[0].startswith(f"{block}."))
             with runner.loaded(block) as module:
@@ -182,7 +181,7 @@ def prepared_by_block(
                 amax = {**result.amax, **attention_quantizers(run.operands.amax, attentions)}
                 sink.put(block, {**result.tensors, **scales}, amax)
             finished.finish(block, {"amax": amax, "figures": dict(result.figures)})
-            progress.update(1)
+            advance()
         if outside and OUTSIDE not in finished.results:
             measured = measured_outside(runner, source.model, outside, calls, finished.outputs, lambda _: None)
             finished.finish(OUTSIDE, measured)

@@ -294,7 +294,7 @@ def _uniform(task: _Task, directory: Path, kind: str) -> Checkpoint:
     """Return the checkpoint with all linears in one format, which the recipe's method chooses the values of."""
     if not (directory / MANIFEST).is_file():
         recipe = task.plain.recipe.model_copy(update={"formats": FormatRules.model_validate({"default": kind})})
-        quantize(task.plain.folder, directory, recipe, task.calibration, device=task.device)
+        quantize(task.plain.folder, directory, recipe=recipe, calibration=task.calibration, device=task.device)
     return read(directory)
 
 

@@ -21,7 +21,7 @@ from calibration.modelopt_states.contents import Contents, amax_of, contents_of,
 from calibration.modelopt_states.reference import outputs_of
 from calibration.modelopt_states.state import Restored, restore
 from calibration.recipes.recipe import PTQ, FormatRules, ModelOpt, Recipe, SVDQuant
-from calibration.results import Given
+from calibration.results.write import Given
 from fp4trt.account import BRANCH, SMOOTHING
 from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of

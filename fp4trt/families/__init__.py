@@ -1,22 +1,32 @@
-"""Model families: which linears to quantize, which share an input, what goes in and out. Data and functions only."""
+"""Model families: which linears to quantize, which share an input, what goes in and out. Data and functions only.
+
+Every :class:`Family` that a module of this package defines is known: a new one is one file here.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Final
 
 from fp4trt.errors import BadCheckpoint, UnknownFamily
-from fp4trt.families.digits import DIGITS
 from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Transformer
-from fp4trt.families.flux import FLUX
 
 __all__ = ["FAMILIES", "Dim", "Family", "Symbol", "Transformer", "family_named", "family_of"]
 
 Symbol = Dim
 """Former name of :class:`Dim`; works for one more version."""
 
-FAMILIES: Final = (DIGITS, FLUX)
-"""In the order in which a config is tried on them: the narrower first."""
+
+def _defined() -> tuple[Family, ...]:
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found = {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Family)}
+    return tuple(sorted(found.values(), key=lambda family: (not family.special, family.name)))
+
+
+FAMILIES: Final = _defined()
+"""In the order in which a config is tried on them: special cases of another family first."""
 
 
 def family_of(config: Config) -> Family:

@@ -13,6 +13,7 @@ __all__ = ["DIGITS"]
 DIGITS: Final = replace(
     FLUX,
     name="flux-digits",
+    special=True,
     # FLUX.1's own models read 64 channels or more; 16 is what 4 x 4 grey pixels make.
     matches=lambda config: FLUX.matches(config) and config.get("in_channels") == 16,
     dims={

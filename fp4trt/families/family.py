@@ -121,6 +121,7 @@ class Family:
         state: name to shape of every tensor of a config's plain checkpoint, in the order of the model's own state.
         outside: linears to quantize that lie in no block.
         adapter: ``module:class`` of what is run and exported in place of the diffusers class; None for that class.
+        special: whether its configs are some of another family's, which is tried after it.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Family:
     state: Callable[[Config], dict[str, tuple[int, ...]]]
     outside: tuple[Group, ...] = ()
     adapter: str | None = None
+    special: bool = False
 
     def blocks(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""

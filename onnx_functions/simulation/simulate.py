@@ -44,6 +44,12 @@ _DEQUANTIZERS: Final = {kind.dequantizer[1] for kind in FORMATS.values()}
 _SMALL_FLOATS: Final = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1)
 
 
+_QUANTIZED: Final = {
+    TensorProto.DataType.Value(name) for kind in FORMATS.values() for name in (kind.onnx_codes, kind.onnx_scales)
+} - {int(TensorProto.FLOAT)}
+"""Types of codes and block scales, which leave a simulation as FP32."""
+
+
 @dataclass
 class _Rewrite:
     """What is known while the nodes of one graph are rewritten."""
@@ -132,7 +138,7 @@ def simulate(
     _initializers(source, result, state)
     outputs = [value.name for value in source.graph.output]
     # ONNX Runtime cannot hand FP4 or FP8 to numpy: such an output leaves through a Cast.
-    small = {name for name in outputs if state.types[name] in _SMALL_FLOATS}
+    small = {name for name in outputs if state.types[name] in _QUANTIZED}
     state.renamed.update({name: f"{name}/as_float8" for name in small})
     for node in source.graph.node:
         _node(node, state)
@@ -140,7 +146,7 @@ def simulate(
         state.cast(state.renamed[name], name, TensorProto.FLOAT)
     result.graph.node.extend(state.nodes)
     for value in source.graph.output:
-        result.graph.output.append(_as_float(value))
+        result.graph.output.append(_as_float(value, _QUANTIZED))
     _finish(source, result)
     return result
 
@@ -211,12 +217,12 @@ def _initializers(source: onnx.ModelProto, result: onnx.ModelProto, state: _Rewr
             state.cast(tensor.name, state.renamed[tensor.name], TensorProto.FLOAT)
 
 
-def _as_float(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-    """Return a graph input or output whose BF16, FP8 or FP4 type became FP32."""
+def _as_float(value: onnx.ValueInfoProto, others: Collection[int] = _SMALL_FLOATS) -> onnx.ValueInfoProto:
+    """Return a graph input or output whose BF16 type, or another of some, became FP32."""
     copy = onnx.ValueInfoProto()
     copy.CopyFrom(value)
     tensor = copy.type.tensor_type
-    if tensor.elem_type in (TensorProto.BFLOAT16, *_SMALL_FLOATS):
+    if tensor.elem_type in (TensorProto.BFLOAT16, *others):
         tensor.elem_type = TensorProto.FLOAT
     return copy
 

@@ -109,7 +109,7 @@ def test_the_stored_tensors_equal_modelopts_own_unified_export(
 
 @pytest.mark.slow
 def test_quantizing_twice_gives_identical_bytes(quantized_digits: Path, tmp_path: Path) -> None:
-    quantize("digits", tmp_path / "again", "nvfp4-ptq")
+    quantize("digits", tmp_path / "again", recipe="nvfp4-ptq")
     for name in ("config.json", "fp4trt.json", checkpoint.WEIGHTS, "calibration/inputs.safetensors"):
         assert sha256_of(tmp_path / "again" / name) == sha256_of(quantized_digits / name), name
 
@@ -122,7 +122,7 @@ def test_saved_calibration_inputs_and_a_file_of_maxima_repeat_the_weights(
     calibrate("digits", tmp_path / "amax.json", inputs=inputs)
     quantize("digits", tmp_path / "from-amax", calibration=tmp_path / "amax.json")
     assert sha256_of(tmp_path / "from-amax" / checkpoint.WEIGHTS) == sha256_of(quantized_digits / checkpoint.WEIGHTS)
-    quantize("digits", tmp_path / "from-inputs", "nvfp4-ptq", inputs)
+    quantize("digits", tmp_path / "from-inputs", recipe="nvfp4-ptq", calibration=inputs)
     assert sha256_of(tmp_path / "from-inputs" / checkpoint.WEIGHTS) == sha256_of(quantized_digits / checkpoint.WEIGHTS)
     manifest = load_json(tmp_path / "from-inputs" / "fp4trt.json")
     assert manifest["calibration"]["inputs_sha256"] == hashlib.sha256(inputs.read_bytes()).hexdigest()
@@ -193,7 +193,12 @@ def test_a_bad_maximum_is_refused_with_the_layers_name(value: Any, tmp_path: Pat
 def test_inputs_of_another_model_are_refused(tiny_flux: MakeFlux, quantized_digits: Path, tmp_path: Path) -> None:
     source = tiny_flux(tmp_path / "flux")
     with pytest.raises(BadInputs, match="hidden_states has shape"):
-        quantize(source, tmp_path / "out", "nvfp4-ptq", quantized_digits / "calibration" / "inputs.safetensors")
+        quantize(
+            source,
+            tmp_path / "out",
+            recipe="nvfp4-ptq",
+            calibration=quantized_digits / "calibration" / "inputs.safetensors",
+        )
 
 
 def test_a_flux_checkpoint_needs_calibration_data(tiny_flux: MakeFlux, tmp_path: Path) -> None:
@@ -207,7 +212,7 @@ def test_a_flux_checkpoint_quantizes_from_captured_inputs(guidance: bool, tiny_f
 
     source = tiny_flux(tmp_path / "flux", guidance_embeds=guidance)
     save_inputs(tmp_path / "inputs.safetensors", [_example(source, seed=seed) for seed in range(3)])
-    result = quantize(source, tmp_path / "out", "nvfp4-ptq", tmp_path / "inputs.safetensors")
+    result = quantize(source, tmp_path / "out", recipe="nvfp4-ptq", calibration=tmp_path / "inputs.safetensors")
     assert result["family"] == "flux"
     assert result["quantized_linears"] == 20
     with torch.inference_mode():
@@ -233,14 +238,14 @@ def test_a_modelopt_state_with_another_selection_of_linears_than_the_recipe_is_r
     _insert_quantizers(model, dict.fromkeys(paths[1:], 1.0))
     mto.save(model, str(tmp_path / "state.pt"))
     with pytest.raises(BadCheckpoint, match=r"transformer_blocks\.0\.norm1\.linear.*is not quantized"):
-        quantize("digits", tmp_path / "out", "nvfp4-ptq", modelopt_state=tmp_path / "state.pt", trust=True)
+        quantize("digits", tmp_path / "out", recipe="nvfp4-ptq", modelopt_state=tmp_path / "state.pt", trust=True)
 
 
 @pytest.mark.slow
 def test_an_existing_result_is_kept_without_force_and_replaced_with_it(copy_of_digits: Path) -> None:
     with pytest.raises(OutputExists, match="--force"):
         quantize("digits", copy_of_digits)
-    quantize("digits", copy_of_digits, "nvfp4-ptq", force=True)
+    quantize("digits", copy_of_digits, recipe="nvfp4-ptq", force=True)
     assert sorted(path.name for path in copy_of_digits.iterdir()) == [
         "calibration",
         "config.json",
@@ -254,7 +259,7 @@ def test_force_does_not_replace_what_fp4trt_did_not_write(
 ) -> None:
     (copy_of_digits / "mine.txt").write_text("keep me")
     with pytest.raises(OutputExists, match=r"mine\.txt"):
-        quantize("digits", copy_of_digits, "nvfp4-ptq", force=True)
+        quantize("digits", copy_of_digits, recipe="nvfp4-ptq", force=True)
     source = tiny_flux(tmp_path / "flux")
     with pytest.raises(OutputExists, match=r"config\.json"):
         quantize("digits", source, force=True)
@@ -274,7 +279,7 @@ def test_a_failure_while_writing_leaves_neither_a_result_nor_the_old_one_lost(
 
     monkeypatch.setattr(layout.ShardFiles, "put", full)
     with pytest.raises(OSError, match="No space"):
-        quantize("digits", copy_of_digits, "nvfp4-ptq", force=True)
+        quantize("digits", copy_of_digits, recipe="nvfp4-ptq", force=True)
     assert sha256_of(copy_of_digits / checkpoint.WEIGHTS) == before
     assert not copy_of_digits.with_name("digits-fp4.partial").exists()
 

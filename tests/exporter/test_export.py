@@ -252,7 +252,7 @@ def test_schnell_has_no_guidance_input(tiny_flux: Callable[..., Path], tmp_path:
     save_inputs(
         tmp_path / "inputs.safetensors", [family_of(config).example_inputs(config, (1, 4, 4), 0, torch.bfloat16)]
     )
-    quantize(source, tmp_path / "fp4", "nvfp4-ptq", tmp_path / "inputs.safetensors")
+    quantize(source, tmp_path / "fp4", recipe="nvfp4-ptq", calibration=tmp_path / "inputs.safetensors")
     export(tmp_path / "fp4")
     assert lint(tmp_path / "fp4").findings == ()
     model = onnx.load(tmp_path / "fp4" / "model.onnx", load_external_data=False)

@@ -68,7 +68,7 @@ def checkpoints(
     save_inputs(folder / "inputs.safetensors", calls)
     for kind, recipe in RECIPES.items():
         (folder / f"{kind}.yaml").write_text(json.dumps({"name": kind, **recipe}), encoding="utf-8")
-        quantize(source, folder / kind, folder / f"{kind}.yaml", folder / "inputs.safetensors")
+        quantize(source, folder / kind, recipe=folder / f"{kind}.yaml", calibration=folder / "inputs.safetensors")
     for kind, config in (("svdquant", "NVFP4_SVDQUANT_DEFAULT_CFG"), ("attention", "NVFP4_FP8_MHA_CONFIG")):
         FAKE_QUANTIZED[f"modelopt-{kind}"] = modelopt_export(source, calls, config, folder / f"modelopt-{kind}")
     return {kind: folder / kind for kind in KINDS}

@@ -144,7 +144,7 @@ def test_a_killed_comparison_takes_over_its_finished_pairs(
     monkeypatch.setattr(comparing, "follow", lambda *given: drawn.append(given[2]) or follow(*given))
     monkeypatch.setattr(comparing, "load_source", lambda *_: pytest.fail("the reference was drawn again"))
     assert fp4trt.run(command) == 0
-    assert "going on: 3 of 4 pairs" in capfd.readouterr().err
+    assert "resuming: 3 of 4 pairs" in capfd.readouterr().err
     assert drawn == [1001]
     for name in ("compare.json", "compare.html", "grid.png"):
         assert (tmp_path / "result" / name).read_bytes() == (result / name).read_bytes()

@@ -47,7 +47,7 @@ def walk(short_digits: Path, five_calls: Path, tmp_path: Path) -> Walk:
         from trt_build import build
 
         recipe = load_recipe(name)
-        quantized = quantize(short_digits, tmp_path / "fp4", name, five_calls)
+        quantized = quantize(short_digits, tmp_path / "fp4", recipe=name, calibration=five_calls)
         assert quantized["recipe"] == name
         export(tmp_path / "fp4")
         report = validate(tmp_path / "fp4")
@@ -88,7 +88,7 @@ def plain_graph(short_digits: Path, five_calls: Path, shared_folder: SharedFolde
     def make(folder: Path) -> None:
         from calibration import quantize
 
-        quantize(short_digits, folder / "fp4", "nvfp4-ptq", five_calls)
+        quantize(short_digits, folder / "fp4", recipe="nvfp4-ptq", calibration=five_calls)
 
     return _graph_is_made_of(shared_folder("short-plain", make) / "fp4")
 
@@ -106,7 +106,10 @@ def quantize_plain(short_digits: Path, five_calls: Path, plain_graph: tuple[Any,
         from calibration.checkpoints.quantized import read
         from calibration.recipes.recipe import load_recipe
 
-        assert quantize(short_digits, tmp_path / "fp4", recipe, five_calls)["recipe"] == load_recipe(recipe).name
+        assert (
+            quantize(short_digits, tmp_path / "fp4", recipe=recipe, calibration=five_calls)["recipe"]
+            == load_recipe(recipe).name
+        )
         assert _graph_is_made_of(tmp_path / "fp4") == plain_graph
         checkpoint, source = read(tmp_path / "fp4"), load_source(short_digits).float()
         weights = {path: source.get_submodule(path).weight for path in checkpoint.quantized}

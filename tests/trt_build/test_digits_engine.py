@@ -71,7 +71,7 @@ def test_requantizing_with_other_data_misses_the_cache(copy_of_digits: Path, tmp
     save_inputs(
         tmp_path / "other.safetensors", [{**call, "hidden_states": call["hidden_states"] * 2} for call in calls]
     )
-    quantize("digits", copy_of_digits, "nvfp4-ptq", tmp_path / "other.safetensors", force=True)
+    quantize("digits", copy_of_digits, recipe="nvfp4-ptq", calibration=tmp_path / "other.safetensors", force=True)
     # The same graph, byte for byte, over other scales: only the external bytes tell.
     (copy_of_digits / "model.onnx").write_bytes(graph)
     assert not build(copy_of_digits, gpu="rtx5090", output=engine)["cached"]

@@ -120,10 +120,10 @@ def test_a_modelopt_state_of_both_formats_gives_the_same_checkpoint(
     model = _fake_quantized(load_source(digits), manifest)
     mto.save(model, tmp_path / "state.pt")
     recipe = fp8_digits.parent / "recipe.yaml"
-    quantize("digits", tmp_path / "again", recipe, modelopt_state=tmp_path / "state.pt", trust=True)
+    quantize("digits", tmp_path / "again", recipe=recipe, modelopt_state=tmp_path / "state.pt", trust=True)
     assert sha256_of(tmp_path / "again" / WEIGHTS) == sha256_of(fp8_digits / WEIGHTS)
     with pytest.raises(BadCheckpoint, match=r"has num_bits \(4, 3\); expected NVFP4 in blocks of 16"):
-        quantize("digits", tmp_path / "other", "nvfp4-ptq", modelopt_state=tmp_path / "state.pt", trust=True)
+        quantize("digits", tmp_path / "other", recipe="nvfp4-ptq", modelopt_state=tmp_path / "state.pt", trust=True)
     found, theirs = load(fp8_digits), model
     inputs = read(fp8_digits).family.example_inputs(load_json(digits / "config.json"), (2, 16, 8), 0, torch.bfloat16)
     with torch.no_grad():
@@ -151,10 +151,10 @@ def test_what_is_written_does_not_depend_on_shards(
 ) -> None:
     """Every group of a tiny FLUX in another format, q/k/v in FP8 too, in one file and in many."""
     flux, recipe, amax = _mixed(tiny_flux, tmp_path)
-    quantize(flux, tmp_path / "one", recipe, tmp_path / "amax.json")
+    quantize(flux, tmp_path / "one", recipe=recipe, calibration=tmp_path / "amax.json")
     plan = layout.plan_shards
     monkeypatch.setattr(layout, "plan_shards", lambda *given: plan(*given, limit=24_000))
-    quantize(flux, tmp_path / "many", recipe, tmp_path / "amax.json")
+    quantize(flux, tmp_path / "many", recipe=recipe, calibration=tmp_path / "amax.json")
     one, many = read(tmp_path / "one"), read(tmp_path / "many")
     assert len({tensor.file for tensor in many.tensors.values()}) > 2
     assert one.tensors.keys() == many.tensors.keys()
@@ -210,13 +210,13 @@ def test_what_a_method_prepared_in_both_formats_is_kept_as_it_is(
                 found |= {f"{path}.input_quantizer": given, f"{path}.weight_quantizer": float(of_weight.abs().max())}
         return BlockResult(tensors, amax=found)
 
-    quantize(flux, tmp_path / "packed", recipe, tmp_path / "amax.json")
+    quantize(flux, tmp_path / "packed", recipe=recipe, calibration=tmp_path / "amax.json")
     config = load_json(flux / "config.json")
     call = family_of(config).example_inputs(config, (1, 16, 8), 0, torch.bfloat16)
     save_inputs(tmp_path / "inputs.safetensors", [call])
     monkeypatch.setattr(registry, "needs_activations", lambda _: True)
     monkeypatch.setattr(registry, "of_block", lambda *_: rounded)
-    quantize(flux, tmp_path / "prepared", recipe, tmp_path / "inputs.safetensors")
+    quantize(flux, tmp_path / "prepared", recipe=recipe, calibration=tmp_path / "inputs.safetensors")
     assert sha256_of(tmp_path / "prepared" / WEIGHTS) == sha256_of(tmp_path / "packed" / WEIGHTS)
     packed, prepared = (read(tmp_path / name).manifest["amax"] for name in ("packed", "prepared"))
     assert packed == prepared

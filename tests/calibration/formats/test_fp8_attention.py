@@ -112,7 +112,7 @@ def test_maxima_of_before_stay_valid_and_lack_only_what_attention_in_fp8_needs(
 def test_a_recipe_writes_the_measured_scales_and_the_manifest_tells_of_them(
     five_calls: Path, fp8_attention_digits: Path, tmp_path: Path
 ) -> None:
-    quantize("digits", tmp_path / "plain", "nvfp4-ptq", five_calls)
+    quantize("digits", tmp_path / "plain", recipe="nvfp4-ptq", calibration=five_calls)
     checkpoint, plain = read(fp8_attention_digits), read(tmp_path / "plain")
     attentions = plain.family.attentions(plain.config)
     assert checkpoint.fp8_attentions == attentions

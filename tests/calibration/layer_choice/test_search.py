@@ -91,7 +91,7 @@ def test_the_error_of_a_group_is_that_of_the_whole_model_with_its_linears_exchan
     for kind in ("nvfp4", "fp8"):
         formats = FormatRules.model_validate({"default": kind})
         recipe = load_recipe("nvfp4-ptq").model_copy(update={"formats": formats})
-        quantize(digits, tmp_path / kind, recipe, five_calls)
+        quantize(digits, tmp_path / kind, recipe=recipe, calibration=five_calls)
         checkpoints[kind] = load(tmp_path / kind)
     with torch.no_grad():
         wanted = [plain(**call, return_dict=False)[0] for call in calls]
@@ -133,7 +133,7 @@ def test_the_choice_is_better_than_others_of_its_price(found: Sensitivity) -> No
 def test_the_recipe_quantizes_as_it_was_chosen(searched: Path, digits: Path, five_calls: Path, tmp_path: Path) -> None:
     result = load_json(searched / DATA)
     chosen = next(point for point in result["frontier"] if point["budget"] == result["budget"])["formats"]
-    quantize("digits", tmp_path / "mixed", searched / RECIPE, five_calls)
+    quantize("digits", tmp_path / "mixed", recipe=searched / RECIPE, calibration=five_calls)
     checkpoint = read(tmp_path / "mixed")
     stored = {**dict.fromkeys(checkpoint.quantized, "nvfp4"), **dict.fromkeys(checkpoint.fp8, "fp8")}
     config = load_json(digits / "config.json")
@@ -147,7 +147,7 @@ def test_the_recipe_quantizes_as_it_was_chosen(searched: Path, digits: Path, fiv
 def test_another_budget_needs_no_other_measurement(searched: Path, tmp_path: Path) -> None:
     search("digits", tmp_path / "same", 0.2, recipe="nvfp4-ptq", sensitivity=searched / DATA)
     assert (tmp_path / "same" / RECIPE).read_bytes() == (searched / RECIPE).read_bytes()
-    search("digits", tmp_path / "less", 0.05, "flops", "nvfp4-ptq", bf16=False, sensitivity=searched / DATA)
+    search("digits", tmp_path / "less", 0.05, of="flops", recipe="nvfp4-ptq", bf16=False, sensitivity=searched / DATA)
     rules = yaml.safe_load((tmp_path / "less" / RECIPE).read_text())["formats"]["rules"]
     assert [rule["format"] for rule in rules] == ["fp8"]
 

@@ -44,7 +44,7 @@ method: {name: qat, start: nvfp4-ptq, steps: %d, learning_rate: 0.0002, batch: %
 @pytest.fixture(scope="module")
 def start(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "ptq"
-    quantize("digits", folder, "nvfp4-ptq", five_calls)
+    quantize("digits", folder, recipe="nvfp4-ptq", calibration=five_calls)
     return folder
 
 
@@ -62,7 +62,7 @@ def trained(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     with pytest.MonkeyPatch.context() as patch:
         real = distillation.train
         patch.setattr(distillation, "train", lambda student, *rest: students.append(student) or real(student, *rest))
-        quantize("digits", folder / "qat", folder / "short.yaml", five_calls)
+        quantize("digits", folder / "qat", recipe=folder / "short.yaml", calibration=five_calls)
     return folder / "qat", students[0].eval()
 
 
@@ -137,7 +137,7 @@ def test_attention_and_linears_in_fp8_stay_and_the_nvfp4_ones_learn(digits, call
     (tmp_path / "mixed.yaml").write_text(
         (RECIPE % (2, 4)) + "attention: fp8\nformats: {rules: [{linears: '*.norm*.linear', format: fp8}]}\n"
     )
-    quantize("digits", tmp_path / "qat", tmp_path / "mixed.yaml", five_calls)
+    quantize("digits", tmp_path / "qat", recipe=tmp_path / "mixed.yaml", calibration=five_calls)
     checkpoint = read(tmp_path / "qat")
     plain = tensors_of(digits)
     student = make_student(checkpoint, lambda name: plain[name].tensor())
@@ -231,7 +231,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(trained, five_ca
         found = [path.name for path in (tmp_path / "qat.training.partial").iterdir()]
         assert left is None or found == left
     assert fp4trt.run(command) == 0
-    assert "going on: 7 of 12 steps are done" in capfd.readouterr().err
+    assert "resuming: 7 of 12 steps are done" in capfd.readouterr().err
     for name in (WEIGHTS, "fp4trt.json", "training/loss.json", "training/loss.png"):
         assert (tmp_path / "qat" / name).read_bytes() == (trained[0] / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qat", "short.yaml"]

@@ -41,7 +41,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(inputs: Path, quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("quality") / "fp4"
-    quantize("digits", directory, quick, inputs)
+    quantize("digits", directory, recipe=quick, calibration=inputs)
     return directory
 
 
@@ -71,7 +71,7 @@ def test_the_modulation_in_fp8_makes_it_better_still(
     rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text(yaml.safe_dump({"name": "mixed", "method": method, "formats": rules}), encoding="utf-8")
-    quantize("digits", tmp_path / "mixed", recipe, inputs)
+    quantize("digits", tmp_path / "mixed", recipe=recipe, calibration=inputs)
     mixed = read(tmp_path / "mixed")
     assert (len(mixed.quantized), len(mixed.fp8)) == (44, 8)
     for path in mixed.fp8:  # the largest magnitude is the largest code's

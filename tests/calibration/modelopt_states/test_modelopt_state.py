@@ -310,7 +310,7 @@ def test_a_recipe_that_says_anything_else_than_the_state_is_refused(
 ) -> None:
     (tmp_path / "mine.yaml").write_text(json.dumps({"name": "mine", **recipe}), encoding="utf-8")
     with pytest.raises(error, match=message):
-        quantize("digits", tmp_path / "out", tmp_path / "mine.yaml", modelopt_state=svdquant[1], trust=True)
+        quantize("digits", tmp_path / "out", recipe=tmp_path / "mine.yaml", modelopt_state=svdquant[1], trust=True)
 
 
 @pytest.mark.parametrize(

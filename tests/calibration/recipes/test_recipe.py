@@ -130,7 +130,7 @@ def test_linears_that_a_rule_leaves_in_bf16_are_stored_as_they_were(
     digits: Path, five_calls: Path, tmp_path: Path
 ) -> None:
     rules = FormatRules(rules=(Rule(linears=MODULATION, format="bf16"),))
-    quantize("digits", tmp_path / "out", _written(tmp_path, formats=rules.model_dump()), five_calls)
+    quantize("digits", tmp_path / "out", recipe=_written(tmp_path, formats=rules.model_dump()), calibration=five_calls)
     manifest = load_json(tmp_path / "out" / "fp4trt.json")
     assert manifest["recipe"] == {
         "name": "mine",
@@ -148,7 +148,7 @@ def test_calibration_data_of_a_part_of_the_schedule_give_a_warning_that_the_mani
 ) -> None:
     calls = load_inputs(quantized_digits / "calibration" / "inputs.safetensors")[:10]  # the schedule, once
     save_inputs(tmp_path / "inputs.safetensors", [call for call in calls if float(call["timestep"][0]) > 0.5])
-    quantize("digits", tmp_path / "out", "nvfp4-ptq", tmp_path / "inputs.safetensors")
+    quantize("digits", tmp_path / "out", recipe="nvfp4-ptq", calibration=tmp_path / "inputs.safetensors")
     (warning,) = load_json(tmp_path / "out" / "fp4trt.json")["calibration"]["warnings"]
     assert "no step between timestep 0.00 and 0.60" in warning
     assert f"warning: {warning}\n" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def _recipe(method: str, folder: Path) -> Path:
 
 
 def _quantize(source: Path, method: str, output: Path) -> None:
-    quantize(source, output, _recipe(method, output.parent), source.with_name("inputs.safetensors"))
+    quantize(source, output, recipe=_recipe(method, output.parent), calibration=source.with_name("inputs.safetensors"))
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ def test_from_an_amax_file_the_bytes_are_the_same(flux: Path, tmp_path: Path) ->
     calls, recipe = flux.with_name("inputs.safetensors"), _recipe("ptq", tmp_path)
     assert fp4trt.run(["calibrate", str(flux), "-o", str(tmp_path / "amax.json"), "--inputs", str(calls)]) == 0
     _quantize(flux, "ptq", tmp_path / "by-block")
-    quantize(flux, tmp_path / "in-one-pass", recipe, tmp_path / "amax.json")
+    quantize(flux, tmp_path / "in-one-pass", recipe=recipe, calibration=tmp_path / "amax.json")
     by_block, one_pass = (tmp_path / name for name in ("by-block", "in-one-pass"))
     assert (by_block / WEIGHTS).read_bytes() == (one_pass / WEIGHTS).read_bytes()
     manifests = [load_json(folder / "fp4trt.json") for folder in (by_block, one_pass)]

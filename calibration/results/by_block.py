@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-import click
 import torch
 
 from calibration.by_block.input_amax import Calibration
@@ -29,9 +28,10 @@ from calibration.checkpoints.one_pass import Done, Work, is_large, quantize_in_o
 from calibration.checkpoints.plain import files_of
 from calibration.methods import registry
 from calibration.methods.plan import Plain
-from calibration.results import Given, complete, foresee, shared_input_amax, versions
+from calibration.results.write import Given, complete, foresee, shared_input_amax, versions
 from fp4trt import publish
 from fp4trt.account import ATTENTION_SCALES, TensorHeader
+from fp4trt.progress import note
 from fp4trt.safetensors_file import StoredTensor, TensorPlan, hold
 
 __all__ = ["ResultByBlock"]
@@ -88,7 +88,7 @@ class ResultByBlock:
         wanted = (name for name in self._plan if name.startswith(blocks))
         if blocks and layout.are_reserved(self._partial, self._planned) and there.issuperset(wanted):
             count = len(finished.results.keys() - {OUTSIDE})
-            click.echo(f"resuming: {count} of {len(self._inside)} blocks are done", err=True)
+            note(f"resuming: {count} of {len(self._inside)} blocks are done")
             self._done = replace(done, written=written)
             self._files = layout.ShardFiles(self._partial, self._planned, there)
             return
@@ -116,10 +116,10 @@ class ResultByBlock:
         groups = [group for group in self._plain.quantized_groups if f"{group[0]}.weight" in stored]
         inputs = shared_input_amax(self._plain, groups, _by_linear(amax))
         work = Work((), stored, groups, self._plain.quantized_linears, inputs, prepared, self._device)
-        note = functools.partial(publish.note_progress, self._partial)
-        quantize_in_one_pass(work, self._files, self._done, note, lambda _: None)
+        keep = functools.partial(publish.note_progress, self._partial)
+        quantize_in_one_pass(work, self._files, self._done, keep, lambda _: None)
         self._files.sync()
-        note(self._done.as_dict())
+        keep(self._done.as_dict())
 
     def complete(self, prepared: Prepared) -> None:
         """Write config, manifest and what calibrated, once all blocks are there."""

@@ -1,25 +1,20 @@
 """Write a quantized checkpoint: the tensors, and beside them config, manifest and what calibrated it.
 
 The tensors come in one pass over the files of the source (:func:`write_result`), or block by block, as each is read to
-be run (:mod:`calibration.result_by_block`). Either way the source is read once.
+be run (:mod:`calibration.results.by_block`). Either way the source is read once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import shutil
-import sys
-import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
-
-import click
 
 from calibration.by_block.input_amax import Calibration
 from calibration.by_block.quantize_blocks import Prepared
@@ -36,6 +31,7 @@ from fp4trt.account import TensorHeader
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import TooLittleSpace
 from fp4trt.number_formats import FORMATS, FP8
+from fp4trt.progress import note, tracking
 from fp4trt.safetensors_file import sha256_of
 
 __all__ = ["Given", "complete", "foresee", "shared_input_amax", "versions", "write_result"]
@@ -100,7 +96,7 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     earlier = publish.progress_of(partial)
     if earlier and layout.are_reserved(partial, planned):
         done = Done(**earlier)
-        click.echo(f"going on: {len(done.written)} of {len(plain.stored)} tensors are done", err=True)
+        note(f"resuming: {len(done.written)} of {len(plain.stored)} tensors are done")
     else:
         done = given.done or Done()
     sources = files_of(plain.folder) if given.done is None else []
@@ -113,11 +109,11 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     if reads >= _WORTH_SAYING:
         seconds = estimated_seconds(reads, needed)
         words = f"it takes {_size(MEMORY)} of memory beside the libraries', and about {seconds:.0f} s where the disk"
-        click.echo(f"{words} keeps up", err=True)
+        note(f"{words} keeps up")
     inputs = shared_input_amax(plain, _packed(plain, prepared), given.calibrated.amax)
     work = Work(sources, plain.stored, groups, linears, inputs, prepared, device)
-    with _bar(work.nbytes) as progress:
-        quantize_in_one_pass(work, files, done, functools.partial(publish.note_progress, partial), progress)
+    with tracking(work.nbytes, "quantizing") as advance:
+        quantize_in_one_pass(work, files, done, functools.partial(publish.note_progress, partial), advance)
     return complete(partial, plain, given, prepared, planned, done)
 
 
@@ -225,26 +221,13 @@ def foresee(folder: Path, reads: int, needed: int) -> None:
             "--output"
         )
     if reads >= _WORTH_SAYING:
-        click.echo(f"reading {_size(reads)}, writing {_size(needed)} ({_size(free)} are free)", err=True)
+        note(f"reading {_size(reads)}, writing {_size(needed)} ({_size(free)} are free)")
 
 
 def _size(count: int) -> str:
     """Return a number of bytes for people."""
     unit, name = next((unit for unit in ((1e9, "GB"), (1e6, "MB")) if count >= unit[0]), (1e3, "kB"))
     return f"{count / unit:.1f} {name}"
-
-
-@contextlib.contextmanager
-def _bar(length: int) -> Iterator[Callable[[int], None]]:
-    """Show how far the pass is; give what several threads may tell of bytes that were read, or packed."""
-    lock = threading.Lock()
-    with click.progressbar(length=length, label="quantizing", file=sys.stderr) as bar:
-
-        def update(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        yield update
 
 
 def _keep_calibration(partial: Path, calibrated: Calibration) -> dict[str, str]:
