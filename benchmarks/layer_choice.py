@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from measure.result import machine, publish  # noqa: E402
 
 from calibration import quantize  # noqa: E402
-from calibration.by_block.input_amax import captured_from  # noqa: E402
+from calibration.by_block.calibration import captured_from  # noqa: E402
 from calibration.checkpoints.plain import find_source, load_source  # noqa: E402
 from calibration.checkpoints.quantized import load  # noqa: E402
 from calibration.formats.modelopt_backend import FP8, NVFP4, mtq  # noqa: E402

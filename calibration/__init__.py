@@ -10,7 +10,7 @@ from fp4trt import moved
 __all__ = ["calibrate", "compare", "load", "quantize", "read", "search"]
 
 _HOME = {
-    "calibrate": "calibration.by_block.input_amax",
+    "calibrate": "calibration.by_block.calibration",
     "compare": "generation.comparison.compare",
     "search": "calibration.layer_choice.search",
     "quantize": "calibration.quantization",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from calibration.by_block.input_amax import Calibrated
+    from calibration.by_block.calibration import Calibrated
     from calibration.quantization import Quantized
 
 __all__ = ["calibrate", "quantize", "recipes"]
@@ -51,14 +51,14 @@ def calibrate(
     """Measure how large the inputs of the linears become, over the whole denoising schedule.
 
     SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
-    built-in model. One block is in memory at a time; a command that was killed goes on with its first unfinished block.
+    built-in model. One block is in memory at a time; a command that was killed resumes with its first unfinished block.
 
     \b
     Example:
       fp4trt calibrate digits -o amax.json --save-inputs inputs.safetensors
       fp4trt calibrate FLUX.1-dev -o amax.json --prompts prompts.txt --steps 20
     """
-    from calibration.by_block.input_amax import calibrate as run
+    from calibration.by_block.calibration import calibrate as run
 
     result = run(
         source,
@@ -109,19 +109,21 @@ def recipes(name: str | None) -> dict[str, Any]:
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
 @click.option(
     "--recipe",
-    help="A name of fp4trt recipes, or a YAML file.  [default: nvfp4-quality; nvfp4-ptq where only maxima are given; "
+    help="A name of fp4trt recipes, or a YAML file.  [default: nvfp4-quality; nvfp4-ptq where only amax is given; "
     "what a state itself says]",
 )
 @click.option(
     "--calibration",
     type=_PATH,
     multiple=True,
-    help="Maxima (.json; more than once to merge several) or captured inputs (.safetensors).",
+    help="Amax values (.json; more than once to merge several) or captured inputs (.safetensors).",
 )
 @click.option(
     "--modelopt-state", type=_PATH, help="A state of modelopt.torch.opt.save: formats, weights and scales are its own."
 )
-@click.option("--trust", is_flag=True, help="Read that state though it is a pickle and can run code.")
+@click.option(
+    "--trust", is_flag=True, help="Load --modelopt-state although it is a pickle, which can execute arbitrary code."
+)
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @_DEVICE
 def quantize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.by_block import processes
-from calibration.by_block.input_amax import Calibration, calibration_from, captured_from, is_amax
+from calibration.by_block.calibration import Calibration, calibration_from, captured_from, is_amax
 from calibration.by_block.measure_amax import require_device
 from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
 from calibration.checkpoints.plain import files_of, find_source
@@ -89,7 +89,7 @@ def quantize(
         recipe: a preset's name or a YAML file (see :func:`calibration.recipes.recipe.load_recipe`), or what was read;
             None for the best that the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with an
             amax file; and with a state for what that says. A recipe that says anything else than a state is refused.
-        calibration: maxima (``.json``), or several files of them to be merged, or captured inputs
+        calibration: amax values (``.json``), or several files of them to be merged, or captured inputs
             (``.safetensors``); None for the built-in model's words.
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here. The result is
             given its name only when it computes what the state's own model does.
@@ -138,7 +138,7 @@ def quantize(
 
 
 def _usual_recipe(calibration: str | Path | Sequence[str | Path] | None) -> str:
-    """Return the preset that makes the most of what is there: maxima allow no more than rounding to nearest."""
+    """Return the preset that makes the most of what is there: amax values allow no more than rounding to nearest."""
     return "nvfp4-ptq" if is_amax(calibration) else "nvfp4-quality"
 
 

@@ -1,4 +1,4 @@
-"""The command of this room: ``fp4trt export``, of a checkpoint or of a graph of other origin."""
+"""The command of this room: ``fp4trt export``, of a checkpoint or of a third-party graph."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PATH = click.Path(path_type=Path)
     help="Of the dequantized block scales; float32 equals fake quantization bit for bit.  [default: float32]",
 )
 @click.option("--copy-weights", is_flag=True, help="Copy the weights beside the graph instead of pointing at them.")
-@click.option("--allow-slow", is_flag=True, help="Of a THEIRS.onnx, let pass what only loses FP4 speed.")
+@click.option("--allow-slow", is_flag=True, help="For THEIRS.onnx: accept lint findings of severity slow.")
 @click.option("--force", is_flag=True, help="Replace an existing graph.")
 def export(
     source: Path,
@@ -66,7 +66,7 @@ def export(
     if source.exists() and not source.is_dir():
         raise BadGraph(f"{source} is not a regular file; expected an ONNX file or a checkpoint's folder")
     if allow_slow:
-        raise click.UsageError("--allow-slow is for a graph of other origin, not for a checkpoint")
+        raise click.UsageError("--allow-slow is for a third-party graph, not for a checkpoint")
     options = {"scale_dtype": scale_dtype, "copy_weights": copy_weights, "force": force, "precision": precision}
     return _export_checkpoint(source, output, **options)
 

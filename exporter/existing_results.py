@@ -15,7 +15,7 @@ from onnx_functions.graph.external_data import load_graph
 __all__ = ["MARK", "refuse_existing_results"]
 
 MARK: Final = "fp4trt"
-"""The metadata key that tells a graph of other origin which fp4trt has written; ours have keys that begin with it."""
+"""The metadata key that tells a third-party graph which fp4trt has written; ours have keys that begin with it."""
 
 
 def refuse_existing_results(path: Path, with_data: bool, force: bool) -> None:

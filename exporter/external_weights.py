@@ -187,7 +187,7 @@ def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path:
 
     Raises:
         BadGraph: as :func:`bind`.
-        BadCheckpoint: a value is no BF16 number.
+        BadCheckpoint: a value is not a BF16 number.
     """
     contents: dict[str, Chunks] = {}
     for name, value in _weights(model).items():

@@ -1,4 +1,4 @@
-"""Read a graph of other origin, and refuse what cannot become FP4 before anything of it is changed."""
+"""Read a third-party graph, and refuse what cannot become FP4 before anything of it is changed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def load_foreign(path: Path) -> ir.Model:
 
 
 def _misplaced(path: Path) -> str:
-    """Return which external data of a graph are not where they have to be; "" where all are, or it is no graph."""
+    """Return which external data of a graph are not where they have to be; "" where all are, or it is not a graph."""
     try:
         tensors = load_graph(path).graph.initializer
         for tensor in tensors:

@@ -112,7 +112,7 @@ def export(
         raise WrongPrecision(f"--scale-dtype {scale_dtype} is of block scales, which a bf16 graph has none of; drop it")
     checkpoint = _open(directory, precision)
     if output is None and not Path(directory).is_dir():
-        raise BadGraph(f"{directory} is no folder that a graph could be written into; name one with --output")
+        raise BadGraph(f"{directory} is not a folder that a graph could be written into; name one with --output")
     path = graph_path(output if output is not None else checkpoint.directory)
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
     reason = reason or external_weights.must_round(checkpoint.tensors)
@@ -207,7 +207,10 @@ def _open(source: str | Path, precision: Precision) -> Checkpoint:
 
 
 def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return each quantized linear's leader: the first of its group that has the scales that one GEMM shares."""
+    """Return each quantized linear's leader: the first of its group that has the scales that one GEMM shares.
+
+    Where weights share a scale too, a group whose scales differ is no group: each of its linears leads itself.
+    """
     leaders = {}
     for name, kind in FORMATS.items():
         for group in checkpoint.groups_of(checkpoint.of_format(name)):
@@ -215,6 +218,8 @@ def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
             for path in group:
                 scales = tuple(_bytes(checkpoint, f"{path}.{leaf}") for leaf in (*kind.shared, SMOOTHING))
                 leaders[path] = first.setdefault(scales, path)
+            if kind.shares_weight_scale and len(first) > 1:
+                leaders |= {path: path for path in group}
     return leaders
 
 

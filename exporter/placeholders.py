@@ -1,4 +1,4 @@
-"""``fp4trt export`` of a graph of other origin: its weights marked for FP4 become FP4."""
+"""``fp4trt export`` of a third-party graph: its weights marked for FP4 become FP4."""
 
 from __future__ import annotations
 

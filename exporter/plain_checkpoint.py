@@ -17,7 +17,7 @@ __all__ = ["is_plain", "read"]
 
 
 def is_plain(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that nobody quantized; False also for what is no checkpoint."""
+    """Whether a folder is a checkpoint that nobody quantized; False also for what is not a checkpoint."""
     if not (folder / "config.json").is_file():
         return False
     if "quantization_config" in load_json(folder / "config.json"):

@@ -47,7 +47,7 @@ __all__ = [
 
 VERBS: Final = {
     "build": "trt_build.builder:build",
-    "calibrate": "calibration.by_block.input_amax:calibrate",
+    "calibrate": "calibration.by_block.calibration:calibrate",
     "compare": "generation.comparison.compare:compare",
     "export": "exporter.onnx_export:export",
     "inspect": "onnx_functions.inspection.inspect:describe",

@@ -16,12 +16,12 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
+from fp4trt.account_entries import UNQUANTIZED, Account, Format, StoredForm
 from fp4trt.declared import declared_algorithms, require_declared
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import family_of
 from fp4trt.layouts import refuse_foreign_layout
 from fp4trt.number_formats import FORMATS, PLAIN, NumberFormat, StoredScale, stored_format
-from fp4trt.stored_forms import UNQUANTIZED, Account, Format, StoredForm
 
 __all__ = [
     "ATTENTION_SCALES",
@@ -84,7 +84,7 @@ class TensorHeader(Protocol):
 
 
 def is_quantized_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> bool:
-    """Whether a checkpoint is no plain one: by its config, or by a type or a scale that no plain one has."""
+    """Whether a checkpoint is not a plain one: by its config, or by a type or a scale that no plain one has."""
     if "quantization_config" in config:
         return True
     endings = tuple(f".{leaf}" for leaf in _LINEAR_SCALES)

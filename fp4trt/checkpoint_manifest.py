@@ -69,7 +69,7 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
             versions=strings_by_name(value.get("versions", {}), "versions"),
         )
     except TypeError as error:
-        raise UnknownArtifact(f"{path} is no manifest of fp4trt ({error}); quantize again") from None
+        raise UnknownArtifact(f"{path} is not a manifest of fp4trt ({error}); quantize again") from None
 
 
 def load_manifest(path: Path) -> dict[str, Any]:
@@ -87,5 +87,5 @@ def load_manifest(path: Path) -> dict[str, Any]:
     for key in ("quantized", "attention"):
         for kind, paths in manifest.get(key, {}).items():
             if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
-                raise BadCheckpoint(f"{path}: {key}.{kind} is no list of module paths; quantize again")
+                raise BadCheckpoint(f"{path}: {key}.{kind} is not a list of module paths; quantize again")
     return manifest

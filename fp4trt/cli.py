@@ -173,7 +173,7 @@ def main() -> NoReturn:
 
 
 def _hear_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
-    """Let Ctrl-C be heard that came while some object was being deleted: Python would show it, and go on."""
+    """Let Ctrl-C be heard that came while some object was being deleted: Python would show it, and continue."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(_SOON_S, _thread.interrupt_main).start()  # raised in here, it would be lost again
     else:
@@ -278,7 +278,7 @@ def _sentence(error: Exception) -> str:
         path = Path(os.fsdecode(error.filename))
         blocking = next((at for at in (path, *path.parents) if at.exists() and not at.is_dir()), None)
         if blocking is not None:
-            return f"{blocking} is no folder; expected a folder there: choose another path"
+            return f"{blocking} is not a folder; expected a folder there: choose another path"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fspath(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from fp4trt.account_entries import UNQUANTIZED, Account
 from fp4trt.errors import BadCheckpoint
 from fp4trt.layouts import MODELOPT_ALGORITHMS
 from fp4trt.number_formats import FORMATS, NVFP4
-from fp4trt.stored_forms import UNQUANTIZED, Account
 
 __all__ = ["declared_algorithms", "require_declared"]
 

@@ -25,7 +25,7 @@ _LONGEST: Final = 120
 
 
 def what_it_is(path: Path) -> str | None:
-    """Return what a file is, and what to do, where its first bytes tell that it is no JSON, ONNX or safetensors."""
+    """Return what a file is, and what to do, where its first bytes tell that it is not JSON, ONNX or safetensors."""
     with path.open("rb") as file:
         begin = file.read(64)
     if not begin:
@@ -39,7 +39,7 @@ def what_it_is(path: Path) -> str | None:
 
 
 def what_it_lacks(path: Path) -> str:
-    """Return why a path is no file that could be read: nothing is there yet, or a folder, a device, a pipe is."""
+    """Return why a path is not a file that could be read: nothing is there yet, or a folder, a device, a pipe is."""
     try:
         path.lstat()
     except FileNotFoundError:

@@ -53,7 +53,7 @@ MOVED: Final = {
     "calibration.fp8_linear": "calibration.formats.linears",
     "calibration.fused_linears": "calibration.methods.modelopt.fused_linears",
     "calibration.gptq": "calibration.methods.quality.gptq",
-    "calibration.input_amax": "calibration.by_block.input_amax",
+    "calibration.input_amax": "calibration.by_block.calibration",
     "calibration.input_statistics": "calibration.by_block.input_statistics",
     "calibration.modelopt_algorithms": "calibration.methods.modelopt.algorithms",
     "calibration.modelopt_backend": "calibration.formats.modelopt_backend",
@@ -145,7 +145,7 @@ MOVED: Final = {
     "onnx_functions.torch_reference": "onnx_functions.validation.torch_reference",
     "onnx_functions.verdict": "onnx_functions.validation.verdict",
     "onnx_functions.weight_gates": "onnx_functions.validation.weight_gates",
-    "onnx_functions.wires": "onnx_functions.graph.wires",
+    "onnx_functions.wires": "onnx_functions.graph.bodies",
     "trt_build.errors": "fp4trt.errors",
 }
 """Former name of a module to its name."""

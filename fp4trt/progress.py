@@ -1,12 +1,12 @@
 """Progress and notes of long work: the library reports them, whoever called decides what becomes of them.
 
 A verb's ``progress`` argument is called with each step; the command line draws bars on stderr. Notes are one-line
-messages (a run that resumes, a warning): the command line prints them, elsewhere they go to the logger ``fp4trt``.
+messages, such as that a run resumes, or a warning: they are printed on stderr unless :func:`reporting` sends them
+elsewhere.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import click
 
-__all__ = ["Progress", "Step", "note", "on_terminal", "reporting", "tracking"]
+__all__ = ["PATIENCE_S", "Progress", "Step", "note", "on_terminal", "reporting", "tracking"]
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Step:
 Progress = Callable[[Step], object]
 """Called with each step of long work, on any thread."""
 
-_PATIENCE_S: Final = 2.0
-"""Work that takes no longer leaves no trace on the terminal."""
+PATIENCE_S: Final = 2.0
+"""Seconds that work which is often quick takes before it is reported."""
 
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
-_note: ContextVar[Callable[[str], object] | None] = ContextVar("note", default=None)
+_note: ContextVar[Callable[[str], object]] = ContextVar("note", default=lambda text: click.echo(text, err=True))
 
 
 @contextmanager
 def reporting(progress: Progress | None = None, note: Callable[[str], object] | None = None) -> Iterator[None]:
     """Send progress and notes of what is called within to these functions; None leaves them where they go."""
-    tokens = []
+    tokens: list[tuple[ContextVar[Any], Any]] = []
     if progress is not None:
         tokens.append((_progress, _progress.set(progress)))
     if note is not None:
-        tokens.append((_note, _note.set(note)))  # type: ignore[arg-type]
+        tokens.append((_note, _note.set(note)))
     try:
         yield
     finally:
@@ -65,47 +65,44 @@ def reporting(progress: Progress | None = None, note: Callable[[str], object] | 
 
 def note(text: str) -> None:
     """Report one line."""
-    tell = _note.get()
-    if tell is None:
-        logging.getLogger("fp4trt").warning(text)
-    else:
-        tell(text)
+    _note.get()(text)
 
 
 @contextmanager
-def tracking(length: int, label: str) -> Iterator[Callable[..., None]]:
+def tracking(length: int, label: str, patience: float = 0.0) -> Iterator[Callable[..., None]]:
     """Give a function to call after each step, with how many units are done since the last one and a detail.
 
     Args:
         length: units in all.
         label: what is being done.
+        patience: seconds in which nothing is reported.
     """
-    tell, done, lock = _progress.get(), 0, threading.Lock()
+    tell, done, lock, begun = _progress.get(), 0, threading.Lock(), time.monotonic()
 
     def advance(count: int = 1, detail: str = "") -> None:
         nonlocal done
         with lock:  # several threads may share the work
             done += count
-            if tell is not None:
+            if tell is not None and time.monotonic() - begun >= patience:
                 tell(Step(label, done, length, detail))
 
-    if tell is not None:
+    if tell is not None and not patience:
         tell(Step(label, 0, length))
     yield advance
 
 
 @contextmanager
 def on_terminal() -> Iterator[None]:
-    """Draw bars with an ETA on stderr, and print notes there, for what is called within."""
-    with _Bars() as bars, reporting(bars.show, lambda text: click.echo(text, err=True)):
+    """Draw bars with an ETA on stderr for what is called within."""
+    with _Bars() as bars, reporting(bars.show):
         yield
 
 
 class _Bars:
-    """The bars of a command, one after another; each appears once its work has taken a while."""
+    """The bars of a command, one after another."""
 
     def __init__(self) -> None:
-        self._label, self._begun = "", 0.0
+        self._label = ""
         self._bar: Any = None
         self._stack = ExitStack()
 
@@ -119,8 +116,7 @@ class _Bars:
         """Draw a step."""
         if step.label != self._label or not step.done:
             self._stack.close()
-            self._label, self._begun, self._bar = step.label, time.monotonic(), None
-        if self._bar is None and step.done and time.monotonic() - self._begun > _PATIENCE_S:
+            self._label = step.label
             self._bar = self._stack.enter_context(
                 click.progressbar(
                     length=step.total,
@@ -130,5 +126,4 @@ class _Bars:
                     item_show_func=lambda detail: detail or None,
                 )
             )
-        if self._bar is not None:
-            self._bar.update(step.done - self._bar.pos, step.detail)
+        self._bar.update(step.done - self._bar.pos, step.detail)

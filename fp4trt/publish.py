@@ -1,4 +1,4 @@
-"""Give a finished folder its name, replace only what fp4trt wrote, and go on where a killed run stopped."""
+"""Give a finished folder its name, replace only what fp4trt wrote, and resume where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def replacing(directory: Path, force: bool, identity: str = "", ours: Collection
         directory: the result.
         force: replace one that is there.
         identity: what tells this result from any other, in one line. Whatever an earlier run of the same identity
-            left is given again, so that it can go on; and where this one fails, what it has finished (see
+            left is given again, so that it can resume; and where this one fails, what it has finished (see
             :func:`note_progress`) stays for the next. Empty: every run begins anew.
 
     Raises:
@@ -149,7 +149,7 @@ def refuse_foreign(directory: Path, force: bool, ours: Collection[str] = ()) -> 
     Args:
         directory: the result.
         force: replace one that is there.
-        ours: files that it consists of, where it is no checkpoint.
+        ours: files that it consists of, where it is not a checkpoint.
 
     Raises:
         OutputExists: naming the folder, or what is in it.

@@ -262,13 +262,13 @@ def metadata_in_file(path: Path) -> dict[str, str]:
     """Return the ``__metadata__`` of a file that :func:`read_header` reads, empty without one.
 
     Raises:
-        BadCheckpoint: it is no object of strings.
+        BadCheckpoint: it is not an object of strings.
     """
     with path.open("rb") as file:
         metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadCheckpoint(
-            f"{path} has a damaged safetensors header (__metadata__ is no object of strings); copy it again"
+            f"{path} has a damaged safetensors header (__metadata__ is not an object of strings); copy it again"
         )
     return metadata
 
@@ -348,7 +348,7 @@ def is_reserved(path: Path, plan: Sequence[TensorPlan], metadata: Mapping[str, s
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an error of the operating system the file that it happened to, which a full disk's lacks."""
+    """Attach a path to an OSError that has no filename, as that of a full disk."""
     try:
         yield
     except OSError as error:

@@ -62,7 +62,7 @@ def tensors_in_folder(folder: Path) -> dict[str, HeldTensor]:
         try:
             shards = strings_by_name(read_object(index).get("weight_map"), "weight_map")
         except TypeError as error:
-            raise UnknownArtifact(f"{index} is no index of safetensors files ({error}); copy it again") from None
+            raise UnknownArtifact(f"{index} is not an index of safetensors files ({error}); copy it again") from None
         if not shards:
             raise UnknownArtifact(f"{index} speaks of no tensor; copy it again")
         tensors = _tensors_in_shards(index, shards)
@@ -106,7 +106,7 @@ def tensors_in_file(path: Path) -> dict[str, HeldTensor]:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else _LONGEST_HEADER
         if length >= _LONGEST_HEADER or 8 + length > size:
-            kind = what_it_is(path) or f"is no safetensors file ({size} bytes); copy it again"
+            kind = what_it_is(path) or f"is not a safetensors file ({size} bytes); copy it again"
             raise UnknownArtifact(f"{path} {kind}")
         try:
             entries = object_of(json.loads(file.read(length)), "it")
@@ -122,7 +122,7 @@ def metadata_in_file(path: Path) -> dict[str, str]:
     """Return the `__metadata__` of a file that :func:`tensors_in_file` reads, empty without one.
 
     Raises:
-        UnknownArtifact: it is no object of strings.
+        UnknownArtifact: it is not an object of strings.
     """
     with path.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))

@@ -20,14 +20,14 @@ __all__ = ["work_folder", "write_mark"]
 def work_folder(
     folder: Path, mark: str, resume: Callable[[], bool], begin: Callable[[], None], keeps: Callable[[], str]
 ) -> Iterator[None]:
-    """Work in a folder, which is gone afterwards: whatever is made of it is to be safe by then.
+    """Give a scratch folder that is deleted on success; move what you want to keep out of it first.
 
     It stays where the process was killed, and, with something worth it, where it was interrupted or the system failed.
 
     Args:
         folder: is made, with its parents; one that an earlier run left is taken over.
         mark: name of the file that tells a folder of ours from one of the user's; :func:`write_mark` writes it.
-        resume: whether what is there is of the same run, which can go on.
+        resume: whether what is there is of the same run, which can resume.
         begin: writes the mark into a new folder.
         keeps: what would be lost with the folder, in a few words; empty where that is nothing.
 

@@ -32,7 +32,9 @@ __all__ = ["inspect", "lint", "validate"]
     help="Folder for report.json and report.html. Default: validation/ beside the graph.",
 )
 @click.option("--blocks", metavar="N|PATHS", help="Check N blocks of each stack, or those with these paths.")
-@click.option("--tokens", metavar="IMAGE,TEXT", help="Run once at this size in place of twice at small ones.")
+@click.option(
+    "--tokens", metavar="IMAGE,TEXT", help="Run once with these token counts instead of twice with small default ones."
+)
 @click.option("--force", is_flag=True, help="Replace files of these names that are no reports of fp4trt.")
 def validate(
     model: Path,

@@ -42,7 +42,7 @@ Example:
     "shapes",
     multiple=True,
     metavar="NAME=MIN:OPT:MAX",
-    help="Range of a symbolic dimension or, as 1x64:4x64:8x64, of an input; for graphs of other origin.",
+    help="Range of a symbolic dimension or, as 1x64:4x64:8x64, of an input; for third-party graphs.",
 )
 @click.option(
     "-o",

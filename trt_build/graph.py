@@ -17,6 +17,7 @@ from fp4trt.file_kind import what_it_lacks
 from fp4trt.number_formats import FORMATS, FP8, NVFP4
 from fp4trt.pipeline_folder import graph_in
 from onnx_functions.graph.attentions import Attention, find_attentions, promised_attentions
+from onnx_functions.graph.bodies import bodies_of
 from onnx_functions.graph.branches import BRANCH_ADD, is_factor
 from onnx_functions.graph.checkpoint_beside import checkpoint_beside
 from onnx_functions.graph.external_data import Span, load_graph, span_of
@@ -29,7 +30,6 @@ from onnx_functions.graph.linears import (
     metadata_of,
     promised_linears,
 )
-from onnx_functions.graph.wires import bodies_of
 from onnx_functions.linting import require_form
 from trt_build.profiles import InputShape
 
@@ -124,7 +124,7 @@ class Graph:
 
     @cached_property
     def declared_linears(self) -> dict[str, list[str]]:
-        """The metadata's linears by format; empty for a graph of other origin.
+        """The metadata's linears by format; empty for a third-party graph.
 
         Raises BadModelError where they cannot be read.
         """
@@ -135,7 +135,7 @@ class Graph:
 
     @property
     def symbols(self) -> dict[str, dict[str, Any]]:
-        """The metadata's symbolic dimensions; empty for a graph of other origin.
+        """The metadata's symbolic dimensions; empty for a third-party graph.
 
         Raises BadModelError where they cannot be read.
         """

@@ -12,7 +12,7 @@ from fp4trt.families.dim import OPTIONS, TOKENS
 __all__ = ["LEAST_TOKENS", "raised", "require_tokens"]
 
 LEAST_TOKENS: Final = 32
-"""Of picture and text together, measured with TensorRT-RTX 1.7.1: with a profile that begins at 31 the two products of
+"""Image and text tokens, measured with TensorRT-RTX 1.7.1: with a profile that begins at 31 the two products of
 an attention become two GEMMs of nine kernels, with 32 one kernel."""
 
 Extents = dict[str, tuple[int, int, int]]
@@ -49,7 +49,7 @@ def require_tokens(minima: Mapping[str, Sequence[int]], dimensions: Mapping[str,
     Args:
         minima: the least shape of each input.
         dimensions: of each input.
-        symbols: as the metadata declare them; a graph of other origin has none, and is not refused here.
+        symbols: as the metadata declare them; a third-party graph has none, and is not refused here.
 
     Raises:
         BadProfileError: saying what to give.

@@ -117,7 +117,7 @@ def check_output(engine: Path, graph: Graph, *, force: bool) -> None:
     beside = manifest_path(engine)
     found = read_manifest(engine)
     if found is None and beside.exists():
-        raise OutputExistsError(f"{beside} exists and is no engine's manifest; name another engine file")
+        raise OutputExistsError(f"{beside} exists and is not an engine's manifest; name another engine file")
     if engine.exists() and not force and not (found and _describes(found, engine)):
         raise OutputExistsError(f"{engine} exists and was not built by fp4trt, or has changed; replace it with --force")
 

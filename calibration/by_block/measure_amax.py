@@ -1,4 +1,4 @@
-"""Measure what enters a plain checkpoint's linears and attentions, block by block, going on after a kill."""
+"""Measure what enters a plain checkpoint's linears and attentions, block by block, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measured_by_block(
         folder: a plain checkpoint.
         calls: captured inputs.
         work: folder for what is finished, as :func:`calibration.by_block.progress.finished_blocks` has it: until the
-            end of the ``with`` statement the same call gives the same maxima again, and need not measure.
+            end of the ``with`` statement the same call gives the same amax values again, and need not measure.
         device: where to compute, ``cpu`` or ``cuda``.
 
     Raises:
@@ -134,7 +134,7 @@ def _measure(
     add: Callable[[Outputs], None],
     tell: Callable[[int], object],
 ) -> input_quantizers.Amax:
-    """Run one block on every call, keeping its outputs, and return its maxima by full path."""
+    """Run one block on every call, keeping its outputs, and return its amax values by full path."""
 
     def run() -> None:
         for index, call in enumerate(calls):
@@ -149,7 +149,7 @@ def _measure(
 
 
 def identity_of(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], device: str) -> dict[str, Any]:
-    """Return what must be the same for a run to go on; the weights are known by size and time of change."""
+    """Return what must be the same for a run to resume; the weights are known by size and time of change."""
     digest = hashlib.sha256()
     for call in calls:
         for name, value in call.items():

@@ -1,4 +1,4 @@
-"""What a run over the blocks of a model has finished, kept on disk, so that a killed one goes on where it was.
+"""What a run over the blocks of a model has finished, kept on disk, so that a killed run resumes.
 
 A folder with two files: ``blocks.json``, which says what was run, what each finished block gave and of which shapes the
 last one's outputs are; and those outputs, for every call, as plain bytes one after another. A block counts as finished

@@ -48,7 +48,7 @@ class BlockTask:
         linears: full module path to format (``nvfp4``, ...) of those that are quantized, in graph order.
         groups: those of them that read the same input and share their scales.
         run: runs the block on the inputs that it has in the plain model, for all captured calls; as often as wanted.
-            Given some of its modules, it need not go on in a call where these have been reached.
+            Given some of its modules, it need not continue in a call where these have been reached.
     """
 
     path: str
@@ -68,8 +68,8 @@ class BlockResult:
 
     Attributes:
         tensors: name in the quantized checkpoint to value, in the type that it is stored in: whatever differs from what
-            the plain checkpoint has. A method that changes weights gives all of the linears' that it has quantized; one
-            that only measures gives none, and they are rounded to nearest.
+            the plain checkpoint has. A method that changes weights gives those of all quantized linears; one that only
+            measures gives none, and leaves them to be rounded to nearest.
         figures: what the method measured, as JSON, for the manifest.
         amax: of each quantizer of the linears that it has quantized, such as ``X.input_quantizer``.
     """
@@ -83,11 +83,11 @@ Method = Callable[[BlockTask], BlockResult]
 
 
 class Sink(Protocol):
-    """Reads the plain checkpoint, and takes what becomes of it."""
+    """Reads the plain checkpoint, and writes what becomes of it."""
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Where what was put lies, for a sink that keeps it for others."""
+        """Where the tensors that were put lie, for a sink that keeps them for others."""
         ...
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -95,10 +95,10 @@ class Sink(Protocol):
         ...
 
     def put(self, block: str, tensors: Mapping[str, torch.Tensor], amax: Mapping[str, float]) -> None:
-        """Bring to disk what a block became, or last what lies :data:`OUTSIDE`; nothing but that block was read since.
+        """Bring a block to disk, and after all of them, as :data:`OUTSIDE`, the rest of the model.
 
         Args:
-            block: its path.
+            block: its path; its tensors have just been read.
             tensors: as :attr:`BlockResult.tensors`, and the scales of attentions in FP8.
             amax: of each quantizer.
         """
@@ -106,7 +106,7 @@ class Sink(Protocol):
 
 
 OpenSink = Callable[[BlockCheckpoint], AbstractContextManager[Sink]]
-"""Opens a sink for the blocks that are not finished; may have the checkpoint forget those that are."""
+"""Opens a sink for the unfinished blocks; has the checkpoint forget the finished ones where their tensors are lost."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def prepared_by_block(
         work: folder for what is finished, as :func:`calibration.by_block.progress.finished_blocks` has it.
         device: where to compute, ``cpu`` or ``cuda``.
         fp8_attentions: module paths of the attentions that get scales, from what the plain model gives them.
-        into: where the blocks go; None for files in ``work``.
+        into: opens the sink that the blocks go to; None for a file for each in ``work``.
 
     Raises:
         BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.

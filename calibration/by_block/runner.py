@@ -87,6 +87,7 @@ class BlockRunner:
         self._wanted, self._leave = 0, True
         self._before: Outputs = ()
         self._of_earlier_stacks: dict[str, Any] = {}
+        self._shapes: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def loaded(self, block: str) -> Iterator[nn.Module]:
@@ -157,12 +158,15 @@ class BlockRunner:
 
     def _nan_like_what_it_gives(self, stack: str, args: Any, kwargs: Any) -> Any:
         """Return what a block of a stack would give, with NaN in place of numbers."""
-        given = self._empty[stack](*_each_tensor(args, _on_meta), **_each_tensor(kwargs, _on_meta))
+        shapes = _each_tensor((args, kwargs), lambda value: (value.shape, value.dtype))
+        key = f"{stack} {shapes}"
+        if key not in self._shapes:  # asking takes longer than a small block runs
+            self._shapes[key] = self._empty[stack](*_each_tensor(args, _on_meta), **_each_tensor(kwargs, _on_meta))
 
         def nan(value: torch.Tensor) -> torch.Tensor:
             return torch.full((), math.nan, dtype=value.dtype, device=self._device).expand(value.shape)
 
-        return _each_tensor(given, nan)
+        return _each_tensor(self._shapes[key], nan)
 
 
 def _stack_of(block: str) -> str:
@@ -173,7 +177,7 @@ def _on_meta(value: torch.Tensor) -> torch.Tensor:
     return value.to("meta")
 
 
-def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _each_tensor(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """Return a nest of tuples, lists and dicts with every tensor in it changed."""
     if isinstance(value, torch.Tensor):
         return change(value)

@@ -42,7 +42,7 @@ class FileReader:
         """Read the next tensor; return its name and its largest magnitude in BF16, or None at the end.
 
         Raises:
-            BadCheckpoint: it holds what BF16 cannot, or is no floating-point number.
+            BadCheckpoint: it holds what BF16 cannot, or is not a floating-point number.
         """
         name, stored = next(self._tensors, ("", None))
         if stored is None:
@@ -75,11 +75,11 @@ class TensorReader:
 
     Args:
         stored: name to tensor of a plain checkpoint.
-        amax: gets the largest magnitude in BF16 of each tensor that is read, by name.
-        sha256: gets the hash of its bytes.
-        passed_on: names of those that are not held: nothing is asked for but their values now.
-        changed: beginnings of the names of those whose values may be changed by whoever asked for them.
-        forgets: let the system drop from its cache what was read.
+        amax: filled with the largest magnitude in BF16 of each tensor that is read, by name.
+        sha256: filled with the hash of the tensor's bytes, by name.
+        passed_on: names of tensors that only the caller needs: they are not held.
+        changed: prefixes of names; of these tensors the caller gets copies, which it may change.
+        forgets: let the system drop what was read from its cache.
 
     Raises:
         BadCheckpoint: two tensors overlap.
@@ -104,7 +104,7 @@ class TensorReader:
         """Read a tensor.
 
         Raises:
-            BadCheckpoint: it holds what BF16 cannot, or is no floating-point number.
+            BadCheckpoint: it holds what BF16 cannot, or is not a floating-point number.
         """
         stored = self._stored[name]
         refuse_other_types(f"{stored.file}: {name}", stored)
@@ -123,9 +123,9 @@ class TensorReader:
         self._held[name] = value
         return value.clone() if name.startswith(self._changed) else value
 
-    def take(self, beginning: str = "") -> dict[str, torch.Tensor]:
-        """Give away the tensors that are held and whose names begin so."""
-        return {name: self._held.pop(name) for name in list(self._held) if name.startswith(beginning)}
+    def take(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Return the held tensors whose names begin so, and hold them no longer."""
+        return {name: self._held.pop(name) for name in list(self._held) if name.startswith(prefix)}
 
 
 def hash_of_tensors(file: Path, sha256: Mapping[str, str]) -> str:

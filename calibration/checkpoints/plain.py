@@ -88,7 +88,7 @@ def _download(repository: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadCheckpoint(
-            f"{repository} is no folder here and could not be downloaded ({reason}); give the path of a local copy"
+            f"{repository} is not a folder here and could not be downloaded ({reason}); give the path of a local copy"
         ) from None
     if not found.is_dir():
         raise BadCheckpoint(f"{repository} has no transformer/; expected a pipeline around a diffusion transformer")
@@ -243,7 +243,7 @@ def finite_tensor(folder: Path, name: str, stored: StoredTensor) -> torch.Tensor
     """Read a tensor of a plain checkpoint.
 
     Raises:
-        BadCheckpoint: it is no floating-point number of 16 or 32 bit, or holds a value that BF16 cannot.
+        BadCheckpoint: it is not a floating-point number of 16 or 32 bit, or holds a value that BF16 cannot.
     """
     refuse_other_types(f"{folder}: {name}", stored)
     value = stored.tensor()

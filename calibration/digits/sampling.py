@@ -11,7 +11,7 @@ import torch
 from calibration.digits import latents as packing
 from calibration.digits.prompts import WORDS, embed_prompts, words_of
 from fp4trt.families import Transformer
-from fp4trt.progress import tracking
+from fp4trt.progress import PATIENCE_S, tracking
 
 __all__ = [
     "GUIDANCE",
@@ -120,7 +120,7 @@ def sample(
     start = noise(len(labels), seed)
     chunks = range(0, len(labels), batch_size)
     results = []
-    with tracking(len(chunks) * steps, "Sampling") as advance:
+    with tracking(len(chunks) * steps, "Sampling", PATIENCE_S) as advance:
         for first in chunks:
             part = slice(first, first + batch_size)
             latents = start[part]
@@ -148,7 +148,7 @@ def capture(
         calibrates badly.
     """
     recorded = []
-    with tracking(len(seeds) * steps, "Capturing") as advance:
+    with tracking(len(seeds) * steps, "Capturing", PATIENCE_S) as advance:
         for seed in seeds:
             start = noise(len(labels), seed)
             for step in denoise(transformer, labels, start, steps=steps, guidance=guidance, dtype=dtype):

@@ -22,12 +22,12 @@ _OPERANDS: Final = ("query", "key", "value")
 
 
 def operands_of(attentions: Iterable[str]) -> tuple[str, ...]:
-    """Return ``A.q``, ``A.k`` and ``A.v`` of each attention A, as maxima name what its two products read."""
+    """Return ``A.q``, ``A.k`` and ``A.v`` of each attention A, as amax values name what its two products read."""
     return tuple(f"{path}.{operand}" for path in attentions for operand in ("q", "k", "v"))
 
 
 def checked_attentions(amax: Mapping[str, Any], attentions: Sequence[str]) -> Amax:
-    """Return the maxima of these attentions' operands in their order.
+    """Return the amax values of these attentions' operands in their order.
 
     Raises:
         BadAmax: one is missing, or gives no scale, naming the operand.
@@ -36,8 +36,8 @@ def checked_attentions(amax: Mapping[str, Any], attentions: Sequence[str]) -> Am
     for operand in operands:
         if operand not in amax:
             raise BadAmax(
-                f"no amax for {operand}, which attention in FP8 needs and maxima of before have not; run fp4trt "
-                "calibrate again, or take a recipe with attention: bf16"
+                f"no amax for {operand}, which FP8 attention needs: the calibration file is older than FP8 attention; "
+                "run fp4trt calibrate again, or take a recipe with attention: bf16"
             )
     return checked(amax, operands)
 
@@ -58,7 +58,7 @@ class OperandAmax(TorchFunctionMode):
 
     @property
     def amax(self) -> Amax:
-        """The maxima so far, ``A.q``, ``A.k`` and ``A.v`` of each attention A that ran; q and k with positions."""
+        """The amax values so far, ``A.q``, ``A.k`` and ``A.v`` of each attention A that ran; q and k with positions."""
         return {operand: float(value) for operand, value in self._found.items()}
 
     def __torch_function__(

@@ -30,7 +30,7 @@ SCALES: Final = ATTENTION_SCALES
 """What an attention in FP8 has beside its linears: FP32 scalars, amax / 448 of query, key and value."""
 
 PROBABILITY_SCALE: Final = 1 / fp8.E4M3_MAX
-"""Of what softmax gives, which is in [0, 1]."""
+"""Scale of the softmax's output, which lies in [0, 1]."""
 
 
 def attention_scales(amax: Mapping[str, float], attentions: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The maxima of post-training quantization: ModelOpt measures those of the inputs, on exactly the linears named."""
+"""Amax for post-training quantization: ModelOpt measures that of the inputs, on exactly the linears named."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def measure_input_amax(module: nn.Module, paths: Sequence[str], run: Callable[[]
 
 
 def checked(amax: Mapping[str, Any], paths: Sequence[str]) -> Amax:
-    """Return the maxima of these linears in their order.
+    """Return the amax values of these linears in their order.
 
     Raises:
         BadAmax: one is missing, or gives no normal global scale in FP32 (zero, negative, NaN, infinite, no number, too
@@ -75,7 +75,7 @@ def checked(amax: Mapping[str, Any], paths: Sequence[str]) -> Amax:
 
 
 def checked_weights(amax: Mapping[str, float]) -> Amax:
-    """Return the maxima of these linears' weights.
+    """Return the amax values of these linears' weights.
 
     Raises:
         BadAmax: a weight is all zeros, or so small or large that no FP32 global scale fits it, naming the linear.

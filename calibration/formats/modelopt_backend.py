@@ -66,11 +66,11 @@ STATIC_NVFP4: Final[dict[str, Any]] = {
     "num_bits": (2, 1),
     "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "static", "scale_bits": (4, 3)},
 }
-"""Of one that keeps each block's magnitude, for algorithms to choose. With a backend the sweep of scales and the local
+"""A quantizer that keeps each block's amax, for algorithms to choose. With a backend the sweep of scales and the local
 Hessian would pass it over without a word."""
 
 FOUR_OVER_SIX: Final = {**STATIC_NVFP4, "block_sizes": {**STATIC_NVFP4["block_sizes"], "four_over_six": True}}
-"""Of one whose largest block scale is 256, so that any block's can be half as large again."""
+"""A static quantizer whose largest block scale is 256, so that any block's can be half as large again."""
 
 logging.getLogger("modelopt").setLevel(logging.ERROR)
 

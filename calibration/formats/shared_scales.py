@@ -16,10 +16,10 @@ from fp4trt.safetensors_file import StoredTensor
 __all__ = ["SharingCost", "measure_errors", "shared", "sharing_cost"]
 
 _ROWS: Final = 8
-"""Of every weight: together they tell the error to a few in a thousand."""
+"""Rows of each weight that are measured: together they give the error to a few in a thousand."""
 
 Errors = Sequence[float]
-"""Of some rows of a weight: sum of the squares, squared error under its own amax, and under its group's."""
+"""Sum of the squares of some rows of a weight, squared error under its own amax, and under its group's."""
 
 
 @dataclass(frozen=True)

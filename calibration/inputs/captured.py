@@ -193,7 +193,7 @@ class _Expected:
         import torch
 
         wanted, given = self.dtypes[name], value.dtype
-        # Ids count; whoever captured them as integers lost nothing. A latent in whole numbers is no latent.
+        # Ids count; whoever captured them as integers lost nothing. A latent in whole numbers is not a latent.
         countable = wanted == torch.float32 and not given.is_complex and given != torch.bool
         if not (given.is_floating_point or countable):
             raise BadInputs(

@@ -55,7 +55,7 @@ class Conditions:
                 not to one of the sizes of about a megapixel that it was trained on.
 
         Raises:
-            BadInputs: a file is no picture, or has no mask where one is needed.
+            BadInputs: a file is not a picture, or has no mask where one is needed.
         """
         if not self.pictures:
             return {}

@@ -126,7 +126,7 @@ def digit_labels(words: list[str]) -> list[int]:
 
     unknown = sorted(set(words) - set(WORDS))
     if unknown:
-        raise BadInputs(f"'{unknown[0]}' is no prompt of the built-in model; it knows: {', '.join(WORDS)}")
+        raise BadInputs(f"'{unknown[0]}' is not a prompt of the built-in model; it knows: {', '.join(WORDS)}")
     return [WORDS.index(word) for word in words]
 
 

@@ -59,7 +59,7 @@ def search(
 
     SOURCE is a diffusers checkpoint in BF16, or "digits" for the built-in model. What counts is the error of the
     model's output; linears that TensorRT runs as one GEMM are taken together. The model is in memory; a command that
-    was killed goes on after the last block that it had measured.
+    was killed resumes after the last block that it had measured.
 
     \b
     Example:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import yaml
 
-from calibration.by_block.input_amax import captured_from
+from calibration.by_block.calibration import captured_from
 from calibration.by_block.measure_amax import identity_of, require_device
 from calibration.by_block.quantize_blocks import prepared_by_block
 from calibration.checkpoints.plain import find_source
@@ -130,7 +130,7 @@ def search(
 
     The model is quantized by the recipe's method twice, to NVFP4 and to FP8; then each group's linears are put into the
     plain model alone, and the error of the model's output is what the group costs. The model is in memory for that. A
-    run that is killed goes on after the block that it had measured last.
+    run that is killed resumes after the block that it had measured last.
 
     Args:
         source: BF16 checkpoint (see :func:`calibration.checkpoints.plain.find_source`).
@@ -222,7 +222,7 @@ def _sensitivity_of(file: Path, plain: Plain) -> Sensitivity:
         BadInputs: it is of another model or another method.
     """
     if not file.is_file():
-        raise BadInputs(f"{file} is no file; expected the search.json of an earlier fp4trt search")
+        raise BadInputs(f"{file} is not a file; expected the search.json of an earlier fp4trt search")
     try:
         earlier = load_json(file)
     except BadCheckpoint:

@@ -16,7 +16,7 @@ __all__ = ["added_tensors", "changes_plain_linears", "needs_activations", "of_bl
 
 
 def needs_activations(options: Options) -> bool:
-    """Whether a method runs the model on captured inputs, or does with the maxima of the linears' inputs."""
+    """Whether a method runs the model on captured inputs, or does with the amax values of the linears' inputs."""
     return not isinstance(options, PTQ)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from calibration.by_block.input_amax import Calibration
+from calibration.by_block.calibration import Calibration
 from calibration.by_block.quantize_blocks import Prepared
 from calibration.checkpoints.one_pass import Done
 from calibration.checkpoints.plain import empty_source, load_source, source_hashes

@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from calibration.by_block.input_amax import Calibration
+from calibration.by_block.calibration import Calibration
 from calibration.by_block.measure_amax import OUTSIDE
 from calibration.by_block.progress import BlockCheckpoint
 from calibration.by_block.quantize_blocks import Prepared
@@ -38,7 +38,7 @@ __all__ = ["ResultByBlock"]
 
 
 class ResultByBlock:
-    """A result that is written block by block, while the model runs: once :meth:`opened`, where the blocks go.
+    """A quantized checkpoint that is written while the model runs; :meth:`opened` gives the sink for its blocks.
 
     Args:
         plain: what is quantized.
@@ -64,7 +64,7 @@ class ResultByBlock:
         """Take blocks until the end of the ``with`` statement, where the result gets its name.
 
         Args:
-            finished: blocks; they are forgotten where what became of them is not there.
+            finished: the finished blocks, which are forgotten where their tensors are lost.
         """
         parts = [finished.run, self._calibrated.described, self._plain.recipe.resolved(), versions(), "by block"]
         identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -76,11 +76,11 @@ class ResultByBlock:
             except (OSError, MemoryError, KeyboardInterrupt):
                 raise
             except BaseException:
-                publish.forget_progress(self._partial)  # of no use without the finished blocks, which go too
+                publish.forget_progress(self._partial)  # useless without the finished blocks, which are removed too
                 raise
 
     def _resume(self, finished: BlockCheckpoint) -> None:
-        """Take over the tensors of finished blocks; those of an unfinished one may be of two runs of the model."""
+        """Keep the tensors of finished blocks; an unfinished block is written anew, so that all of it is of one run."""
         blocks = tuple(f"{block}." for block in finished.results)
         done = Done(**publish.progress_of(self._partial))
         written = [name for name in done.written if name.startswith(blocks)]
@@ -106,7 +106,7 @@ class ResultByBlock:
         return self._reader.tensor(name)
 
     def put(self, block: str, tensors: Mapping[str, torch.Tensor], amax: Mapping[str, float]) -> None:
-        """Bring a block's tensors to disk: those given, those packed from what was read, and those that stay."""
+        """Bring a block to disk: the method's tensors, weights that are packed here, and what stays as it is."""
         held = self._reader.take("" if block == OUTSIDE else f"{block}.")
         stored = {name: hold(name, value) for name, value in held.items() if name not in tensors}
         prepared = {name: hold(name, value) for name, value in tensors.items()}

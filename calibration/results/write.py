@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from calibration.by_block.input_amax import Calibration
+from calibration.by_block.calibration import Calibration
 from calibration.by_block.quantize_blocks import Prepared
 from calibration.checkpoints import layout
 from calibration.checkpoints.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
@@ -50,7 +50,7 @@ class Given:
     """What is known before the weights are read.
 
     Attributes:
-        calibrated: the maxima of the linears' inputs, of those that are packed in the pass, and what they come from.
+        calibrated: amax of the inputs of those linears that are packed in the pass, and what it comes from.
         prepared: what a method has decided that looks at the model's activations.
         done: what is known of the weights from elsewhere; None where their files are to be read.
         kept: files that go into the result's folder ``training``, by name.

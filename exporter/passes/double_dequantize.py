@@ -34,7 +34,7 @@ class QuantizedWeight:
 def double_dequantize(
     model: ir.Model, leaders: Mapping[str, str], scale_dtype: ScaleDtype
 ) -> tuple[QuantizedWeight, ...]:
-    """Rewrite in place, a graph that we traced or one of other origin.
+    """Rewrite in place, a graph that we traced or a third-party one.
 
     1. ``TRT_FP4QDQ(X.weight)`` becomes DequantizeLinear(E4M3 block scales, global scale), then
        DequantizeLinear(FP4 codes, that): initializers ``X.weight``, ``X.weight_scale`` and a ``X.weight_scale_2``. A
@@ -207,7 +207,7 @@ def _stored_weight(node: ir.Node) -> ir.Value:
     name, weight = name_of(node), node.inputs[0] if node.inputs else None
     if weight is None or weight.name is None or not weight.is_initializer() or weight.shape is None:
         raise BadGraph(
-            f"{name} quantizes {weight and weight.name}, which is no initializer{_computed(weight)}; "
+            f"{name} quantizes {weight and weight.name}, which is not an initializer{_computed(weight)}; "
             "expected a stored weight, through Identity, Transpose or Cast at most"
         )
     shape = [size if isinstance(size, int) else 0 for size in weight.shape]

@@ -59,7 +59,7 @@ def _lift_constant(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def constant_to_initializer(graph: ir.Graph, node: ir.Node, tensor: ir.TensorProtocol) -> None:
-    """Put an initializer of its name in the place of a Constant's output, which is no output of the graph."""
+    """Put an initializer of its name in the place of a Constant's output, which is not an output of the graph."""
     old = node.outputs[0]
     value = ir.Value(
         name=old.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor

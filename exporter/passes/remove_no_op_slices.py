@@ -11,7 +11,7 @@ _TO_THE_END = np.iinfo(np.int64).max
 
 
 def remove_no_op_slices(model: ir.Model) -> None:
-    """Rewrite in place: a Slice from 0 to the largest integer in steps of 1 is its input, where it is no output."""
+    """Rewrite in place: a Slice from 0 to the largest integer in steps of 1 is its input, where it is not an output."""
     for node in list(model.graph):
         if node.op_type == "Slice" and node.domain == "" and _takes_everything(node):
             source = node.inputs[0]

@@ -1,4 +1,4 @@
-"""Give the activation quantizers of a graph of other origin the form that TensorRT reads, and its products one type."""
+"""Give the activation quantizers of a third-party graph the form that TensorRT reads, and its products one type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repeat a block that was traced a few times as often as the model has it: export time then hardly knows its depth."""
+"""Replicate the traced block to the model's depth, so that export time barely depends on depth."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class _Stack:
             assert not outside, f"{self.path}: {outside[0]} reads {value.name}, of a block that is not the one before"
         changed = {a: b for a, b in self.following.items() if a not in given and a is not b}
         for a, b in changed.items():
-            assert b in given, f"{self.path}: {b.name}, in the place of {a.name}, is no block's own"
+            assert b in given, f"{self.path}: {b.name}, in the place of {a.name}, is not a block's own"
         return changed
 
     def _copy(self, index: int, taken: Mapping[ir.Value, ir.Value], before: ir.Node) -> dict[ir.Value, ir.Value]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Final
 
 from fp4trt.errors import BadCheckpoint, UnknownFamily
@@ -20,7 +21,8 @@ Symbol = Dim
 
 
 def _defined() -> tuple[Family, ...]:
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    modules = [importlib.import_module(f"fp4trt.families.{name}") for name in names]
     found = {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Family)}
     return tuple(sorted(found.values(), key=lambda family: (not family.special, family.name)))
 

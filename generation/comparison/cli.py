@@ -19,7 +19,7 @@ def _named(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
         name, sign, path = value.partition("=")
         if not (name and sign and path):
             raise click.BadParameter(
-                f"'{value}' is no NAME=CHECKPOINT; name each checkpoint, such as ptq={value or 'DIR'}"
+                f"'{value}' is not NAME=CHECKPOINT; name each checkpoint, such as ptq={value or 'DIR'}"
             )
         if name in found:
             raise click.BadParameter(f"the name '{name}' is given twice; give each checkpoint its own")
@@ -31,7 +31,7 @@ def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ..
     """Return the whole numbers of a comma-separated list."""
     parts = [part.strip() for part in value.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"'{value}' is no list of seeds; expected whole numbers with commas: 1000,1001")
+        raise click.BadParameter(f"'{value}' is not a list of seeds; expected whole numbers with commas: 1000,1001")
     return tuple(int(part) for part in parts)
 
 
@@ -65,8 +65,8 @@ def compare(
 ) -> Any:
     """Draw the same images with a BF16 model and with its quantized checkpoints, and say how far apart they are.
 
-    SOURCE is "digits" for the built-in model, or the folder of a diffusers pipeline. Differences are told to the first
-    checkpoint, paired image by image. A command that was killed goes on after its last finished pair of checkpoint and
+    SOURCE is "digits" for the built-in model, or a diffusers pipeline's folder. Differences are relative to the first
+    checkpoint, paired image by image. A command that was killed resumes after its last finished pair of checkpoint and
     seed.
 
     \b

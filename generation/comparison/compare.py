@@ -23,7 +23,7 @@ from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of
 from fp4trt.families.digits import DIGITS
 from fp4trt.json_file import load_json
-from fp4trt.progress import Progress, note, tracking
+from fp4trt.progress import PATIENCE_S, Progress, note, tracking
 from fp4trt.safetensors_file import sha256_of
 from fp4trt.verb import FLAT, PEOPLE, Result, verb
 from generation.comparison import metrics as known
@@ -243,7 +243,7 @@ def _draw(task: _Task, store: Store, kept: Callable[[], None]) -> None:
     pairs = sum(len(absent) for _, absent in missing.values())
     if done := len(task.seeds) * len(missing) - pairs:
         note(f"resuming: {done} of {done + pairs} pairs of checkpoint and seed are finished")
-    with tracking((len(seeds) + 2 * pairs) * len(batches), "Drawing") as advance:
+    with tracking((len(seeds) + 2 * pairs) * len(batches), "Drawing", PATIENCE_S) as advance:
         reference = load_source(task.folder, task.dtype) if seeds else None
         for seed in seeds:
             assert reference is not None

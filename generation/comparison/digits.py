@@ -10,7 +10,7 @@ from torch import nn
 from calibration.digits.latents import decode
 from calibration.digits.prompts import WORDS, words_of
 from calibration.digits.sampling import STEPS, denoise, noise
-from fp4trt.progress import tracking
+from fp4trt.progress import PATIENCE_S, tracking
 from generation.comparison import metrics
 from generation.comparison.digit_classifier import load_classifier
 from generation.comparison.drawing import Batch, Drawn, Sampler, Transformer, follow, reference_images
@@ -95,7 +95,7 @@ def compare(
     sampler = digits_sampler(balanced_labels(images_per_seed), steps, dtype, batch_size)
     drawn = {name: dict[int, Drawn]() for name in models}
     images: dict[int, torch.Tensor] = {}
-    with tracking(len(seeds) * sampler.batches * (1 + 2 * len(models)), "Drawing") as advance:
+    with tracking(len(seeds) * sampler.batches * (1 + 2 * len(models)), "Drawing", PATIENCE_S) as advance:
         for seed in seeds:
             batches = []
             for batch in sampler.draw(reference, seed):

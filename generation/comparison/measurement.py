@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fp4trt.progress import tracking
+from fp4trt.progress import PATIENCE_S, tracking
 from generation.comparison.metrics import Metric, Shown, velocity_at
 from generation.comparison.statistics import Estimate, Scores, difference, estimate
 
@@ -82,7 +82,7 @@ def measure(
     """
     found: dict[str, dict[str, Scores]] = {name: {} for name in checkpoints}
     alone: dict[str, Scores] = {}
-    with tracking(len(metrics) * (len(checkpoints) + 1), "Measuring") as advance:
+    with tracking(len(metrics) * (len(checkpoints) + 1), "Measuring", PATIENCE_S) as advance:
         for metric in metrics:
             for name, shown in checkpoints.items():
                 found[name][metric.key] = metric.scores(shown, reference)

@@ -35,7 +35,7 @@ def pipeline_sampler(folder: Path, family: Family, prompts: Sequence[str], image
             i takes ``i % len(pictures)``.
 
     Raises:
-        BadInputs: the parent folder is no pipeline.
+        BadInputs: the parent folder is not a pipeline.
     """
     root = pipeline_of(folder)
     config = load_json(folder / "config.json")

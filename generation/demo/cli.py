@@ -22,7 +22,7 @@ def demo(output: Path, gpu: str, images: int, recipe: str, rows: tuple[str, ...]
 
     Needs no network and no GPU. Leaves the quantized checkpoint, model.onnx, the validation report, the engine and a
     picture of the digits (digits.png) in the folder. Compares the recipes that do not train; one that does takes
-    minutes more. After a kill the same command goes on.
+    minutes more. After a kill the same command resumes.
 
     \b
     Example:

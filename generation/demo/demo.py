@@ -42,7 +42,7 @@ _INTERRUPTED: Final = 2
 _STAGES: Final = ("quantize", "export", "validate", "build")
 
 EVALUATION_SEED: Final = 1000
-"""Of the starting noise; calibration takes seeds 0 to 3."""
+"""Seed of the starting noise; calibration takes seeds 0 to 3."""
 
 
 def demo(
@@ -55,7 +55,7 @@ def demo(
 ) -> dict[str, Any]:
     """Walk the road and return what the command prints as JSON.
 
-    A run that was killed once the artifact was there goes on with the recipe that it was at.
+    A run that was killed once the artifact was there resumes with the recipe that it was at.
 
     Args:
         directory: becomes the quantized checkpoint, with ``model.onnx``, ``validation/``, the engine, ``digits.png``
@@ -75,7 +75,7 @@ def demo(
     identity = json.dumps({"gpu": gpu, "recipe": load_recipe(recipe).resolved()})
     with replacing(directory, force, identity) as partial:
         result = _walk(partial, partial / directory.name, gpu, images, recipes)
-        note_progress(partial, {})  # from here on there is nothing to go on from
+        note_progress(partial, {})  # from here on there is nothing to resume from
         for path in (partial / directory.name).iterdir():
             os.replace(path, partial / path.name)
         (partial / directory.name).rmdir()

@@ -52,7 +52,7 @@ class Attention:
     """Two products with a Softmax between them.
 
     Attributes:
-        path: module path, what ``PATH/scores/MatMul`` says; in a graph of other origin the second product's name.
+        path: module path, what ``PATH/scores/MatMul`` says; in a third-party graph the second product's name.
         scores: the product of query and key.
         softmax: what follows, but for scaling and Casts.
         output: the product with the value.

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FACTORS: Final = ("svdquant_lora_a", "svdquant_lora_b")
-"""Of a linear X.weight [N, K]: X.svdquant_lora_a [rank, K] and X.svdquant_lora_b [N, rank]."""
+"""Factors beside a linear's X.weight [N, K]: X.svdquant_lora_a [rank, K] and X.svdquant_lora_b [N, rank]."""
 
 BRANCH_ADD: Final = "/svdquant/Add"
 """How the node is called, after the linear, that adds the branch to the product."""
@@ -80,7 +80,7 @@ def find_branch(index: Index, path: str, product: NodeProto) -> Branch | None:
         product: its node.
 
     Raises:
-        BadGraph: what is added is no product of two stored factors.
+        BadGraph: what is added is not a product of two stored factors.
     """
     add = index.nodes.get(f"{path}{BRANCH_ADD}")
     if add is None or product.output[0] not in add.input:
@@ -90,10 +90,14 @@ def find_branch(index: Index, path: str, product: NodeProto) -> Branch | None:
     for _ in FACTORS:
         node = index.producer.get(tensor)
         if node is None or node.op_type != "MatMul":
-            raise BadGraph(f"node {add.name} adds {tensor}, which is no product of two stored factors; export it again")
+            raise BadGraph(
+                f"node {add.name} adds {tensor}, which is not a product of two stored factors; export it again"
+            )
         factor = index.through_moves(node.input[1])
         if factor not in index.constants:
-            raise BadGraph(f"node {node.name} multiplies by {factor}, which is no initializer; export the graph again")
+            raise BadGraph(
+                f"node {node.name} multiplies by {factor}, which is not an initializer; export the graph again"
+            )
         found.insert(0, (factor, node.name))
         tensor = node.input[0]
     (a, first), (b, second) = found

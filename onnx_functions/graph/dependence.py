@@ -13,7 +13,7 @@ from typing import Final
 import onnx
 from onnx import GraphProto, NodeProto
 
-from onnx_functions.graph.wires import bodies_of
+from onnx_functions.graph.bodies import bodies_of
 
 __all__ = ["Dependence", "dependences"]
 

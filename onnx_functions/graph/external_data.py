@@ -22,7 +22,7 @@ from onnx import TensorProto, external_data_helper
 from fp4trt.errors import BadGraph
 from fp4trt.file_kind import is_file, shortened, what_it_is, what_it_lacks
 from fp4trt.linked_files import real_file
-from onnx_functions.graph.wires import circle
+from onnx_functions.graph.bodies import circle
 
 __all__ = [
     "BITS",
@@ -52,7 +52,7 @@ BITS: Final[Mapping[int, int]] = {
     TensorProto.DataType.Value(name): bits
     for bits, names in _TYPES_BY_BITS.items()
     for name in names.split()
-    if name in TensorProto.DataType.keys()  # noqa: SIM118 - an older onnx knows fewer, and this is no dict
+    if name in TensorProto.DataType.keys()  # noqa: SIM118 - an older onnx knows fewer, and this is not a dict
 }
 """Bits of one element; FLOAT4E2M1 lies two a byte, the first in the low nibble."""
 
@@ -122,7 +122,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     except Exception as error:  # protobuf raises types of its own, by version
         kind = what_it_is(path) or f"is not an ONNX model ({str(error).splitlines()[0]}); export it again"
         raise BadGraph(f"{path} {kind}") from None
-    if any(isinstance(text, bytes) for text in _texts(model)):  # what protobuf gives for what is no UTF-8
+    if any(isinstance(text, bytes) for text in _texts(model)):  # what protobuf gives for what is not UTF-8
         raise BadGraph(f"{path} holds a name that is no UTF-8: the file is damaged; export it again")
     if not model.graph.node:
         raise BadGraph(f"{path} {what_it_is(path) or 'holds no nodes; expected an exported graph: export it again'}")
@@ -238,7 +238,7 @@ def embedded(path: Path) -> onnx.ModelProto:
     """Return an ONNX file with all external data of its initializers in memory, links followed as :func:`span_of` does.
 
     Raises:
-        BadGraph: the file is no ONNX model, or some data are not where they have to be.
+        BadGraph: the file is not an ONNX model, or some data are not where they have to be.
     """
     model = load_graph(path)
     for tensor in model.graph.initializer:

@@ -22,8 +22,8 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from fp4trt.number_formats import FORMATS
+from onnx_functions.graph.bodies import outer_reads
 from onnx_functions.graph.element_types import attributes_of, integer
-from onnx_functions.graph.wires import outer_reads
 from onnx_functions.library import FP8_QUANTIZER, WEIGHT_PLACEHOLDER
 
 __all__ = [

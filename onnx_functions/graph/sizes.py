@@ -21,11 +21,11 @@ from onnx import NodeProto, TensorProto, TypeProto, defs, helper, numpy_helper, 
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
+from onnx_functions.graph.bodies import bodies_of
 from onnx_functions.graph.element_types import attributes_of, opset_of
 from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.fit import PAIRED, Pair, pairs_of
 from onnx_functions.graph.index import name_of
-from onnx_functions.graph.wires import bodies_of
 from onnx_functions.library import ACTIVATION_PLACEHOLDER, QUANTIZER, TRT_DOMAIN, WEIGHT_PLACEHOLDER
 
 __all__ = ["Misfit", "Size", "Sizes", "sizes_at", "without_functions"]

@@ -49,7 +49,7 @@ def of_engine(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     promised = strings(request.get("promised_attentions", []), "promised_attentions")
     lost = manifest.get("lost_attentions", [])
     if not isinstance(lost, list):
-        raise TypeError("lost_attentions is no list")
+        raise TypeError("lost_attentions is not a list")
     items = [object_of(item, "a member of lost_attentions") for item in lost]
     why = {str(item.get("attention")): str(item.get("reason")) for item in items}
     return _described(promised, [path for path in promised if path not in why], why)

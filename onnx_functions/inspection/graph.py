@@ -50,7 +50,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
     """Return what an ONNX file is, as JSON holds it; its weights may be missing, its metadata too.
 
     Raises:
-        BadGraph: it cannot be read, its external data make no sense, or its promise is no JSON of lists.
+        BadGraph: it cannot be read, its external data make no sense, or its promise is not JSON of lists.
     """
     loaded = load_graph(path)
     version = opset_of(loaded)
@@ -111,7 +111,7 @@ def _linears(subject: Subject, sizes: Mapping[str, int]) -> Iterator[_Found]:
         for index in (1, 0):
             source, marked = _weight(subject, node.input[index])
             if is_factor(subject.owner(source) if source else ""):
-                break  # of a low-rank branch, which is no linear of its own
+                break  # of a low-rank branch, which is not a linear of its own
             read = subject.shapes.of(node.input[index]) if source else None
             if read is not None and len(read) == 2 and read[0] is not None and read[1] is not None:
                 path = _path(node, source, taken)

@@ -100,7 +100,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _unaccounted(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
-    """Return what is no NVFP4 weight though it looks like one: nothing of a family of ours, whose tensors all count.
+    """Return what looks like an NVFP4 weight and is none: nothing of a family of ours, whose tensors all count.
 
     A model of another family, which no other verb takes, is described as far as names and shapes go.
     """
@@ -169,7 +169,7 @@ def _onnx(path: Path) -> dict[str, Any]:
 def _engine(path: Path) -> dict[str, Any]:
     manifest = read_object(path)
     if manifest.get("kind") != "fp4trt engine":
-        raise UnknownArtifact(f"{path} is no engine's manifest; expected the JSON that fp4trt build wrote")
+        raise UnknownArtifact(f"{path} is not an engine's manifest; expected the JSON that fp4trt build wrote")
     try:
         linears, covered, _ = (int(manifest.get(key) or 0) for key in _COUNTS)
         kernels = _engine_linears(manifest)
@@ -220,5 +220,5 @@ def _engine_promise(manifest: Mapping[str, Any], found: Mapping[str, str]) -> di
 def _objects(manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     value = manifest.get(key, [])
     if not isinstance(value, list):
-        raise TypeError(f"{key} is no list")
+        raise TypeError(f"{key} is not a list")
     return [object_of(item, f"a member of {key}") for item in value]

@@ -17,7 +17,7 @@ from fp4trt.account import account_of
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
 from fp4trt.layouts import recognised, refuse_foreign_layout
-from fp4trt.progress import tracking
+from fp4trt.progress import PATIENCE_S, tracking
 from onnx_functions.layouts.fits import Fit, fits_of
 from onnx_functions.layouts.names import Rows, index_of, stretches_of
 from onnx_functions.layouts.readings import HIGH_FIRST, LOW_FIRST, ROW_MAJOR, TILES
@@ -271,7 +271,7 @@ def _number(value: float | None) -> str:
 
 def _shown(items: Iterable[_T], count: int) -> Iterator[_T]:
     """Yield items, and report each."""
-    with tracking(count, "linears") as advance:
+    with tracking(count, "linears", PATIENCE_S) as advance:
         for item in items:
             yield item
             advance()

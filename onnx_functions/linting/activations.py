@@ -56,7 +56,7 @@ def activation_scale_constant(subject: Subject) -> Iterator[Hit]:
     """
     for chain in subject.activations:
         if not subject.constant(chain.scale):
-            found = f"its scale {chain.scale or '(missing)'} is no initializer"
+            found = f"its scale {chain.scale or '(missing)'} is not an initializer"
             yield Hit(found, name_of(chain.quantizer), chain.scale)
 
 

@@ -65,7 +65,7 @@ def attention_scale_constant(subject: Subject) -> Iterator[Hit]:
     for _, operand in _rounded(subject):
         name = subject.constant(operand.scale)
         if not name:
-            yield Hit("the scale is no initializer", _quantizer(operand), operand.scale)
+            yield Hit("the scale is not an initializer", _quantizer(operand), operand.scale)
         elif subject.constants[name].data_type != TensorProto.FLOAT or math.prod(subject.dims(name)) != 1:
             kind = type_name(subject.constants[name].data_type)
             yield Hit(f"the scale is {kind}{list(subject.dims(name))}", _quantizer(operand), operand.scale)

@@ -80,7 +80,7 @@ def fp8_scale_constant(subject: Subject) -> Iterator[Hit]:
     """
     for node, tensor in _scales(subject):
         if not subject.constant(tensor):
-            yield Hit(f"its scale {tensor or '(missing)'} is no initializer", name_of(node), tensor)
+            yield Hit(f"its scale {tensor or '(missing)'} is not an initializer", name_of(node), tensor)
 
 
 @rule("fp8-dequantize-scale", "wrong", "dequantize an activation with its quantizer's own scale")

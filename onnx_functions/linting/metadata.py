@@ -77,7 +77,7 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise TypeError("the value is no JSON") from None
+        raise TypeError("the value is not JSON") from None
 
 
 def _recipe(subject: Subject, text: str) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _recipe(subject: Subject, text: str) -> Iterator[str]:
     elif (text == "none") == (subject.has_fp4 or bool(subject.quantized_products)):
         yield f"the recipe is {text!r}, and the graph holds {'FP4' if subject.has_fp4 else 'no FP4'}"
     elif not _RECIPE.fullmatch(text):
-        yield f"the recipe {text!r} is no name of one; expected small letters, digits, dots and dashes"
+        yield f"the recipe {text!r} is not a name of one; expected small letters, digits, dots and dashes"
 
 
 _KNOWN: Final = sorted({*FORMATS, *FORMAT_OF.values()})

@@ -9,9 +9,9 @@ from typing import Final
 
 from onnx import AttributeProto, NodeProto, defs
 
+from onnx_functions.graph.bodies import nodes_with_inner
 from onnx_functions.graph.element_types import attributes_of, integer, opset_of
 from onnx_functions.graph.index import PRODUCTS, SOURCE, name_of
-from onnx_functions.graph.wires import nodes_with_inner
 from onnx_functions.linting.opset import OPSET
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject

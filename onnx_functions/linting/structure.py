@@ -9,9 +9,9 @@ from typing import Final
 import onnx
 from onnx import GraphProto, NodeProto, defs
 
+from onnx_functions.graph.bodies import bodies_of, outer_reads
 from onnx_functions.graph.element_types import attributes_of, integer
 from onnx_functions.graph.index import name_of
-from onnx_functions.graph.wires import bodies_of, outer_reads
 from onnx_functions.library import ACTIVATION_PLACEHOLDER, TRT_DOMAIN, WEIGHT_PLACEHOLDER
 from onnx_functions.linting.opset import OLDEST, OPSET, differing_nodes, opset_of
 from onnx_functions.linting.rule import Hit, rule

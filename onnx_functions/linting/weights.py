@@ -112,7 +112,7 @@ def weight_scale_constant(subject: Subject) -> Iterator[Hit]:
             continue
         for tensor, what in ((chain.scales.input[0], "block scales"), (chain.global_scale, "global scale")):
             if not subject.constant(tensor):
-                yield Hit(f"{what} {tensor} is no initializer", name_of(chain.scales), tensor)
+                yield Hit(f"{what} {tensor} is not an initializer", name_of(chain.scales), tensor)
 
 
 @rule("weight-scales-crossed", "wrong", "let each weight read its own block scales")

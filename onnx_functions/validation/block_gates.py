@@ -1,7 +1,7 @@
 """Gates on one block at a time, in memory for one block: what FLUX.1-dev needs on a machine that cannot hold it.
 
 Block by block the reference runs in torch (`torch_reference.Walk`), and the graph's piece in ONNX Runtime on the same
-external data. Each finished block is kept on disk until the report is written, so that a killed validation goes on.
+external data. Each finished block is kept on disk until the report is written, so that a killed validation resumes.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def check_by_block(task: Task, work: Path, identity: Mapping[str, Any]) -> ByBlo
     Args:
         task: what.
         work: folder for finished blocks, as :func:`calibration.by_block.progress.finished_blocks` has it.
-        identity: what must be the same for a killed run to go on.
+        identity: what must be the same for a killed run to resume.
 
     Raises:
         OutputExists: `work` is somebody else's.
@@ -124,7 +124,7 @@ def check_by_block(task: Task, work: Path, identity: Mapping[str, Any]) -> ByBlo
 
 
 class _Checker:
-    """Runs reference and graph side by side; both go on from the outputs of the reference's last block."""
+    """Runs reference and graph side by side; both continue from the outputs of the reference's last block."""
 
     def __init__(self, task: Task, finished: BlockCheckpoint) -> None:
         held = task.held

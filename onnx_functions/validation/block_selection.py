@@ -42,7 +42,9 @@ def chosen_blocks(blocks: Sequence[str], asked: Blocks | None) -> tuple[str, ...
         return tuple(path for path in blocks if path in wanted)
     for path in asked:
         if path not in blocks:
-            raise BadSelection(f"--blocks: '{path}' is no block of this model; give a number or paths, as {blocks[0]}")
+            raise BadSelection(
+                f"--blocks: '{path}' is not a block of this model; give a number or paths, as {blocks[0]}"
+            )
         wanted.add(path)
     return tuple(path for path in blocks if path in wanted)
 

@@ -64,7 +64,7 @@ def check_report_folder(directory: Path, force: bool = False) -> None:
         if path.is_dir():
             raise OutputExists(f"{path} is a folder; expected to write a report there: choose another --output")
         if path.exists() and not force and not is_ours(path):
-            raise OutputExists(f"{path} is no report of fp4trt; choose another --output, or replace it with --force")
+            raise OutputExists(f"{path} is not a report of fp4trt; choose another --output, or replace it with --force")
         check_writable(path)
 
 

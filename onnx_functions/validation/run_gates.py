@@ -71,7 +71,7 @@ LAYOUT_NOTE: Final = (
 """What is said of a validation against the quantized checkpoint; one against the 16-bit source sees a misreading."""
 
 WHOLE_BYTES: Final = 6
-"""Of memory for each weight that a run of the whole graph may need: 4 were measured on 2 billion weights and a few
+"""Bytes of memory per weight that a run of the whole graph may need: 4 were measured on 2 billion weights and a few
 tokens, and activations grow with the tokens."""
 
 
@@ -133,7 +133,7 @@ def validate(
         level: `full`, or `blocks` for one block at a time in bounded memory; `full` falls back to that where the whole
             graph does not fit.
         report_dir: folder for report.json and, where matplotlib is installed, report.html; None writes none.
-            `REPORT_DIR.partial` keeps the finished blocks until then; a killed validation goes on with the next.
+            `REPORT_DIR.partial` keeps the finished blocks until then; a killed validation resumes with the next.
         force: replace files of these names there that are no reports of fp4trt.
         say: called with one line per finished gate.
         blocks: how many blocks of each stack, or their module paths; implies level `blocks`.
@@ -144,8 +144,8 @@ def validate(
         The report; `report.passed` is the verdict.
 
     Raises:
-        BadGraph: the file is no deployable graph.
-        BadReference: the reference is no checkpoint of this graph.
+        BadGraph: the file is not a deployable graph.
+        BadReference: the reference is not a checkpoint of this graph.
         BadSelection: there are no such blocks or sizes.
         UnknownArtifact: a manifest is damaged.
         OutputExists, OSError: the report cannot be written; known before any gate runs.
@@ -293,7 +293,7 @@ def _structure_limit(held: Reference) -> float:
 
 
 def _identity(subject: _Subject) -> dict[str, Any]:
-    """Return what must be the same for a killed validation to go on; weights are known by size and time of change."""
+    """Return what must be the same for a killed validation to resume; weights are known by size and time of change."""
     files = {tensor.file for tensor in subject.held.checkpoint.tensors.values()}
     for tensor in subject.graph.graph.initializer:
         with contextlib.suppress(BadGraph):  # which the gate on files says

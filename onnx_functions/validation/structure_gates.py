@@ -46,7 +46,7 @@ QUANTIZED_STRUCTURE_LIMIT: Final = 0.4
 """Against 16-bit weights: a tensor may carry the error of every weight before it, but not another sign or value."""
 
 END_TO_END_LIMIT: Final = 0.2
-"""Of two correct runs; a code that falls the other way is a whole step, and such steps add up over the blocks."""
+"""Difference of two correct runs: a code that falls the other way is a whole step, and steps add up over blocks."""
 
 INPUT_CHANGE: Final = 1e-6
 """Relative L2 change of the output that counts as one, a few times FP32's rounding."""

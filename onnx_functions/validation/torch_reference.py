@@ -311,7 +311,7 @@ def teacher_of(
     """Return what the reference says of some linears, given the values of its BF16 run.
 
     Raises:
-        BadGraph: a quantizer's scale is no initializer.
+        BadGraph: a quantizer's scale is not an initializer.
     """
     index = Index(graph)
     scales: dict[str, np.float32] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.by_block.input_amax import calibrate
+from calibration.by_block.calibration import calibrate
 from calibration.quantization import quantize
 from fp4trt import publish
 from fp4trt.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists

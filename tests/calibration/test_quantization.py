@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.by_block.input_amax import METADATA, calibrate
+from calibration.by_block.calibration import METADATA, calibrate
 from calibration.checkpoints import layout
 from calibration.checkpoints import quantized as checkpoint
 from calibration.checkpoints.plain import find_source, load_source
@@ -30,7 +30,7 @@ MakeFlux = Callable[..., Path]
 
 
 def _insert_quantizers(model: nn.Module, input_amax: Mapping[str, float]) -> None:
-    """Have ModelOpt quantize these linears: inputs with the given maxima, weights with their own."""
+    """Have ModelOpt quantize these linears: inputs with the given amax values, weights with their own."""
     names = [f"{path}.{kind}" for path in input_amax for kind in ("input_quantizer", "weight_quantizer")]
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     entries += [{"quantizer_name": name, "cfg": NVFP4, "enable": True} for name in names]
@@ -50,7 +50,7 @@ def _share_scales(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def fake_quantized(digits: Path, quantized_digits: Path) -> nn.Module:
-    """The built-in model as ModelOpt fake-quantizes it, with the maxima of the quantized checkpoint."""
+    """The built-in model as ModelOpt fake-quantizes it, with the amax values of the quantized checkpoint."""
     manifest = load_json(quantized_digits / "fp4trt.json")
     config = load_json(digits / "config.json")
     family, model = family_of(config), load_source(digits)

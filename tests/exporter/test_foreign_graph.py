@@ -1,4 +1,4 @@
-"""What of a graph of other origin cannot become FP4 is refused in one line that names the node; the rest works."""
+"""What of a third-party graph cannot become FP4 is refused in one line that names the node; the rest works."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_weight_behind_what_cannot_be_followed_is_refused(
     graph.product(_mark(graph, "r"))
     said = _refused(graph, tmp_path)
     assert "node of r" in said
-    assert ("is no initializer but the result of node of r (Reshape)" in said) == (op == "Reshape")
+    assert ("is not an initializer but the result of node of r (Reshape)" in said) == (op == "Reshape")
 
 
 def test_a_transpose_without_perm_turns_all_axes_of_a_weight(

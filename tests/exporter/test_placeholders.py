@@ -251,7 +251,7 @@ def test_bad_graphs_are_refused_in_one_line(
     assert "no TRT_FP4QDQ node" in _command(plain.save(theirs), ours, capfd)
     computed = foreign_graph(BF16)
     computed.product(computed.marked(computed.node("Relu", computed.weight("w", normal(32, 64)), out="r")))
-    assert "quantizes r, which is no initializer" in _command(computed.save(theirs), ours, capfd)
+    assert "quantizes r, which is not an initializer" in _command(computed.save(theirs), ours, capfd)
     across = foreign_graph(BF16)
     across.outputs.append(helper.make_tensor_value_info("y", BF16, ["B", 32]))
     across.node("MatMul", "x", across.marked(across.weight("w", normal(64, 32))), out="y")

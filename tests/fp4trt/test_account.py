@@ -25,8 +25,8 @@ from onnx_functions.inspection.inspect import describe
         ({"quant_algo": "OF_TOMORROW"}, r"quantized to OF_TOMORROW, says"),
         ({"quant_method": "compressed-tensors"}, r"in the layout of compressed-tensors"),
         (
-            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"proj_out": {"quant_algo": "MXFP8"}}},
-            r"proj_out in .* is quantized to MXFP8 \(MXFP8 with blocks of 32\)",
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"proj_out": {"quant_algo": "W8A16"}}},
+            r"proj_out in .* is quantized to W8A16 \(weight-only INT8\)",
         ),
         ([], r"quantization_config is \[\], expected ModelOpt's"),
         ({"quantized_layers": {"proj_out": "NVFP4"}}, r"expected ModelOpt's: copy config\.json again"),

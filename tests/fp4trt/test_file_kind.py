@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.by_block.input_amax import merged
+from calibration.by_block.calibration import merged
 from calibration.checkpoints.plain import finite_tensor, tensors_of
 from calibration.inputs.prompts import read_prompts
 from calibration.recipes.recipe import load_recipe

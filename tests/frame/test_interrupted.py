@@ -84,7 +84,7 @@ def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(
 @pytest.mark.parametrize("to_all", [True, False])
 @pytest.mark.slow
 def test_ctrl_c_ends_the_demo_in_one_line_whoever_hears_of_it(to_all: bool, tmp_path: Path) -> None:
-    status, text = _interrupted(["demo", "-o", str(tmp_path / "result")], "calibrating", to_all)
+    status, text = _interrupted(["demo", "-o", str(tmp_path / "result")], "quantizing blocks", to_all)
     assert status == 2, text
     said = [line for line in text.splitlines() if "error:" in line]
     assert len(said) == 1, text

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import fp4trt
-from calibration.by_block.input_amax import calibrate
+from calibration.by_block.calibration import calibrate
 from calibration.checkpoints.quantized import load
 from calibration.digits.model import load_transformer
 from calibration.quantization import quantize
@@ -160,13 +160,13 @@ def test_what_does_not_fit_is_refused_in_one_line(
         return line
 
     named = f"good={good}"
-    assert "is no NAME=CHECKPOINT" in refused("digits", str(good))
+    assert "is not NAME=CHECKPOINT" in refused("digits", str(good))
     assert "the name 'good' is given twice" in refused("digits", named, named)
     assert "holds no NVFP4 weights" in refused("digits", f"plain={tiny_flux(tmp_path / 'flux')}")
     assert "attention_head_dim 64, the source 16" in refused(str(tmp_path / "flux"), named)
     assert "--resolution is of a pipeline" in refused("digits", named, "--resolution", "32")
     assert "each seed once" in refused("digits", named, "--seeds", "3,3")
-    assert "no list of seeds" in refused("digits", named, "--seeds", "3;4")
+    assert "is not a list of seeds" in refused("digits", named, "--seeds", "3;4")
     assert "is quantized already" in refused(str(good), named)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "compare.json").write_text('{"mine": 1}')

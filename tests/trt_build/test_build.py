@@ -206,7 +206,7 @@ def test_metadata_that_cannot_be_read_are_refused_in_one_line(attention_graph: A
 def test_a_manifest_that_cannot_be_read_is_refused_in_one_line(attention_graph: Any) -> None:
     path = attention_graph()
     (path.parent / "fp4trt.json").write_text('{"files": []}')
-    with pytest.raises(BadModelError, match=r"fp4trt\.json is no manifest of fp4trt"):
+    with pytest.raises(BadModelError, match=r"fp4trt\.json is not a manifest of fp4trt"):
         trt_build.build(path)
 
 

@@ -35,10 +35,10 @@ from fp4trt.number_formats import NVFP4
 __all__ = ["calibrated"]
 
 _ROWS: Final = 8
-"""Of each call, to measure errors by."""
+"""Rows of each call that errors are measured on."""
 
 _ALPHA_STEP: Final = 0.1
-"""Of the grid that AWQ-lite chooses from; ModelOpt's own default."""
+"""Step of the grid that AWQ-lite chooses from; ModelOpt's own default."""
 
 _SEARCHES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "max": ("max_calibrate", {}),

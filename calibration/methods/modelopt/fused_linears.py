@@ -22,8 +22,8 @@ class Fused:
 def fuse(module: nn.Module, group: Sequence[str]) -> Fused:
     """Replace the linears of a group by parts of one, in place.
 
-    Its rows are the members' one after another, so that smoothing, maxima and low-rank factors that are found for it
-    hold for each member, and its rows of a result are the member's.
+    Its rows are the members' one after another, so that smoothing, amax and low-rank factors found for it hold for each
+    member, and its rows of a result are the member's.
 
     Args:
         module: holds the linears, which have as many columns each, and all a bias or none.

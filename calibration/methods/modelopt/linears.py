@@ -101,7 +101,7 @@ def only(block: nn.Module, paths: Collection[str]) -> Iterator[None]:
 
 
 def measure(task: BlockTask) -> None:
-    """Measure the maxima of the weights and inputs of all linears whose quantizers are switched on."""
+    """Measure the amax values of the weights and inputs of all linears whose quantizers are switched on."""
     from calibration.formats.modelopt_backend import model_calib
 
     model_calib.max_calibrate(task.module, lambda _: task.run())

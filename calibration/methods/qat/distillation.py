@@ -64,7 +64,7 @@ def trained(
 ) -> Iterator[Trained]:
     """Train on captured inputs; what comes of it is there until the end of the ``with`` statement.
 
-    All processes of ``accelerate launch`` call this together. A run that was killed goes on with the state that it kept
+    All processes of ``accelerate launch`` call this together. A run that was killed resumes with the state that it kept
     last, and in one process ends with the same bytes.
 
     Args:

@@ -83,7 +83,7 @@ def train(
     work: Path,
     device: str = "cpu",
 ) -> tuple[dict[str, torch.Tensor], Losses]:
-    """Train the student to answer as the teacher does; go on where a killed run had kept its state.
+    """Train the student to answer as the teacher does; resume where a killed run had kept its state.
 
     Args:
         student: of :func:`calibration.methods.qat.student.make_student`; of its parameters, those learn that require a

@@ -2,7 +2,7 @@
 
 A way starts at fresh noise, with the text of a captured call, and visits some random times; at each visit the teacher's
 answer is what the student is to give, and the step to the next visit. The states of one round of ways are shuffled, so
-that a batch mixes all times. Everything is a function of (seed, process, step): nothing has to be kept to go on.
+that a batch mixes all times. Everything is a function of (seed, process, step): nothing has to be kept to resume.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Trajectories:
         channels = config.get("out_channels") or config["in_channels"]
         if synthesise and channels != config["in_channels"]:
             raise BadInputs(
-                f"this model takes {config['in_channels']} channels and answers {channels}: noise alone is no state of "
-                "it; expected data: captured in the recipe"
+                f"this model takes {config['in_channels']} channels and answers {channels}: noise alone is not a state "
+                "of it; expected data: captured in the recipe"
             )
 
     def states(self, step: int) -> States:

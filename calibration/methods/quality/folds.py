@@ -28,7 +28,7 @@ EXPONENTS: Final = (0.0, 0.15, 0.3, 0.45, 0.6)
 """How far a channel's magnitude may move to its weights; 0 leaves it."""
 
 _SMALLEST: Final = 1 / 16
-"""Of a factor, the largest being 1: ``1 + scale`` is rounded to 16 bit near 1, not near what is left of it."""
+"""Smallest factor, the largest being 1: ``1 + scale`` is rounded to 16 bit near 1, not near what is left of it."""
 
 
 def fold_block(

@@ -33,7 +33,7 @@ from fp4trt.number_formats import FORMATS, NVFP4
 __all__ = ["quantize_block"]
 
 _ROWS: Final = 64
-"""Of each call, to choose factors by."""
+"""Rows of each call that factors are chosen by."""
 
 _NOTED: Final = 1024
 """Rows of a weight, evenly, whose error is noted: more would take a third of all time where K is large."""

@@ -4,8 +4,8 @@ A linear is to give ``W x`` and reads ``q``, which is ``x`` rounded to FP4. Roun
 signal, while the signal's channels depend on each other, so that a linear estimate of ``x`` from ``q`` is nearer to it
 than ``q`` itself: ``T = E[x q^T] E[q q^T]^-1``, and ``W T q`` has the least squared error (Wiener). But it weakens the
 weak directions of the signal, and in every call of the model the same way, which costs an image more than noise that
-differs from call to call. So only a share of the way is gone, and each row is scaled so that its output, regressed on
-what it should be, has the slope 1.
+differs from call to call. We therefore move only the fraction ``share`` of the way, then rescale each row so that
+regressing its output on the target gives slope 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Maxima belong to the model that they were measured on, and tell which that was."""
+"""Amax values belong to the model that they were measured on, and tell which that was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration.by_block.input_amax import METADATA, SOURCE, calibrate, calibration_from
+from calibration.by_block.calibration import METADATA, SOURCE, calibrate, calibration_from
 from calibration.checkpoints.plain import weights_fingerprint
 from calibration.inputs.captured import save_inputs
 from fp4trt.errors import BadAmax

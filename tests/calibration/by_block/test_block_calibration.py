@@ -1,4 +1,4 @@
-"""Calibration block by block: the same maxima as the whole model's, whatever happens in between."""
+"""Calibration block by block: the same amax values as the whole model's, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.by_block import input_amax
-from calibration.by_block.input_amax import METADATA, calibrate, calibration_from, merged
+from calibration.by_block import calibration as by_blocks
+from calibration.by_block.calibration import METADATA, calibrate, calibration_from, merged
 from calibration.by_block.measure_amax import measured_by_block
 from calibration.by_block.progress import STATE, finished_blocks
 from calibration.by_block.runner import BlockRunner, Outputs
@@ -208,7 +208,7 @@ def test_inputs_that_cannot_be_saved_are_noticed_before_anything_is_run(
     def full(path: str | Path, _: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(input_amax, "save_inputs", full)
+    monkeypatch.setattr(by_blocks, "save_inputs", full)
     monkeypatch.delattr(BlockRunner, "run")
     with pytest.raises(OSError, match="No space"):
         calibrate("digits", tmp_path / "amax.json", inputs=inputs, save_inputs_to=tmp_path / "saved.safetensors")
@@ -308,7 +308,7 @@ def test_merged_files_must_be_maxima_of_this_model_and_cover_it(paths: tuple[str
         merged([part, _write_amax(tmp_path / "other.json", {"foo.bar": 1.0})], paths)
     with pytest.raises(BadAmax, match="does not exist"):
         merged([part, tmp_path / "absent.json"], paths)
-    with pytest.raises(BadAmax, match="is a folder; expected maxima"):
+    with pytest.raises(BadAmax, match="is a folder; expected amax values"):
         merged([part, tmp_path], paths)
 
 

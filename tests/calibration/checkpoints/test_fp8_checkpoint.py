@@ -94,12 +94,12 @@ def test_a_promise_of_fp8_that_the_tensors_do_not_keep_is_refused(copy: Path) ->
         read(copy)
     manifest["quantized"]["fp8"] = 3
     (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(BadCheckpoint, match=r"quantized.fp8 is no list of module paths"):
+    with pytest.raises(BadCheckpoint, match=r"quantized.fp8 is not a list of module paths"):
         read(copy)
 
 
 def _fake_quantized(source: nn.Module, manifest: dict[str, Any]) -> nn.Module:
-    """Return ModelOpt's own model in both formats, with the maxima of a manifest."""
+    """Return ModelOpt's own model in both formats, with the amax values of a manifest."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     entries += [
         {"quantizer_name": name, "cfg": FP8 if is_modulation(name.rpartition(".")[0]) else NVFP4, "enable": True}
@@ -115,7 +115,7 @@ def _fake_quantized(source: nn.Module, manifest: dict[str, Any]) -> nn.Module:
 def test_a_modelopt_state_of_both_formats_gives_the_same_checkpoint(
     fp8_digits: Path, digits: Path, tmp_path: Path
 ) -> None:
-    """The built-in model's groups share their maxima already in the manifest."""
+    """The built-in model's groups share their amax values already in the manifest."""
     manifest = json.loads((fp8_digits / MANIFEST).read_text(encoding="utf-8"))
     model = _fake_quantized(load_source(digits), manifest)
     mto.save(model, tmp_path / "state.pt")
@@ -133,7 +133,7 @@ def test_a_modelopt_state_of_both_formats_gives_the_same_checkpoint(
 
 
 def _mixed(tiny_flux: Callable[..., Path], folder: Path) -> tuple[Path, Path, dict[str, float]]:
-    """Return a tiny FLUX, a recipe with its groups in FP8, FP4 and 16 bit in turn, and maxima, in amax.json too."""
+    """Return a tiny FLUX, a recipe with its groups in FP8, FP4 and BF16 in turn, and its amax, in amax.json too."""
     flux = tiny_flux(folder / "flux", num_layers=2, num_single_layers=2)
     config = load_json(flux / "config.json")
     family, kinds = family_of(config), itertools.cycle(["fp8", "nvfp4", "bf16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -16,8 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration import results
-from calibration.by_block.input_amax import METADATA
+from calibration.by_block.calibration import METADATA
 from calibration.by_block.progress import finished_blocks
 from calibration.checkpoints import layout, one_pass
 from calibration.checkpoints import quantized as checkpoint
@@ -26,6 +24,7 @@ from fp4trt import publish
 from fp4trt.errors import BadCheckpoint, OutputExists, TooLittleSpace
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
+from fp4trt.progress import Step
 from fp4trt.publish import progress_of, replacing
 from fp4trt.safetensors_file import StoredTensor
 from tests import warm_python
@@ -256,15 +255,13 @@ def test_the_bar_reaches_its_end_in_a_run_that_goes_on_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source, told = sources[True], list[int]()
+    source, steps = sources[True], list[Step]()
     shutil.copytree(left[True], tmp_path / "killed.partial")
     _small_shards(monkeypatch)
-    monkeypatch.setattr(results, "_bar", lambda _: contextlib.nullcontext(told.append))
     wanted = 2 * sum(value.nbytes for value in load_file(sources[False] / checkpoint.WEIGHTS).values())
     for name in ("killed", "whole"):
-        told.clear()
-        quantize(source, tmp_path / name, calibration=amax)
-        assert sum(told) == wanted
+        quantize(source, tmp_path / name, calibration=amax, progress=steps.append)
+        assert steps[-1] == Step("quantizing", wanted, wanted)
 
 
 @pytest.mark.parametrize("how", ["gone", "short", "another header"])
@@ -370,7 +367,7 @@ def test_after_a_failure_what_was_noted_stays_for_the_next_run_and_nothing_else(
             quantize(flux, tmp_path / "out", calibration=amax)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists() == kept
-    assert ("the same command goes on" in capfd.readouterr().err) == kept
+    assert ("the same command resumes" in capfd.readouterr().err) == kept
     quantize(flux, tmp_path / "out", calibration=amax)
     quantize(flux, tmp_path / "whole", calibration=amax)
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")

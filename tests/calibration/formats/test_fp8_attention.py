@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fp4trt
-from calibration.by_block.input_amax import merged
+from calibration.by_block.calibration import merged
 from calibration.by_block.measure_amax import measured_by_block
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, prepared_by_block
 from calibration.checkpoints.plain import find_source, load_source

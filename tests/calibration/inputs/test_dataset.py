@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calibration.by_block.input_amax import METADATA, calibrate
+from calibration.by_block.calibration import METADATA, calibrate
 from calibration.inputs.captured import Inputs, check_inputs, load_inputs, save_inputs
 from fp4trt.errors import BadInputs
 from fp4trt.families import family_of

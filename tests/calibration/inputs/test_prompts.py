@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.by_block.input_amax import METADATA, calibrate
+from calibration.by_block.calibration import METADATA, calibrate
 from calibration.formats.attention_amax import operands_of
 from calibration.inputs.captured import load_inputs
 from calibration.inputs.prompts import read_prompts
@@ -49,7 +49,7 @@ def test_words_choose_what_the_built_in_model_draws(tmp_path: Path) -> None:
     result = calibrate("digits", tmp_path / "amax.json", prompts=tmp_path / "words.txt")
     assert result["linears"] == 52
     (tmp_path / "words.txt").write_text("eleven\n")
-    with pytest.raises(BadInputs, match="'eleven' is no prompt of the built-in model; it knows: zero"):
+    with pytest.raises(BadInputs, match="'eleven' is not a prompt of the built-in model; it knows: zero"):
         calibrate("digits", tmp_path / "other.json", prompts=tmp_path / "words.txt")
 
 

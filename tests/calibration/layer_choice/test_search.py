@@ -13,7 +13,7 @@ import yaml
 
 import calibration
 import fp4trt
-from calibration.by_block.input_amax import captured_from
+from calibration.by_block.calibration import captured_from
 from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import load, read
 from calibration.layer_choice import search as room
@@ -208,8 +208,8 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
 
     refused(BadRecipe, "says which linears", recipe=searched / RECIPE)
     refused(BadInputs, "was measured with nvfp4-ptq", sensitivity=searched / DATA)
-    refused(BadInputs, "is no file", sensitivity=tmp_path / "nothing.json")
-    refused(BadInputs, "is no file", sensitivity=tmp_path)
+    refused(BadInputs, "is not a file", sensitivity=tmp_path / "nothing.json")
+    refused(BadInputs, "is not a file", sensitivity=tmp_path)
     refused(BadInputs, "was not written by fp4trt search", sensitivity=_json(tmp_path / "a.json", {}))
     for kind, value in (("nvfp4", float("nan")), ("fp8", -1), ("bf16", "a"), ("other", 0.1)):
         refused(

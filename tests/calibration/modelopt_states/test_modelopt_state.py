@@ -96,7 +96,7 @@ def svdquant(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def plain_max(digits: Path) -> nn.Module:
-    """ModelOpt's NVFP4 with maxima, of the blocks alone; to be copied."""
+    """ModelOpt's NVFP4 with amax values, of the blocks alone; to be copied."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_quant, "dynamic_block_quantize_op", _ours)
         return _quantized(digits, "NVFP4_DEFAULT_CFG", filtered=True)

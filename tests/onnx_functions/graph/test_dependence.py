@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 
 import fp4trt
 from fp4trt.errors import BadGraph
+from onnx_functions.graph.bodies import circle
 from onnx_functions.graph.dependence import dependences
 from onnx_functions.graph.external_data import load_graph
-from onnx_functions.graph.wires import circle
 from onnx_functions.linting import lint
 from tests.onnx_functions.small_graphs import array, node, product, save, value
 

@@ -1,4 +1,4 @@
-"""What graphs of other origin do and the lint has to let pass."""
+"""What third-party graphs do and the lint has to let pass."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_scales_in_constant_nodes_count_as_initializers(damaged: Damaged) -> Non
 
 
 def test_a_concatenation_a_part_and_a_new_name_of_stored_tensors_are_legal(damaged: Damaged) -> None:
-    """What a graph of other origin does with a checkpoint that it points into."""
+    """What a third-party graph does with a checkpoint that it points into."""
     del damaged.model.metadata_props[:]
     clean = lint(damaged.save()).findings
     first, second = f"{Q}.weight_scale", f"{K}.weight_scale"

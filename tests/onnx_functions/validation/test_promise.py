@@ -82,7 +82,7 @@ def test_a_promise_that_cannot_be_read_is_refused_in_one_line(mutant, quantized_
 @pytest.mark.parametrize("value", [{"files": []}, {"quantized": []}, {"quantized": {"nvfp4": 5}}, {"files": {"a": 1}}])
 def test_a_manifest_that_cannot_be_read_is_refused_in_one_line(copy_of_digits: Path, value: dict[str, object]) -> None:
     (copy_of_digits / "fp4trt.json").write_text(json.dumps(value))
-    with pytest.raises(UnknownArtifact, match=r"fp4trt\.json is no manifest of fp4trt .*; quantize again") as caught:
+    with pytest.raises(UnknownArtifact, match=r"fp4trt\.json is not a manifest of fp4trt .*; quantize again") as caught:
         validate(copy_of_digits)
     assert caught.value.exit_code == 2
 

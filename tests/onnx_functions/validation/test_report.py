@@ -81,7 +81,7 @@ def test_an_earlier_report_is_replaced_and_anything_else_is_not(tmp_path: Path) 
     for path, mine in ((data, '{"passed": true}'), (page, "<!doctype html><p>mine"), (data, "")):
         ours = path.read_bytes()
         path.write_text(mine)
-        with pytest.raises(OutputExists, match=rf"{path.name} is no report of fp4trt; .* --force"):
+        with pytest.raises(OutputExists, match=rf"{path.name} is not a report of fp4trt; .* --force"):
             check_report_folder(tmp_path)
         assert path.read_text() == mine
         write_report(report(tmp_path), tmp_path, force=True)

@@ -120,7 +120,7 @@ def test_blocks_are_spread_over_each_stack_with_the_first_and_the_last_of_all() 
 
 @pytest.mark.parametrize("asked", ["0", "-1", "transformer_blocks", f"{DOUBLE}.19", ""])
 def test_blocks_that_do_not_exist_are_refused(asked: str) -> None:
-    with pytest.raises(BadSelection, match="is no block of this model"):
+    with pytest.raises(BadSelection, match="is not a block of this model"):
         chosen_blocks(FLUX, asked)
 
 

@@ -38,13 +38,13 @@ SOURCE: Final = "source_weights"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Maxima, and what they were measured on.
+    """Amax values, and what they were measured on.
 
     Attributes:
         amax: module path of each quantized linear to the largest magnitude of its input; ``A.q``, ``A.k`` and ``A.v``
             to those of each attention's operands, which files of before have not.
         described: kind and hash of the data, for the manifest.
-        calls: the captured inputs; none where a file of maxima was given.
+        calls: the captured inputs; none where a file of amax values was given.
     """
 
     amax: Mapping[str, float]
@@ -151,11 +151,11 @@ def _paths(given: str | Path | Sequence[str | Path] | None) -> list[Path]:
 def calibration_from(
     folder: Path, given: str | Path | Sequence[str | Path] | None, work: Path, device: str = "cpu"
 ) -> Iterator[Calibration]:
-    """Give the maxima to quantize ``folder`` with.
+    """Give the amax values to quantize ``folder`` with.
 
     Args:
         folder: the BF16 checkpoint.
-        given: maxima (``.json``), several files of them to be merged, captured inputs (``.safetensors``), or None for
+        given: amax (``.json``), several files of it to be merged, captured inputs (``.safetensors``), or None for
             the built-in model's own prompts.
         work: where this keeps finished blocks until the end of the ``with`` statement, and an earlier one left its own.
         device: where to calibrate.
@@ -179,7 +179,7 @@ def merged(
     """Return, for each linear and operand of an attention, the largest maximum that any of the files has.
 
     Args:
-        files: of maxima; each may cover a part of the linears.
+        files: of amax values; each may cover a part of the linears.
         paths: module paths of the linears, all of which the files together have to cover.
         attentions: module paths of the attentions, whose operands they may cover.
         source: fingerprint of the model that is to be quantized; None does not ask on which the files were measured.
@@ -195,7 +195,9 @@ def merged(
         values = _load_amax(file)
         unknown = sorted(values.keys() - {METADATA} - set(known))
         if unknown:
-            raise BadAmax(f"{file} names {unknown[0]}, which this model does not quantize; give maxima of this model")
+            raise BadAmax(
+                f"{file} names {unknown[0]}, which this model does not quantize; give amax values of this model"
+            )
         for path, value in input_quantizers.checked(values, [path for path in known if path in values]).items():
             amax[path] = max(value, amax.get(path, value))
         if source is not None:
@@ -227,21 +229,21 @@ def _refuse_other_source(file: Path, metadata: Any, source: str) -> None:
 
 def _load_amax(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        raise BadAmax(f"{path} is a folder; expected maxima that fp4trt calibrate wrote")
+        raise BadAmax(f"{path} is a folder; expected amax values that fp4trt calibrate wrote")
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise BadAmax(f"{path} {what_it_lacks(path)}; expected maxima that fp4trt calibrate wrote") from None
+        raise BadAmax(f"{path} {what_it_lacks(path)}; expected amax values that fp4trt calibrate wrote") from None
     except (ValueError, RecursionError) as error:
         kind = what_it_is(path) or f"is not JSON ({error})"
-        raise BadAmax(f"{path} {kind}; expected maxima that fp4trt calibrate wrote") from None
+        raise BadAmax(f"{path} {kind}; expected amax values that fp4trt calibrate wrote") from None
     if not isinstance(values, dict):
         raise BadAmax(f"{path} holds a JSON {type(values).__name__}; expected an object of module paths and numbers")
     return values
 
 
 def captured_from(folder: Path, given: str | Path | Sequence[str | Path] | None) -> Calibration:
-    """Return captured inputs, without maxima, for a method that needs more than these.
+    """Return captured inputs, without amax values, for a method that needs more than these.
 
     Args:
         folder: the BF16 checkpoint.
@@ -253,7 +255,7 @@ def captured_from(folder: Path, given: str | Path | Sequence[str | Path] | None)
     files = _paths(given)
     if is_amax(given):
         raise BadInputs(
-            f"{files[0]} holds maxima; this recipe needs captured inputs (.safetensors), which fp4trt calibrate "
+            f"{files[0]} holds amax values; this recipe needs captured inputs (.safetensors), which fp4trt calibrate "
             "--save-inputs writes"
         )
     return _captured(folder, files[0] if files else None, None, Sampling(), None)
