@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["BF16", "FORMATS", "FP8", "NAMES", "NVFP4", "PLAIN", "NumberFormat", "StoredScale", "stored_format"]
+__all__ = ["BF16", "FORMATS", "FP8", "MXFP8", "NAMES", "NVFP4", "PLAIN", "NumberFormat", "StoredScale", "stored_format"]
 
 BF16: Final = "bf16"
 """Name of what a linear has that is not quantized."""
@@ -188,7 +188,41 @@ FP8: Final = NumberFormat(
     gpus=frozenset(("SM89", "SM90", "SM100", "SM103", "SM120", "SM121")),
 )
 
-FORMATS: Final[Mapping[str, NumberFormat]] = {format.name: format for format in (NVFP4, FP8)}
+MXFP8: Final = NumberFormat(
+    name="mxfp8",
+    title="MXFP8",
+    codes="F8_E4M3",
+    codes_per_byte=1,
+    scales=(StoredScale("weight_scale", "U8", 32),),
+    block=32,
+    shared=(),
+    bits=8.25,
+    relative_time=None,
+    amax_factor=None,
+    modelopt={
+        "algorithm": "MXFP8",
+        "operands": {"dynamic": False, "num_bits": 8, "type": "float", "group_size": 32},
+        "layer": {"quant_algo": "MXFP8", "group_size": 32},
+        "quantizer": {
+            "num_bits": (4, 3),
+            "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)},
+            "backend": "fp4trt_mxfp8",
+        },
+    },
+    arithmetic="calibration.formats.mxfp8",
+    rewrite="exporter.passes.mxfp8_quantize:mxfp8_quantize",
+    graph="onnx_functions.formats.mxfp8",
+    onnx_codes="FLOAT8E4M3FN",
+    onnx_scales="UINT8",
+    quantizer=("trt", "TRT_MXFP8DynamicQuantize"),
+    dequantizer=("trt", "TRT_MXFP8DequantizeLinear"),
+    engine="MXFP8",
+    gemm="MXFP8",
+    gpus=frozenset(("SM100", "SM103")),
+    elsewhere="stored in 8 bits, unpacked and multiplied in BF16",
+)
+
+FORMATS: Final[Mapping[str, NumberFormat]] = {format.name: format for format in (NVFP4, FP8, MXFP8)}
 """Quantized formats by name, the cheapest first."""
 
 PLAIN: Final[Mapping[str, str]] = {"BF16": "BF16", "F16": "FP16", "F32": "FP32"}
