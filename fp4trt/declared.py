@@ -20,7 +20,6 @@ _CALLED: Final[Mapping[str, str]] = {
     "W4A8_NVFP4_FP8": "NVFP4 weights with FP8 activations",
     "W4A8_MXFP4_FP8": "MXFP4 weights with FP8 activations",
     "MXFP4": "MXFP4",
-    "MXFP8": "MXFP8 with blocks of 32",
     "W8A8_SQ_PER_CHANNEL": "INT8 SmoothQuant",
     "W8A16": "weight-only INT8",
     "W4A16_AWQ": "weight-only INT4 AWQ",

@@ -106,7 +106,7 @@ FOREIGN = {
         "FP8 in blocks",
         "weight_scale_inv",
     ),
-    "MXFP8": ({}, {}, fp8(Q, weight_scale=Tensor("U8", (256, 4))), "MXFP8", "weight_scale U8[256, 4]"),
+    "MXFP8": ({}, {}, fp8(Q, weight_scale=Tensor("F8_E8M0", (256, 4))), "MXFP8", "weight_scale F8_E8M0[256, 4]"),
     "MXFP4": ({}, {}, nvfp4(Q, weight_scale=Tensor("U8", (256, 4))), "MXFP4", "weight_scale U8[256, 4]"),
     "INT8": ({}, {}, fp8(Q, "I8"), "INT8", "I8"),
     "LightX2V": ({}, {}, nvfp4(Q, weight_global_scale=NUMBER), "LightX2V", "reciprocals (2688/amax)"),
