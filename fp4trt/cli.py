@@ -266,6 +266,8 @@ def _foreseen_errors() -> Iterator[None]:
         advice = f'pip install "fp4trt[{EXTRAS[package]}]"'
         raise _Failure(f"the package {package} is needed and not installed; try: {advice}", 2) from error
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # compiled code makes a SystemError of it
+            raise _Failure("interrupted", 2) from error.__cause__
         status = getattr(error, "exit_code", 2 if isinstance(error, OSError) else None)
         if not isinstance(status, int):
             raise
