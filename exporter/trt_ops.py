@@ -12,7 +12,7 @@ The operators are traced on the meta device and never computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import onnx.defs
@@ -29,6 +29,7 @@ __all__ = [
     "WEIGHT_PLACEHOLDER",
     "TracedLinear",
     "placeholder_linear",
+    "replace_placeholders",
     "translations",
 ]
 
@@ -83,6 +84,40 @@ def placeholder_linear(node: ir.Node) -> str | None:
     if node.op_type == WEIGHT_PLACEHOLDER and node.inputs[0] is not None:
         return str(node.inputs[0].name).removesuffix(".weight")
     return None
+
+
+def replace_placeholders(
+    graph: ir.Graph,
+    leaders: Mapping[str, str],
+    *,
+    activation: Callable[[ir.Graph, ir.Node, ir.Value, str], ir.Value],
+    weight: Callable[[ir.Graph, ir.Node, ir.Value, str], ir.Value],
+) -> None:
+    """Replace, in place, the placeholders of the linears in ``leaders``; those of other linears stay.
+
+    Args:
+        graph: with placeholders.
+        leaders: module path of each linear to the first of those that read the same quantized input.
+        activation: inserts nodes before the placeholder for its input, under the leader's path, and returns their
+            output; called once for each leader and input.
+        weight: the same for a weight, under the linear's own path.
+    """
+    activations: dict[tuple[str, int], ir.Value] = {}
+    for node in list(graph):
+        path = placeholder_linear(node)
+        if path is None or path not in leaders:
+            continue
+        x = node.inputs[0]
+        assert x is not None
+        if node.op_type == ACTIVATION_PLACEHOLDER:
+            key = (leaders[path], id(x))
+            if key not in activations:
+                activations[key] = activation(graph, node, x, leaders[path])
+            value = activations[key]
+        else:
+            value = weight(graph, node, x, path)
+        node.outputs[0].replace_all_uses_with(value)
+        graph.remove(node, safe=True)
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:

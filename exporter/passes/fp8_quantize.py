@@ -7,7 +7,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from exporter.trt_ops import ACTIVATION_PLACEHOLDER, placeholder_linear
+from exporter.trt_ops import replace_placeholders
 
 __all__ = ["fp8_quantize"]
 
@@ -30,22 +30,7 @@ def fp8_quantize(model: ir.Model, leaders: Mapping[str, str], _scale_dtype: str 
         leaders: module path of each linear in FP8 to the first of those that read the same input under the same scale;
             placeholders of other linears stay.
     """
-    activations: dict[tuple[str, int], ir.Value] = {}
-    for node in list(model.graph):
-        path = placeholder_linear(node)
-        if path is None or path not in leaders:
-            continue
-        x = node.inputs[0]
-        assert x is not None
-        if node.op_type == ACTIVATION_PLACEHOLDER:
-            key = (leaders[path], id(x))
-            if key not in activations:
-                activations[key] = _activation(model.graph, node, x, leaders[path])
-            value = activations[key]
-        else:
-            value = _weight(model.graph, node, x, path)
-        node.outputs[0].replace_all_uses_with(value)
-        model.graph.remove(node, safe=True)
+    replace_placeholders(model.graph, leaders, activation=_activation, weight=_weight)
 
 
 def _activation(graph: ir.Graph, before: ir.Node, x: ir.Value, path: str) -> ir.Value:
@@ -58,7 +43,7 @@ def _activation(graph: ir.Graph, before: ir.Node, x: ir.Value, path: str) -> ir.
 
 
 def _weight(graph: ir.Graph, before: ir.Node, weight: ir.Value, path: str) -> ir.Value:
-    """Return the dequantized weight; the initializer of 16 bit goes, and one of E4M3 takes its name."""
+    """Return the dequantized weight; the initializer in 16 bits goes, and one of E4M3 takes its name."""
     assert weight.name is not None
     assert weight.shape is not None
     del graph.initializers[weight.name]

@@ -7,7 +7,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN, placeholder_linear
+from exporter.trt_ops import DOMAIN, replace_placeholders
 
 __all__ = ["mxfp8_quantize"]
 
@@ -29,22 +29,7 @@ def mxfp8_quantize(model: ir.Model, leaders: Mapping[str, str], _scale_dtype: st
         leaders: module path of each linear in MXFP8 to the first of those that read the same input; placeholders of
             other linears stay.
     """
-    activations: dict[tuple[str, int], ir.Value] = {}
-    for node in list(model.graph):
-        path = placeholder_linear(node)
-        if path is None or path not in leaders:
-            continue
-        x = node.inputs[0]
-        assert x is not None
-        if node.op_type == ACTIVATION_PLACEHOLDER:
-            key = (leaders[path], id(x))
-            if key not in activations:
-                activations[key] = _activation(model.graph, node, x, leaders[path])
-            value = activations[key]
-        else:
-            value = _weight(model.graph, node, x, path)
-        node.outputs[0].replace_all_uses_with(value)
-        model.graph.remove(node, safe=True)
+    replace_placeholders(model.graph, leaders, activation=_activation, weight=_weight)
 
 
 def _activation(graph: ir.Graph, before: ir.Node, x: ir.Value, path: str) -> ir.Value:
