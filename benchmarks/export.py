@@ -71,7 +71,7 @@ def rows_against_modelopt(size: str, folder: Path) -> list[dict[str, Any]]:
         row_of(size, "fp4trt quantize", packing, tensor_bytes(ours)),
         row_of(size, "fp4trt export", export, export.answer["onnx_bytes"]),
     ]
-    counted = Cost(rival.answer["seconds"], rival.answer["core_seconds"], rival.peak_rss, rival.answer)
+    counted = Cost(rival.answer["seconds"], rival.answer["core_seconds"], rival.peak_rss, rival.disk_read, rival.answer)
     ratio = counted.core_seconds / (packing.core_seconds + export.core_seconds)
     rows.append(row_of(size, "ModelOpt TorchScript", counted, rival.answer["bytes"], ratio))
     for used in (source, ours, theirs):

@@ -7,7 +7,9 @@ before (where the system has posix_fadvise), and warm, right after the source wa
 half of the memory is measured cold only. Disks, of virtual machines above all, are now fast and now slow: the two take
 turns (`--rounds`), and the quickest of each counts.
 
-`python benchmarks/quantize.py --size 19+38 --folder DISK` writes FLUX.1-dev's 23.8 GB and measures it;
+`python benchmarks/quantize.py --size 19+38 --folder DISK` writes FLUX.1-dev's 23.8 GB and measures it; `--captured`
+quantizes from captured inputs in place of an amax file, so that the model runs too (four short calls). "disk / source"
+is 1 where each byte of the source was fetched once, and more where a byte was wanted again after it left the cache.
 `--source CHECKPOINT --amax FILE` takes a checkpoint that is there, and leaves it as it is.
 """
 
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from measure.checkpoints import Size, plain, tensor_bytes, tensor_files
+from measure.checkpoints import Size, plain, plain_with_inputs, tensor_bytes, tensor_files
 from measure.child import fp4trt, itself
 from measure.result import machine, publish
 
@@ -64,13 +66,13 @@ def prepare_cache(source: Path, state: str) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(name: str, source: Path, amax: Path, folder: Path, state: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, source: Path, calibration: Path, folder: Path, state: str, rounds: int) -> dict[str, Any]:
     """Quantize, then read and write as much, both from the same state of the cache, in turns."""
     result, copy = folder / "result", folder / "copy"
     ours, theirs, written = [], [], 0
     for _ in range(rounds):
         prepare_cache(source, state)
-        ours.append(fp4trt("quantize", source, "-o", result, "--calibration", amax))
+        ours.append(fp4trt("quantize", source, "-o", result, "--recipe", "nvfp4-ptq", "--calibration", calibration))
         written = tensor_bytes(result)
         shutil.rmtree(result)
         prepare_cache(source, state)
@@ -90,6 +92,7 @@ def measure(name: str, source: Path, amax: Path, folder: Path, state: str, round
         "read and write s": quickest[1],
         "its slowest s": max(cost.seconds for cost in theirs),
         "ratio": quickest[0] / quickest[1],
+        "disk / source": max(cost.disk_read for cost in ours) / tensor_bytes(source),
         "peak RSS MB": max(cost.peak_rss for cost in ours) / 1e6,
         "of read and write": max(cost.peak_rss for cost in theirs) / 1e6,
     }
@@ -120,7 +123,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--size", action="append", help="DOUBLE+SINGLE blocks, more than once for several")
     options.add_argument("--source", type=Path, help="a BF16 checkpoint to measure after the synthetic ones")
-    options.add_argument("--amax", type=Path, help="the maxima to quantize it with")
+    options.add_argument("--amax", type=Path, help="the amax file or captured inputs to quantize it with")
+    options.add_argument("--captured", action="store_true", help="quantize the synthetic ones from captured inputs")
     options.add_argument("--rounds", type=int, default=2, help="how often the two take turns")
     options.add_argument("--folder", type=Path, help="where everything is written, to be removed again")
     options.add_argument("--read-and-write", nargs=3, help=argparse.SUPPRESS)
@@ -135,9 +139,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
         for size in map(Size.parse, chosen.size or ([] if chosen.source else SIZES)):
-            source, amax = plain(folder, size)
-            rows += [measure(str(size), source, amax, folder, state, chosen.rounds) for state in states_of(source)]
-            shutil.rmtree(source)
+            made = plain_with_inputs(folder, size, 4, "64,32") if chosen.captured else plain(folder, size)
+            rows += [measure(str(size), *made, folder, state, chosen.rounds) for state in states_of(made[0])]
+            shutil.rmtree(made[0])
         if chosen.source:
             states = states_of(chosen.source)
             rows += [

@@ -13,7 +13,7 @@ from calibration.by_block import processes
 from calibration.by_block.calibration import Calibration, calibration_from, captured_from, is_amax
 from calibration.by_block.measure_amax import require_device
 from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
-from calibration.checkpoints.plain import files_of, find_source
+from calibration.checkpoints.plain import find_source
 from calibration.checkpoints.threads import suited_threads
 from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.methods import registry
@@ -22,6 +22,7 @@ from calibration.recipes.recipe import QAT, Recipe, load_recipe
 from calibration.results.by_block import ResultByBlock
 from calibration.results.write import Given, write_result
 from fp4trt import publish
+from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.number_formats import FP8

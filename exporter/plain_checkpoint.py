@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from calibration.checkpoints.plain import find_source, model_class, refuse_other_shapes, tensors_of
+from calibration.checkpoints.plain import find_source, model_class, refuse_other_shapes
 from calibration.checkpoints.quantized import Checkpoint
 from calibration.formats.bfloat16 import largest_magnitude, pieces_of, refuse_other_types, why_unusable
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import BadCheckpoint, WrongPrecision
 from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import StoredTensor
@@ -22,7 +23,7 @@ def is_plain(folder: Path) -> bool:
         return False
     if "quantization_config" in load_json(folder / "config.json"):
         return False
-    return not any(name.endswith(".weight_scale") for name in tensors_of(folder))
+    return not any(name.endswith(".weight_scale") for name in tensors_in_folder(folder))
 
 
 def read(source: str | Path) -> Checkpoint:
@@ -38,7 +39,7 @@ def read(source: str | Path) -> Checkpoint:
     """
     folder = find_source(source)
     config = load_json(folder / "config.json")
-    checkpoint = Checkpoint(folder, config, {}, tensors_of(folder))
+    checkpoint = Checkpoint(folder, config, {}, tensors_in_folder(folder))
     if not is_plain(folder):
         raise WrongPrecision(
             f"{folder} is quantized; --precision bf16 takes the plain checkpoint that it was made from"

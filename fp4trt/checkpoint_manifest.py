@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fp4trt.errors import BadCheckpoint, UnknownArtifact
-from fp4trt.json_file import lists_of_strings, load_json, object_of, read_object, strings, strings_by_name
+from fp4trt.errors import BadCheckpoint
+from fp4trt.json_file import lists_of_strings, load_json, object_of, strings, strings_by_name
 from fp4trt.number_formats import FORMATS
 
 __all__ = ["MANIFEST", "CheckpointManifest", "load_manifest", "read_checkpoint_manifest"]
@@ -49,43 +49,38 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest | None:
     """Return the manifest of a folder, None where it has none.
 
     Raises:
-        UnknownArtifact: it is damaged, or something else of that name.
+        BadCheckpoint: it is damaged, or something else of that name.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    value = read_object(path)
-    try:
-        recipe = object_of(value.get("recipe", {}), "recipe")
-        quantized = object_of(value.get("quantized", {}), "quantized")
-        return CheckpointManifest(
-            family=value.get("family"),
-            recipe=recipe.get("name"),
-            method=method.get("name") if isinstance(method := recipe.get("method"), dict) else None,
-            formats={name: strings(quantized.get(name, []), f"quantized.{name}") for name in FORMATS},
-            fp8_attentions=strings(object_of(value.get("attention", {}), "attention").get("fp8", []), "attention.fp8"),
-            groups=lists_of_strings(value.get("groups", []), "groups"),
-            files=strings_by_name(value.get("files", {}), "files"),
-            versions=strings_by_name(value.get("versions", {}), "versions"),
-        )
-    except TypeError as error:
-        raise UnknownArtifact(f"{path} is not a manifest of fp4trt ({error}); quantize again") from None
+    return _described(path, load_json(path)) if path.is_file() else None
 
 
 def load_manifest(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's manifest, having checked the shape of what is read from it.
+    """Return a checkpoint's manifest as it is in its file, having checked the shape of what is read from it.
 
     Raises:
         BadCheckpoint: it is damaged.
     """
     manifest = load_json(path)
-    for key in ("files", "quantized", "recipe", "attention"):
-        if not isinstance(manifest.get(key, {}), dict):
-            raise BadCheckpoint(
-                f"{path}: {key} is a JSON {type(manifest[key]).__name__}, expected an object; quantize again"
-            )
-    for key in ("quantized", "attention"):
-        for kind, paths in manifest.get(key, {}).items():
-            if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
-                raise BadCheckpoint(f"{path}: {key}.{kind} is not a list of module paths; quantize again")
+    _described(path, manifest)
     return manifest
+
+
+def _described(path: Path, value: Mapping[str, Any]) -> CheckpointManifest:
+    try:
+        recipe = object_of(value.get("recipe", {}), "recipe")
+        quantized = object_of(value.get("quantized", {}), "quantized")
+        linears = {name: strings(paths, f"quantized.{name}") for name, paths in quantized.items()}
+        attentions = object_of(value.get("attention", {}), "attention")
+        return CheckpointManifest(
+            family=value.get("family"),
+            recipe=recipe.get("name"),
+            method=method.get("name") if isinstance(method := recipe.get("method"), dict) else None,
+            formats={name: linears.get(name, ()) for name in FORMATS},
+            fp8_attentions=strings(attentions.get("fp8", []), "attention.fp8"),
+            groups=lists_of_strings(value.get("groups", []), "groups"),
+            files=strings_by_name(value.get("files", {}), "files"),
+            versions=strings_by_name(value.get("versions", {}), "versions"),
+        )
+    except TypeError as error:
+        raise BadCheckpoint(f"{path} is not a manifest of fp4trt ({error}); quantize again") from None

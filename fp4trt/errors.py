@@ -44,7 +44,13 @@ __all__ = [
 # Checkpoints, recipes and calibration data
 
 
-class BadCheckpoint(ValueError):
+class UnknownArtifact(ValueError):
+    """A file or folder is nothing that this project writes."""
+
+    exit_code = 2
+
+
+class BadCheckpoint(UnknownArtifact):
     """A checkpoint is missing, damaged, or not what its config says."""
 
     exit_code = 2
@@ -58,12 +64,6 @@ class UnknownFamily(ValueError):
 
 class UnsupportedModel(ValueError):
     """A model whose blocks cannot be run one at a time."""
-
-    exit_code = 2
-
-
-class UnknownArtifact(ValueError):
-    """A file or folder is nothing that this project writes."""
 
     exit_code = 2
 

@@ -6,46 +6,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fp4trt.errors import BadCheckpoint, UnknownArtifact
+from fp4trt.errors import BadCheckpoint
 from fp4trt.file_kind import what_it_is, what_it_lacks
 
-__all__ = ["lists_of_strings", "load_json", "object_of", "read_object", "strings", "strings_by_name"]
+__all__ = ["lists_of_strings", "load_json", "object_of", "strings", "strings_by_name"]
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def load_json(path: Path, expected: str = "", error: type[Exception] = BadCheckpoint) -> dict[str, Any]:
     """Return the JSON object that a file holds.
 
+    Args:
+        path: the file.
+        expected: what it should be, for the message; by default a part of a diffusers checkpoint.
+        error: what to raise where it is missing or holds something else.
+
     Raises:
-        UnknownArtifact: the file is missing or holds something else.
+        BadCheckpoint: or `error`.
     """
     try:
         value = json.loads(path.read_bytes())  # of bytes it takes UTF-8 with and without a mark, and UTF-16
     except FileNotFoundError:
-        raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected it to describe {path.parent}") from None
-    except (ValueError, RecursionError) as error:
-        kind = what_it_is(path) or f"is not JSON ({error}); copy it again"
-        raise UnknownArtifact(f"{path} {kind}") from None
+        wanted = expected or f"a diffusers checkpoint in {path.parent}"
+        raise error(f"{path} {what_it_lacks(path)}; expected {wanted}") from None
+    except (ValueError, RecursionError) as fault:
+        kind = what_it_is(path) or f"is not JSON ({fault}); " + (
+            f"expected {expected}" if expected else "copy it again"
+        )
+        raise error(f"{path} {kind}") from None
     if not isinstance(value, dict):
-        raise UnknownArtifact(f"{path} holds a JSON {type(value).__name__}; expected an object")
-    return value
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from disk.
-
-    Raises:
-        BadCheckpoint: the file is missing or holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())  # of bytes it takes UTF-8 with and without a mark, and UTF-16
-    except FileNotFoundError:
-        lacks = what_it_lacks(path)
-        raise BadCheckpoint(f"{path} {lacks}; expected a diffusers checkpoint in {path.parent}") from None
-    except (ValueError, RecursionError) as error:
-        kind = what_it_is(path) or f"is not JSON ({error}); copy it again"
-        raise BadCheckpoint(f"{path} {kind}") from None
-    if not isinstance(value, dict):
-        raise BadCheckpoint(f"{path} holds a JSON {type(value).__name__}, expected an object")
+        raise error(f"{path} holds a JSON {type(value).__name__}; expected {expected or 'an object'}")
     return value
 
 

@@ -133,7 +133,7 @@ MOVED: Final = {
     "onnx_functions.reference_ops": "onnx_functions.simulation.reference_ops",
     "onnx_functions.reference_sizes": "onnx_functions.validation.reference_sizes",
     "onnx_functions.report": "onnx_functions.validation.report",
-    "onnx_functions.safetensors_header": "fp4trt.safetensors_header",
+    "onnx_functions.safetensors_header": "fp4trt.checkpoint_folder",
     "onnx_functions.sizes": "onnx_functions.graph.sizes",
     "onnx_functions.stored_linears": "onnx_functions.graph.stored_linears",
     "onnx_functions.structure_gates": "onnx_functions.validation.structure_gates",

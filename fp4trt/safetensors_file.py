@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from fp4trt.errors import BadCheckpoint
 from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.json_file import strings_by_name
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +42,9 @@ __all__ = [
     "metadata_in_file",
     "naming",
     "plan_of",
-    "read_header",
     "reserve",
     "sha256_of",
+    "tensors_in_file",
     "write",
 ]
 
@@ -228,7 +229,7 @@ def hold(name: str, tensor: torch.Tensor) -> HeldTensor:
     return HeldTensor(Path(), plan.dtype, plan.shape, 0, plan.nbytes, bytes_of(tensor))
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
     """Return where every tensor of a safetensors file lies, having checked that the file can hold them.
 
     Raises:
@@ -259,18 +260,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def metadata_in_file(path: Path) -> dict[str, str]:
-    """Return the ``__metadata__`` of a file that :func:`read_header` reads, empty without one.
+    """Return the ``__metadata__`` of a file that :func:`tensors_in_file` reads, empty without one.
 
     Raises:
         BadCheckpoint: it is not an object of strings.
     """
     with path.open("rb") as file:
         metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadCheckpoint(
-            f"{path} has a damaged safetensors header (__metadata__ is not an object of strings); copy it again"
-        )
-    return metadata
+    try:
+        return strings_by_name(metadata, "__metadata__")
+    except TypeError as error:
+        raise BadCheckpoint(f"{path} has a damaged safetensors header ({error}); copy it again") from None
 
 
 def _stored(path: Path, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from calibration.checkpoints.plain import BUILT_IN, find_source, load_source, tensors_of
+from calibration.checkpoints.plain import BUILT_IN, find_source, load_source
 from calibration.checkpoints.quantized import load
 from fp4trt.account import is_quantized_checkpoint
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import UnknownArtifact
 from fp4trt.families import Transformer
 from fp4trt.json_file import load_json
@@ -36,7 +37,7 @@ def open_transformer(artifact: str | Path, device: str = "cpu") -> Transformer:
     if path.suffix == ".engine":
         raise UnknownArtifact(f"{path} is an engine, which is not run here; expected the checkpoint or graph it is of")
     folder = find_source(artifact) if str(artifact) == BUILT_IN else transformer_folder(path)
-    quantized = is_quantized_checkpoint(load_json(folder / "config.json"), tensors_of(folder))
+    quantized = is_quantized_checkpoint(load_json(folder / "config.json"), tensors_in_folder(folder))
     model: Any = load(folder) if quantized else load_source(folder)
     return model.to(device)
 

@@ -34,11 +34,16 @@ class ChildFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took, and the JSON object that it printed last, if any."""
+    """What a command took, and the JSON object that it printed last, if any.
+
+    ``disk_read`` counts the bytes that the system fetched from the disk for it, not what the cache had; 0 where the
+    system does not tell.
+    """
 
     seconds: float
     core_seconds: float
     peak_rss: int
+    disk_read: int
     answer: dict[str, Any]
 
 
@@ -73,7 +78,7 @@ def run(command: Sequence[str]) -> Cost:
             raise ChildFailed(f"{' '.join(command[1:])} ended with {status}:\n{last}")
         last = (said.read().decode().splitlines() or [""])[-1]
     answer = json.loads(last) if last.startswith("{") else {}
-    return Cost(seconds, watch.core_seconds, watch.peak, answer)
+    return Cost(seconds, watch.core_seconds, watch.peak, watch.disk_read, answer)
 
 
 class _Watch:
@@ -83,6 +88,7 @@ class _Watch:
         self.peak = 0
         self._started = time.perf_counter()
         self._core_seconds: dict[int, float] = {}
+        self._disk_read: dict[int, int] = {}
         self._stopped = threading.Event()
         self._process = psutil.Process(pid)
         self._thread = threading.Thread(target=self._follow)
@@ -91,6 +97,10 @@ class _Watch:
     @property
     def core_seconds(self) -> float:
         return sum(self._core_seconds.values())
+
+    @property
+    def disk_read(self) -> int:
+        return sum(self._disk_read.values())
 
     def stop(self) -> None:
         self._stopped.set()
@@ -109,6 +119,8 @@ class _Watch:
         try:
             times = process.cpu_times()
             self._core_seconds[process.pid] = times.user + times.system
+            if hasattr(process, "io_counters"):  # not on macOS
+                self._disk_read[process.pid] = process.io_counters().read_bytes
             return _peak_of(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return 0

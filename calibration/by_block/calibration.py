@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,6 @@ from calibration.inputs.captured import Inputs, check_inputs, load_inputs, parti
 from calibration.inputs.prompts import Sampling, capture_prompts, refuse_sampling
 from fp4trt.errors import BadAmax, BadInputs, OutputExists
 from fp4trt.families import family_of
-from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.progress import Progress, note
 from fp4trt.publish import refuse_existing, write_json
@@ -228,18 +226,10 @@ def _refuse_other_source(file: Path, metadata: Any, source: str) -> None:
 
 
 def _load_amax(path: Path) -> dict[str, Any]:
+    expected = "amax values that fp4trt calibrate wrote"
     if path.is_dir():
-        raise BadAmax(f"{path} is a folder; expected amax values that fp4trt calibrate wrote")
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise BadAmax(f"{path} {what_it_lacks(path)}; expected amax values that fp4trt calibrate wrote") from None
-    except (ValueError, RecursionError) as error:
-        kind = what_it_is(path) or f"is not JSON ({error})"
-        raise BadAmax(f"{path} {kind}; expected amax values that fp4trt calibrate wrote") from None
-    if not isinstance(values, dict):
-        raise BadAmax(f"{path} holds a JSON {type(values).__name__}; expected an object of module paths and numbers")
-    return values
+        raise BadAmax(f"{path} is a folder; expected {expected}")
+    return load_json(path, expected, BadAmax)
 
 
 def captured_from(folder: Path, given: str | Path | Sequence[str | Path] | None) -> Calibration:

@@ -14,10 +14,11 @@ from torch import nn
 
 from calibration.by_block.progress import finished_blocks
 from calibration.by_block.runner import BlockRunner, Outputs
-from calibration.checkpoints.plain import files_of, open_plain
+from calibration.checkpoints.plain import open_plain
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import OperandAmax, checked_attentions
 from calibration.inputs.captured import Inputs
+from fp4trt.checkpoint_folder import files_of
 from fp4trt.errors import BadInputs
 from fp4trt.progress import tracking
 from fp4trt.safetensors_file import bytes_of

@@ -26,7 +26,7 @@ from calibration.formats.fp8_attention import attention_quantizers, attention_sc
 from calibration.inputs.captured import Inputs
 from fp4trt.number_formats import BF16
 from fp4trt.progress import tracking
-from fp4trt.safetensors_file import StoredTensor, bytes_of, plan_of, read_header, write
+from fp4trt.safetensors_file import StoredTensor, bytes_of, plan_of, tensors_in_file, write
 
 __all__ = ["BlockResult", "BlockTask", "Method", "OpenSink", "Prepared", "Run", "Sink", "prepared_by_block"]
 
@@ -261,7 +261,7 @@ class _BlockFiles:
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         files = [self._file(block) for block in self.source.family.blocks(self.source.config)]
-        return {name: place for file in files for name, place in read_header(file).items()}
+        return {name: place for file in files for name, place in tensors_in_file(file).items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.source.tensor(name)

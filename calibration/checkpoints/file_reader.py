@@ -16,7 +16,7 @@ import torch
 
 from calibration.formats.bfloat16 import as_bits, largest_magnitude, refuse_other_types, why_unusable
 from fp4trt.errors import BadCheckpoint
-from fp4trt.safetensors_file import StoredTensor, read_header
+from fp4trt.safetensors_file import StoredTensor, tensors_in_file
 
 __all__ = ["FileReader", "TensorReader", "hash_of_tensors"]
 
@@ -144,7 +144,7 @@ def _in_file_order(file: Path) -> dict[str, StoredTensor]:
     Raises:
         BadCheckpoint: two overlap.
     """
-    tensors = dict(sorted(read_header(file).items(), key=lambda item: item[1].offset))
+    tensors = dict(sorted(tensors_in_file(file).items(), key=lambda item: item[1].offset))
     end = 0
     for name, stored in tensors.items():
         if stored.offset < end:

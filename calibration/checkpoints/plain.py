@@ -15,29 +15,27 @@ import torch
 from torch import nn
 
 from calibration.formats.bfloat16 import bits_of, refuse_other_types, why_unusable
+from fp4trt.checkpoint_folder import files_of, metadata_in_folder, tensors_in_folder
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
 from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.layouts import refuse_foreign_layout
 from fp4trt.pipeline_folder import transformer_folder
-from fp4trt.safetensors_file import StoredTensor, metadata_in_file, read_header, sha256_of
+from fp4trt.safetensors_file import StoredTensor, sha256_of
 
 __all__ = [
     "BUILT_IN",
     "PlainCheckpoint",
     "empty_source",
-    "files_of",
     "find_source",
     "finite_tensor",
     "load_source",
-    "metadata_of",
     "model_class",
     "open_plain",
     "refuse_other_shapes",
     "refuse_quantized",
     "source_hashes",
-    "tensors_of",
     "weights_fingerprint",
 ]
 
@@ -46,8 +44,6 @@ BUILT_IN: Final = "digits"
 
 _SAMPLED: Final = 2048
 """Values of each tensor that a fingerprint is of."""
-
-_STEM: Final = "diffusion_pytorch_model"
 
 
 def find_source(source: str | Path) -> Path:
@@ -93,77 +89,6 @@ def _download(repository: str) -> Path:
     if not found.is_dir():
         raise BadCheckpoint(f"{repository} has no transformer/; expected a pipeline around a diffusion transformer")
     return found
-
-
-def files_of(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a checkpoint, sharded or not, in the order of their names.
-
-    Raises:
-        BadCheckpoint: there are none, or the index names one that is missing.
-    """
-    names = _index(folder)
-    files = sorted(set(names.values())) if names is not None else [f"{_STEM}.safetensors"]
-    return tuple(folder / name for name in files)
-
-
-def _index(folder: Path) -> dict[str, str] | None:
-    """Return tensor name to file name, or None where the checkpoint is one file."""
-    index = folder / f"{_STEM}.safetensors.index.json"
-    if not index.exists():
-        return None
-    names = load_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise BadCheckpoint(f"{index} has no weight_map of tensor names to file names; copy it again")
-    if outside := next((name for name in names.values() if Path(name).name != name or "\\" in name), None):
-        raise BadCheckpoint(f"{index} speaks of {outside!r}; expected the name of a file beside it: copy it again")
-    return names
-
-
-def tensors_of(folder: Path) -> dict[str, StoredTensor]:
-    """Return where every tensor of a checkpoint lies.
-
-    Raises:
-        BadCheckpoint: a file is missing or damaged, two files define one tensor, or the index says otherwise.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    files = files_of(folder)
-    if not any(file.exists() for file in files):
-        _refuse_other_weights(folder)
-    for file in files:
-        for name, tensor in read_header(file).items():
-            if name in tensors:
-                raise BadCheckpoint(f"{name} is both in {tensors[name].file.name} and in {file.name}; keep one of them")
-            tensors[name] = tensor
-    for name, file_name in (_index(folder) or {}).items():
-        if name not in tensors or tensors[name].file.name != file_name:
-            where = f"it is in {tensors[name].file.name}" if name in tensors else "no file has it"
-            raise BadCheckpoint(f"the index of {folder} has {name} in {file_name}, but {where}; copy the files again")
-    return tensors
-
-
-def metadata_of(folder: Path) -> dict[str, str]:
-    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_of` reads, as one."""
-    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
-
-
-def _refuse_other_weights(folder: Path) -> None:
-    """Refuse a folder that has weights, but in other files than the ones that are read.
-
-    Raises:
-        BadCheckpoint: naming one of them.
-    """
-    formats = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf")
-    others = [file for kind in formats for file in sorted(folder.glob(f"*.{kind}")) if file.is_file()]
-    if not others:
-        return
-    file = others[0]
-    if kind := what_it_is(file):
-        what = kind
-    elif file.suffix == ".safetensors":
-        what = f"is not the name that is read: copy or link it as {_STEM}.safetensors, shards with their index"
-    else:
-        what = "is not safetensors: save the model with save_pretrained(safe_serialization=True)"
-    raise BadCheckpoint(f"{folder} has no {_STEM}.safetensors, and its {file.name} {what}")
 
 
 def model_class(family: Family) -> Any:
@@ -229,8 +154,8 @@ def open_plain(folder: Path) -> PlainCheckpoint:
     """
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
-    stored = tensors_of(folder)
-    refuse_foreign_layout(str(folder), config, metadata_of(folder), stored)
+    stored = tensors_in_folder(folder)
+    refuse_foreign_layout(str(folder), config, metadata_in_folder(folder), stored)
     family = family_of(config)
     cls = model_class(family)
     with torch.device("meta"):
@@ -288,7 +213,7 @@ def weights_fingerprint(folder: Path) -> str:
     one file, and for a copy of BF16 weights in FP32.
     """
     digest = hashlib.sha256()
-    for name, stored in sorted(tensors_of(folder).items()):
+    for name, stored in sorted(tensors_in_folder(folder).items()):
         refuse_other_types(f"{folder}: {name}", stored)
         digest.update(f"{name} {list(stored.shape)}".encode())
         digest.update(bits_of(stored, 0, min(math.prod(stored.shape), _SAMPLED)).tobytes())

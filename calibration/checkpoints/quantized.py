@@ -18,11 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from calibration.checkpoints.plain import metadata_of, model_class, tensors_of
+from calibration.checkpoints.plain import model_class
 from calibration.formats import fp8, fp8_attention
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.linears import QuantizedLinear
 from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING, Account, account_of, is_quantized_checkpoint
+from fp4trt.checkpoint_folder import metadata_in_folder, tensors_in_folder
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
@@ -182,10 +183,10 @@ def read(directory: str | Path) -> Checkpoint:
     folder = transformer_folder(Path(directory))
     config = load_json(folder / "config.json")
     manifest = load_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    tensors = tensors_of(folder)
+    tensors = tensors_in_folder(folder)
     if not is_quantized_checkpoint(config, tensors):
         raise _not_quantized(folder)
-    metadata = metadata_of(folder)
+    metadata = metadata_in_folder(folder)
     account = account_of(str(folder), config, metadata, tensors, lambda name: _scalar(tensors[name]), manifest)
     checkpoint = Checkpoint(folder, config, manifest, _normal(account, tensors), account)
     if not checkpoint.is_quantized:

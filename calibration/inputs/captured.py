@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family
 from fp4trt.file_kind import is_file, what_it_lacks
-from fp4trt.safetensors_file import DTYPE_BYTES, READABLE, StoredTensor, bytes_of, plan_of, read_header, write
+from fp4trt.safetensors_file import DTYPE_BYTES, READABLE, StoredTensor, bytes_of, plan_of, tensors_in_file, write
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def load_inputs(path: str | Path) -> Sequence[Inputs]:
             f"{path} {what_it_lacks(Path(path))}; expected captured inputs (fp4trt calibrate --save-inputs writes them)"
         )
     try:
-        tensors = read_header(Path(path))
+        tensors = tensors_in_file(Path(path))
     except BadCheckpoint as error:
         raise BadInputs(f"{error}; expected captured inputs") from None
     calls: dict[str, dict[str, StoredTensor]] = {}

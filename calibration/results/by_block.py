@@ -25,12 +25,12 @@ from calibration.by_block.quantize_blocks import Prepared
 from calibration.checkpoints import layout
 from calibration.checkpoints.file_reader import TensorReader, hash_of_tensors
 from calibration.checkpoints.one_pass import Done, Work, is_large, quantize_in_one_pass
-from calibration.checkpoints.plain import files_of
 from calibration.methods import registry
 from calibration.methods.plan import Plain
 from calibration.results.write import Given, complete, foresee, shared_input_amax, versions
 from fp4trt import publish
 from fp4trt.account import ATTENTION_SCALES, TensorHeader
+from fp4trt.checkpoint_folder import files_of
 from fp4trt.progress import note
 from fp4trt.safetensors_file import StoredTensor, TensorPlan, hold
 

@@ -20,7 +20,6 @@ from calibration.by_block.calibration import Calibration
 from calibration.by_block.quantize_blocks import Prepared
 from calibration.checkpoints import layout
 from calibration.checkpoints.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
-from calibration.checkpoints.plain import files_of
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import shared_scales
 from calibration.formats.quantization_config import AWQ, quantization_config
@@ -28,6 +27,7 @@ from calibration.inputs.captured import save_inputs
 from calibration.methods.plan import Plain
 from fp4trt import publish
 from fp4trt.account import TensorHeader
+from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import TooLittleSpace
 from fp4trt.number_formats import FORMATS, FP8

@@ -13,11 +13,12 @@ from typing import Any, Final
 
 import torch
 
-from calibration.checkpoints.plain import files_of, find_source, load_source, refuse_quantized
+from calibration.checkpoints.plain import find_source, load_source, refuse_quantized
 from calibration.checkpoints.quantized import Checkpoint, load, plain_config, read
 from calibration.checkpoints.threads import suited_threads
 from calibration.inputs.prompts import Sampling, digit_labels, read_prompts, refuse_sampling
 from fp4trt import publish
+from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of

@@ -12,7 +12,7 @@ import torch
 
 from calibration.inputs.captured import Inputs
 from fp4trt.errors import BadCheckpoint
-from fp4trt.safetensors_file import DTYPE_BYTES, bytes_of, plan_of, read_header, write
+from fp4trt.safetensors_file import DTYPE_BYTES, bytes_of, plan_of, tensors_in_file, write
 from generation.comparison.drawing import Batch, Drawn
 
 __all__ = ["Store"]
@@ -40,7 +40,7 @@ class Store:
     def batches(self, seed: int, count: int) -> Iterator[Batch]:
         """Read the reference's batches of a seed, one at a time."""
         for index in range(count):
-            stored = read_header(self._batch_file(seed, index))
+            stored = tensors_in_file(self._batch_file(seed, index))
             images = stored.pop(_IMAGES).tensor()
             calls: dict[str, Inputs] = {}
             for name in sorted(stored):
@@ -53,7 +53,7 @@ class Store:
     def reference_images(self, seed: int, count: int) -> torch.Tensor:
         """Read the images alone of the reference's batches of a seed."""
         files = [self._batch_file(seed, index) for index in range(count)]
-        return torch.cat([read_header(file)[_IMAGES].tensor() for file in files])
+        return torch.cat([tensors_in_file(file)[_IMAGES].tensor() for file in files])
 
     def has_batch(self, seed: int, index: int) -> bool:
         """Whether this batch of the reference is there."""
@@ -65,7 +65,7 @@ class Store:
 
     def drawn(self, key: str, seed: int) -> Drawn:
         """Read what the checkpoint of this key drew of a seed."""
-        return Drawn(**{name: stored.tensor() for name, stored in read_header(self._file(key, seed)).items()})
+        return Drawn(**{name: stored.tensor() for name, stored in tensors_in_file(self._file(key, seed)).items()})
 
     def has(self, key: str, seed: int) -> bool:
         """Whether that is there."""
@@ -93,6 +93,6 @@ def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _is_whole(file: Path) -> bool:
     """Whether a file is there and as long as its header says; a power failure may leave another."""
     try:
-        return bool(read_header(file))
+        return bool(tensors_in_file(file))
     except BadCheckpoint:
         return False

@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 
 from fp4trt.account import Account, account_of, is_quantized_checkpoint
+from fp4trt.checkpoint_folder import STEM, metadata_in_folder, tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
-from fp4trt.json_file import read_object
-from fp4trt.safetensors_header import HeldTensor, metadata_in_folder, tensors_in_folder
+from fp4trt.json_file import load_json
+from fp4trt.safetensors_file import StoredTensor
 
 __all__ = ["CheckpointBeside", "account_in", "checkpoint_beside"]
 
-_STEM: Final = "diffusion_pytorch_model"
 _MANIFEST: Final = "fp4trt.json"
 
 _SCALARS: Final = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -30,10 +30,10 @@ class CheckpointBeside:
 
     folder: Path
     account: Account
-    tensors: Mapping[str, HeldTensor]
+    tensors: Mapping[str, StoredTensor]
 
 
-def account_in(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, HeldTensor]) -> Account:
+def account_in(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Account:
     """Return what every tensor of a quantized checkpoint means.
 
     Args:
@@ -50,7 +50,7 @@ def account_in(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, He
         return float(np.frombuffer(tensors[name].bytes(), _SCALARS[tensors[name].dtype])[0])
 
     known = read_checkpoint_manifest(folder)  # which says if it is damaged
-    manifest = read_object(folder / _MANIFEST) if known is not None else None
+    manifest = load_json(folder / _MANIFEST) if known is not None else None
     return account_of(str(folder), config, metadata_in_folder(folder), tensors, scalar, manifest)
 
 
@@ -70,9 +70,9 @@ def checkpoint_beside(path: Path, model: onnx.ModelProto) -> CheckpointBeside | 
     ours = any(entry.key.startswith("fp4trt.") for entry in model.metadata_props)
     if not (folder / "config.json").is_file() or not (ours or _points_into(model)):
         return None
-    if not any(folder.glob(f"{_STEM}*.safetensors")):
+    if not any(folder.glob(f"{STEM}*.safetensors")):
         return None
-    config, tensors = read_object(folder / "config.json"), tensors_in_folder(folder)
+    config, tensors = load_json(folder / "config.json"), tensors_in_folder(folder)
     if not is_quantized_checkpoint(config, tensors):
         return None
     return CheckpointBeside(folder, account_in(folder, config, tensors), tensors)
@@ -80,4 +80,4 @@ def checkpoint_beside(path: Path, model: onnx.ModelProto) -> CheckpointBeside | 
 
 def _points_into(model: onnx.ModelProto) -> bool:
     entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
-    return any(entry.key == "location" and entry.value.startswith(_STEM) for entry in entries)
+    return any(entry.key == "location" and entry.value.startswith(STEM) for entry in entries)

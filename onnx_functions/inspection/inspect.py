@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp4trt.account import is_quantized_checkpoint
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
 from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
-from fp4trt.json_file import object_of, read_object, strings
+from fp4trt.json_file import load_json, object_of, strings
 from fp4trt.layouts import recognised
 from fp4trt.number_formats import FORMATS
 from fp4trt.pipeline_folder import transformer_folder
-from fp4trt.safetensors_header import HeldTensor, metadata_in_file, tensors_in_file, tensors_in_folder
+from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
 from onnx_functions.graph.branches import described_branches
 from onnx_functions.graph.checkpoint_beside import account_in
 from onnx_functions.graph.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4, is_quantized
@@ -99,7 +100,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
-def _unaccounted(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
+def _unaccounted(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Return what looks like an NVFP4 weight and is none: nothing of a family of ours, whose tensors all count.
 
     A model of another family, which no other verb takes, is described as far as names and shapes go.
@@ -113,7 +114,7 @@ def _unaccounted(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
 def _config(path: Path) -> dict[str, Any]:
     """Return a checkpoint's config; one of a family of ours has to make sense."""
-    config = read_object(path)
+    config = load_json(path)
     name = config.get("_class_name")
     if not isinstance(name, str) or not name:
         raise UnknownArtifact(f"{path} has no _class_name, the class of a diffusers model; copy it again")
@@ -126,7 +127,7 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _stored_linears(tensors: Mapping[str, HeldTensor], missing: Mapping[str, str]) -> Iterator[StoredLinear]:
+def _stored_linears(tensors: Mapping[str, StoredTensor], missing: Mapping[str, str]) -> Iterator[StoredLinear]:
     """Yield the matrices among a checkpoint's tensors; codes without their scales are but bytes."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -143,7 +144,7 @@ def _stored_linears(tensors: Mapping[str, HeldTensor], missing: Mapping[str, str
         )
 
 
-def _missing_scales(tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
+def _missing_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Return the linears that are stored as bytes without the scales that make them NVFP4, and what is wrong."""
     missing: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -167,7 +168,7 @@ def _onnx(path: Path) -> dict[str, Any]:
 
 
 def _engine(path: Path) -> dict[str, Any]:
-    manifest = read_object(path)
+    manifest = load_json(path)
     if manifest.get("kind") != "fp4trt engine":
         raise UnknownArtifact(f"{path} is not an engine's manifest; expected the JSON that fp4trt build wrote")
     try:

@@ -101,7 +101,7 @@ def detect(artifact: str | Path, against: str | Path) -> dict[str, Any]:
         UnknownArtifact: one of the two cannot be read, nothing is quantized, or no linear is in both.
     """
     theirs, source = open_checkpoint(artifact), open_checkpoint(against)
-    layout = recognised(theirs.config, theirs.metadata, theirs.held)
+    layout = recognised(theirs.config, theirs.metadata, theirs.tensors)
     linears, unread = quantized_linears(theirs.tensors)
     if not linears:
         more = f": {next(iter(unread))} has {next(iter(unread.values()))}" if unread else ""
@@ -123,7 +123,7 @@ def detect(artifact: str | Path, against: str | Path) -> dict[str, Any]:
 
 def _refusal(theirs: OpenCheckpoint) -> str | None:
     """Return what every verb says of a checkpoint that it refuses for its names, shapes and metadata."""
-    facts = str(theirs.path), theirs.config, theirs.metadata, theirs.held
+    facts = str(theirs.path), theirs.config, theirs.metadata, theirs.tensors
     try:
         if theirs.config:
             account_of(*facts)
@@ -136,9 +136,9 @@ def _refusal(theirs: OpenCheckpoint) -> str | None:
 
 def _index(source: OpenCheckpoint) -> dict[str, Rows]:
     shapes = {
-        name: stored.held.shape
+        name: stored.shape
         for name, stored in source.tensors.items()
-        if name.endswith(".weight") and len(stored.held.shape) == 2 and stored.held.dtype in FLOATS
+        if name.endswith(".weight") and len(stored.shape) == 2 and stored.dtype in FLOATS
     }
     if not shapes:
         raise UnknownArtifact(f"{source.path} holds no matrix in 16 bit; expected the checkpoint before quantization")
@@ -155,10 +155,10 @@ def _found(path: str, linear: QuantizedLinear, index: Mapping[str, Rows], source
     stretches = stretches_of(path, index)
     if not stretches:
         return Found(path, None, None, None, 1.0, f"{source.path.name} has no such linear")
-    shape = sum(stretch.count for stretch in stretches), source.tensors[stretches[0].tensor].held.shape[1]
+    shape = sum(stretch.count for stretch in stretches), source.tensors[stretches[0].tensor].shape[1]
     fits, factor = fits_of(linear, stretches, source.tensors, moves)
     if not fits:
-        stored = list(linear.stored.codes.held.shape)
+        stored = list(linear.stored.codes.shape)
         return Found(path, shape, None, None, 1.0, f"codes {stored} do not fit a weight {list(shape)}")
     best = fits[0]
     ours = [fit for fit in fits if fit.is_ours]
@@ -187,7 +187,7 @@ def _described(theirs: OpenCheckpoint, source: OpenCheckpoint, found: Sequence[F
         "kind": "layout detection",
         "path": str(theirs.path.resolve()),
         "against": str(source.path.resolve()),
-        "recognised": asdict(recognised(theirs.config, theirs.metadata, theirs.held)),
+        "recognised": asdict(recognised(theirs.config, theirs.metadata, theirs.tensors)),
         "refused": refused,
         "layout": next(iter(names)) if proven and len(names) == 1 else None,
         "layouts": dict(names),

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from fp4trt.safetensors_file import StoredTensor
 from onnx_functions.layouts.names import Stretch
 from onnx_functions.layouts.readings import (
     LOW_FIRST,
@@ -24,7 +25,6 @@ from onnx_functions.layouts.readings import (
     ROW_MAJOR,
     Floats,
     Reading,
-    Stored,
     Tile,
     floats_of,
     readings_of,
@@ -147,7 +147,7 @@ def tiles_of(stretch: Stretch, columns: int) -> Iterator[Tile]:
 
 
 def fits_of(
-    linear: QuantizedLinear, stretches: Sequence[Stretch], source: Mapping[str, Stored], moves: bool = False
+    linear: QuantizedLinear, stretches: Sequence[Stretch], source: Mapping[str, StoredTensor], moves: bool = False
 ) -> tuple[list[Fit], float]:
     """Return how each reading fits, and the factor by which the best direction among them is too small.
 
@@ -161,7 +161,7 @@ def fits_of(
         Fits under one global scale, and where none is close, the one up to a factor of each column or row; best first,
         fp4trt's own reading before another that is as close. The factor is 1 where one of them fits.
     """
-    columns = source[stretches[0].tensor].held.shape[1]
+    columns = source[stretches[0].tensor].shape[1]
     shape = sum(stretch.count for stretch in stretches), columns
     sums: dict[Reading, _Sums] = {}
     for stretch in stretches:
@@ -205,7 +205,7 @@ def _scaled(linear: QuantizedLinear, given: Floats, tile: Tile) -> Floats:
     return np.nan_to_num(given, nan=_FAR, posinf=_FAR, neginf=-_FAR)
 
 
-def _wanted(linear: QuantizedLinear, stretch: Stretch, source: Mapping[str, Stored], tile: Tile) -> Floats:
+def _wanted(linear: QuantizedLinear, stretch: Stretch, source: Mapping[str, StoredTensor], tile: Tile) -> Floats:
     """Return what the codes of a tile stand for: the 16-bit weight, less the low-rank branch."""
     first = stretch.source_row + tile.row - stretch.row
     weight = floats_of(source[stretch.tensor], first, tile.rows, tile.column, tile.columns)

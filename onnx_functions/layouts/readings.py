@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import ml_dtypes
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp4trt.layouts import swizzled_shape, swizzled_shapes
-from fp4trt.safetensors_header import HeldTensor
+from fp4trt.safetensors_file import StoredTensor
 
 __all__ = [
     "HIGH_FIRST",
@@ -26,7 +25,6 @@ __all__ = [
     "TILES",
     "Floats",
     "Reading",
-    "Stored",
     "StoredLinear",
     "Tile",
     "floats_of",
@@ -66,48 +64,12 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in its file."""
-
-    file: Path
-    held: HeldTensor
-
-    def rows(self, first: int, count: int, begin: int = 0, end: int | None = None) -> _Bytes:
-        """Read the bytes `begin` to `end` of some rows of a matrix, [count, end - begin]."""
-        width = self.held.nbytes // max(self.held.shape[0], 1)
-        end = width if end is None else end
-        found = np.empty((count, end - begin), np.uint8)
-        with self.file.open("rb", buffering=0) as file:
-            for row in range(count):
-                file.seek(self.held.offset + (first + row) * width + begin)
-                _fill(file, found[row], self.file)
-        return found
-
-    def span(self, begin: int, count: int) -> _Bytes:
-        """Read `count` bytes from `begin` on."""
-        found = np.empty(count, np.uint8)
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.held.offset + begin)
-            _fill(file, found, self.file)
-        return found
-
-
-def _fill(file: Any, into: _Bytes, path: Path) -> None:
-    view = into.data
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise OSError(f"{path} ended while it was read")
-        view = view[count:]
-
-
-@dataclass(frozen=True)
 class StoredLinear:
     """A quantized linear: its codes, and its block scales (None in FP8)."""
 
     path: str
-    codes: Stored
-    scales: Stored | None
+    codes: StoredTensor
+    scales: StoredTensor | None
 
 
 @dataclass(frozen=True)
@@ -125,10 +87,17 @@ class Tile:
         return Tile(self.column, self.columns, self.row, self.rows)
 
 
-def floats_of(stored: Stored, row: int, rows: int, column: int, columns: int) -> Floats:
+def _rows(stored: StoredTensor, first: int, count: int, begin: int = 0, end: int | None = None) -> _Bytes:
+    """Read the bytes `begin` to `end` of some rows of a matrix, [count, end - begin]."""
+    width = stored.nbytes // max(stored.shape[0], 1)
+    read = stored.bytes(first * width, (first + count) * width).reshape(count, width)
+    return np.ascontiguousarray(read[:, begin:end])
+
+
+def floats_of(stored: StoredTensor, row: int, rows: int, column: int, columns: int) -> Floats:
     """Return a tile of a 16- or 32-bit matrix."""
-    kind = np.dtype(_SIXTEEN[stored.held.dtype])
-    raw = stored.rows(row, rows, column * kind.itemsize, (column + columns) * kind.itemsize)
+    kind = np.dtype(_SIXTEEN[stored.dtype])
+    raw = _rows(stored, row, rows, column * kind.itemsize, (column + columns) * kind.itemsize)
     return np.asarray(raw.view(kind).astype(np.float32))
 
 
@@ -144,19 +113,19 @@ def readings_of(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> Ite
     if linear.scales is None:
         yield from _fp8_readings(linear, shape, tile)
         return
-    stored = linear.codes.held.shape
+    stored = linear.codes.shape
     for orientation, fits in (
         ("rows", _holds(stored, rows, columns // 2)),
         ("transposed", rows % 16 == 0 and _holds(stored, columns, rows // 2)),
     ):
         if fits:
             where = tile if orientation == "rows" else tile.turned
-            packed = linear.codes.rows(where.row, where.rows, where.column // 2, (where.column + where.columns) // 2)
+            packed = _rows(linear.codes, where.row, where.rows, where.column // 2, (where.column + where.columns) // 2)
             for order, scales in _block_scales(linear, where):
                 for nibbles in (LOW_FIRST, HIGH_FIRST):
                     value = _weights(packed, scales, nibbles)
                     yield Reading("E2M1", orientation, order, nibbles), value if where is tile else value.T
-    if _holds(stored, columns // 2, rows) and _holds(linear.scales.held.shape, columns // 16, rows):
+    if _holds(stored, columns // 2, rows) and _holds(linear.scales.shape, columns // 16, rows):
         packed = _turned(linear.codes, tile.column // 2, tile.columns // 2, tile)
         scales = _e4m3(_turned(linear.scales, tile.column // 16, tile.columns // 16, tile))
         for nibbles in (LOW_FIRST, HIGH_FIRST):
@@ -168,8 +137,8 @@ def _holds(stored: tuple[int, ...], rows: int, columns: int) -> bool:
     return len(stored) == 2 and 0 <= stored[0] - rows < 128 and 0 <= stored[1] - columns < 128
 
 
-def _turned(stored: Stored, first: int, count: int, tile: Tile) -> _Bytes:
-    return np.ascontiguousarray(stored.rows(first, count, tile.row, tile.row + tile.rows).T)
+def _turned(stored: StoredTensor, first: int, count: int, tile: Tile) -> _Bytes:
+    return np.ascontiguousarray(_rows(stored, first, count, tile.row, tile.row + tile.rows).T)
 
 
 def _weights(packed: _Bytes, scales: Floats, nibbles: str) -> Floats:
@@ -185,11 +154,11 @@ def _e4m3(raw: _Bytes) -> Floats:
 def _block_scales(linear: StoredLinear, tile: Tile) -> Iterator[tuple[str, Floats]]:
     """Yield the block scales of a tile of the stored matrix, in each order that their shape allows."""
     assert linear.scales is not None
-    held = linear.scales.held
-    rows, blocks = linear.codes.held.shape[0], linear.codes.held.shape[1] // 8
+    held = linear.scales
+    rows, blocks = linear.codes.shape[0], linear.codes.shape[1] // 8
     first, count = tile.column // 16, tile.columns // 16
     if len(held.shape) == 2 and held.shape[0] >= rows and held.shape[1] >= blocks:
-        yield ROW_MAJOR, _e4m3(linear.scales.rows(tile.row, tile.rows, first, first + count))
+        yield ROW_MAJOR, _e4m3(_rows(linear.scales, tile.row, tile.rows, first, first + count))
     wide = swizzled_shape(rows, blocks)[1]
     more = len(held.shape) == 2 and held.shape[0] >= rows and held.shape[1] >= wide  # padded by more than the tiles ask
     if more and held.shape[0] % 128 == 0 and held.shape[1] % 4 == 0:
@@ -201,15 +170,15 @@ def _block_scales(linear: StoredLinear, tile: Tile) -> Iterator[tuple[str, Float
     if held.shape == (blocks, rows):
         yield (
             TRANSPOSED,
-            _e4m3(np.ascontiguousarray(linear.scales.rows(first, count, tile.row, tile.row + tile.rows).T)),
+            _e4m3(np.ascontiguousarray(_rows(linear.scales, first, count, tile.row, tile.row + tile.rows).T)),
         )
 
 
-def _from_tiles(stored: Stored, across: int, row: int, rows: int, column: int, columns: int) -> _Bytes:
+def _from_tiles(stored: StoredTensor, across: int, row: int, rows: int, column: int, columns: int) -> _Bytes:
     """Read block scales out of tiles of 128 rows and 4 columns, `across` of which lie side by side."""
     left, right = column // 4, -(-(column + columns) // 4)
     bands = [
-        unswizzled(stored.span((band * across + left) * 512, (right - left) * 512), 128, (right - left) * 4)
+        unswizzled(stored.bytes((band * across + left) * 512, (band * across + right) * 512), 128, (right - left) * 4)
         for band in range(row // 128, -(-(row + rows) // 128))
     ]
     top, begin = row - row // 128 * 128, column - 4 * left
@@ -233,9 +202,9 @@ def unswizzled(raw: _Bytes, rows: int, columns: int) -> _Bytes:
 
 def _fp8_readings(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> Iterator[tuple[Reading, Floats]]:
     for orientation, where, (rows, columns) in (("rows", tile, shape), ("transposed", tile.turned, shape[::-1])):
-        if not _holds(linear.codes.held.shape, rows, columns):
+        if not _holds(linear.codes.shape, rows, columns):
             continue
-        raw = linear.codes.rows(where.row, where.rows, where.column, where.column + where.columns)
+        raw = _rows(linear.codes, where.row, where.rows, where.column, where.column + where.columns)
         for number, kind in _FP8.items():
             value = np.asarray(raw.view(kind).astype(np.float32))
             yield Reading(number, orientation, NONE, NONE), value if where is tile else value.T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,25 +11,20 @@ from typing import Any, Final
 
 import numpy as np
 
+from fp4trt.checkpoint_folder import STEM, metadata_in_folder, tensors_in_folder
 from fp4trt.errors import UnknownArtifact
 from fp4trt.file_kind import what_it_lacks
-from fp4trt.json_file import read_object, strings_by_name
+from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import transformer_folder
-from fp4trt.safetensors_header import (
-    HeldTensor,
-    metadata_in_file,
-    metadata_in_folder,
-    tensors_in_file,
-    tensors_in_folder,
-)
-from onnx_functions.layouts.readings import Floats, Stored, StoredLinear, Tile, floats_of
+from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
+from onnx_functions.layouts.readings import Floats, StoredLinear, Tile, floats_of
 
 __all__ = ["BUILT_IN", "OpenCheckpoint", "QuantizedLinear", "open_checkpoint", "quantized_linears"]
 
 BUILT_IN: Final = "digits"
 """What a user types for the model that comes with the package."""
 
-_STEM: Final = "diffusion_pytorch_model.safetensors"
+_WHOLE: Final = f"{STEM}.safetensors"
 _CODES: Final = ("weight", "weight_packed")
 _BLOCK_SCALES: Final = ("weight_scale",)
 _GLOBAL_SCALES: Final = ("weight_scale_2", "weight_global_scale")
@@ -45,12 +41,7 @@ class OpenCheckpoint:
     path: Path
     config: dict[str, Any]
     metadata: dict[str, str]
-    tensors: dict[str, Stored]
-
-    @property
-    def held(self) -> dict[str, HeldTensor]:
-        """What the headers say of each tensor."""
-        return {name: stored.held for name, stored in self.tensors.items()}
+    tensors: dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -69,14 +60,14 @@ class QuantizedLinear:
     scale: str
     scales: Floats
     smoothing: Floats | None
-    branch: tuple[Stored, Stored] | None
+    branch: tuple[StoredTensor, StoredTensor] | None
 
     def beside(self, tile: Tile) -> Floats | None:
         """Return what the low-rank branch adds to a tile of the smoothed weight; None without one."""
         if self.branch is None:
             return None
         a, b = self.branch
-        rank = a.held.shape[0]
+        rank = a.shape[0]
         return np.asarray(floats_of(b, tile.row, tile.rows, 0, rank) @ floats_of(a, 0, rank, tile.column, tile.columns))
 
 
@@ -90,24 +81,19 @@ def open_checkpoint(artifact: str | Path) -> OpenCheckpoint:
     if str(artifact) == BUILT_IN and not path.exists():
         path = _built_in()
     if path.is_file():
-        held = tensors_in_file(path)
-        return OpenCheckpoint(
-            path, {}, metadata_in_file(path), {name: Stored(path, each) for name, each in held.items()}
-        )
+        tensors = tensors_in_file(path)  # which says if the file is damaged
+        return OpenCheckpoint(path, {}, metadata_in_file(path), tensors)
     if not path.is_dir():
         raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected a checkpoint's folder or a .safetensors file")
-    if not any((path / name).is_file() for name in (_STEM, f"{_STEM}.index.json")):
+    if not any((path / name).is_file() for name in (_WHOLE, f"{_WHOLE}.index.json")):
         path = transformer_folder(path)  # single files may lie beside it
-    config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
+    config = load_json(path / "config.json") if (path / "config.json").is_file() else {}
     return OpenCheckpoint(path, config, *_in_folder(path))
 
 
-def _in_folder(folder: Path) -> tuple[dict[str, str], dict[str, Stored]]:
-    index = folder / f"{_STEM}.index.json"
-    if index.is_file() or (folder / _STEM).is_file():
-        held = tensors_in_folder(folder)
-        places = strings_by_name(read_object(index)["weight_map"], "weight_map") if index.is_file() else {}
-        tensors = {name: Stored(folder / places.get(name, _STEM), each) for name, each in held.items()}
+def _in_folder(folder: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    if any((folder / name).is_file() for name in (_WHOLE, f"{_WHOLE}.index.json")):
+        tensors = tensors_in_folder(folder)
         return metadata_in_folder(folder), tensors
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -115,10 +101,10 @@ def _in_folder(folder: Path) -> tuple[dict[str, str], dict[str, Stored]]:
     metadata: dict[str, str] = {}
     tensors = {}
     for file in files:
-        for name, each in tensors_in_file(file).items():
+        for name, tensor in tensors_in_file(file).items():
             if name in tensors:
                 raise UnknownArtifact(f"{name} is both in {tensors[name].file.name} and in {file.name}; name one file")
-            tensors[name] = Stored(file, each)
+            tensors[name] = tensor
         metadata |= metadata_in_file(file)
     return metadata, tensors
 
@@ -129,24 +115,24 @@ def _built_in() -> Path:
     return Path(next(iter(places or ["."]))) / BUILT_IN
 
 
-def quantized_linears(tensors: Mapping[str, Stored]) -> tuple[dict[str, QuantizedLinear], dict[str, str]]:
+def quantized_linears(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, QuantizedLinear], dict[str, str]]:
     """Return the linears in NVFP4 and FP8 by path, and why those that look like some cannot be read at all."""
     found: dict[str, QuantizedLinear] = {}
     unread: dict[str, str] = {}
     for path, codes in _coded(tensors):
-        fp4 = codes.held.dtype not in _FP8
+        fp4 = codes.dtype not in _FP8
         scales = _first(tensors, path, _BLOCK_SCALES) if fp4 else ""
         scale = _first(tensors, path, _GLOBAL_SCALES if fp4 else _FP8_SCALES)
-        if fp4 and (not scales or tensors[scales].held.dtype not in ("F8_E4M3", "U8")):
-            unread[path] = f"{tensors[scales].held.dtype} block scales" if scales else "no block scales"
+        if fp4 and (not scales or tensors[scales].dtype not in ("F8_E4M3", "U8")):
+            unread[path] = f"{tensors[scales].dtype} block scales" if scales else "no block scales"
             continue
         values = _values(tensors[scale]) if scale else np.ones(1, np.float32)
-        if values is None or values.size not in (1, codes.held.shape[0]):
-            held = tensors[scale].held
+        if values is None or values.size not in (1, codes.shape[0]):
+            held = tensors[scale]
             unread[path] = f"{scale} is {held.dtype}{list(held.shape)}"
             continue
         beside = {leaf: tensors[f"{path}.{leaf}"] for leaf in _BESIDE if f"{path}.{leaf}" in tensors}
-        if fault := _fault(beside, codes.held.shape[0], codes.held.shape[1] * (2 if fp4 else 1)):
+        if fault := _fault(beside, codes.shape[0], codes.shape[1] * (2 if fp4 else 1)):
             unread[path] = fault
             continue
         smoothing = beside.get(_BESIDE[0])
@@ -160,39 +146,32 @@ def quantized_linears(tensors: Mapping[str, Stored]) -> tuple[dict[str, Quantize
     return found, unread
 
 
-def _fault(beside: Mapping[str, Stored], rows: int, columns: int) -> str | None:
+def _fault(beside: Mapping[str, StoredTensor], rows: int, columns: int) -> str | None:
     """Return what is wrong with the smoothing or the branch of a linear [rows, columns]."""
-    shapes = {leaf: stored.held.shape for leaf, stored in beside.items()}
+    shapes = {leaf: stored.shape for leaf, stored in beside.items()}
     rank = shapes.get(_BESIDE[1], (0,))[0]
     wanted = dict(zip(_BESIDE, ((columns,), (rank, columns), (rows, rank)), strict=True))
     for leaf, shape in shapes.items():
-        if shape != wanted[leaf] or beside[leaf].held.dtype not in FLOATS:
-            return f"{leaf} is {beside[leaf].held.dtype}{list(shape)}, expected {list(wanted[leaf])}"
+        if shape != wanted[leaf] or beside[leaf].dtype not in FLOATS:
+            return f"{leaf} is {beside[leaf].dtype}{list(shape)}, expected {list(wanted[leaf])}"
     return "half of a low-rank branch" if (_BESIDE[1] in beside) != (_BESIDE[2] in beside) else None
 
 
-def _coded(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Stored]]:
+def _coded(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the matrices that hold codes of NVFP4, two a byte, or of FP8."""
     for name, stored in tensors.items():
         path, _, leaf = name.rpartition(".")
-        if leaf in _CODES and len(stored.held.shape) == 2 and stored.held.dtype in ("U8", "I8", *_FP8):
+        if leaf in _CODES and len(stored.shape) == 2 and stored.dtype in ("U8", "I8", *_FP8):
             yield path, stored
 
 
-def _first(tensors: Mapping[str, Stored], path: str, leaves: tuple[str, ...]) -> str:
+def _first(tensors: Mapping[str, StoredTensor], path: str, leaves: tuple[str, ...]) -> str:
     return next((f"{path}.{leaf}" for leaf in leaves if f"{path}.{leaf}" in tensors), "")
 
 
-def _values(stored: Stored) -> Floats | None:
+def _values(stored: StoredTensor) -> Floats | None:
     """Return all of a small tensor, flat; None where it is of no floating-point type."""
-    if stored.held.dtype not in FLOATS or stored.held.nbytes > 1 << 24:
+    if stored.dtype not in FLOATS or stored.nbytes > 1 << 24:
         return None
-    return floats_of(Stored(stored.file, _as_row(stored.held)), 0, 1, 0, _count(stored.held)).reshape(-1)
-
-
-def _count(held: HeldTensor) -> int:
-    return int(np.prod(held.shape, dtype=np.int64))
-
-
-def _as_row(held: HeldTensor) -> HeldTensor:
-    return replace(held, shape=(1, _count(held)))
+    count = math.prod(stored.shape)
+    return floats_of(replace(stored, shape=(1, count)), 0, 1, 0, count).reshape(-1)

@@ -8,7 +8,7 @@ from typing import Final
 
 from onnx import TensorProto
 
-from fp4trt.safetensors_header import HeldTensor
+from fp4trt.safetensors_file import StoredTensor
 from onnx_functions.graph.external_data import BITS, BadSpan, Span, type_name
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject
@@ -150,7 +150,7 @@ def _shown(span: Span) -> str:
 class _Layout:
     """Where the tensors of a safetensors file begin and end, in order."""
 
-    def __init__(self, tensors: Mapping[str, HeldTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self.order = sorted((tensor.offset, tensor.offset + tensor.nbytes, name) for name, tensor in tensors.items())
         self.begins = [begin for begin, _, _ in self.order]
         self.ends = {end for _, end, _ in self.order}
@@ -169,7 +169,7 @@ class _Layout:
         return f"{_shown(span)} hold a part of {name}, which ends at {end}, and of what follows it"
 
 
-def _elements(held: HeldTensor, tensor: TensorProto) -> Iterator[int]:
+def _elements(held: StoredTensor, tensor: TensorProto) -> Iterator[int]:
     """Yield a stored tensor's shape in elements of the declared type: two of 4 bits in a byte of its last axis."""
     packed = BITS.get(tensor.data_type) == 4 and held.dtype in ("U8", "I8")
     for axis, size in enumerate(held.shape):

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto
 
 from fp4trt.errors import UnknownArtifact
 from fp4trt.number_formats import FORMATS, FP8, NVFP4, NumberFormat
-from fp4trt.safetensors_header import HeldTensor, tensors_in_file
+from fp4trt.safetensors_file import StoredTensor, tensors_in_file
 from onnx_functions.graph.baked import Baked, baked_sizes
 from onnx_functions.graph.checkpoint_beside import CheckpointBeside, checkpoint_beside
 from onnx_functions.graph.dependence import Dependence, dependences
@@ -110,7 +110,7 @@ class Subject:
         return {name: _span(tensor, self.path.parent) for name, tensor in self.constants.items()}
 
     @cached_property
-    def headers(self) -> dict[Path, dict[str, HeldTensor] | None]:
+    def headers(self) -> dict[Path, dict[str, StoredTensor] | None]:
         """What each safetensors file that a constant points into holds by its header; None where that is damaged."""
         files = {span.file for span in self.spans.values() if isinstance(span, Span)}
         return {file: _header(file) for file in sorted(files) if file.suffix.lower() == ".safetensors"}
@@ -311,7 +311,7 @@ class Subject:
         return tuple(node for node in self.graph.consumers.get(tensor, ()) if node.op_type == "DequantizeLinear")
 
 
-def _header(file: Path) -> dict[str, HeldTensor] | None:
+def _header(file: Path) -> dict[str, StoredTensor] | None:
     try:
         return tensors_in_file(file)
     except UnknownArtifact:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from fp4trt.account import BMM_AMAX, BRANCH, SMOOTHING
 from onnx_functions.graph.checkpoint_beside import CheckpointBeside
 from onnx_functions.linting.rule import Hit, rule
@@ -38,7 +40,9 @@ def _is_read(subject: Subject, beside: CheckpointBeside, name: str) -> bool:
     if leaf in _SHARED:
         others = (f"{member}.{leaf}" for member in _group_of(beside, path) if f"{member}.{leaf}" in constants)
         wanted = beside.tensors[name].bytes()
-        return any(other in beside.tensors and beside.tensors[other].bytes() == wanted for other in others)
+        return any(
+            other in beside.tensors and np.array_equal(beside.tensors[other].bytes(), wanted) for other in others
+        )
     made = next((f"{name.removesuffix(amax)}{scale}" for amax, scale in BMM_AMAX.items() if name.endswith(amax)), "")
     return made in constants
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fp4trt.errors import OutputExists, UnknownArtifact
 from fp4trt.file_output import check_writable, made_folder, write_texts
-from fp4trt.json_file import read_object
+from fp4trt.json_file import load_json
 from onnx_functions.validation.verdict import Figures, Report
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def check_report_folder(directory: Path, force: bool = False) -> None:
 
 def _is_our_data(path: Path) -> bool:
     try:
-        return read_object(path).keys() >= _KEYS
+        return load_json(path).keys() >= _KEYS
     except UnknownArtifact:
         return False
 

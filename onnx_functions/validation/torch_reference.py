@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from calibration.by_block.runner import BlockRunner, Outputs
-from calibration.checkpoints.plain import BUILT_IN, find_source, open_plain, tensors_of
+from calibration.checkpoints.plain import BUILT_IN, find_source, open_plain
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING, Checkpoint, empty_model, read, reader
 from calibration.formats import fp8
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.fp8_attention import MODULE as FP8_ATTENTION
 from calibration.formats.fp8_attention import FP8Attention
 from fp4trt.account import SCALE_LEAVES
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, BadGraph, BadReference
 from fp4trt.json_file import load_json
@@ -162,7 +163,7 @@ def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | 
     try:
         config = load_json(folder / "config.json")
         quantized = "quantization_config" in config
-        checkpoint = read(folder) if quantized else Checkpoint(folder, config, {}, tensors_of(folder))
+        checkpoint = read(folder) if quantized else Checkpoint(folder, config, {}, tensors_in_folder(folder))
     except BadCheckpoint as error:
         raise BadReference(f"the reference cannot be used: {error}; give --reference CHECKPOINT") from None
     for path in (path for paths in promised.values() for path in paths):

@@ -160,8 +160,8 @@ def test_a_damaged_manifest_is_refused(manifest: str, copy_of_digits: Path) -> N
 
 @pytest.mark.parametrize("index", ['{"weight_map": [1]}', '{"weight_map": {}}', "{}", '{"weight_map": {"a": 1}}'])
 def test_a_damaged_index_is_refused(index: str, copy_of_digits: Path) -> None:
-    from calibration.checkpoints.plain import tensors_of
+    from fp4trt.checkpoint_folder import tensors_in_folder
 
     (copy_of_digits / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
     with pytest.raises(BadCheckpoint, match="weight_map"):
-        tensors_of(copy_of_digits)
+        tensors_in_folder(copy_of_digits)

@@ -24,7 +24,7 @@ from calibration.quantization import quantize
 from fp4trt.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists, UnknownFamily, Untrusted
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
-from fp4trt.safetensors_file import read_header, sha256_of
+from fp4trt.safetensors_file import sha256_of, tensors_in_file
 
 MakeFlux = Callable[..., Path]
 
@@ -169,7 +169,7 @@ def test_safetensors_reads_what_we_write_and_we_read_what_it_writes(quantized_di
     from safetensors import safe_open
 
     for file in (quantized_digits / checkpoint.WEIGHTS, digits / checkpoint.WEIGHTS):
-        header = read_header(file)
+        header = tensors_in_file(file)
         with safe_open(file, "pt") as theirs:
             assert set(theirs.keys()) == set(header)
             for name, tensor in header.items():

@@ -13,7 +13,7 @@ from calibration.checkpoints.quantized import read
 from exporter.onnx_export import branches, group_leaders
 from exporter.passes.add_branches import Branch, add_branches
 from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN
-from fp4trt.safetensors_file import read_header
+from fp4trt.safetensors_file import tensors_in_file
 from onnx_functions.graph.linears import Graph
 
 GROUP = tuple(f"single_transformer_blocks.2.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
@@ -40,7 +40,7 @@ def test_a_group_shares_smoothing_and_first_product_and_each_member_adds_its_own
 
 
 def test_a_branch_points_into_the_checkpoint(graph: Graph, svdquant_digits: Path) -> None:
-    held = read_header(svdquant_digits / WEIGHTS)
+    held = tensors_in_file(svdquant_digits / WEIGHTS)
     factors = [name for name in graph.initializers if "svdquant" in name or "pre_quant" in name]
     # a second factor for each linear, a first one for each group, a smoothing for each but the 8 modulations
     assert len(factors) == 52 + 32 + 24
@@ -51,7 +51,7 @@ def test_a_branch_points_into_the_checkpoint(graph: Graph, svdquant_digits: Path
 
 def test_members_that_differ_stay_apart(svdquant_digits: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(svdquant_digits, tmp_path / "changed")
-    held = read_header(folder / WEIGHTS)
+    held = tensors_in_file(folder / WEIGHTS)
     _change(folder, held[f"{GROUP[1]}.svdquant_lora_a"].offset)
     _change(folder, held[f"{GROUP[2]}.pre_quant_scale"].offset)
     checkpoint = read(folder)

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from calibration.checkpoints.quantized import WEIGHTS, read
-from fp4trt.safetensors_file import read_header
+from fp4trt.safetensors_file import tensors_in_file
 from onnx_functions.graph.linears import promised_linears
 
 Q, K, V = (f"transformer_blocks.0.attn.to_{name}" for name in "qkv")
@@ -60,7 +60,7 @@ def test_linears_of_one_input_share_its_quantizer_and_no_weight_scale(graph: onn
 
 def test_an_export_points_at_the_codes_and_promises_what_the_checkpoint_has(fp8_digits: Path) -> None:
     model = onnx.load(fp8_digits / "model.onnx", load_external_data=False)
-    checkpoint, stored = read(fp8_digits), read_header(fp8_digits / WEIGHTS)
+    checkpoint, stored = read(fp8_digits), tensors_in_file(fp8_digits / WEIGHTS)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for path in checkpoint.fp8:
         place = {entry.key: entry.value for entry in tensors[f"{path}.weight"].external_data}

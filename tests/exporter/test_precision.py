@@ -17,6 +17,7 @@ import fp4trt
 from calibration.checkpoints import quantized as checkpoint
 from calibration.checkpoints.plain import load_source
 from exporter import export
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import BadCheckpoint, BadGraph, WrongPrecision
 from fp4trt.families import family_of
 
@@ -53,7 +54,7 @@ def test_the_interface_is_the_quantized_graphs_and_no_linear_is_promised_in_fp4(
 
 
 def test_its_weights_are_the_checkpoints_own_bytes(plain_digits: Path) -> None:
-    stored = checkpoint.tensors_of(plain_digits)
+    stored = tensors_in_folder(plain_digits)
     model = onnx.load(plain_digits / "model.onnx", load_external_data=False)
     pointing = {
         tensor.name: {entry.key: entry.value for entry in tensor.external_data}

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fp4trt.checkpoint_folder import metadata_in_folder
 from fp4trt.errors import BadCheckpoint, UnknownArtifact
 from fp4trt.layouts import recognised, refuse_foreign_layout
-from fp4trt.safetensors_header import metadata_in_file, metadata_in_folder, tensors_in_file
+from fp4trt.safetensors_file import metadata_in_file, tensors_in_file
 
 Q = "transformer_blocks.0.attn.to_q"
 QKV = "double_blocks.0.img_attn.qkv"

@@ -15,8 +15,9 @@ import onnx_functions
 import trt_build
 from calibration import calibrate, quantize
 from calibration.by_block.runner import BlockRunner
-from calibration.checkpoints.plain import empty_source, load_source, tensors_of
+from calibration.checkpoints.plain import empty_source, load_source
 from calibration.inputs.captured import save_inputs
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.families import FAMILIES, Family, family_of
 from fp4trt.json_file import load_json
 from tests.frame.made_up import MADE_UP, MadeUpTransformer
@@ -118,6 +119,6 @@ def test_a_method_that_runs_the_model_rounds_what_lies_outside_the_blocks(
     save_inputs(tmp_path / "inputs.safetensors", calls)
     for recipe in ("nvfp4-ptq", "nvfp4-quality"):
         quantize(sources["made-up"], tmp_path / recipe, recipe=recipe, calibration=tmp_path / "inputs.safetensors")
-    plain, best = (tensors_of(tmp_path / recipe) for recipe in ("nvfp4-ptq", "nvfp4-quality"))
+    plain, best = (tensors_in_folder(tmp_path / recipe) for recipe in ("nvfp4-ptq", "nvfp4-quality"))
     for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
         assert torch.equal(plain[f"modulation.{leaf}"].tensor(), best[f"modulation.{leaf}"].tensor())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import fp4trt
-from fp4trt.safetensors_header import tensors_in_folder
+from fp4trt.checkpoint_folder import tensors_in_folder
 from onnx_functions.inspection.inspect import describe
 from onnx_functions.validation.run_gates import validate
 from trt_build import build

@@ -23,7 +23,7 @@ from calibration.methods.qat.training import train
 from calibration.recipes.recipe import QAT
 from fp4trt.errors import BadCheckpoint, BadRecipe
 from fp4trt.json_file import load_json
-from fp4trt.safetensors_file import DTYPE_BYTES, StoredTensor, bytes_of, plan_of, read_header, write
+from fp4trt.safetensors_file import DTYPE_BYTES, StoredTensor, bytes_of, plan_of, tensors_in_file, write
 from fp4trt.work_folder import work_folder, write_mark
 
 __all__ = ["Trained", "trained"]
@@ -91,7 +91,7 @@ def trained(
         losses = load_json(work / "loss.json")
         figures = {"start": start.manifest["recipe"], "velocity_loss": _ends(losses["velocity"])}
         files = {path.name: path for path in (work / "loss.json", work / "loss.png") if path.is_file()}
-        tensors = {**start.tensors, **read_header(work / _RESULT)}
+        tensors = {**start.tensors, **tensors_in_file(work / _RESULT)}
         yield Trained(tensors, start.manifest["amax"], files, figures)
 
 

@@ -25,7 +25,7 @@ from calibration.inputs.captured import Inputs, load_inputs, save_inputs
 from fp4trt.errors import BadAmax, BadCheckpoint, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
-from fp4trt.safetensors_file import read_header
+from fp4trt.safetensors_file import tensors_in_file
 from tests import warm_python
 
 ROOT = Path(__file__).parents[3]
@@ -120,7 +120,7 @@ def test_each_weight_is_read_once_whatever_the_number_of_calls(
     monkeypatch.setattr(plain, "finite_tensor", lambda *of: read.append(of[1]) or finite(*of))
     with measured_by_block(digits, load_inputs(inputs)[:3], tmp_path / "work"):
         pass
-    assert sorted(read) == sorted(read_header(digits / "diffusion_pytorch_model.safetensors"))
+    assert sorted(read) == sorted(tensors_in_file(digits / "diffusion_pytorch_model.safetensors"))
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_a_weight_that_is_no_number_is_named_and_nothing_is_left(
     calls = [family_of(config).example_inputs(config, (1, 16, 8), 0, torch.bfloat16)]
     weights = source / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
-    stored = read_header(weights)[f"{module}.weight"]
+    stored = tensors_in_file(weights)[f"{module}.weight"]
     content[stored.offset : stored.offset + 2] = b"\xc0\x7f"
     weights.write_bytes(content)
     save_inputs(tmp_path / "inputs", calls)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.checkpoints.plain import metadata_of, tensors_of
 from calibration.checkpoints.quantized import WEIGHTS
+from fp4trt.checkpoint_folder import metadata_in_folder, tensors_in_folder
 from fp4trt.errors import BadCheckpoint
 from fp4trt.json_file import load_json
 from fp4trt.layouts import Layout, recognised, refuse_foreign_layout
@@ -34,7 +34,7 @@ def exported(quantized_digits: Path, tmp_path: Path):
 
 
 def layout_of(folder: Path) -> Layout:
-    return recognised(load_json(folder / "config.json"), metadata_of(folder), tensors_of(folder))
+    return recognised(load_json(folder / "config.json"), metadata_in_folder(folder), tensors_in_folder(folder))
 
 
 def test_a_plain_export_is_read(exported) -> None:
@@ -56,7 +56,7 @@ def test_an_export_for_comfyui_is_refused_as_what_it_may_be(exported, options: d
     layout = layout_of(folder)
     assert (layout.name, layout.block_scales, layout.is_read) == ("ModelOpt's export for ComfyUI", "unknown", False)
     with pytest.raises(BadCheckpoint, match="may be swizzled into cuBLAS tiles: export it without") as refused:
-        refuse_foreign_layout(str(folder), {}, metadata_of(folder), tensors_of(folder))
+        refuse_foreign_layout(str(folder), {}, metadata_in_folder(folder), tensors_in_folder(folder))
     assert EVIDENCE in str(refused.value)
 
 
@@ -71,7 +71,7 @@ def test_swizzled_scales_of_an_odd_size_give_the_export_away(exported) -> None:
     swizzle_nvfp4_scales(state)
     folder = exported(enable_swizzle_layout=True)
     odd = {name: Tensor(value) for name, value in state.items()}
-    layout = recognised({}, metadata_of(folder), tensors_of(folder) | odd)
+    layout = recognised({}, metadata_in_folder(folder), tensors_in_folder(folder) | odd)
     assert (layout.block_scales, layout.nibbles) == ("cuBLAS 128x4 tiles", "low first")
     assert "x.weight_scale is F8_E4M3[128, 4] for weights [16, 64]: padded to tiles" in layout.evidence
 
@@ -89,5 +89,5 @@ def test_metadata_are_those_that_the_safetensors_library_reads(exported) -> None
 
     folder = exported(enable_swizzle_layout=True, enable_layerwise_quant_metadata=True)
     with safe_open(folder / WEIGHTS, "pt") as file:
-        assert metadata_of(folder) == file.metadata()
-    assert json.loads(metadata_of(folder)["_quantization_metadata"])["format_version"] == "1.0"
+        assert metadata_in_folder(folder) == file.metadata()
+    assert json.loads(metadata_in_folder(folder)["_quantization_metadata"])["format_version"] == "1.0"

@@ -19,7 +19,7 @@ from torch import nn
 
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask
 from calibration.checkpoints import layout
-from calibration.checkpoints.plain import load_source, tensors_of
+from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.formats import fp8, nvfp4
 from calibration.formats.modelopt_backend import FP8, NVFP4, mto, mtq
@@ -27,11 +27,12 @@ from calibration.inputs.captured import save_inputs
 from calibration.methods import registry
 from calibration.quantization import quantize
 from calibration.recipes.recipe import load_recipe
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
-from fp4trt.safetensors_file import TensorPlan, read_header, sha256_of, write
+from fp4trt.safetensors_file import TensorPlan, sha256_of, tensors_in_file, write
 
 FIRST = "transformer_blocks.0.norm1.linear"
 
@@ -48,7 +49,7 @@ def copy(fp8_digits: Path, tmp_path: Path) -> Path:
 
 def _rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the tensors of a checkpoint: name to (dtype, shape, bytes)."""
-    stored = read_header(folder / WEIGHTS)
+    stored = tensors_in_file(folder / WEIGHTS)
     tensors: dict[str, Any] = {name: (each.dtype, each.shape, each.bytes()) for name, each in stored.items()}
     change(tensors)
     plan = [TensorPlan(name, dtype, shape) for name, (dtype, shape, _) in tensors.items()]
@@ -94,7 +95,7 @@ def test_a_promise_of_fp8_that_the_tensors_do_not_keep_is_refused(copy: Path) ->
         read(copy)
     manifest["quantized"]["fp8"] = 3
     (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(BadCheckpoint, match=r"quantized.fp8 is not a list of module paths"):
+    with pytest.raises(BadCheckpoint, match=r"quantized.fp8 is .*, expected a list of strings"):
         read(copy)
 
 
@@ -162,7 +163,7 @@ def test_what_is_written_does_not_depend_on_shards(
     assert all(
         t.offset % {"F32": 4, "BF16": 2}.get(t.dtype, 1) == 0 for t in (*one.tensors.values(), *many.tensors.values())
     )
-    source = tensors_of(flux)
+    source = tensors_in_folder(flux)
     for group in one.groups_of(one.fp8):
         for path in group:
             weight = source[f"{path}.weight"].tensor().float()
@@ -179,7 +180,7 @@ def test_what_is_written_does_not_depend_on_shards(
 def test_a_resumed_run_knows_what_each_tensor_of_the_source_became(fp8_digits: Path, digits: Path) -> None:
     checkpoint = read(fp8_digits)
     groups = checkpoint.family.groups(checkpoint.config)
-    results = layout.results_of(tensors_of(digits), groups, checkpoint.formats)
+    results = layout.results_of(tensors_in_folder(digits), groups, checkpoint.formats)
     assert sorted(results) == sorted(checkpoint.tensors)
 
 

@@ -16,7 +16,6 @@ from torch import nn
 
 import fp4trt
 from calibration.by_block import processes
-from calibration.checkpoints.plain import tensors_of
 from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.digits.model import load_transformer
 from calibration.digits.sampling import capture
@@ -28,6 +27,7 @@ from calibration.methods.qat.training import learning_rate, train
 from calibration.methods.qat.trajectories import Trajectories
 from calibration.quantization import quantize
 from calibration.recipes.recipe import QAT
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
@@ -67,7 +67,7 @@ def trained(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 def of_digits(digits: Path, start: Path) -> nn.Module:
-    stored = tensors_of(digits)
+    stored = tensors_in_folder(digits)
     return make_student(read(start), lambda name: stored[name].tensor())
 
 
@@ -81,7 +81,7 @@ def test_the_student_begins_as_exactly_what_it_starts_from(digits, start, calls)
     assert torch.equal(answer(student, calls[1]), answer(load(start, torch.float32), calls[1]))
     learning = dict(student_linears(student))
     assert len(learning) == 52
-    stored = tensors_of(digits)
+    stored = tensors_in_folder(digits)
     for path, linear in learning.items():
         assert torch.equal(linear.weight.detach(), stored[f"{path}.weight"].tensor().float()), path
 
@@ -89,7 +89,7 @@ def test_the_student_begins_as_exactly_what_it_starts_from(digits, start, calls)
 def test_a_code_that_a_method_chose_otherwise_is_kept(digits, start):
     path = "transformer_blocks.0.ff.net.2"
     checkpoint = read(start)
-    stored = tensors_of(digits)
+    stored = tensors_in_folder(digits)
     other = -stored[f"{path}.weight"].tensor()
     student = make_student(
         checkpoint, lambda name: other if name == f"{path}.weight" else stored[name].tensor()
@@ -139,7 +139,7 @@ def test_attention_and_linears_in_fp8_stay_and_the_nvfp4_ones_learn(digits, call
     )
     quantize("digits", tmp_path / "qat", recipe=tmp_path / "mixed.yaml", calibration=five_calls)
     checkpoint = read(tmp_path / "qat")
-    plain = tensors_of(digits)
+    plain = tensors_in_folder(digits)
     student = make_student(checkpoint, lambda name: plain[name].tensor())
     assert len(list(student_linears(student))) == 52 - len(checkpoint.fp8) < 52
     assert torch.equal(answer(student, calls[1]), answer(load(tmp_path / "qat", torch.float32), calls[1]))

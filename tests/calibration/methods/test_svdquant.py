@@ -21,7 +21,7 @@ from calibration.formats.linears import QuantizedLinear
 from calibration.methods.modelopt.svdquant import svdquant
 from fp4trt.errors import BadCheckpoint
 from fp4trt.json_file import load_json
-from fp4trt.safetensors_file import read_header, write
+from fp4trt.safetensors_file import tensors_in_file, write
 from generation.comparison.digits import compare
 
 BLOCK = "single_transformer_blocks.0"
@@ -217,7 +217,7 @@ def test_a_damaged_branch_is_refused(change: Any, message: str, svdquant_checkpo
     for name in ("config.json", "fp4trt.json"):
         (tmp_path / name).write_bytes((svdquant_checkpoint / name).read_bytes())
     weights = svdquant_checkpoint / "diffusion_pytorch_model.safetensors"
-    tensors = {name: stored.tensor() for name, stored in read_header(weights).items()}
+    tensors = {name: stored.tensor() for name, stored in tensors_in_file(weights).items()}
     path = f"{BLOCK}.attn.to_k"
     own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
     changed = {name.removeprefix(f"{path}."): value for name, value in own.items()}

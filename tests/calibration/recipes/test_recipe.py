@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 import fp4trt
-from calibration.checkpoints.plain import tensors_of
 from calibration.inputs.captured import load_inputs, save_inputs
 from calibration.quantization import quantize
 from calibration.recipes.recipe import FormatRules, Rule, linear_formats, load_recipe, preset_names
+from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import BadRecipe
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
@@ -27,7 +27,7 @@ def _written(folder: Path, **changes: object) -> Path:
 
 def _formats(digits: Path, **rules: object) -> dict[str, str]:
     config = load_json(digits / "config.json")
-    family, tensors = family_of(config), tensors_of(digits)
+    family, tensors = family_of(config), tensors_in_folder(digits)
     shapes = {path: tensors[f"{path}.weight"].shape for path in family.quantized(config)}
     return linear_formats(FormatRules.model_validate(rules), family, config, shapes)
 
@@ -140,7 +140,7 @@ def test_linears_that_a_rule_leaves_in_bf16_are_stored_as_they_were(
     }
     assert len(manifest["quantized"]["nvfp4"]) == 52 - 2 * 2 - 4
     name = "transformer_blocks.0.norm1.linear.weight"
-    assert (tensors_of(tmp_path / "out")[name].bytes() == tensors_of(digits)[name].bytes()).all()
+    assert (tensors_in_folder(tmp_path / "out")[name].bytes() == tensors_in_folder(digits)[name].bytes()).all()
 
 
 def test_calibration_data_of_a_part_of_the_schedule_give_a_warning_that_the_manifest_keeps(

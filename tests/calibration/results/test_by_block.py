@@ -25,7 +25,7 @@ from calibration.quantization import quantize
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
-from fp4trt.safetensors_file import read_header, sha256_of
+from fp4trt.safetensors_file import sha256_of, tensors_in_file
 
 QUICK = {
     "ptq": {"name": "ptq"},
@@ -82,7 +82,7 @@ def test_every_byte_of_the_weights_is_read_once(
 ) -> None:
     with _counted(flux / WEIGHTS, monkeypatch) as counts:
         _quantize(flux, method, tmp_path / "out")
-    for name, stored in read_header(flux / WEIGHTS).items():
+    for name, stored in tensors_in_file(flux / WEIGHTS).items():
         assert set(counts[stored.offset : stored.offset + stored.nbytes]) == {1}, name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", f"{method}.yaml"]
 
@@ -91,7 +91,7 @@ def test_the_source_is_identified_by_the_hashes_of_header_and_tensors(flux: Path
     _quantize(flux, "ptq", tmp_path / "out")
     data = (flux / WEIGHTS).read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
-    tensors = sorted(read_header(flux / WEIGHTS).values(), key=lambda stored: stored.offset)
+    tensors = sorted(tensors_in_file(flux / WEIGHTS).values(), key=lambda stored: stored.offset)
     parts = [data[:end], *(data[stored.offset : stored.offset + stored.nbytes] for stored in tensors)]
     digests = [hashlib.sha256(part).digest() for part in parts]
     source = load_json(tmp_path / "out" / "fp4trt.json")["source"]
@@ -155,7 +155,7 @@ def test_a_weight_that_is_not_finite_is_found_in_its_block_and_nothing_is_left(f
     shutil.copy(flux.with_name("inputs.safetensors"), tmp_path)
     name = "single_transformer_blocks.1.proj_out.weight"
     with (source / WEIGHTS).open("r+b") as file:
-        file.seek(read_header(source / WEIGHTS)[name].offset)
+        file.seek(tensors_in_file(source / WEIGHTS)[name].offset)
         file.write(b"\xc0\x7f")
     with pytest.raises(BadCheckpoint, match=f"{name} holds NaN"):
         _quantize(source, "ptq", tmp_path / "out")

@@ -13,7 +13,7 @@ import pytest
 
 import fp4trt
 from fp4trt.errors import UnknownArtifact
-from fp4trt.safetensors_header import tensors_in_file
+from fp4trt.safetensors_file import tensors_in_file
 from onnx_functions.inspection.inspect import describe
 from onnx_functions.layouts.detection import detect, lines_of
 from onnx_functions.layouts.readings import unswizzled

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from fp4trt.safetensors_header import tensors_in_file
+from fp4trt.safetensors_file import tensors_in_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _NUMPY = {

@@ -1,0 +1,99 @@
+"""The weights of a diffusers folder: one safetensors file, or shards with their index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fp4trt.errors import BadCheckpoint
+from fp4trt.file_kind import what_it_is
+from fp4trt.json_file import load_json, strings_by_name
+from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
+
+__all__ = ["STEM", "files_of", "metadata_in_folder", "tensors_in_folder"]
+
+STEM: Final = "diffusion_pytorch_model"
+"""What the names of the files begin with."""
+
+_OTHER_WEIGHTS: Final = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf")
+
+
+def files_of(folder: Path) -> tuple[Path, ...]:
+    """Return the safetensors files of a checkpoint, sharded or not, in the order of their names.
+
+    Raises:
+        BadCheckpoint: the index is damaged, or does not name a file that lies beside the shards.
+    """
+    shards = _index(folder)
+    names = sorted(set(shards.values())) if shards is not None else [f"{STEM}.safetensors"]
+    return tuple(folder / name for name in names)
+
+
+def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Return where every tensor of a checkpoint lies.
+
+    Raises:
+        BadCheckpoint: a file is missing or damaged, or the index is not that of the files beside it.
+    """
+    shards, files = _index(folder), files_of(folder)
+    if not any(file.exists() for file in files):
+        _refuse_other_weights(folder)
+    if shards is None:
+        return tensors_in_file(files[0])
+    index, tensors = _index_of(folder), dict[str, StoredTensor]()
+    for file, found in [(file, tensors_in_file(file)) for file in files]:
+        for name, tensor in found.items():
+            if shards.get(name) != file.name:
+                place = f"in {shards[name]}" if name in shards else "nowhere"
+                raise BadCheckpoint(f"{index} has {name} {place}, but {file.name} holds it; copy the shards again")
+            tensors[name] = tensor
+    if absent := next((name for name in shards if name not in tensors), None):
+        raise BadCheckpoint(f"{index} speaks of {absent}, which no shard holds; copy the shards again")
+    return tensors
+
+
+def metadata_in_folder(folder: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_in_folder` reads, as one."""
+    return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
+
+
+def _index_of(folder: Path) -> Path:
+    return folder / f"{STEM}.safetensors.index.json"
+
+
+def _index(folder: Path) -> Mapping[str, str] | None:
+    """Return tensor name to file name, or None where the checkpoint is one file."""
+    index, whole = _index_of(folder), folder / f"{STEM}.safetensors"
+    if not index.exists():
+        return None
+    try:
+        shards = strings_by_name(load_json(index).get("weight_map"), "weight_map")
+    except TypeError as error:
+        raise BadCheckpoint(f"{index} is not an index of safetensors files ({error}); copy it again") from None
+    if not shards:
+        raise BadCheckpoint(f"{index} has an empty weight_map; copy it again")
+    if outside := next((name for name in shards.values() if Path(name).name != name or "\\" in name), None):
+        raise BadCheckpoint(f"{index} speaks of {outside!r}; expected the name of a file beside it: copy it again")
+    if whole.is_file() and whole.name not in shards.values():
+        raise BadCheckpoint(f"{index} does not speak of {whole.name}, which lies beside it; remove one of them")
+    return shards
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse a folder that has weights, but in other files than the ones that are read.
+
+    Raises:
+        BadCheckpoint: naming one of them.
+    """
+    others = [file for kind in _OTHER_WEIGHTS for file in sorted(folder.glob(f"*.{kind}")) if file.is_file()]
+    if not others:
+        return
+    file = others[0]
+    if kind := what_it_is(file):
+        what = kind
+    elif file.suffix == ".safetensors":
+        what = f"is not the name that is read: copy or link it as {STEM}.safetensors, shards with their index"
+    else:
+        what = "is not safetensors: save the model with save_pretrained(safe_serialization=True)"
+    raise BadCheckpoint(f"{folder} has no {STEM}.safetensors, and its {file.name} {what}")
