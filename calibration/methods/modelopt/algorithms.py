@@ -8,7 +8,7 @@ they share their global scales. Those in another format are rounded to nearest, 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,18 +17,7 @@ import torch
 from calibration.by_block.input_statistics import Channels, observe_channels
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
 from calibration.formats import nvfp4
-from calibration.methods.modelopt.fused_linears import fuse
-from calibration.methods.modelopt.linears import (
-    insert_quantizers,
-    measure,
-    nvfp4_tensors,
-    only,
-    quantizer_amax,
-    quiet,
-    rounded_tensors,
-    smooth,
-    weight_scales,
-)
+from calibration.methods.modelopt.linears import fuse_block, measure, only, quiet, smooth, weight_scales
 from fp4trt.errors import NoEffect
 from fp4trt.number_formats import NVFP4
 
@@ -61,33 +50,21 @@ def calibrated(algorithm: str, rows: Callable[[str], int]) -> Method:
     """
 
     def quantize(task: BlockTask) -> BlockResult:
-        tensors: dict[str, torch.Tensor] = {}
-        amax: dict[str, float] = {}
-        figures = {}
-        rounded = {path: kind for path, kind in task.linears.items() if kind != NVFP4.name}
-        groups = [group for group in task.groups if group[0] not in rounded]
-        inner = {path: path.removeprefix(f"{task.path}.") for path in task.linears}
         with torch.no_grad():
-            wholes = [fuse(task.module, [inner[path] for path in group]) for group in groups]
-            paths = [whole.path for whole in wholes]
-            before = _observed(task, paths)
-            formats = {**dict.fromkeys(paths, NVFP4.name), **{inner[path]: kind for path, kind in rounded.items()}}
-            insert_quantizers(task.module, formats, _weights(algorithm))
-            searched = [path for path, group in zip(paths, groups, strict=True) if _applies(algorithm, rows(group[0]))]
-            _calibrate(task, algorithm, paths, searched)
-            for group, whole in zip(groups, wholes, strict=True):
-                linear = task.module.get_submodule(whole.path)
-                tensors |= nvfp4_tensors(linear, group, whole)
-                amax |= quantizer_amax(linear, group)
-                figures[group[0]] = before[whole.path].figures(linear)
-            if rounded:
-                with only(task.module, [inner[path] for path in rounded]):
+            block = fuse_block(task)
+            searched = {whole.path: group[0] for group, whole in block.groups if _applies(algorithm, rows(group[0]))}
+            before = _observed(task, block.paths)
+            block.insert_quantizers(_weights(algorithm))
+            _calibrate(task, algorithm, block.paths, searched)
+            if block.rounded:
+                with only(task.module, [path.removeprefix(f"{task.path}.") for path in block.rounded]):
                     measure(task)
-            for path, kind in rounded.items():
-                tensors |= rounded_tensors(task.linear(path), path, kind)
-                amax |= quantizer_amax(task.linear(path), [path])
-        expected = [group[0] for group, path in zip(groups, paths, strict=True) if path in searched]
-        _require_effect(algorithm, task.path, [figures[path]["changed"] for path in expected])
+            figures = {
+                group[0]: before[whole.path].figures(task.module.get_submodule(whole.path))
+                for group, whole in block.groups
+            }
+            tensors, amax = block.stored()
+        _require_effect(algorithm, task.path, [figures[path]["changed"] for path in searched.values()])
         return BlockResult(tensors, {"modelopt": figures}, amax)
 
     return quantize
@@ -106,7 +83,7 @@ def _applies(algorithm: str, rows: int) -> bool:
     return rows > 1 if algorithm == "awq_lite" else algorithm != "max"
 
 
-def _calibrate(task: BlockTask, algorithm: str, paths: Sequence[str], searched: Sequence[str]) -> None:
+def _calibrate(task: BlockTask, algorithm: str, paths: Sequence[str], searched: Collection[str]) -> None:
     """Run an algorithm on the linears in NVFP4."""
     from calibration.formats.modelopt_backend import model_calib
 

@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from calibration.by_block.quantize_blocks import BlockTask
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import input_quantizers, nvfp4
 from calibration.formats.arithmetic import arithmetic_of
-from calibration.methods.modelopt.fused_linears import Fused
+from calibration.methods.modelopt.fused_linears import Fused, fuse
 from fp4trt.number_formats import FORMATS, NVFP4
 from fp4trt.safetensors_file import TensorPlan
 
 __all__ = [
+    "FusedBlock",
     "added_tensors",
-    "insert_quantizers",
+    "fuse_block",
     "measure",
     "nvfp4_tensors",
     "only",
@@ -65,25 +67,73 @@ def added_tensors(
                 yield TensorPlan(f"{path}.{BRANCH[1]}", "BF16", (rows, rank * len(group)))
 
 
-def insert_quantizers(block: nn.Module, formats: Mapping[str, str], weights: Mapping[str, Any]) -> None:
-    """Give the linears of a block ModelOpt's quantizers.
+@dataclass(frozen=True)
+class FusedBlock:
+    """The linears of a block as ModelOpt calibrates them: those in NVFP4 that read one input as one.
 
-    Args:
-        block: changed in place.
-        formats: path in the block to format.
-        weights: attributes of those for the weights in NVFP4.
+    Attributes:
+        task: the block.
+        groups: module paths of the linears in NVFP4 that read one input, and the linear that they have become.
+        rounded: module path to format of the others, which are rounded to nearest.
     """
-    from calibration.formats.modelopt_backend import mtq
 
-    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for path, kind in formats.items():
-        attributes = FORMATS[kind].modelopt["quantizer"]
-        entries += [
-            {"quantizer_name": f"{path}.{operand}_quantizer", "cfg": dict(chosen), "enable": True}
-            for operand, chosen in (("input", attributes), ("weight", weights if kind == NVFP4.name else attributes))
-        ]
-    with quiet():
-        mtq.quantize(block, {"quant_cfg": entries, "algorithm": None})
+    task: BlockTask
+    groups: tuple[tuple[tuple[str, ...], Fused], ...]
+    rounded: Mapping[str, str]
+
+    @property
+    def paths(self) -> list[str]:
+        """The linears in NVFP4, by their paths in the block."""
+        return [whole.path for _, whole in self.groups]
+
+    def insert_quantizers(self, weights: Mapping[str, Any]) -> None:
+        """Give the linears ModelOpt's quantizers.
+
+        Args:
+            weights: attributes of those for the weights in NVFP4.
+        """
+        from calibration.formats.modelopt_backend import mtq
+
+        entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+        rounded = {path.removeprefix(f"{self.task.path}."): kind for path, kind in self.rounded.items()}
+        for path, kind in {**dict.fromkeys(self.paths, NVFP4.name), **rounded}.items():
+            attributes = FORMATS[kind].modelopt["quantizer"]
+            entries += [
+                {"quantizer_name": f"{path}.{operand}_quantizer", "cfg": dict(chosen), "enable": True}
+                for operand, chosen in (
+                    ("input", attributes),
+                    ("weight", weights if kind == NVFP4.name else attributes),
+                )
+            ]
+        with quiet():
+            mtq.quantize(self.task.module, {"quant_cfg": entries, "algorithm": None})
+
+    def stored(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Return what a checkpoint holds of the calibrated linears, and the amax of their quantizers.
+
+        Raises:
+            BadAmax: as :func:`nvfp4_tensors`.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        amax: dict[str, float] = {}
+        for group, whole in self.groups:
+            linear = self.task.module.get_submodule(whole.path)
+            tensors |= nvfp4_tensors(linear, group, whole)
+            amax |= quantizer_amax(linear, group)
+        for path, kind in self.rounded.items():
+            linear = self.task.linear(path)
+            tensors |= rounded_tensors(linear, path, kind)
+            amax |= quantizer_amax(linear, [path])
+        return tensors, amax
+
+
+def fuse_block(task: BlockTask) -> FusedBlock:
+    """Replace the linears of each group in NVFP4 by parts of one, in place."""
+    rounded = {path: kind for path, kind in task.linears.items() if kind != NVFP4.name}
+    groups = [group for group in task.groups if group[0] not in rounded]
+    inner = [[path.removeprefix(f"{task.path}.") for path in group] for group in groups]
+    wholes = [fuse(task.module, paths) for paths in inner]
+    return FusedBlock(task, tuple(zip(groups, wholes, strict=True)), rounded)
 
 
 @contextlib.contextmanager

@@ -14,16 +14,7 @@ from typing import Any
 import torch
 
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
-from calibration.methods.modelopt.fused_linears import fuse
-from calibration.methods.modelopt.linears import (
-    insert_quantizers,
-    measure,
-    nvfp4_tensors,
-    quantizer_amax,
-    quiet,
-    rounded_tensors,
-    smooth,
-)
+from calibration.methods.modelopt.linears import fuse_block, measure, quiet, smooth
 from fp4trt.errors import BadRecipe
 from fp4trt.number_formats import NVFP4
 
@@ -65,33 +56,19 @@ def svdquant(rank: int, smoothing: bool, alpha_step: float, rows: Callable[[str]
     def quantize(task: BlockTask) -> BlockResult:
         from calibration.formats.modelopt_backend import make_room_for_branches
 
-        tensors: dict[str, torch.Tensor] = {}
-        amax: dict[str, float] = {}
-        figures = {}
-        rounded = {path: kind for path, kind in task.linears.items() if kind != NVFP4.name}
-        groups = [group for group in task.groups if group[0] not in rounded]
-        inner = {path: path.removeprefix(f"{task.path}.") for path in task.linears}
         with torch.no_grad():
-            wholes = [fuse(task.module, [inner[path] for path in group]) for group in groups]
-            paths = [whole.path for whole in wholes]
-            formats = {**dict.fromkeys(paths, NVFP4.name), **{inner[path]: kind for path, kind in rounded.items()}}
-            insert_quantizers(task.module, formats, NVFP4.modelopt["quantizer"])
+            block = fuse_block(task)
+            block.insert_quantizers(NVFP4.modelopt["quantizer"])
             with quiet():
                 make_room_for_branches(task.module)
-            smoothed = [whole.path for whole, group in zip(wholes, groups, strict=True) if rows(group[0]) > 1]
+            smoothed = [whole.path for group, whole in block.groups if rows(group[0]) > 1]
             if smoothing and smoothed:
                 smooth(task, smoothed, alpha_step)
-            for group, path in zip(groups, paths, strict=True):
-                _split(task.module.get_submodule(path), rank * len(group))
+            for group, whole in block.groups:
+                _split(task.module.get_submodule(whole.path), rank * len(group))
             measure(task)
-            for group, whole in zip(groups, wholes, strict=True):
-                linear = task.module.get_submodule(whole.path)
-                tensors |= nvfp4_tensors(linear, group, whole)
-                amax |= quantizer_amax(linear, group)
-                figures[group[0]] = _figures(linear)
-            for path, kind in rounded.items():
-                tensors |= rounded_tensors(task.linear(path), path, kind)
-                amax |= quantizer_amax(task.linear(path), [path])
+            figures = {group[0]: _figures(task.module.get_submodule(whole.path)) for group, whole in block.groups}
+            tensors, amax = block.stored()
         return BlockResult(tensors, {"svdquant": figures}, amax)
 
     return quantize
