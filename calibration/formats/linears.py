@@ -73,7 +73,7 @@ class QuantizedLinear(nn.Linear):
         return result + nn.functional.linear(branch, self.svdquant_lora_b)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        if self.format is None or not self.quantize_activations:
+        if self.format is None or not self.quantize_activations or x.is_meta:
             return x
         scale = self.input_scale if self.has_input_scale else torch.ones((), device=x.device)
         return arithmetic_of(self.format).fake_quantize(x, scale)
