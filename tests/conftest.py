@@ -75,7 +75,7 @@ def kill_after() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def digits() -> Path:
+def built_in() -> Path:
     """The built-in model's folder, in BF16."""
     from calibration.checkpoints.plain import BUILT_IN, find_source
 
@@ -83,22 +83,55 @@ def digits() -> Path:
 
 
 @pytest.fixture(scope="session")
-def quantized_digits(shared_folder: SharedFolder) -> Path:
-    """The built-in model after plain post-training quantization, exported; not to be changed."""
+def digits(built_in: Path, shared_folder: SharedFolder) -> Path:
+    """The first of the built-in model's double and of its single blocks: trained weights, a third of the work."""
+
+    def make(folder: Path) -> None:
+        from diffusers import FluxTransformer2DModel
+
+        from calibration.checkpoints.plain import load_source
+        from fp4trt.json_file import load_json
+
+        config = load_json(built_in / "config.json") | {"num_layers": 1, "num_single_layers": 1}
+        model = FluxTransformer2DModel.from_config(config)
+        wanted, state = model.state_dict().keys(), load_source(built_in).state_dict()
+        model.load_state_dict({name: value for name, value in state.items() if name in wanted})
+        model.bfloat16().save_pretrained(folder / "digits")
+
+    return shared_folder("short", make) / "digits"
+
+
+@pytest.fixture(scope="session")
+def quantized_built_in(built_in: Path, five_calls: Path, shared_folder: SharedFolder) -> Path:
+    """The whole built-in model after plain post-training quantization, exported; not to be changed."""
 
     def make(folder: Path) -> None:
         from calibration import quantize
         from exporter import export
 
-        quantize("digits", folder / "digits-fp4", recipe="nvfp4-ptq")
+        quantize(built_in, folder / "digits-fp4", recipe="nvfp4-ptq", calibration=five_calls)
+        export(folder / "digits-fp4")
+
+    return shared_folder("quantized-built-in", make) / "digits-fp4"
+
+
+@pytest.fixture(scope="session")
+def quantized_digits(digits: Path, five_calls: Path, shared_folder: SharedFolder) -> Path:
+    """It after plain post-training quantization, exported; not to be changed."""
+
+    def make(folder: Path) -> None:
+        from calibration import quantize
+        from exporter import export
+
+        quantize(digits, folder / "digits-fp4", recipe="nvfp4-ptq", calibration=five_calls)
         export(folder / "digits-fp4")
 
     return shared_folder("quantized", make) / "digits-fp4"
 
 
 @pytest.fixture(scope="session")
-def fp8_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
-    """The built-in model quantized with its modulation in FP8, and exported; not to be changed."""
+def fp8_digits(digits: Path, quantized_digits: Path, shared_folder: SharedFolder) -> Path:
+    """The same model quantized with its modulation in FP8, and exported; not to be changed."""
 
     def make(folder: Path) -> None:
         from calibration import quantize
@@ -110,7 +143,7 @@ def fp8_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
         rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
         recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
         (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        quantize("digits", folder / "digits-fp8", recipe=folder / "recipe.yaml", calibration=folder / "amax.json")
+        quantize(digits, folder / "digits-fp8", recipe=folder / "recipe.yaml", calibration=folder / "amax.json")
         export(folder / "digits-fp8")
 
     return shared_folder("fp8", make) / "digits-fp8"
@@ -118,7 +151,7 @@ def fp8_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
 
 @pytest.fixture(scope="session")
 def bfloat16_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
-    """The quantized built-in model exported with BF16 scales; not to be changed."""
+    """The quantized model exported with BF16 scales; not to be changed."""
 
     def make(folder: Path) -> None:
         from exporter import export
@@ -131,7 +164,7 @@ def bfloat16_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path
 
 @pytest.fixture(scope="session")
 def copied_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
-    """The quantized built-in model's graph in a folder of its own, with its weights; not to be changed."""
+    """The quantized model's graph in a folder of its own, with its weights; not to be changed."""
 
     def make(folder: Path) -> None:
         from exporter import export
@@ -144,7 +177,7 @@ def copied_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
 
 @pytest.fixture(scope="session")
 def plain_digits(digits: Path, shared_folder: SharedFolder) -> Path:
-    """The built-in model in BF16, exported in place; not to be changed."""
+    """The same model in BF16, exported in place; not to be changed."""
 
     def make(folder: Path) -> None:
         from exporter import export
@@ -158,13 +191,13 @@ def plain_digits(digits: Path, shared_folder: SharedFolder) -> Path:
 
 
 @pytest.fixture(scope="session")
-def copied_plain(shared_folder: SharedFolder) -> Path:
-    """The built-in model's BF16 graph in a folder of its own, by the command; not to be changed."""
+def copied_plain(digits: Path, shared_folder: SharedFolder) -> Path:
+    """The same model's BF16 graph in a folder of its own, by the command; not to be changed."""
 
     def make(folder: Path) -> None:
         import fp4trt
 
-        assert fp4trt.run(["export", "digits", "--precision", "bf16", "-o", str(folder)]) == 0
+        assert fp4trt.run(["export", str(digits), "--precision", "bf16", "-o", str(folder)]) == 0
 
     return shared_folder("plain-copied", make)
 
@@ -184,13 +217,13 @@ def five_calls(shared_folder: SharedFolder) -> Path:
 
 
 @pytest.fixture(scope="session")
-def svdquant_checkpoint(five_calls: Path, shared_folder: SharedFolder) -> Path:
-    """The built-in model quantized by SVDQuant on a few of its calls, not exported; not to be changed."""
+def svdquant_checkpoint(digits: Path, five_calls: Path, shared_folder: SharedFolder) -> Path:
+    """The same model quantized by SVDQuant on a few of its calls, not exported; not to be changed."""
 
     def make(folder: Path) -> None:
         from calibration import quantize
 
-        quantize("digits", folder / "digits-svdquant", recipe="svdquant-r8", calibration=five_calls)
+        quantize(digits, folder / "digits-svdquant", recipe="svdquant-r8", calibration=five_calls)
 
     return shared_folder("svdquant", make) / "digits-svdquant"
 
@@ -209,7 +242,7 @@ def svdquant_digits(svdquant_checkpoint: Path, shared_folder: SharedFolder) -> P
 
 @pytest.fixture
 def copy_of_digits(quantized_digits: Path, tmp_path: Path) -> Path:
-    """A copy of the quantized built-in model that a test may change."""
+    """A copy of the quantized model that a test may change."""
     return shutil.copytree(quantized_digits, tmp_path / "digits-fp4")
 
 
@@ -265,14 +298,16 @@ def fp8_attention_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fp8_attention_digits(five_calls: Path, fp8_attention_recipe: Path, shared_folder: SharedFolder) -> Path:
-    """The built-in model with attention in FP8, quantized and exported; not to be changed."""
+def fp8_attention_digits(
+    digits: Path, five_calls: Path, fp8_attention_recipe: Path, shared_folder: SharedFolder
+) -> Path:
+    """The same model with attention in FP8, quantized and exported; not to be changed."""
 
     def make(folder: Path) -> None:
         from calibration import quantize
         from exporter import export
 
-        quantize("digits", folder / "digits-fp8", recipe=fp8_attention_recipe, calibration=five_calls)
+        quantize(digits, folder / "digits-fp8", recipe=fp8_attention_recipe, calibration=five_calls)
         export(folder / "digits-fp8")
 
     return shared_folder("fp8-attention", make) / "digits-fp8"

@@ -95,22 +95,24 @@ def test_an_empty_folder_is_replaced_with_force(tmp_path: Path) -> None:
         publish.refuse_foreign(tmp_path / "out", force=False)
 
 
-def test_one_file_cannot_be_two_results_nor_a_result_and_the_input(quantized_digits: Path, tmp_path: Path) -> None:
+def test_one_file_cannot_be_two_results_nor_a_result_and_the_input(
+    digits: Path, quantized_digits: Path, tmp_path: Path
+) -> None:
     with pytest.raises(OutputExists, match="named twice"):
-        calibrate("digits", tmp_path / "same", save_inputs_to=tmp_path / "same")
+        calibrate(digits, tmp_path / "same", save_inputs_to=tmp_path / "same")
     inputs = tmp_path / "inputs.safetensors"
     inputs.write_bytes((quantized_digits / "calibration" / "inputs.safetensors").read_bytes())
     with pytest.raises(OutputExists, match="named twice"):
-        calibrate("digits", inputs, inputs=inputs, force=True)
+        calibrate(digits, inputs, inputs=inputs, force=True)
 
 
 def test_calibrate_makes_the_folder_of_its_result_and_refuses_a_folder_in_its_place(
-    quantized_digits: Path, tmp_path: Path
+    digits: Path, quantized_digits: Path, tmp_path: Path
 ) -> None:
     inputs = quantized_digits / "calibration" / "inputs.safetensors"
-    calibrate("digits", tmp_path / "a" / "b" / "amax.json", inputs=inputs)
+    calibrate(digits, tmp_path / "a" / "b" / "amax.json", inputs=inputs)
     with pytest.raises(OutputExists, match="is a folder"):
-        calibrate("digits", tmp_path / "a", inputs=inputs, force=True)
+        calibrate(digits, tmp_path / "a", inputs=inputs, force=True)
     assert list(_files(tmp_path)) == ["a/b/amax.json"]
 
 
@@ -119,16 +121,16 @@ def test_a_maximum_that_fp32_cannot_hold_as_a_scale_is_refused(value: float, dig
     paths = family_of(load_json(digits / "config.json")).quantized(load_json(digits / "config.json"))
     (tmp_path / "amax.json").write_text(json.dumps({**dict.fromkeys(paths, 1.0), paths[7]: value}))
     with pytest.raises(BadAmax, match=paths[7].replace(".", r"\.")):
-        quantize("digits", tmp_path / "out", calibration=tmp_path / "amax.json")
+        quantize(digits, tmp_path / "out", calibration=tmp_path / "amax.json")
 
 
 def test_maxima_of_another_model_and_two_sources_of_maxima_are_refused(digits: Path, tmp_path: Path) -> None:
     paths = family_of(load_json(digits / "config.json")).quantized(load_json(digits / "config.json"))
     (tmp_path / "amax.json").write_text(json.dumps({**dict.fromkeys(paths, 1.0), "foo.bar": 1.0}))
     with pytest.raises(BadAmax, match=r"foo\.bar"):
-        quantize("digits", tmp_path / "out", calibration=tmp_path / "amax.json")
+        quantize(digits, tmp_path / "out", calibration=tmp_path / "amax.json")
     with pytest.raises(BadInputs, match="expected one of them"):
-        quantize("digits", tmp_path / "out", calibration=tmp_path / "amax.json", modelopt_state=tmp_path / "x")
+        quantize(digits, tmp_path / "out", calibration=tmp_path / "amax.json", modelopt_state=tmp_path / "x")
 
 
 @pytest.mark.parametrize(

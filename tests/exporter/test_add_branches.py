@@ -16,7 +16,7 @@ from exporter.trt_ops import ACTIVATION_PLACEHOLDER, DOMAIN
 from fp4trt.safetensors_file import tensors_in_file
 from onnx_functions.graph.linears import Graph
 
-GROUP = tuple(f"single_transformer_blocks.2.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+GROUP = tuple(f"single_transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -42,8 +42,8 @@ def test_a_group_shares_smoothing_and_first_product_and_each_member_adds_its_own
 def test_a_branch_points_into_the_checkpoint(graph: Graph, svdquant_digits: Path) -> None:
     held = tensors_in_file(svdquant_digits / WEIGHTS)
     factors = [name for name in graph.initializers if "svdquant" in name or "pre_quant" in name]
-    # a second factor for each linear, a first one for each group, a smoothing for each but the 8 modulations
-    assert len(factors) == 52 + 32 + 24
+    # a second factor for each linear, a first one for each group, a smoothing for each but the 3 modulations
+    assert len(factors) == 20 + 13 + 10
     for name in factors:
         place = {entry.key: entry.value for entry in graph.initializers[name].external_data}
         assert (place["location"], int(place["offset"])) == (WEIGHTS, held[name].offset)

@@ -45,7 +45,7 @@ def test_the_interface_is_the_quantized_graphs_and_no_linear_is_promised_in_fp4(
     metadata = {entry.key: entry.value for entry in plain.metadata_props}
     linears = json.loads(metadata["fp4trt.linears"])
     assert linears["nvfp4"] == []
-    assert len(linears["bf16"]) == 52 + len(
+    assert len(linears["bf16"]) == 20 + len(
         json.loads({e.key: e.value for e in quantized.metadata_props}["fp4trt.linears"])["bf16"]
     )
     assert all(f"{path}/MatMul" in {node.name for node in plain.graph.node} for path in linears["bf16"])

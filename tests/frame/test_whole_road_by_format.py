@@ -17,10 +17,10 @@ from trt_build import build
 
 
 @pytest.fixture(scope="module")
-def in_mxfp8(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def in_mxfp8(digits: Path, five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the built-in model in MXFP8, with its graph."""
     folder = tmp_path_factory.mktemp("mxfp8") / "digits"
-    quantize("digits", folder, recipe="mxfp8-ptq", calibration=five_calls)
+    quantize(digits, folder, recipe="mxfp8-ptq", calibration=five_calls)
     exporter.export(folder)
     return folder
 
@@ -46,7 +46,7 @@ def test_a_build_says_first_what_the_engine_makes_of_it(in_mxfp8: Path) -> None:
     assert {finding.rule for finding in onnx_functions.lint(in_mxfp8).findings} == {"mxfp8-storage"}
     lines: list[str] = []
     result = build(in_mxfp8, gpu="rtx5090", on_line=lines.append)
-    assert lines[0] == "52 linears in MXFP8: stored in 8 bits, unpacked and multiplied in BF16 on SM120"
+    assert lines[0] == "20 linears in MXFP8: stored in 8 bits, unpacked and multiplied in BF16 on SM120"
     assert (result.fp4_gemms, result.fp8_gemms, result.lost) == (0, 0, [])
     reasons = {item["reason"] for item in result.sixteen_bit}
     assert "MXFP8: stored in 8 bits, unpacked and multiplied in BF16" in reasons

@@ -32,6 +32,12 @@ SMALL = ("--images", "10", "--steps", "2", "--seeds", "1000,1001")
 
 
 @pytest.fixture(scope="module")
+def quantized_digits(quantized_built_in: Path) -> Path:
+    """The whole built-in model, which draws digits."""
+    return quantized_built_in
+
+
+@pytest.fixture(scope="module")
 def good(quantized_digits: Path) -> Path:
     return quantized_digits
 

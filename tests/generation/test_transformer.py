@@ -25,8 +25,8 @@ def test_a_checkpoint_and_its_graph_give_the_same_velocity(quantized_digits: Pat
     assert error < 0.05  # BF16 sums in another order move some codes, through four blocks
 
 
-def test_the_built_in_model_opens_by_its_name(digits: Path) -> None:
-    by_name, by_folder = open_transformer("digits"), open_transformer(digits)
+def test_the_built_in_model_opens_by_its_name(built_in: Path) -> None:
+    by_name, by_folder = open_transformer("digits"), open_transformer(built_in)
     assert all(torch.equal(one, other) for one, other in zip(by_name.parameters(), by_folder.parameters(), strict=True))
 
 

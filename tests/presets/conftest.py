@@ -13,27 +13,8 @@ from tests.shared_folders import SharedFolder
 Walk = Callable[[str], dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def short_digits(digits: Path, shared_folder: SharedFolder) -> Path:
-    """The built-in model with the first of its double and the first of its single blocks: trained weights."""
-
-    def make(folder: Path) -> None:
-        from diffusers import FluxTransformer2DModel
-
-        from calibration.checkpoints.plain import load_source
-        from fp4trt.json_file import load_json
-
-        config = load_json(digits / "config.json") | {"num_layers": 1, "num_single_layers": 1}
-        model = FluxTransformer2DModel.from_config(config)
-        wanted, state = model.state_dict().keys(), load_source(digits).state_dict()
-        model.load_state_dict({name: value for name, value in state.items() if name in wanted})
-        model.bfloat16().save_pretrained(folder / "digits")
-
-    return shared_folder("short", make) / "digits"
-
-
 @pytest.fixture
-def walk(short_digits: Path, five_calls: Path, tmp_path: Path) -> Walk:
+def walk(digits: Path, five_calls: Path, tmp_path: Path) -> Walk:
     """Return what takes a preset from the checkpoint to an engine, and checks every promise on the way.
 
     It returns what was built.
@@ -47,7 +28,7 @@ def walk(short_digits: Path, five_calls: Path, tmp_path: Path) -> Walk:
         from trt_build import build
 
         recipe = load_recipe(name)
-        quantized = quantize(short_digits, tmp_path / "fp4", recipe=name, calibration=five_calls)
+        quantized = quantize(digits, tmp_path / "fp4", recipe=name, calibration=five_calls)
         assert quantized["recipe"] == name
         export(tmp_path / "fp4")
         report = validate(tmp_path / "fp4")
@@ -82,19 +63,19 @@ def _graph_is_made_of(folder: Path) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="session")
-def plain_graph(short_digits: Path, five_calls: Path, shared_folder: SharedFolder) -> tuple[Any, ...]:
+def plain_graph(digits: Path, five_calls: Path, shared_folder: SharedFolder) -> tuple[Any, ...]:
     """What the graph of plain post-training quantization is made of."""
 
     def make(folder: Path) -> None:
         from calibration import quantize
 
-        quantize(short_digits, folder / "fp4", recipe="nvfp4-ptq", calibration=five_calls)
+        quantize(digits, folder / "fp4", recipe="nvfp4-ptq", calibration=five_calls)
 
     return _graph_is_made_of(shared_folder("short-plain", make) / "fp4")
 
 
 @pytest.fixture
-def quantize_plain(short_digits: Path, five_calls: Path, plain_graph: tuple[Any, ...], tmp_path: Path) -> Walk:
+def quantize_plain(digits: Path, five_calls: Path, plain_graph: tuple[Any, ...], tmp_path: Path) -> Walk:
     """Return what quantizes by a preset whose graph has to be that of plain rounding, which a walk takes further.
 
     It returns the relative error of each weight.
@@ -107,11 +88,11 @@ def quantize_plain(short_digits: Path, five_calls: Path, plain_graph: tuple[Any,
         from calibration.recipes.recipe import load_recipe
 
         assert (
-            quantize(short_digits, tmp_path / "fp4", recipe=recipe, calibration=five_calls)["recipe"]
+            quantize(digits, tmp_path / "fp4", recipe=recipe, calibration=five_calls)["recipe"]
             == load_recipe(recipe).name
         )
         assert _graph_is_made_of(tmp_path / "fp4") == plain_graph
-        checkpoint, source = read(tmp_path / "fp4"), load_source(short_digits).float()
+        checkpoint, source = read(tmp_path / "fp4"), load_source(digits).float()
         weights = {path: source.get_submodule(path).weight for path in checkpoint.quantized}
         return {path: float((checkpoint.weight(path) - w).norm() / w.norm()) for path, w in weights.items()}
 

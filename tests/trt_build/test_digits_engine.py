@@ -18,7 +18,7 @@ from trt_build import build
 pytestmark = pytest.mark.slow
 
 ROOT = Path(fp4trt.__file__).parents[1]
-DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 4
+DOUBLE_BLOCKS, SINGLE_BLOCKS = 1, 1
 
 
 def _covers_everything(result: dict[str, object]) -> bool:
@@ -53,8 +53,8 @@ def test_a_recipe_of_fp4_and_fp8_gives_a_graph_that_passes_every_gate_and_an_eng
     assert not [gate.name for gate in report.gates if gate.was_skipped]
     result = build(fp8_digits, gpu="rtx5090", output=tmp_path / "digits.engine")
     assert result["lost"] == []
-    assert (result["fp4_linears"], result["fp8_linears"], result["quantized_linears"]) == (44, 8, 52)
-    assert (result["fp4_gemms"], result["fp8_gemms"]) == (8 * DOUBLE_BLOCKS + 2 * SINGLE_BLOCKS, 8)
+    assert (result["fp4_linears"], result["fp8_linears"], result["quantized_linears"]) == (17, 3, 20)
+    assert (result["fp4_gemms"], result["fp8_gemms"]) == (8 * DOUBLE_BLOCKS + 2 * SINGLE_BLOCKS, 3)
     merged = {tuple(gemm["linears"]) for gemm in result["gemms"] if len(gemm["linears"]) > 1}
     for index in range(DOUBLE_BLOCKS):
         attention = f"transformer_blocks.{index}.attn"
@@ -62,7 +62,7 @@ def test_a_recipe_of_fp4_and_fp8_gives_a_graph_that_passes_every_gate_and_an_eng
         assert tuple(f"{attention}.add_{name}_proj" for name in "qkv") in merged
 
 
-def test_requantizing_with_other_data_misses_the_cache(copy_of_digits: Path, tmp_path: Path) -> None:
+def test_requantizing_with_other_data_misses_the_cache(digits: Path, copy_of_digits: Path, tmp_path: Path) -> None:
     engine = tmp_path / "digits.engine"
     assert not build(copy_of_digits, gpu="rtx5090", output=engine)["cached"]
     assert build(copy_of_digits, gpu="rtx5090", output=engine)["cached"]
@@ -71,7 +71,7 @@ def test_requantizing_with_other_data_misses_the_cache(copy_of_digits: Path, tmp
     save_inputs(
         tmp_path / "other.safetensors", [{**call, "hidden_states": call["hidden_states"] * 2} for call in calls]
     )
-    quantize("digits", copy_of_digits, recipe="nvfp4-ptq", calibration=tmp_path / "other.safetensors", force=True)
+    quantize(digits, copy_of_digits, recipe="nvfp4-ptq", calibration=tmp_path / "other.safetensors", force=True)
     # The same graph, byte for byte, over other scales: only the external bytes tell.
     (copy_of_digits / "model.onnx").write_bytes(graph)
     assert not build(copy_of_digits, gpu="rtx5090", output=engine)["cached"]

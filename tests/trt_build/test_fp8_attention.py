@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("tensorrt_rtx")
 
-DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 4
+DOUBLE_BLOCKS, SINGLE_BLOCKS = 1, 1
 
 
 def test_every_attention_of_the_built_in_model_is_one_kernel_and_fp4_stays(
@@ -42,7 +42,7 @@ def test_every_attention_of_the_built_in_model_is_one_kernel_and_fp4_stays(
 
 def test_the_profile_may_begin_at_32_tokens_and_not_at_31(fp8_attention_digits: Path, tmp_path: Path) -> None:
     result = build(fp8_attention_digits, resolution="16:16:32", text="16", output=tmp_path / "digits.engine")
-    assert result["fp8_attentions"] == 6
+    assert result["fp8_attentions"] == 2
     with pytest.raises(
         BadProfileError, match=r"begins at 31 \(L 16, T 15\); give at least --resolution 20 or --text 16"
     ):
@@ -72,20 +72,20 @@ def test_attention_that_fell_apart_is_an_error_where_no_metadata_tell_of_tokens(
 ) -> None:
     foreign = _without_metadata(fp8_attention_digits, tmp_path / "foreign")
     shapes = ["B=1", "L=16", "T=8"]
-    with pytest.raises(CoverageError, match=r"6 of 6 attentions.*transformer_blocks\.0\.attn.*fewer than 32 tokens"):
+    with pytest.raises(CoverageError, match=r"2 of 2 attentions.*transformer_blocks\.0\.attn.*fewer than 32 tokens"):
         build(foreign, shapes=shapes)
     assert not list(foreign.glob("*.engine*"))
     result = build(foreign, shapes=shapes, allow_slow=True)
-    assert (result["fp8_attentions"], result["quantized_attentions"]) == (0, 6)
-    assert len(result["lost_attentions"]) == 6
-    with pytest.raises(CoverageError, match="6 of 6 attentions"):  # the cached engine does not hide it
+    assert (result["fp8_attentions"], result["quantized_attentions"]) == (0, 2)
+    assert len(result["lost_attentions"]) == 2
+    with pytest.raises(CoverageError, match="2 of 2 attentions"):  # the cached engine does not hide it
         build(foreign, shapes=shapes)
-    assert build(foreign, shapes=["B=1", "L=16", "T=16"])["fp8_attentions"] == 6
+    assert build(foreign, shapes=["B=1", "L=16", "T=16"])["fp8_attentions"] == 2
 
 
 def _bypass(model: onnx.ModelProto, operand: str) -> None:
     nodes = {node.name: node for node in model.graph.node}
-    path = "single_transformer_blocks.1.attn"
+    path = "single_transformer_blocks.0.attn"
     quantize, dequantize = (nodes[f"{path}/{operand}/{kind}Linear"] for kind in ("Quantize", "Dequantize"))
     for node in model.graph.node:
         node.input[:] = [quantize.input[0] if name == dequantize.output[0] else name for name in node.input]
@@ -101,10 +101,12 @@ def test_a_missing_quantizer_loses_the_kernel_and_is_named(
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     _bypass(model, operand)
     onnx.save(model, folder / "model.onnx")
-    with pytest.raises(LintError, match=rf"single_transformer_blocks\.1\.attn.*{operand}"):
+    with pytest.raises(LintError, match=rf"single_transformer_blocks\.0\.attn.*{operand}"):
         build(folder)
+    if operand != "v":  # lint tells them apart; one build shows what TensorRT makes of it
+        return
     (lost,) = build(folder, allow_slow=True)["lost_attentions"]
-    assert lost["attention"] == "single_transformer_blocks.1.attn"
+    assert lost["attention"] == "single_transformer_blocks.0.attn"
     assert lost["reason"] == f"its {operand} is not in FP8"
 
 

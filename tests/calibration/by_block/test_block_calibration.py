@@ -60,7 +60,7 @@ def test_the_maxima_are_those_that_modelopt_measures_on_the_whole_model_bit_for_
     whole |= operands.amax
     with measured_by_block(digits, calls, tmp_path / "work") as by_block:
         assert by_block == whole
-    assert len(set(whole.values())) > 20
+    assert len(set(whole.values())) > 10
     assert not (tmp_path / "work").exists()
 
 
@@ -125,50 +125,50 @@ def test_each_weight_is_read_once_whatever_the_number_of_calls(
 
 @pytest.mark.slow
 def test_a_killed_calibration_goes_on_with_the_next_block_and_gives_the_same_bytes(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: Callable[..., None]
+    digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: Callable[..., None]
 ) -> None:
     few = tmp_path / "few.safetensors"
     save_inputs(few, load_inputs(inputs)[:6])
-    calibrate("digits", tmp_path / "whole.json", inputs=few)
+    calibrate(digits, tmp_path / "whole.json", inputs=few)
     output = tmp_path / "amax.json"
-    kill_after(3, "calibrate", "digits", "-o", output, "--inputs", few)
+    kill_after(1, "calibrate", digits, "-o", output, "--inputs", few)
     assert not output.exists()
     ran: list[str] = []
     run = BlockRunner.run
     monkeypatch.setattr(BlockRunner, "run", lambda self, block, *rest: ran.append(block) or run(self, block, *rest))
-    calibrate("digits", output, inputs=few)
+    calibrate(digits, output, inputs=few)
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert list(dict.fromkeys(ran)) == [f"single_transformer_blocks.{index}" for index in (1, 2, 3)]
+    assert list(dict.fromkeys(ran)) == ["single_transformer_blocks.0"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["amax.json", "few.safetensors", "whole.json"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
 @pytest.mark.slow
 def test_a_calibration_killed_at_any_moment_gives_the_same_bytes_when_it_is_run_again(
-    inputs: Path, tmp_path: Path
+    built_in: Path, inputs: Path, tmp_path: Path
 ) -> None:
     few = tmp_path / "few.safetensors"
-    save_inputs(few, load_inputs(inputs)[:16])
-    calibrate("digits", tmp_path / "whole.json", inputs=few)
-    command = ["calibrate", "digits", "-o", tmp_path / "amax.json", "--inputs", few]
+    save_inputs(few, [*load_inputs(inputs)] * 3)
+    calibrate(built_in, tmp_path / "whole.json", inputs=few)
+    command = ["calibrate", str(built_in), "-o", tmp_path / "amax.json", "--inputs", few]
     with warm_python.started(warm_python.FP4TRT, *command) as process:
         process.wait((tmp_path / "amax.json.partial").exists)
         time.sleep(0.4)
     assert process.status == -9
-    calibrate("digits", tmp_path / "amax.json", inputs=few, force=True)
+    calibrate(built_in, tmp_path / "amax.json", inputs=few, force=True)
     assert (tmp_path / "amax.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 @pytest.mark.slow
 def test_what_a_killed_run_left_is_not_used_for_other_inputs(
-    inputs: Path, tmp_path: Path, kill_after: Callable[..., None]
+    digits: Path, inputs: Path, tmp_path: Path, kill_after: Callable[..., None]
 ) -> None:
     for name, calls in (("first", slice(0, 3)), ("other", slice(3, 6))):
         save_inputs(tmp_path / name, load_inputs(inputs)[calls])
     output = tmp_path / "amax.json"
-    kill_after(3, "calibrate", "digits", "-o", output, "--inputs", tmp_path / "first")
-    calibrate("digits", output, inputs=tmp_path / "other")
-    calibrate("digits", tmp_path / "whole.json", inputs=tmp_path / "other")
+    kill_after(1, "calibrate", digits, "-o", output, "--inputs", tmp_path / "first")
+    calibrate(digits, output, inputs=tmp_path / "other")
+    calibrate(digits, tmp_path / "whole.json", inputs=tmp_path / "other")
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
@@ -203,7 +203,7 @@ def test_what_was_measured_stays_until_something_was_made_of_it(
 
 
 def test_inputs_that_cannot_be_saved_are_noticed_before_anything_is_run(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: str | Path, _: object) -> None:
         raise OSError(28, "No space left on device", str(path))
@@ -211,15 +211,15 @@ def test_inputs_that_cannot_be_saved_are_noticed_before_anything_is_run(
     monkeypatch.setattr(by_blocks, "save_inputs", full)
     monkeypatch.delattr(BlockRunner, "run")
     with pytest.raises(OSError, match="No space"):
-        calibrate("digits", tmp_path / "amax.json", inputs=inputs, save_inputs_to=tmp_path / "saved.safetensors")
+        calibrate(digits, tmp_path / "amax.json", inputs=inputs, save_inputs_to=tmp_path / "saved.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_the_users_is_not_taken_for_a_killed_runs(inputs: Path, tmp_path: Path) -> None:
+def test_a_folder_of_the_users_is_not_taken_for_a_killed_runs(digits: Path, inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "amax.json.partial").mkdir()
     (tmp_path / "amax.json.partial" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputExists, match=r"amax\.json\.partial is in the way"):
-        calibrate("digits", tmp_path / "amax.json", inputs=inputs)
+        calibrate(digits, tmp_path / "amax.json", inputs=inputs)
     assert (tmp_path / "amax.json.partial" / "thesis.txt").read_text() == "mine"
 
 
@@ -241,10 +241,12 @@ def test_a_weight_that_is_no_number_is_named_and_nothing_is_left(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flux", "inputs"]
 
 
-def test_cuda_is_refused_where_there_is_none(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_where_there_is_none(
+    digits: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInputs, match="--device cuda"):
-        calibrate("digits", tmp_path / "amax.json", inputs=inputs, device="cuda")
+        calibrate(digits, tmp_path / "amax.json", inputs=inputs, device="cuda")
 
 
 @pytest.mark.gpu

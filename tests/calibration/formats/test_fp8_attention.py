@@ -17,7 +17,7 @@ import fp4trt
 from calibration.by_block.calibration import merged
 from calibration.by_block.measure_amax import measured_by_block
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, prepared_by_block
-from calibration.checkpoints.plain import find_source, load_source
+from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.formats import fp8
 from calibration.formats.attention_amax import OperandAmax, checked_attentions
@@ -26,7 +26,7 @@ from calibration.inputs.captured import load_inputs
 from calibration.quantization import quantize
 from fp4trt.errors import BadAmax, BadCheckpoint
 
-FIRST, LAST = "transformer_blocks.0.attn", "single_transformer_blocks.3.attn"
+FIRST, LAST = "transformer_blocks.0.attn", "single_transformer_blocks.0.attn"
 
 MakeAttention = Callable[..., Path]
 
@@ -57,11 +57,11 @@ def _bfloat16(x: np.ndarray) -> np.ndarray:
 def test_only_the_attentions_with_scales_compute_in_fp8(
     quantized_digits: Path, fp8_attention: MakeAttention, tmp_path: Path
 ) -> None:
-    checkpoint = read(fp8_attention(tmp_path / "mixed", [FIRST, LAST]))
-    assert checkpoint.fp8_attentions == (FIRST, LAST)
+    checkpoint = read(fp8_attention(tmp_path / "mixed", [LAST]))
+    assert checkpoint.fp8_attentions == (LAST,)
     model = load(checkpoint.directory)
     assert [path for path, module in model.named_modules() if isinstance(module, FP8Attention)] == [
-        f"{path}.fp8_attention" for path in (FIRST, LAST)
+        f"{LAST}.fp8_attention"
     ]
     call = checkpoint.family.example_inputs(checkpoint.config, (1, 16, 16), 0, torch.bfloat16)
     with torch.no_grad():
@@ -110,15 +110,15 @@ def test_maxima_of_before_stay_valid_and_lack_only_what_attention_in_fp8_needs(
 
 
 def test_a_recipe_writes_the_measured_scales_and_the_manifest_tells_of_them(
-    five_calls: Path, fp8_attention_digits: Path, tmp_path: Path
+    digits: Path, five_calls: Path, fp8_attention_digits: Path, tmp_path: Path
 ) -> None:
-    quantize("digits", tmp_path / "plain", recipe="nvfp4-ptq", calibration=five_calls)
+    quantize(digits, tmp_path / "plain", recipe="nvfp4-ptq", calibration=five_calls)
     checkpoint, plain = read(fp8_attention_digits), read(tmp_path / "plain")
     attentions = plain.family.attentions(plain.config)
     assert checkpoint.fp8_attentions == attentions
     assert checkpoint.manifest["attention"] == {"fp8": list(attentions)}
     assert checkpoint.manifest["recipe"]["attention"] == "fp8"
-    largest = _given_to_attention(five_calls, attentions)
+    largest = _given_to_attention(digits, five_calls, attentions)
     for path in attentions:
         for operand in "qkv":
             scale = checkpoint.tensor(f"{path}.{operand}_scale")
@@ -131,9 +131,9 @@ def test_a_recipe_writes_the_measured_scales_and_the_manifest_tells_of_them(
     assert all((checkpoint.tensors[name].bytes() == plain.tensors[name].bytes()).all() for name in plain.tensors)
 
 
-def _given_to_attention(inputs: Path, attentions: Sequence[str]) -> dict[str, float]:
+def _given_to_attention(digits: Path, inputs: Path, attentions: Sequence[str]) -> dict[str, float]:
     """Return what the plain model gives torch's attention on captured inputs."""
-    model = load_source(find_source("digits"))
+    model = load_source(digits)
     with OperandAmax(attentions) as operands, torch.no_grad():
         for call in load_inputs(inputs):
             model(**call)
@@ -163,11 +163,11 @@ def test_a_method_that_quantizes_block_by_block_gets_the_same_scales(
 
 
 def test_old_maxima_and_a_recipe_with_attention_in_fp8_are_one_clear_line(
-    quantized_digits: Path, fp8_attention_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Path, quantized_digits: Path, fp8_attention_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = tmp_path / "old.json"
     old.write_text(json.dumps(dict.fromkeys(read(quantized_digits).quantized, 2.0)))
-    command = ["quantize", "digits", "-o", str(tmp_path / "out"), "--recipe", str(fp8_attention_recipe)]
+    command = ["quantize", str(digits), "-o", str(tmp_path / "out"), "--recipe", str(fp8_attention_recipe)]
     assert fp4trt.run([*command, "--calibration", str(old)]) == 2
     warning, line = capsys.readouterr().err.splitlines()
     assert "which weights" in warning or "measured" in warning

@@ -32,10 +32,16 @@ CALLS = 2
 
 
 @pytest.fixture(scope="module")
-def searched(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(built_in: Path) -> Path:
+    """The whole built-in model: a budget needs groups to choose from."""
+    return built_in
+
+
+@pytest.fixture(scope="module")
+def searched(digits: Path, five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search on the built-in model by plain PTQ, a fifth of what FP8 costs; not to be changed."""
     folder = tmp_path_factory.mktemp("search") / "found"
-    search("digits", folder, 0.2, recipe="nvfp4-ptq", calibration=five_calls, calls=CALLS)
+    search(digits, folder, 0.2, recipe="nvfp4-ptq", calibration=five_calls, calls=CALLS)
     return folder
 
 
@@ -133,7 +139,7 @@ def test_the_choice_is_better_than_others_of_its_price(found: Sensitivity) -> No
 def test_the_recipe_quantizes_as_it_was_chosen(searched: Path, digits: Path, five_calls: Path, tmp_path: Path) -> None:
     result = load_json(searched / DATA)
     chosen = next(point for point in result["frontier"] if point["budget"] == result["budget"])["formats"]
-    quantize("digits", tmp_path / "mixed", recipe=searched / RECIPE, calibration=five_calls)
+    quantize(digits, tmp_path / "mixed", recipe=searched / RECIPE, calibration=five_calls)
     checkpoint = read(tmp_path / "mixed")
     stored = {**dict.fromkeys(checkpoint.quantized, "nvfp4"), **dict.fromkeys(checkpoint.fp8, "fp8")}
     config = load_json(digits / "config.json")
@@ -144,20 +150,20 @@ def test_the_recipe_quantizes_as_it_was_chosen(searched: Path, digits: Path, fiv
 
 
 @pytest.mark.slow
-def test_another_budget_needs_no_other_measurement(searched: Path, tmp_path: Path) -> None:
-    search("digits", tmp_path / "same", 0.2, recipe="nvfp4-ptq", sensitivity=searched / DATA)
+def test_another_budget_needs_no_other_measurement(digits: Path, searched: Path, tmp_path: Path) -> None:
+    search(digits, tmp_path / "same", 0.2, recipe="nvfp4-ptq", sensitivity=searched / DATA)
     assert (tmp_path / "same" / RECIPE).read_bytes() == (searched / RECIPE).read_bytes()
-    search("digits", tmp_path / "less", 0.05, of="flops", recipe="nvfp4-ptq", bf16=False, sensitivity=searched / DATA)
+    search(digits, tmp_path / "less", 0.05, of="flops", recipe="nvfp4-ptq", bf16=False, sensitivity=searched / DATA)
     rules = yaml.safe_load((tmp_path / "less" / RECIPE).read_text())["formats"]["rules"]
     assert [rule["format"] for rule in rules] == ["fp8"]
 
 
 @pytest.mark.slow
-def test_a_recipe_that_trains_is_searched_by_what_it_starts_from(searched: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_trains_is_searched_by_what_it_starts_from(digits: Path, searched: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "qat.yaml"
     method = {"name": "qat", "start": "nvfp4-ptq", "steps": 10, "learning_rate": 1e-4}
     recipe.write_text(yaml.safe_dump({"name": "mine", "method": method, "attention": "fp8"}))
-    search("digits", tmp_path / "found", 0.2, recipe=recipe, sensitivity=searched / DATA)
+    search(digits, tmp_path / "found", 0.2, recipe=recipe, sensitivity=searched / DATA)
     written = load_recipe(tmp_path / "found" / RECIPE)
     assert (written.method.name, written.attention) == ("qat", "fp8")
     assert written.formats == load_recipe(searched / RECIPE).formats
@@ -165,6 +171,7 @@ def test_a_recipe_that_trains_is_searched_by_what_it_starts_from(searched: Path,
 
 @pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
+    digits: Path,
     searched: Path,
     five_calls: Path,
     tmp_path: Path,
@@ -183,7 +190,7 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr(inner, interrupt)
     options = {"-o": tmp_path / "found", "--fp8-budget": 0.2, "--recipe": "nvfp4-ptq", "--calls": CALLS}
     options |= {"--calibration": five_calls}
-    arguments = ["search", "digits", *(str(word) for option in options.items() for word in option)]
+    arguments = ["search", str(digits), *(str(word) for option in options.items() for word in option)]
     assert fp4trt.run(arguments) == 2
     assert "keeps what is finished" in capsys.readouterr().err
     assert not (tmp_path / "found").exists()
@@ -198,11 +205,11 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 def test_what_cannot_be_searched_is_refused_in_one_line(
-    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(expected: type[Exception], message: str, **options: object) -> None:
         with pytest.raises(expected, match=message) as raised:
-            search("digits", tmp_path / "out", 0.2, **options)
+            search(digits, tmp_path / "out", 0.2, **options)
         assert "\n" not in str(raised.value)
         assert list(tmp_path.glob("out*")) == []
 
@@ -227,9 +234,9 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
 
 @pytest.mark.parametrize("budget", ["nan", "inf", "-1", "4.5"])
 def test_a_budget_that_is_none_is_refused_at_once(
-    budget: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Path, budget: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fp4trt.run(["search", "digits", "-o", str(tmp_path / "out"), "--fp8-budget", budget]) == 2
+    assert fp4trt.run(["search", str(digits), "-o", str(tmp_path / "out"), "--fp8-budget", budget]) == 2
     assert capsys.readouterr().err.strip().count("\n") == 0
     assert list(tmp_path.iterdir()) == []
 

@@ -42,9 +42,9 @@ method: {name: qat, start: nvfp4-ptq, steps: %d, learning_rate: 0.0002, batch: %
 
 
 @pytest.fixture(scope="module")
-def start(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(digits: Path, five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "ptq"
-    quantize("digits", folder, recipe="nvfp4-ptq", calibration=five_calls)
+    quantize(digits, folder, recipe="nvfp4-ptq", calibration=five_calls)
     return folder
 
 
@@ -54,7 +54,7 @@ def calls(digits: Path) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def trained(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+def trained(digits: Path, five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """A checkpoint that was trained for some steps, and the student that it is of."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "short.yaml").write_text(RECIPE % (12, 20))
@@ -62,7 +62,7 @@ def trained(five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     with pytest.MonkeyPatch.context() as patch:
         real = distillation.train
         patch.setattr(distillation, "train", lambda student, *rest: students.append(student) or real(student, *rest))
-        quantize("digits", folder / "qat", recipe=folder / "short.yaml", calibration=five_calls)
+        quantize(digits, folder / "qat", recipe=folder / "short.yaml", calibration=five_calls)
     return folder / "qat", students[0].eval()
 
 
@@ -80,7 +80,7 @@ def test_the_student_begins_as_exactly_what_it_starts_from(digits, start, calls)
     student = of_digits(digits, start)
     assert torch.equal(answer(student, calls[1]), answer(load(start, torch.float32), calls[1]))
     learning = dict(student_linears(student))
-    assert len(learning) == 52
+    assert len(learning) == 20
     stored = tensors_in_folder(digits)
     for path, linear in learning.items():
         assert torch.equal(linear.weight.detach(), stored[f"{path}.weight"].tensor().float()), path
@@ -137,11 +137,11 @@ def test_attention_and_linears_in_fp8_stay_and_the_nvfp4_ones_learn(digits, call
     (tmp_path / "mixed.yaml").write_text(
         (RECIPE % (2, 4)) + "attention: fp8\nformats: {rules: [{linears: '*.norm*.linear', format: fp8}]}\n"
     )
-    quantize("digits", tmp_path / "qat", recipe=tmp_path / "mixed.yaml", calibration=five_calls)
+    quantize(digits, tmp_path / "qat", recipe=tmp_path / "mixed.yaml", calibration=five_calls)
     checkpoint = read(tmp_path / "qat")
     plain = tensors_in_folder(digits)
     student = make_student(checkpoint, lambda name: plain[name].tensor())
-    assert len(list(student_linears(student))) == 52 - len(checkpoint.fp8) < 52
+    assert len(list(student_linears(student))) == 20 - len(checkpoint.fp8) < 20
     assert torch.equal(answer(student, calls[1]), answer(load(tmp_path / "qat", torch.float32), calls[1]))
     student(**{name: value.float() for name, value in calls[1].items()})[0].square().mean().backward()
     assert all(linear.weight.grad.abs().max() > 0 for _, linear in student_linears(student))
@@ -221,9 +221,9 @@ sys.exit(fp4trt.run(sys.argv[1:]))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
 @pytest.mark.slow
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(trained, five_calls, tmp_path, capfd):
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(digits: Path, trained, five_calls, tmp_path, capfd):
     (tmp_path / "short.yaml").write_text(RECIPE % (12, 20))
-    command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
+    command = ["quantize", str(digits), "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
     command += ["--calibration", str(five_calls)]
     for script, left in ((_KILLED_BEFORE_ITS_MARK, ["training.json.partial"]), (_KILLED, None)):
         status, printed = warm_python.run(script, *command)
@@ -238,13 +238,13 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(trained, five_ca
 
 
 @pytest.mark.slow
-def test_two_processes_calibrate_to_the_same_maxima_as_one_and_train(start, five_calls, tmp_path):
+def test_two_processes_calibrate_to_the_same_maxima_as_one_and_train(digits: Path, start, five_calls, tmp_path):
     (tmp_path / "short.yaml").write_text(RECIPE % (2, 4))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(port)]
-    command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
+    command = ["quantize", str(digits), "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "short.yaml")]
     command += ["--calibration", str(five_calls)]
     done = subprocess.run(
         [sys.executable, "-m", *launch, "-m", "fp4trt", *command],
@@ -283,7 +283,7 @@ def losses_of(digits: Path, start: Path, calls, work: Path, **changes: object) -
 def test_the_blocks_features_can_take_part_and_checkpointing_changes_nothing(digits, start, calls, tmp_path):
     plain, losses = losses_of(digits, start, calls, tmp_path, block_loss=0.1)
     again, same = losses_of(digits, start, calls, tmp_path, block_loss=0.1, gradient_checkpointing=True)
-    assert 0 < losses["blocks"][0] < 0.1
+    assert 0 < losses["blocks"][0] < 0.2
     assert same["blocks"] == pytest.approx(losses["blocks"])
     differing = sum(int((plain[name] != again[name]).sum()) for name in plain if name.endswith(".weight"))
     assert differing < 100
@@ -307,20 +307,20 @@ def test_a_batch_that_does_not_split_over_the_processes_is_refused(digits, start
 
 
 @pytest.mark.slow
-def test_a_start_that_leaves_nothing_to_train_is_refused(five_calls, tmp_path, capfd):
+def test_a_start_that_leaves_nothing_to_train_is_refused(digits: Path, five_calls, tmp_path, capfd):
     start = tmp_path / "start.yaml"
     start.write_text("{name: of-branches, method: {name: svdquant, rank: 1, smoothing: false}}")
     (tmp_path / "branches.yaml").write_text((RECIPE % (2, 4)).replace("nvfp4-ptq", json.dumps(str(start))))
     save_inputs(tmp_path / "inputs.safetensors", load_inputs(five_calls)[:1])
-    command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "branches.yaml")]
+    command = ["quantize", str(digits), "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "branches.yaml")]
     assert fp4trt.run([*command, "--calibration", str(tmp_path / "inputs.safetensors")]) == 2
     assert "of-branches leaves no linear in plain NVFP4" in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["branches.yaml", "inputs.safetensors", "start.yaml"]
 
 
-def test_training_that_starts_from_training_is_refused(tmp_path, capfd):
+def test_training_that_starts_from_training_is_refused(digits: Path, tmp_path, capfd):
     (tmp_path / "twice.yaml").write_text((RECIPE % (2, 4)).replace("nvfp4-ptq", "nvfp4-qat"))
-    command = ["quantize", "digits", "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "twice.yaml")]
+    command = ["quantize", str(digits), "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "twice.yaml")]
     assert fp4trt.run(command) == 2
     assert "short starts from nvfp4-qat, which trains too" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["twice.yaml"]

@@ -12,7 +12,7 @@ import yaml
 import fp4trt
 from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.digits.model import load_transformer
-from calibration.inputs.captured import load_inputs, save_inputs
+from calibration.digits.sampling import capture
 from calibration.quantization import quantize
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.json_file import load_json
@@ -22,11 +22,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def inputs(quantized_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fifth of the built-in captured inputs, over the whole schedule."""
-    path = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
-    save_inputs(path, list(load_inputs(quantized_digits / "calibration" / "inputs.safetensors")[:10]))
-    return path
+def digits(built_in: Path) -> Path:
+    """The whole built-in model: errors are those of the model that draws."""
+    return built_in
+
+
+@pytest.fixture(scope="module")
+def quantized_digits(quantized_built_in: Path) -> Path:
+    return quantized_built_in
+
+
+@pytest.fixture(scope="module")
+def inputs(five_calls: Path) -> Path:
+    return five_calls
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +47,15 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(inputs: Path, quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def result(digits: Path, inputs: Path, quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("quality") / "fp4"
-    quantize("digits", directory, recipe=quick, calibration=inputs)
+    quantize(digits, directory, recipe=quick, calibration=inputs)
     return directory
 
 
-def _velocity_error(model: torch.nn.Module, quantized_digits: Path) -> float:
-    calls = load_inputs(quantized_digits / "calibration" / "inputs.safetensors")[20:30]  # not calibrated on
+def _velocity_error(model: torch.nn.Module) -> float:
     reference, wrong, power = load_transformer(), 0.0, 0.0
+    calls = capture(reference, seeds=(1,), steps=5)  # not calibrated on
     with torch.inference_mode():
         for call in calls:
             given = {name: value.float() for name, value in call.items()}
@@ -60,23 +68,23 @@ def _velocity_error(model: torch.nn.Module, quantized_digits: Path) -> float:
 def test_the_model_is_better_than_after_plain_rounding_on_data_that_calibration_has_not_seen(
     result: Path, quantized_digits: Path
 ) -> None:
-    plain, ours = (_velocity_error(load(path, torch.float32), quantized_digits) for path in (quantized_digits, result))
+    plain, ours = (_velocity_error(load(path, torch.float32)) for path in (quantized_digits, result))
     assert ours < 0.9 * plain
 
 
 def test_the_modulation_in_fp8_makes_it_better_still(
-    result: Path, inputs: Path, quantized_digits: Path, tmp_path: Path
+    digits: Path, result: Path, inputs: Path, quantized_digits: Path, tmp_path: Path
 ) -> None:
     method = {"name": "quality", "sequential": False, "descent_sweeps": 1}
     rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text(yaml.safe_dump({"name": "mixed", "method": method, "formats": rules}), encoding="utf-8")
-    quantize("digits", tmp_path / "mixed", recipe=recipe, calibration=inputs)
+    quantize(digits, tmp_path / "mixed", recipe=recipe, calibration=inputs)
     mixed = read(tmp_path / "mixed")
     assert (len(mixed.quantized), len(mixed.fp8)) == (44, 8)
     for path in mixed.fp8:  # the largest magnitude is the largest code's
         assert float(mixed.tensor(f"{path}.weight").float().abs().max()) == 448
-    ours, in_fp4 = (_velocity_error(load(path, torch.float32), quantized_digits) for path in (mixed.directory, result))
+    ours, in_fp4 = (_velocity_error(load(path, torch.float32)) for path in (mixed.directory, result))
     assert ours < in_fp4
 
 
@@ -103,9 +111,9 @@ def test_scales_are_shared_in_a_group_and_those_of_the_manifest(result: Path) ->
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(
-    result: Path, inputs: Path, quick: Path, tmp_path: Path, kill_after: Callable[..., None]
+    digits: Path, result: Path, inputs: Path, quick: Path, tmp_path: Path, kill_after: Callable[..., None]
 ) -> None:
-    command = ["quantize", "digits", "-o", tmp_path / "fp4", "--recipe", quick, "--calibration", inputs]
+    command = ["quantize", str(digits), "-o", tmp_path / "fp4", "--recipe", quick, "--calibration", inputs]
     kill_after(3, *command)
     kept = tmp_path / "fp4.calibration.partial"
     assert sorted(path.name for path in kept.iterdir()) == ["003.outputs", "blocks.json"]
@@ -115,8 +123,10 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     assert not kept.exists()
 
 
-def test_maxima_alone_are_refused_in_one_line(quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["quantize", "digits", "-o", tmp_path / "fp4", "--recipe", quick, "--calibration", "amax.json"]
+def test_maxima_alone_are_refused_in_one_line(
+    digits: Path, quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(digits), "-o", tmp_path / "fp4", "--recipe", quick, "--calibration", "amax.json"]
     assert fp4trt.run([str(argument) for argument in command]) == 2
     message = capsys.readouterr().err
     assert "needs captured inputs" in message

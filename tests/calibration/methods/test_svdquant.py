@@ -14,6 +14,7 @@ from torch import nn
 
 import fp4trt
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask
+from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import load, read
 from calibration.digits.model import load_transformer
 from calibration.formats import fp8, nvfp4
@@ -180,7 +181,7 @@ def test_linears_in_fp8_are_measured_and_left_without_a_branch() -> None:
 
 def test_a_checkpoint_tells_its_branches(svdquant_checkpoint: Path) -> None:
     checkpoint = read(svdquant_checkpoint)
-    assert len(checkpoint.quantized) == 52
+    assert len(checkpoint.quantized) == 20
     ranks = {path: 8 * len(group) for group in checkpoint.groups for path in group}
     assert {path: checkpoint.rank(path) for path in checkpoint.quantized} == ranks
     modulations = {path for path in checkpoint.quantized if ".norm" in path}
@@ -195,11 +196,11 @@ def test_a_checkpoint_tells_its_branches(svdquant_checkpoint: Path) -> None:
 
 
 def test_it_follows_the_model_more_closely_than_plain_rounding(
-    svdquant_checkpoint: Path, quantized_digits: Path
+    digits: Path, svdquant_checkpoint: Path, quantized_digits: Path
 ) -> None:
     folders = {"svdquant": svdquant_checkpoint, "ptq": quantized_digits}
     models = {name: load(folder, torch.float32) for name, folder in folders.items()}
-    found = compare(load_transformer(), models, (1000,), 20)
+    found = compare(load_source(digits, torch.float32), models, (1000,), 20)
     assert found.difference("svdquant", "ptq", "psnr_db").low > 3
     assert found.estimate("svdquant", "velocity_error").mean < 0.75 * found.estimate("ptq", "velocity_error").mean
 
@@ -236,11 +237,11 @@ def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def test_a_rank_above_a_layers_size_ends_with_status_2_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(yaml.safe_dump({"name": "mine", "method": {"name": "svdquant", "rank": 129}}), encoding="utf-8")
-    assert fp4trt.run(["quantize", "digits", "-o", str(tmp_path / "out"), "--recipe", str(recipe)]) == 2
+    assert fp4trt.run(["quantize", str(digits), "-o", str(tmp_path / "out"), "--recipe", str(recipe)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "method.rank is 129" in error

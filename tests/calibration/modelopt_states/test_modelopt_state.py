@@ -121,7 +121,7 @@ def test_the_result_computes_what_modelopts_own_model_computes(
     model = _quantized(digits, config, filtered)
     wanted = _output(model, digits)
     mto.save(model, str(tmp_path / "state.pt"))
-    result = quantize("digits", tmp_path / "out", modelopt_state=tmp_path / "state.pt", trust=True)
+    result = quantize(digits, tmp_path / "out", modelopt_state=tmp_path / "state.pt", trust=True)
     assert result["modelopt_state"]["difference"] == 0
     assert _error(_output(load(tmp_path / "out"), digits), wanted) <= limit
 
@@ -130,7 +130,7 @@ def test_a_branch_and_smoothing_are_kept_of_each_linear_also_of_one_that_was_swi
     svdquant: tuple[nn.Module, Path], digits: Path, tmp_path: Path
 ) -> None:
     model, state = svdquant
-    result = quantize("digits", tmp_path / "out", modelopt_state=state, trust=True)
+    result = quantize(digits, tmp_path / "out", modelopt_state=state, trust=True)
     found, wanted, plain = (_output(each, digits) for each in (load(tmp_path / "out"), model, load_source(digits)))
     # ModelOpt ran with another arithmetic; without a branch the error would be about 1.
     assert _error(found, wanted) < 0.02
@@ -146,15 +146,15 @@ def test_a_branch_and_smoothing_are_kept_of_each_linear_also_of_one_that_was_swi
     assert "sharing_cost" not in manifest
 
 
-def test_each_linear_keeps_the_scales_of_its_own_quantizers(plain_max: nn.Module, tmp_path: Path) -> None:
+def test_each_linear_keeps_the_scales_of_its_own_quantizers(digits: Path, plain_max: nn.Module, tmp_path: Path) -> None:
     mto.save(plain_max, str(tmp_path / "state.pt"))
-    result = quantize("digits", tmp_path / "out", modelopt_state=tmp_path / "state.pt", trust=True)
+    result = quantize(digits, tmp_path / "out", modelopt_state=tmp_path / "state.pt", trust=True)
     held = read(tmp_path / "out")
-    for path in (TO_Q, "transformer_blocks.0.attn.to_k", "single_transformer_blocks.3.proj_mlp"):
+    for path in (TO_Q, "transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.proj_mlp"):
         for kind, leaf in (("weight", "weight_scale_2"), ("input", "input_scale")):
             amax: Any = plain_max.get_submodule(f"{path}.{kind}_quantizer").amax
             assert float(held.raw(f"{path}.{leaf}")) == float(nvfp4.global_scale(amax.float()))
-    assert result["modelopt_state"]["apart"] == 4 * 2 + 4 * 3  # to_q, to_k and to_v; in a single block with proj_mlp
+    assert result["modelopt_state"]["apart"] == 4 + 3  # to_q, to_k and to_v; in a single block with proj_mlp
 
 
 def _rotated(model: nn.Module) -> None:
@@ -196,7 +196,7 @@ def _set(kind: str, name: str, value: object) -> Callable[[nn.Module], None]:
 
 
 def _query_alone(model: nn.Module) -> None:
-    quantizer = _of(model, "transformer_blocks.1.attn", "q_bmm")
+    quantizer = _of(model, "transformer_blocks.0.attn", "q_bmm")
     quantizer.set_from_attribute_config({"num_bits": (4, 3)})
     quantizer.enable()
 
@@ -253,19 +253,20 @@ def test_a_quantizer_that_was_never_calibrated_is_refused(plain_max: nn.Module, 
 
 
 def test_a_state_with_a_rotation_ends_the_command_with_status_2(
-    plain_max: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Path, plain_max: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Such a state holds an object of ModelOpt's, which torch reads only of a file that is trusted."""
     model = copy.deepcopy(plain_max)
     _rotated(model)
     mto.save(model, str(tmp_path / "state.pt"))
-    arguments = ["quantize", "digits", "-o", str(tmp_path / "out"), "--modelopt-state", str(tmp_path / "state.pt")]
+    arguments = ["quantize", str(digits), "-o", str(tmp_path / "out"), "--modelopt-state", str(tmp_path / "state.pt")]
     assert fp4trt.run([*arguments, "--trust"]) == 2
     assert "to_q.input_quantizer rotates its tensor" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
 def test_a_result_that_computes_something_else_gets_no_name(
+    digits: Path,
     svdquant: tuple[nn.Module, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -275,7 +276,7 @@ def test_a_result_that_computes_something_else_gets_no_name(
         return {name: value for name, value in tensors_of(*given).items() if not name.startswith(f"{TO_Q}.svdquant_")}
 
     monkeypatch.setattr(to_checkpoint, "tensors_of", forgetful)
-    arguments = ["quantize", "digits", "-o", str(tmp_path / "out"), "--modelopt-state", str(svdquant[1]), "--trust"]
+    arguments = ["quantize", str(digits), "-o", str(tmp_path / "out"), "--modelopt-state", str(svdquant[1]), "--trust"]
     assert fp4trt.run(arguments) == 1
     assert "does not compute what the model of state.pt computes: relative difference" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
@@ -306,11 +307,16 @@ def test_a_result_that_computes_something_else_gets_no_name(
     ],
 )
 def test_a_recipe_that_says_anything_else_than_the_state_is_refused(
-    recipe: dict[str, Any], error: type[Exception], message: str, svdquant: tuple[nn.Module, Path], tmp_path: Path
+    digits: Path,
+    recipe: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    svdquant: tuple[nn.Module, Path],
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "mine.yaml").write_text(json.dumps({"name": "mine", **recipe}), encoding="utf-8")
     with pytest.raises(error, match=message):
-        quantize("digits", tmp_path / "out", recipe=tmp_path / "mine.yaml", modelopt_state=svdquant[1], trust=True)
+        quantize(digits, tmp_path / "out", recipe=tmp_path / "mine.yaml", modelopt_state=svdquant[1], trust=True)
 
 
 @pytest.mark.parametrize(
@@ -338,8 +344,8 @@ def test_a_recipe_that_says_anything_else_than_the_state_is_refused(
     ],
 )
 def test_a_file_that_is_no_state_of_this_model_is_refused(
-    change: Callable[[Any], Any], message: str, svdquant: tuple[nn.Module, Path], tmp_path: Path
+    digits: Path, change: Callable[[Any], Any], message: str, svdquant: tuple[nn.Module, Path], tmp_path: Path
 ) -> None:
     torch.save(change(torch.load(svdquant[1], weights_only=False)), tmp_path / "other.pt")
     with pytest.raises(BadCheckpoint, match=message):
-        quantize("digits", tmp_path / "out", modelopt_state=tmp_path / "other.pt", trust=True)
+        quantize(digits, tmp_path / "out", modelopt_state=tmp_path / "other.pt", trust=True)

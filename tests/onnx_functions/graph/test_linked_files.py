@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a link needs a 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED = ("config.json", WEIGHTS, "fp4trt.json", "model.onnx")
-BLOCK = "single_transformer_blocks.3"
+BLOCK = "single_transformer_blocks.0"
 Snapshot = Callable[..., Path]
 
 

@@ -24,8 +24,8 @@ from tests.onnx_functions.small_graphs import array, integers, save, value
 def test_a_quantized_checkpoint_is_described(quantized_digits: Path) -> None:
     found = describe(quantized_digits)
     assert found["kind"] == "quantized checkpoint"
-    assert found["fp4_linears"] == 52
-    assert found["formats"]["nvfp4"] == {"linears": 52, "parameters": 2162688, "bytes": 2162688 * 9 // 16 + 52 * 4}
+    assert found["fp4_linears"] == 20
+    assert found["formats"]["nvfp4"] == {"linears": 20, "parameters": 835584, "bytes": 835584 * 9 // 16 + 20 * 4}
     assert 0.9 < found["fp4_coverage"] < 1
     assert ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"] in (
         found["groups"]
@@ -42,8 +42,8 @@ def test_a_16_bit_checkpoint_is_described(digits: Path) -> None:
 def test_a_graph_is_described(quantized_digits: Path) -> None:
     found = describe(quantized_digits / "model.onnx")
     assert found["kind"] == "onnx"
-    assert found["fp4_linears"] == 52
-    assert found["activation_quantizers"] == 32
+    assert found["fp4_linears"] == 20
+    assert found["activation_quantizers"] == 13
     assert found["inputs"][0] == {"name": "hidden_states", "type": "BFLOAT16", "shape": ["B", "L", 16]}
     assert found["external_files"] == ["diffusion_pytorch_model.safetensors"]
     assert found["formats"] == describe(quantized_digits)["formats"] | {"nvfp4": found["formats"]["nvfp4"]}
@@ -182,7 +182,7 @@ def test_codes_without_their_scales_are_refused_and_of_another_family_not_what_w
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"_class_name": "OtherTransformer"}
     del config["quantization_config"]
     found = describe(_damaged(folder, "config.json", config))  # of no family of ours: as far as the names go
-    assert found["fp4_linears"] == 51
+    assert found["fp4_linears"] == 19
     assert found["promise"]["differing"] == [
         {"path": QUERY, "promised": "nvfp4", "found": "u8", "reason": f"{QUERY}.{reason}"}
     ]

@@ -51,7 +51,7 @@ def _shapes(found: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
 
 def test_the_real_export_is_what_it_promises(quantized_digits: Path) -> None:
     promise = describe(quantized_digits / "model.onnx")["promise"]
-    assert promise["promised"] == promise["found"] == {"nvfp4": 52, "bf16": 10}
+    assert promise["promised"] == promise["found"] == {"nvfp4": 20, "bf16": 10}
     assert promise["differing"] == promise["lost_groups"] == []
     assert describe(quantized_digits)["promise"]["differing"] == []
 
@@ -127,17 +127,17 @@ def test_a_graph_with_placeholders_names_the_next_command(tmp_path: Path) -> Non
 
 def test_a_plain_bf16_export_is_as_promised(copied_plain: Path) -> None:
     found = describe(copied_plain / "model.onnx")
-    assert found["promise"]["promised"] == found["promise"]["found"] == {"bf16": 62}
+    assert found["promise"]["promised"] == found["promise"]["found"] == {"bf16": 30}
     assert "  every linear is as promised" in table(found)
 
 
 def test_linears_whose_activations_lost_their_quantizers_are_named(mutant: Any) -> None:
     mutant.bypass_quantizers()
     found = describe(mutant.path)
-    assert len(found["promise"]["differing"]) == 52
+    assert len(found["promise"]["differing"]) == 20
     first = found["promise"]["differing"][0]
     assert (first["promised"], first["found"]) == ("nvfp4", "nvfp4 weight-only")
-    assert len(found["promise"]["lost_groups"]) == 8
+    assert len(found["promise"]["lost_groups"]) == 3
     assert any(f"{first['path']}: promised nvfp4, found nvfp4 weight-only" in line for line in table(found))
     assert any("(promised: nvfp4)" in line for line in tree_table(found))
 
@@ -182,8 +182,8 @@ def test_groups_are_counted_as_the_manifest_of_the_checkpoint_counts_them(quanti
     manifest = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))
     for path in (quantized_digits, quantized_digits / "model.onnx"):
         found = describe(path)
-        assert found["group_count"] == len(manifest["groups"]) == 32
-        assert sum("32 groups, 8 of more than one linear" in line for line in table(found)) == 1
+        assert found["group_count"] == len(manifest["groups"]) == 13
+        assert sum("13 groups, 3 of more than one linear" in line for line in table(found)) == 1
 
 
 def test_a_checkpoint_is_described_with_the_graph_that_lies_in_it(quantized_digits: Path, digits: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_checkpoint_is_described_with_the_graph_that_lies_in_it(quantized_digi
     assert found["graph"] == describe(quantized_digits / "model.onnx")
     for lines in (table(found), tree_table(found)):
         graph = lines[lines.index("  of its model.onnx:") + 1 :]
-        assert graph == ["    promised: 52 nvfp4, 10 bf16; found: 10 bf16, 52 nvfp4", "    every linear is as promised"]
+        assert graph == ["    promised: 20 nvfp4, 10 bf16; found: 10 bf16, 20 nvfp4", "    every linear is as promised"]
     assert describe(digits)["graph"] is None
     assert not any("model.onnx" in line for line in table(describe(digits)))
 
@@ -204,14 +204,14 @@ def test_a_graph_in_a_checkpoint_that_lost_its_quantizers_is_said_though_the_che
         shutil.copy(quantized_digits / name, mutant.path.parent)
     found = describe(mutant.path.parent)
     assert found["promise"]["differing"] == []
-    assert len(found["graph"]["promise"]["differing"]) == 52
-    assert "    52 differ from the promise:" in table(found)
+    assert len(found["graph"]["promise"]["differing"]) == 20
+    assert "    20 differ from the promise:" in table(found)
 
 
 def test_the_tree_has_each_linear_with_format_shape_and_bytes_and_equal_blocks_once(
-    quantized_digits: Path, capsys: pytest.CaptureFixture[str]
+    quantized_built_in: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fp4trt.run(["inspect", str(quantized_digits / "model.onnx"), "--tree"]) == 0
+    assert fp4trt.run(["inspect", str(quantized_built_in / "model.onnx"), "--tree"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "transformer_blocks.0-1 (2 equal blocks)" in lines
     assert "single_transformer_blocks.0-3 (4 equal blocks)" in lines

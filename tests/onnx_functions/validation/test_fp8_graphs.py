@@ -41,8 +41,8 @@ def test_weights_quantizers_and_linears_of_both_formats_pass_every_gate(fp8_digi
     report = validate(fp8_digits, level="blocks", blocks=ROOT)
     assert failures(report) == {}
     told = details(report)
-    assert told["promise"] == "62 linears, 44 of them in FP4 and 8 of them in FP8, as promised"
-    assert told["quantizers"].endswith("of 16 quantizers differ")
+    assert told["promise"] == "30 linears, 17 of them in FP4 and 3 of them in FP8, as promised"
+    assert told["quantizers"].endswith("of 13 quantizers differ")
     assert {row.path: row.differing_codes for row in report.linears if row.path in (FIRST, IN_FP4)} == {
         FIRST: 0,
         IN_FP4: 0,
@@ -116,14 +116,14 @@ def test_a_checkpoint_and_its_graph_are_described_with_both_formats(fp8_digits: 
     checkpoint, graph = describe(fp8_digits), describe(fp8_digits / "model.onnx")
     for found in (checkpoint, graph):
         counts = {kind: entry["linears"] for kind, entry in found["formats"].items()}
-        assert counts == {"nvfp4": 44, "fp8": 8, "bf16": 10}
+        assert counts == {"nvfp4": 17, "fp8": 3, "bf16": 10}
         assert found["promise"]["differing"] == []
-        assert found["group_count"] == 32
+        assert found["group_count"] == 13
         assert "  every linear is as promised" in table(found)
     assert graph["promise"]["lost_groups"] == []
-    assert graph["activation_quantizers"] == 32
+    assert graph["activation_quantizers"] == 13
     assert any("norm1.linear" not in line and " fp8 " in line for line in tree_table(checkpoint))
-    assert found["fp4_linears"] == 44
+    assert found["fp4_linears"] == 17
 
 
 def test_an_fp8_linear_that_reads_its_input_in_16_bit_is_described_as_weight_only(in_fp8: Damaged) -> None:

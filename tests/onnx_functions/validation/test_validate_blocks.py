@@ -33,6 +33,17 @@ def structure_of(path: Path, reference: Path) -> Gate:
 
 
 @pytest.fixture(scope="module")
+def quantized_digits(quantized_built_in: Path) -> Path:
+    """The whole built-in model: what lies between blocks needs some of each kind."""
+    return quantized_built_in
+
+
+@pytest.fixture(scope="module")
+def digits(built_in: Path) -> Path:
+    return built_in
+
+
+@pytest.fixture(scope="module")
 def clean(quantized_digits: Path) -> Report:
     return validate(quantized_digits, level="blocks")
 

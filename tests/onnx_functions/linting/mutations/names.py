@@ -267,7 +267,10 @@ def two_promises_of_one_key(graph: Damaged) -> None:
 
 @mutation("stored-unread", f"{NORM_Q}.weight", "accepted")
 def a_norm_without_its_stored_scale_beside_the_checkpoint(graph: Damaged) -> None:
-    config = importlib.resources.files("calibration") / "digits" / "config.json"
-    graph.path.with_name("config.json").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
+    config = json.loads((importlib.resources.files("calibration") / "digits" / "config.json").read_text("utf-8"))
+    names = [tensor.name.split(".") for tensor in graph.model.graph.initializer]
+    for key, stack in (("num_layers", "transformer_blocks"), ("num_single_layers", "single_transformer_blocks")):
+        config[key] = 1 + max(int(name[1]) for name in names if name[0] == stack)
+    graph.path.with_name("config.json").write_text(json.dumps(config), encoding="utf-8")
     graph.rename(f"{NORM_Q}.weight", "ones")
     graph.put("ones", np.ones(64, ml_dtypes.bfloat16))
