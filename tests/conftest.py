@@ -100,20 +100,36 @@ def quantized_digits(shared_folder: SharedFolder) -> Path:
 def fp8_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
     """The built-in model quantized with its modulation in FP8, and exported; not to be changed."""
 
+    rules = [{"linears": "*.norm*.linear", "format": "fp8"}]
+    return shared_folder("fp8", _by_rules(quantized_digits, "modulation-in-fp8", rules, "digits-fp8")) / "digits-fp8"
+
+
+@pytest.fixture(scope="session")
+def mixed_digits(quantized_digits: Path, shared_folder: SharedFolder) -> Path:
+    """The built-in model in NVFP4, FP8 and MXFP8, exported, with its recipe and amax beside it; not to be changed."""
+    rules = [
+        {"linears": "transformer_blocks.*.norm*.linear", "format": "fp8"},
+        {"linears": "single_transformer_blocks.*", "format": "mxfp8"},
+    ]
+    return shared_folder("mixed", _by_rules(quantized_digits, "mixed", rules, "digits-mixed")) / "digits-mixed"
+
+
+def _by_rules(quantized: Path, name: str, rules: Sequence[dict[str, str]], output: str) -> Callable[[Path], None]:
+    """Return what quantizes the built-in model by the rules of a recipe, and exports it."""
+
     def make(folder: Path) -> None:
         from calibration import quantize
         from exporter import export
 
-        measured = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
+        measured = json.loads((quantized / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
         inputs = {name.removesuffix(".input_quantizer"): amax for name, amax in measured.items() if ".input" in name}
         (folder / "amax.json").write_text(json.dumps(inputs), encoding="utf-8")
-        rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
-        recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
+        recipe = {"name": name, "method": {"name": "ptq"}, "formats": {"rules": list(rules)}}
         (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        quantize("digits", folder / "digits-fp8", recipe=folder / "recipe.yaml", calibration=folder / "amax.json")
-        export(folder / "digits-fp8")
+        quantize("digits", folder / output, recipe=folder / "recipe.yaml", calibration=folder / "amax.json")
+        export(folder / output)
 
-    return shared_folder("fp8", make) / "digits-fp8"
+    return make
 
 
 @pytest.fixture(scope="session")
