@@ -136,7 +136,7 @@ def quantize(
     force: bool,
     device: str,
 ) -> Quantized:
-    """Quantize a BF16 checkpoint to NVFP4 with ModelOpt.
+    """Quantize a BF16 checkpoint, to NVFP4 unless the recipe says otherwise.
 
     SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
     built-in model, which brings its own calibration data.
