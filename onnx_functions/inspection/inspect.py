@@ -14,7 +14,7 @@ from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json, object_of, strings
 from fp4trt.layouts import recognised
-from fp4trt.number_formats import FORMATS, FP8, NVFP4
+from fp4trt.number_formats import FORMATS, FP8, NVFP4, stored_format
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
 from onnx_functions.graph.branches import described_branches
@@ -141,14 +141,18 @@ def _stored_linears(tensors: Mapping[str, StoredTensor], missing: Mapping[str, s
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or len(tensor.shape) != 2:
             continue
-        packed = tensor.dtype == "U8" and path not in missing
-        scales = [tensors[f"{path}.{s}"] for s in ("weight_scale", "weight_scale_2") if f"{path}.{s}" in tensors]
+        beside = tensors.get(f"{path}.weight_scale")
+        kind = stored_format(tensor.dtype, beside.dtype if beside is not None else None)
+        kind = None if path in missing else kind
+        plain = tensor.dtype.lower() if path in missing else FORMAT_OF.get(tensor.dtype, tensor.dtype.lower())
+        scales = [scale for scale in (kind.scales if kind is not None else ()) if not scale.of_input]
+        held = [tensors[f"{path}.{scale.leaf}"].nbytes for scale in scales if f"{path}.{scale.leaf}" in tensors]
         rows, columns = tensor.shape
         yield StoredLinear(
             path,
-            tensor.dtype.lower() if path in missing else FORMAT_OF.get(tensor.dtype, tensor.dtype.lower()),
-            (rows, columns * 2 if packed else columns),
-            tensor.nbytes + sum(scale.nbytes for scale in scales),
+            kind.name if kind is not None else plain,
+            (rows, columns * kind.codes_per_byte if kind is not None else columns),
+            tensor.nbytes + sum(held),
         )
 
 
