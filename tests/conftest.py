@@ -323,6 +323,36 @@ def tiny_flux() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def flux2_in_mxfp8(shared_folder: SharedFolder) -> Path:
+    """A tiny FLUX.2 with random weights in MXFP8, exported; not to be changed."""
+
+    def make(folder: Path) -> None:
+        import torch
+        from diffusers import Flux2Transformer2DModel
+
+        from calibration import quantize
+        from exporter import export
+
+        torch.manual_seed(0)
+        model = Flux2Transformer2DModel(
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=3,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            joint_attention_dim=32,
+            timestep_guidance_channels=32,
+        )
+        torch.nn.Module.to(model, torch.bfloat16)
+        model.save_pretrained(folder / "flux2")
+        quantize(folder / "flux2", folder / "flux2-mxfp8", recipe="mxfp8-ptq")
+        export(folder / "flux2-mxfp8")
+
+    return shared_folder("flux2", make) / "flux2-mxfp8"
+
+
+@pytest.fixture(scope="session")
 def pipeline(tiny_flux: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX pipeline with random weights, as diffusers stores one; not to be changed."""
     pytest.importorskip("transformers")
