@@ -136,7 +136,7 @@ def quantize(
     force: bool,
     device: str,
 ) -> Quantized:
-    """Quantize a BF16 checkpoint to NVFP4 with ModelOpt.
+    """Quantize a BF16 checkpoint, to NVFP4 unless the recipe says otherwise.
 
     SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
     built-in model, which brings its own calibration data.
@@ -148,6 +148,7 @@ def quantize(
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration machine-1.json --calibration machine-2.json
     """
     from calibration.quantization import quantize as run
+    from fp4trt.number_formats import linears_in_words
 
     result = run(
         source,
@@ -159,10 +160,9 @@ def quantize(
         force=force,
         device=device,
     )
-    in_fp8 = f", {result.fp8_linears} of them to FP8" if result.fp8_linears else ""
-    attention = f" and {result.fp8_attentions} attentions" if result.fp8_attentions else ""
+    attention = f", {result.fp8_attentions} attentions in FP8" if result.fp8_attentions else ""
     click.echo(
-        f"quantized {result.quantized_linears} linears{in_fp8}{attention} ({result.recipe}): "
+        f"quantized {linears_in_words(result.formats)}{attention} ({result.recipe}): "
         f"{result.source_bytes:,} -> {result.bytes:,} bytes -> {output}"
     )
     if (state := result.modelopt_state) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fp4trt import publish
 from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadInputs, BadRecipe
-from fp4trt.number_formats import FP8
+from fp4trt.number_formats import FP8, counted_by_format
 from fp4trt.progress import Progress, note
 from fp4trt.safetensors_file import hold
 from fp4trt.verb import Result, verb
@@ -43,6 +43,7 @@ class Quantized(Result):
         recipe: name of the recipe.
         quantized_linears: how many linears are quantized, in any format.
         fp8_linears: how many of them are in FP8.
+        formats: how many are in each format that any is in.
         fp8_attentions: how many attentions are in FP8.
         groups: how many groups of linears in NVFP4 share their scales.
         bytes: size of its weights.
@@ -62,6 +63,7 @@ class Quantized(Result):
     source_bytes: int
     sharing_cost: Mapping[str, float] | None
     modelopt_state: Mapping[str, Any] | None = None
+    formats: Mapping[str, int] = field(default_factory=dict)
 
 
 @verb
@@ -91,7 +93,8 @@ def quantize(
             None for the best that the calibration allows: ``nvfp4-quality`` with captured inputs, ``nvfp4-ptq`` with an
             amax file; and with a state for what that says. A recipe that says anything else than a state is refused.
         calibration: amax values (``.json``), or several files of them to be merged, or captured inputs
-            (``.safetensors``); None for the built-in model's words.
+            (``.safetensors``); None for the built-in model's words, and for a recipe that rounds to nearest in formats
+            without a scale of their input, which needs no data.
         modelopt_state: a state that ``modelopt.torch.opt.save`` wrote, in place of calibrating here. The result is
             given its name only when it computes what the state's own model does.
         trust: allow reading that state, which is a pickle and can run code.
@@ -119,7 +122,12 @@ def quantize(
     plain = checked(folder, chosen)
     work = directory.with_name(f"{directory.name}.calibration.partial")
     by_method = registry.needs_activations(chosen.method)
-    if not isinstance(chosen.method, QAT) and (by_method or (not is_amax(calibration) and processes.count() == 1)):
+    to_measure = bool(calibration) or by_method or plain.needs_calibration
+    if (
+        not isinstance(chosen.method, QAT)
+        and to_measure
+        and (by_method or (not is_amax(calibration) and processes.count() == 1))
+    ):
         if processes.is_main():  # it goes block by block in one process
             _by_block(plain, calibration or None, directory, force, work, device)
         processes.wait(device)
@@ -128,6 +136,8 @@ def quantize(
     if isinstance(chosen.method, QAT):
         training = directory.with_name(f"{directory.name}.training.partial")
         given_by = _trained(plain, chosen.method, calibration or None, training, device)
+    elif not to_measure:
+        given_by = contextlib.nullcontext(Given(Calibration({}, {"data": "none"})))
     else:
         given_by = _calibrated(plain, calibration or None, work, device)
     with suited_threads(plain.config), given_by as given:
@@ -239,4 +249,5 @@ def _summary(directory: Path, plain: Plain, manifest: Mapping[str, Any]) -> Quan
         bytes=size(directory),
         source_bytes=size(plain.folder),
         sharing_cost=manifest.get("sharing_cost"),
+        formats=counted_by_format(plain.quantized_linears),
     )

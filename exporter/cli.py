@@ -73,11 +73,13 @@ def export(
 
 def _export_checkpoint(source: Path, output: Path | None, **options: Any) -> Exported:
     from exporter.onnx_export import export as run
+    from fp4trt.number_formats import linears_in_words
 
     result = run(source, output, **options)
     if result.copied_weights:
         click.echo(f"weights are copied beside the graph: {result.copied_because}")
-    click.echo(f"exported {result.nodes} nodes, {_linears(result)}, {result.onnx_bytes:,} bytes -> {result.onnx}")
+    linears = "all linears in BF16" if result.precision == "bf16" else linears_in_words(result.formats)
+    click.echo(f"exported {result.nodes} nodes, {linears}, {result.onnx_bytes:,} bytes -> {result.onnx}")
     return result
 
 
@@ -97,10 +99,3 @@ def _export_graph(source: Path, output: Path, **options: Any) -> ExportedGraph:
     total = result.onnx_bytes + result.data_bytes
     click.echo(f"exported {result.nodes} nodes, {total:,} bytes with their data -> {result.onnx}")
     return result
-
-
-def _linears(result: Exported) -> str:
-    if result.precision == "bf16":
-        return "all linears in BF16"
-    text = f"{result.quantized_linears - result.fp8_linears} linears in NVFP4"
-    return f"{text}, {result.fp8_linears} in FP8" if result.fp8_linears else text

@@ -28,7 +28,7 @@ from exporter.passes.stamp_blocks import stamp_blocks
 from exporter.trace import OPSET, other_linears, trace, translate
 from fp4trt.errors import BadGraph, WrongPrecision
 from fp4trt.file_output import check_writable
-from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
+from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4, counted_by_format
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.progress import Progress, tracking
 from fp4trt.verb import Result, verb
@@ -53,6 +53,7 @@ class Exported(Result):
         quantized_linears: how many linears are quantized, in any format.
         fp8_attentions: how many attentions are in FP8.
         fp8_linears: how many of the linears are in FP8.
+        formats: how many are in each format that any is in.
         scale_dtype: of the block scales; None in BF16.
         onnx_bytes: size of the graph without its weights.
         copied_weights: whether the weights were copied beside it.
@@ -66,6 +67,7 @@ class Exported(Result):
     quantized_linears: int
     fp8_attentions: int
     fp8_linears: int
+    formats: Mapping[str, int]
     scale_dtype: ScaleDtype | None
     onnx_bytes: int
     copied_weights: bool
@@ -131,6 +133,7 @@ def export(
         quantized_linears=len(checkpoint.formats),
         fp8_attentions=len(checkpoint.fp8_attentions),
         fp8_linears=len(checkpoint.fp8),
+        formats=counted_by_format(checkpoint.formats),
         scale_dtype=None if precision == "bf16" else scale_dtype or "float32",
         onnx_bytes=path.stat().st_size,
         copied_weights=copies,

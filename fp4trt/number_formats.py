@@ -11,7 +11,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["BF16", "FORMATS", "FP8", "MXFP8", "NAMES", "NVFP4", "PLAIN", "NumberFormat", "StoredScale", "stored_format"]
+__all__ = [
+    "BF16",
+    "FORMATS",
+    "FP8",
+    "MXFP8",
+    "NAMES",
+    "NVFP4",
+    "PLAIN",
+    "NumberFormat",
+    "StoredScale",
+    "counted_by_format",
+    "formats_of",
+    "linears_in_words",
+    "stored_format",
+]
 
 BF16: Final = "bf16"
 """Name of what a linear has that is not quantized."""
@@ -242,6 +256,23 @@ def stored_format(codes: str, scale: str | None) -> NumberFormat | None:
     found = [format for format in FORMATS.values() if format.codes == codes]
     exact = (format for format in found if format.scales[0].dtype == scale)
     return next(exact, found[0] if found else None)
+
+
+def counted_by_format(linears: Mapping[str, str]) -> dict[str, int]:
+    """Return how many linears have each quantized format that any has, in the order of :data:`FORMATS`.
+
+    Args:
+        linears: module path to format.
+    """
+    counts = {name: sum(kind == name for kind in linears.values()) for name in FORMATS}
+    return {name: count for name, count in counts.items() if count}
+
+
+def linears_in_words(counts: Mapping[str, int]) -> str:
+    """Return counts by format for people, such as ``15 linears in NVFP4, 8 in FP8``."""
+    first, *others = [(count, FORMATS[name].title) for name, count in counts.items()] or [(0, "a quantized format")]
+    words = f"{first[0]} linear{'' if first[0] == 1 else 's'} in {first[1]}"
+    return ", ".join([words, *(f"{count} in {title}" for count, title in others)])
 
 
 def formats_of(names: Collection[str]) -> tuple[NumberFormat, ...]:

@@ -129,7 +129,7 @@ def lint(model: Path, allow_slow: bool) -> dict[str, Any]:
     "--against",
     type=click.Path(path_type=Path),
     help="The 16-bit checkpoint that ARTIFACT was made of (a folder, a .safetensors file, or digits): prove in which "
-    "layout its NVFP4 and FP8 weights are.",
+    "layout its NVFP4, FP8 and MXFP8 weights are.",
 )
 def inspect(artifact: Path, as_tree: bool, against: Path | None) -> dict[str, Any]:
     """Say what an artifact is: formats, sizes, FP4 coverage, merged groups, promised against found.

@@ -133,20 +133,41 @@ def quantized_digits(digits: Path, five_calls: Path, shared_folder: SharedFolder
 def fp8_digits(digits: Path, quantized_digits: Path, shared_folder: SharedFolder) -> Path:
     """The same model quantized with its modulation in FP8, and exported; not to be changed."""
 
+    rules = [{"linears": "*.norm*.linear", "format": "fp8"}]
+    return (
+        shared_folder("fp8", _by_rules(digits, quantized_digits, "modulation-in-fp8", rules, "digits-fp8"))
+        / "digits-fp8"
+    )
+
+
+@pytest.fixture(scope="session")
+def mixed_digits(digits: Path, quantized_digits: Path, shared_folder: SharedFolder) -> Path:
+    """The same model in NVFP4, FP8 and MXFP8, exported, with its recipe and amax beside it; not to be changed."""
+    rules = [
+        {"linears": "transformer_blocks.*.norm*.linear", "format": "fp8"},
+        {"linears": "single_transformer_blocks.*", "format": "mxfp8"},
+    ]
+    return shared_folder("mixed", _by_rules(digits, quantized_digits, "mixed", rules, "digits-mixed")) / "digits-mixed"
+
+
+def _by_rules(
+    digits: Path, quantized: Path, name: str, rules: Sequence[dict[str, str]], output: str
+) -> Callable[[Path], None]:
+    """Return what quantizes the model by the rules of a recipe, and exports it."""
+
     def make(folder: Path) -> None:
         from calibration import quantize
         from exporter import export
 
-        measured = json.loads((quantized_digits / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
+        measured = json.loads((quantized / "fp4trt.json").read_text(encoding="utf-8"))["amax"]
         inputs = {name.removesuffix(".input_quantizer"): amax for name, amax in measured.items() if ".input" in name}
         (folder / "amax.json").write_text(json.dumps(inputs), encoding="utf-8")
-        rules = {"rules": [{"linears": "*.norm*.linear", "format": "fp8"}]}
-        recipe = {"name": "modulation-in-fp8", "method": {"name": "ptq"}, "formats": rules}
+        recipe = {"name": name, "method": {"name": "ptq"}, "formats": {"rules": list(rules)}}
         (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        quantize(digits, folder / "digits-fp8", recipe=folder / "recipe.yaml", calibration=folder / "amax.json")
-        export(folder / "digits-fp8")
+        quantize(digits, folder / output, recipe=folder / "recipe.yaml", calibration=folder / "amax.json")
+        export(folder / output)
 
-    return shared_folder("fp8", make) / "digits-fp8"
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -339,6 +360,36 @@ def tiny_flux() -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def flux2_in_mxfp8(shared_folder: SharedFolder) -> Path:
+    """A tiny FLUX.2 with random weights in MXFP8, exported; not to be changed."""
+
+    def make(folder: Path) -> None:
+        import torch
+        from diffusers import Flux2Transformer2DModel
+
+        from calibration import quantize
+        from exporter import export
+
+        torch.manual_seed(0)
+        model = Flux2Transformer2DModel(
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=3,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            joint_attention_dim=32,
+            timestep_guidance_channels=32,
+        )
+        torch.nn.Module.to(model, torch.bfloat16)
+        model.save_pretrained(folder / "flux2")
+        quantize(folder / "flux2", folder / "flux2-mxfp8", recipe="mxfp8-ptq")
+        export(folder / "flux2-mxfp8")
+
+    return shared_folder("flux2", make) / "flux2-mxfp8"
 
 
 @pytest.fixture(scope="session")

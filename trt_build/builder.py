@@ -81,7 +81,8 @@ class Built(Result):
         engine_bytes, engine_sha256: its size and hash.
         fp4_gemms, fp4_linears: FP4 GEMMs, and the linears that they cover.
         fp8_gemms, fp8_linears: the same in FP8.
-        quantized_linears: the linears that the graph promises quantized.
+        coverage: the same in each format that the graph promises and the GPUs have GEMMs of: ``gemms``, ``linears``.
+        quantized_linears: the linears that the graph promises in these.
         gemms: every GEMM kernel with its linears.
         lost: the promised linears that run in BF16, and why.
         fp8_attentions: attentions that are one FP8 kernel each.
@@ -105,6 +106,7 @@ class Built(Result):
     fp4_linears: int
     fp8_gemms: int
     fp8_linears: int
+    coverage: Mapping[str, Mapping[str, int]]
     quantized_linears: int
     gemms: Sequence[Mapping[str, Any]]
     lost: Sequence[Mapping[str, Any]]
@@ -277,8 +279,7 @@ def _request(plan: _Plan, version: str) -> dict[str, Any]:
         tensorrt_version=version,
         profile={name: [list(shape) for shape in shapes] for name, shapes in plan.profile.inputs.items()},
         weight_streaming=plan.weight_streaming,
-        promised_fp4=plan.graph.promised_fp4,
-        promised_fp8=plan.graph.promised_fp8,
+        promised=plan.graph.promised,
         promised_attentions=plan.graph.promised_attentions,
     )
 
@@ -336,7 +337,7 @@ def _both(on_progress: OnProgress, progress: Progress) -> OnProgress:
 
 
 def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: float) -> Built:
-    counts = ("fp4_gemms", "fp4_linears", "fp8_gemms", "fp8_linears", "quantized_linears")
+    counts = ("fp4_gemms", "fp4_linears", "fp8_gemms", "fp8_linears", "coverage", "quantized_linears")
     kept = ("engine_bytes", "engine_sha256", *counts, "gemms", "lost")
     attention = ("fp8_attentions", "quantized_attentions", "lost_attentions")
     return Built(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fp4trt.number_formats import FORMATS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -77,7 +79,7 @@ def build_command(model: Path, **options: Any) -> Built:
         click.echo(f"  not one kernel: {item['attention']}: {item['reason']}")
     if not result.quantized_linears:
         for reason, count in Counter(item["reason"] for item in result.sixteen_bit).items():
-            click.echo(f"  16 bit: {count} linears: {reason}")
+            click.echo(f"  16 bit: {count} linear{'s' if count > 1 else ''}: {reason}")
     return result
 
 
@@ -86,10 +88,10 @@ def _summary(result: Built) -> str:
     size = result.engine_bytes / 1e6
     capabilities = ", ".join(result.compute_capabilities)
     promised = result.quantized_linears
-    covered = f"{result.fp4_gemms} FP4 GEMMs cover {result.fp4_linears}"
-    if result.fp8_gemms:
-        covered += f" and {result.fp8_gemms} FP8 GEMMs {result.fp8_linears}"
-    covered += f" of {promised} quantized linears"
+    of_each = (
+        f"{each['gemms']} {FORMATS[kind].gemm} GEMMs cover {each['linears']}" for kind, each in result.coverage.items()
+    )
+    covered = f"{' and '.join(of_each)} of {promised} quantized linears"
     coverage = covered if promised else "nothing promises FP4 GEMMs of this graph"
     if result.quantized_attentions:
         coverage += f", {result.fp8_attentions} of {result.quantized_attentions} attentions are one FP8 kernel each"

@@ -23,7 +23,7 @@ _NAMES: Final = {name: kind.gemm for name, kind in FORMATS.items()}
 class SixteenBit:
     """A linear that no GEMM of its format computes, the kernel that does (None where none was found), and why.
 
-    `promised` is that format; None for a linear that is not to run in such a GEMM.
+    `promised` is that format, also where the GPU has no such GEMMs; None for a linear that nothing promises.
     """
 
     linear: str
@@ -72,6 +72,11 @@ class Coverage:
             "fp4_linears": self.fp4_linears,
             "fp8_gemms": self._gemms(FP8.name),
             "fp8_linears": self._covered(FP8.name),
+            "coverage": {
+                kind: {"gemms": self._gemms(kind), "linears": self._covered(kind)}
+                for kind, paths in self.promised.items()
+                if paths
+            },
             "quantized_linears": self.quantized_linears,
             "gemms": [{"kernel": g.kernel, "format": g.format, "linears": list(g.linears)} for g in self.gemms],
             "lost": [vars(item) for item in self.lost],
@@ -105,7 +110,7 @@ def measure_coverage(graph: Graph, layers: Iterable[Layer], formats: Collection[
     covered = {(linear, gemm.format) for gemm in gemms for linear in gemm.linears}
     kernels = {linear: gemm for gemm in gemms for linear in gemm.linears}
     promised = {kind: paths for kind, paths in graph.promised.items() if kind in formats}
-    stored = [path for kind, paths in graph.promised.items() if kind not in formats for path in paths]
+    stored = {path: kind for kind, paths in graph.promised.items() if kind not in formats for path in paths}
     return Coverage(
         gemms,
         promised,
@@ -116,7 +121,7 @@ def measure_coverage(graph: Graph, layers: Iterable[Layer], formats: Collection[
             if (path, kind) not in covered
         ),
         tuple(
-            SixteenBit(path, _kernel(kernels.get(path)), _why_kept(graph, path))
+            SixteenBit(path, _kernel(kernels.get(path)), _why_kept(graph, path), stored.get(path))
             for path in (*graph.other_linears, *stored)
             if not covered & {(path, kind) for kind in promised}
         ),
@@ -145,10 +150,10 @@ def _why_kept(graph: Graph, path: str) -> str:
         if path in paths:
             return f"{FORMATS[kind].title}: {FORMATS[kind].elsewhere}"
     if path in graph.fp4_weights:
-        return "weight-only: its weight is FP4, its input is not quantized"
+        return "weight-only: FP4 weight, input not quantized"
     if path in graph.fp8_weights:
-        return "weight-only: its weight is FP8, its input is not quantized"
-    return "the graph does not quantize it"
+        return "weight-only: FP8 weight, input not quantized"
+    return "not quantized in the graph"
 
 
 def _why_lost(graph: Graph, path: str, kind: str) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fp4trt.errors import OutputExistsError
 from fp4trt.file_output import naming, partial_path
+from fp4trt.number_formats import FP8, NVFP4
 from trt_build.graph import Graph
 
 __all__ = [
@@ -60,8 +61,7 @@ def make_request(
     tensorrt_version: str,
     profile: dict[str, list[list[int]]],
     weight_streaming: bool,
-    promised_fp4: Sequence[str],
-    promised_fp8: Sequence[str],
+    promised: Mapping[str, Sequence[str]],
     promised_attentions: Sequence[str],
 ) -> dict[str, Any]:
     """Return all that decides an engine's bytes and the verdict on it; equal requests are answered by one engine."""
@@ -72,8 +72,9 @@ def make_request(
         "backend": backend,
         "tensorrt_version": tensorrt_version,
         "profile": profile,
-        "promised_fp4": list(promised_fp4),
-        "promised_fp8": list(promised_fp8),
+        "promised_fp4": list(promised.get(NVFP4.name, ())),
+        "promised_fp8": list(promised.get(FP8.name, ())),
+        "promised": {kind: list(paths) for kind, paths in promised.items()},
         "promised_attentions": list(promised_attentions),
         "flags": {"strongly_typed": True, "weight_streaming": weight_streaming},
     }

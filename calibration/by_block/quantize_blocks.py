@@ -24,7 +24,7 @@ from calibration.checkpoints.plain import PlainCheckpoint, open_plain
 from calibration.formats.attention_amax import OperandAmax
 from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.inputs.captured import Inputs
-from fp4trt.number_formats import BF16
+from fp4trt.number_formats import BF16, FORMATS
 from fp4trt.progress import tracking
 from fp4trt.safetensors_file import StoredTensor, bytes_of, plan_of, tensors_in_file, write
 
@@ -163,7 +163,8 @@ def prepared_by_block(
     groups = [group for group in family.groups(config) if formats[group[0]] != BF16]
     identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
     identity["results"] = "amax, figures"
-    outside = tuple(path for group in family.outside for path in group.linears if formats[path] != BF16)
+    scaled = {path for path, kind in formats.items() if kind != BF16 and FORMATS[kind].needs_input_amax}
+    outside = tuple(path for group in family.outside for path in group.linears if path in scaled)
     bar = tracking(len(blocks), "quantizing blocks")
     open_sink = into or partial(_files, source)
     with finished_blocks(work, identity) as finished, open_sink(finished) as sink, bar as advance:

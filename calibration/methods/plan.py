@@ -69,6 +69,12 @@ class Plain:
             return self.own_groups
         return tuple(group for group in self.family.groups(self.config) if self.formats[group[0]] != BF16)
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything is quantized under a scale of an activation, which calibration gives."""
+        kinds = set(self.quantized_linears.values())
+        return bool(self.fp8_attentions) or any(FORMATS[kind].needs_input_amax for kind in kinds)
+
     def of_format(self, kind: str) -> tuple[str, ...]:
         """Return the linears in a format."""
         return tuple(path for path, found in self.formats.items() if found == kind)

@@ -10,6 +10,7 @@ from calibration.methods.quality import quantize_block
 from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant
 from calibration.recipes.recipe import Method as Options
 from fp4trt.families import Family
+from fp4trt.number_formats import FORMATS
 from fp4trt.safetensors_file import TensorPlan
 
 __all__ = ["added_tensors", "changes_plain_linears", "needs_activations", "of_block", "require_fit"]
@@ -84,5 +85,6 @@ def _measure(task: BlockTask) -> BlockResult:
     if not inner:
         task.run()
     measured = input_quantizers.measure_input_amax(task.module, list(inner), task.run) if inner else {}
-    amax = input_quantizers.checked({inner[name]: value for name, value in measured.items()}, list(task.linears))
+    scaled = [path for path, kind in task.linears.items() if FORMATS[kind].needs_input_amax]
+    amax = input_quantizers.checked({inner[name]: value for name, value in measured.items()}, scaled)
     return BlockResult({}, amax={f"{path}.input_quantizer": value for path, value in amax.items()})

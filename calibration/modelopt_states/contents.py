@@ -240,7 +240,7 @@ def amax_of(model: nn.Module, contents: Contents) -> dict[str, float]:
     amax: dict[str, float] = {}
     for path, kind in contents.formats.items():
         if kind != BF16:
-            amax |= quantizer_amax(model.get_submodule(path), [path])
+            amax |= quantizer_amax(model.get_submodule(path), [path], kind)
     for path, rounds_output in contents.attentions.items():
         leaves = (*ATTENTION_OPERANDS, ATTENTION_OUTPUT) if rounds_output else ATTENTION_OPERANDS
         attention = model.get_submodule(path)

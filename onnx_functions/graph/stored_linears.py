@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from fp4trt.number_formats import BF16, FORMATS, NVFP4
 
-__all__ = ["FORMAT_OF", "StoredLinear", "compare", "coverage", "is_fp4", "is_quantized"]
+__all__ = ["FORMAT_OF", "UNNAMED", "StoredLinear", "compare", "coverage", "is_fp4", "is_quantized"]
 
 FORMAT_OF: Final[Mapping[str, str]] = {
     **{
@@ -28,6 +28,10 @@ FORMAT_OF: Final[Mapping[str, str]] = {
 
 Of several formats with one type of codes it is the first: their other tensors tell them apart.
 """
+
+
+UNNAMED: Final = "unknown"
+"""What a linear of an engine is computed in whose kernel the build's log does not name."""
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _linears(subject: Subject, sizes: Mapping[str, int]) -> Iterator[_Found]:
                 quantizer = subject.any_quantizer_of(activation)
                 kind = _format(subject, node.input[index], source, chains.get(source), quantizer is not None, marked)
                 chain = chains.get(source)
-                nbytes = sizes[source] + (sizes.get(chain.block_scales, 0) if chain else 0)
+                nbytes = sizes[source] + _scale_bytes(subject, node.input[index], chain, sizes)
                 reads = quantizer.output[0] if quantizer is not None else ""
                 scale = chain.global_scale if chain else "each its own" if kind in FORMATS else ""
                 yield _Found(StoredLinear(path, kind, shape, nbytes), reads, scale)
@@ -133,6 +133,15 @@ def _weight(subject: Subject, tensor: str) -> tuple[str, bool]:
     """Return the constant behind a weight ("" for none), and whether it is marked for FP4."""
     source, passed = subject.graph.to_stored(tensor), subject.graph.chain(tensor, QUANTIZED)
     return source if source in subject.constants else "", any(node.op_type == WEIGHT_PLACEHOLDER for node in passed)
+
+
+def _scale_bytes(subject: Subject, weight: str, chain: WeightChain | None, sizes: Mapping[str, int]) -> int:
+    """Return the bytes of the scales that a weight's codes are read under, but for NVFP4's global one."""
+    if chain is not None:
+        return sizes.get(chain.block_scales, 0)
+    dequantizers = {kind.dequantizer[1] for kind in FORMATS.values()}
+    passed = [node for node in subject.graph.chain(weight, QUANTIZED) if node.op_type in dequantizers]
+    return sum(sizes.get(name, 0) for name in {name for node in passed for name in node.input[1:2]})
 
 
 def _path(node: NodeProto, weight: str, taken: set[str]) -> str:

@@ -14,12 +14,20 @@ from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json, object_of, strings
 from fp4trt.layouts import recognised
-from fp4trt.number_formats import FORMATS
+from fp4trt.number_formats import FORMATS, FP8, NVFP4, stored_format
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
 from onnx_functions.graph.branches import described_branches
 from onnx_functions.graph.checkpoint_beside import account_in
-from onnx_functions.graph.stored_linears import FORMAT_OF, StoredLinear, compare, coverage, is_fp4, is_quantized
+from onnx_functions.graph.stored_linears import (
+    FORMAT_OF,
+    UNNAMED,
+    StoredLinear,
+    compare,
+    coverage,
+    is_fp4,
+    is_quantized,
+)
 from onnx_functions.inspection.attention import of_engine, of_tensors
 
 __all__ = ["describe"]
@@ -133,14 +141,18 @@ def _stored_linears(tensors: Mapping[str, StoredTensor], missing: Mapping[str, s
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or len(tensor.shape) != 2:
             continue
-        packed = tensor.dtype == "U8" and path not in missing
-        scales = [tensors[f"{path}.{s}"] for s in ("weight_scale", "weight_scale_2") if f"{path}.{s}" in tensors]
+        beside = tensors.get(f"{path}.weight_scale")
+        kind = stored_format(tensor.dtype, beside.dtype if beside is not None else None)
+        kind = None if path in missing else kind
+        plain = tensor.dtype.lower() if path in missing else FORMAT_OF.get(tensor.dtype, tensor.dtype.lower())
+        scales = [scale for scale in (kind.scales if kind is not None else ()) if not scale.of_input]
+        held = [tensors[f"{path}.{scale.leaf}"].nbytes for scale in scales if f"{path}.{scale.leaf}" in tensors]
         rows, columns = tensor.shape
         yield StoredLinear(
             path,
-            tensor.dtype.lower() if path in missing else FORMAT_OF.get(tensor.dtype, tensor.dtype.lower()),
-            (rows, columns * 2 if packed else columns),
-            tensor.nbytes + sum(scale.nbytes for scale in scales),
+            kind.name if kind is not None else plain,
+            (rows, columns * kind.codes_per_byte if kind is not None else columns),
+            tensor.nbytes + sum(held),
         )
 
 
@@ -194,8 +206,12 @@ def _engine(path: Path) -> dict[str, Any]:
 
 
 def _engine_linears(manifest: Mapping[str, Any]) -> list[StoredLinear]:
-    """Return the linears by the GEMM that computes each; the manifest says no shapes."""
-    found = {}
+    """Return the linears by the GEMM that computes each; the manifest says no shapes.
+
+    One that the build's log names no kernel of, as TensorRT leaves some out, is there too.
+    """
+    told = [*_objects(manifest, "lost"), *_objects(manifest, "sixteen_bit")]
+    found = {path: StoredLinear(path, UNNAMED, None, None) for path in (str(item.get("linear")) for item in told)}
     for gemm in _objects(manifest, "gemms"):
         kind = str(gemm.get("format")).upper()
         for path in strings(gemm.get("linears", []), "linears"):
@@ -204,18 +220,27 @@ def _engine_linears(manifest: Mapping[str, Any]) -> list[StoredLinear]:
 
 
 def _engine_promise(manifest: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return what was promised in FP4 and FP8 against the GEMMs; None for a manifest that names no linears."""
+    """Return what was promised against the GEMMs; None for a manifest that names no linears.
+
+    `stored` has the promised linears that the engine only stores so, as its GPU has no such GEMMs, by format.
+    """
     request = object_of(manifest.get("request", {}), "request")
     if "gemms" not in manifest:
         return None
     lost = {str(item.get("linear")): str(item.get("reason")) for item in _objects(manifest, "lost")}
     # Without the list of names, a promised linear is one that has an FP4 GEMM or was reported lost.
     covered = [path for path, kind in found.items() if is_fp4(kind)]
-    promised = {
-        "nvfp4": strings(request.get("promised_fp4", [*covered, *lost]), "promised_fp4"),
-        "fp8": strings(request.get("promised_fp8", []), "promised_fp8"),
+    named = object_of(request.get("promised", {}), "promised")
+    promised = {str(kind): strings(paths, "promised") for kind, paths in named.items()} | {
+        NVFP4.name: strings(request.get("promised_fp4", [*covered, *lost]), "promised_fp4"),
+        FP8.name: strings(request.get("promised_fp8", []), "promised_fp8"),
     }
-    return compare(promised, found, lost)
+    kept = {str(item.get("linear")): item.get("promised") for item in _objects(manifest, "sixteen_bit")}
+    stored = {kind: [path for path in paths if kept.get(path) == kind] for kind, paths in promised.items()}
+    compared = compare(promised, found, lost)
+    left = {path for paths in stored.values() for path in paths}
+    compared["differing"] = [item for item in compared["differing"] if item["path"] not in left]
+    return {**compared, "stored": {kind: paths for kind, paths in stored.items() if paths}}
 
 
 def _objects(manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from fp4trt.number_formats import FORMATS, FP8, NVFP4
 from onnx_functions.inspection.attention import attention_lines
 from onnx_functions.inspection.module_tree import tree
 
@@ -88,8 +89,12 @@ def _verdict_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield "  promises nothing of its linears; described by its own pattern"
         return
     yield f"  promised: {_counts(promise['promised'])}; found: {_counts(promise['found'])}"
+    for kind, paths in promise.get("stored", {}).items():
+        told = FORMATS[kind].elsewhere if kind in FORMATS else "not multiplied so"
+        yield f"  {len(paths)} linears promised in {kind}: {told}, as this GPU has no GEMM of it"
     differing = promise["differing"]
-    yield f"  {len(differing)} differ from the promise:" if differing else "  every linear is as promised"
+    kept = "every other linear is as promised" if promise.get("stored") else "every linear is as promised"
+    yield f"  {len(differing)} differ from the promise:" if differing else f"  {kept}"
     yield from _first([_difference(item) for item in differing])
     lost = promise.get("lost_groups", ())
     if lost:
@@ -130,10 +135,14 @@ def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield from (_entry(key, request[key]) for key in asked if key in request)
     yield _entry("size", _size(int(found.get("engine_bytes") or 0)))
     yield _entry("FP4 GEMMs", found.get("fp4_gemms"))
-    covered = f"{found.get('fp4_linears')} of {found.get('quantized_linears')} ({found['fp4_coverage']:.0%})"
+    promised = found.get("quantized_linears")
+    covered = f"{found.get('fp4_linears')} of {promised} ({found['fp4_coverage']:.0%})" if promised else "none promised"
     yield _entry("linears in FP4", covered)
     if found.get("fp8_linears"):
         yield _entry("linears in FP8", f"{found['fp8_linears']}, by {found.get('fp8_gemms')} GEMMs")
+    for kind in (kind for name, kind in FORMATS.items() if name not in (NVFP4.name, FP8.name)):
+        if entry := found["formats"].get(kind.name):
+            yield _entry(f"linears in {kind.title}", entry["linears"])
     if branch := found.get("branch"):
         cost = f"{branch.get('kernels')} of {found.get('kernels')} kernels, {_size(int(branch.get('bytes') or 0))}"
         yield _entry("low-rank branches", cost)

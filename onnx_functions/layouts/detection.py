@@ -17,10 +17,11 @@ from fp4trt.account import account_of
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
 from fp4trt.layouts import recognised, refuse_foreign_layout
+from fp4trt.number_formats import FORMATS
 from fp4trt.progress import PATIENCE_S, tracking
 from onnx_functions.layouts.fits import Fit, fits_of
 from onnx_functions.layouts.names import Rows, index_of, stretches_of
-from onnx_functions.layouts.readings import HIGH_FIRST, LOW_FIRST, ROW_MAJOR, TILES
+from onnx_functions.layouts.readings import HIGH_FIRST, LOW_FIRST, NONE, ROW_MAJOR, TILES
 from onnx_functions.layouts.sources import FLOATS, OpenCheckpoint, QuantizedLinear, open_checkpoint, quantized_linears
 
 __all__ = ["detect", "lines_of"]
@@ -104,10 +105,10 @@ def detect(artifact: str | Path, against: str | Path) -> dict[str, Any]:
     layout = recognised(theirs.config, theirs.metadata, theirs.tensors)
     linears, unread = quantized_linears(theirs.tensors)
     if not linears:
-        more = f": {next(iter(unread))} has {next(iter(unread.values()))}" if unread else ""
+        more = f"; {': '.join(next(iter(unread.items())))}" if unread else ""
         raise UnknownArtifact(
             f"{theirs.path} holds no linear whose codes can be dequantized (by its names: {layout.name}{more}); "
-            "expected NVFP4 or FP8"
+            f"expected {', '.join(kind.title for kind in FORMATS.values())}"
         )
     index = _index(source)
     if not any(stretches_of(path, index) for path in linears):
@@ -230,6 +231,8 @@ def _name(fit: Fit, scale: str) -> str:
     """
     reading = fit.reading
     turned = "" if reading.orientation == "rows" else f", {reading.orientation}"
+    if reading.number != "E2M1" and reading.block_scales != NONE:
+        return f"MXFP8 ({reading.number}, block scales {reading.block_scales})"
     if reading.number != "E2M1":
         producer = "ComfyUI's scaled FP8" if scale == "scale_weight" else "FP8"
         kind = "without a scale" if fit.global_scale == "none" else f"scale a {fit.global_scale}"

@@ -31,7 +31,7 @@ from onnx_functions.layouts.readings import (
 )
 from onnx_functions.layouts.sources import QuantizedLinear
 
-__all__ = ["CLEAR", "OURS", "OURS_FP8", "Fit", "fits_of", "tiles_of"]
+__all__ = ["CLEAR", "OURS", "OURS_FP8", "OURS_MXFP8", "Fit", "fits_of", "tiles_of"]
 
 CLEAR: Final = 0.12
 """Largest relative error of what rounding to nearest leaves: a reading that close is right."""
@@ -42,7 +42,11 @@ _MARGIN: Final = 1.25
 
 OURS: Final = Reading("E2M1", "rows", ROW_MAJOR, LOW_FIRST)
 OURS_FP8: Final = Reading("E4M3", "rows", NONE, NONE)
-"""The readings under which fp4trt takes its own checkpoints, with a global scale that multiplies."""
+OURS_MXFP8: Final = Reading("E4M3", "rows", ROW_MAJOR, NONE)
+"""The readings under which fp4trt takes its own checkpoints."""
+
+_OUR_SCALES: Final = {OURS: "multiplier", OURS_FP8: "multiplier", OURS_MXFP8: "none"}
+"""And their global scale."""
 
 _TILE: Final = (256, 512)
 _FOLDED: Final = 32.0
@@ -78,7 +82,7 @@ class Fit:
     @property
     def is_ours(self) -> bool:
         """Whether fp4trt reads a linear so."""
-        return self.reading in (OURS, OURS_FP8) and self.global_scale == "multiplier"
+        return _OUR_SCALES.get(self.reading) == self.global_scale
 
 
 @dataclass
@@ -137,10 +141,10 @@ def _dot(a: Floats, b: Floats) -> float:
     return float(np.einsum("ij,ij->", a, b, dtype=np.float64, casting="unsafe"))
 
 
-def tiles_of(stretch: Stretch, columns: int) -> Iterator[Tile]:
+def tiles_of(stretch: Stretch, columns: int, block: int = 16) -> Iterator[Tile]:
     """Yield one or two tiles of some rows of a weight: at their begin, and across their last rows and columns."""
-    rows, wide = min(_TILE[0], stretch.count), min(_TILE[1], columns - columns % 16)
-    last = Tile(stretch.row + stretch.count - rows, rows, (columns - wide) // 16 * 16, wide)
+    rows, wide = min(_TILE[0], stretch.count), min(_TILE[1], columns - columns % block)
+    last = Tile(stretch.row + stretch.count - rows, rows, (columns - wide) // block * block, wide)
     yield Tile(stretch.row, rows, 0, wide)
     if (last.row, last.column) != (stretch.row, 0):
         yield last
@@ -165,7 +169,7 @@ def fits_of(
     shape = sum(stretch.count for stretch in stretches), columns
     sums: dict[Reading, _Sums] = {}
     for stretch in stretches:
-        for tile in tiles_of(stretch, columns):
+        for tile in tiles_of(stretch, columns, linear.stored.block):
             wanted = _wanted(linear, stretch, source, tile)
             for reading, given in readings_of(linear.stored, shape, tile):
                 sums.setdefault(reading, _Sums()).add(_scaled(linear, given, tile), wanted)

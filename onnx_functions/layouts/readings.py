@@ -18,6 +18,7 @@ from fp4trt.layouts import swizzled_shape, swizzled_shapes
 from fp4trt.safetensors_file import StoredTensor
 
 __all__ = [
+    "FP8_CODES",
     "HIGH_FIRST",
     "LOW_FIRST",
     "NONE",
@@ -42,6 +43,11 @@ _E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _LOW: Final = np.tile(np.concatenate((_E2M1, -_E2M1)), 16)
 _HIGH: Final = np.repeat(np.concatenate((_E2M1, -_E2M1)), 16)
 """The values of the low and of the high nibble of each byte."""
+FP8_CODES: Final = ("F8_E4M3", "F8_E5M2")
+_NV_BLOCK: Final = 16
+_MX_BLOCK: Final = 32
+_POWERS: Final = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan)).astype(np.float32)
+"""Values of E8M0 by byte: 2^(b - 127), and NaN."""
 _FP8: Final[dict[str, Any]] = {"E4M3": ml_dtypes.float8_e4m3fn, "E5M2": ml_dtypes.float8_e5m2}
 _SIXTEEN: Final[dict[str, Any]] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -65,11 +71,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A quantized linear: its codes, and its block scales (None in FP8)."""
+    """A quantized linear: its codes, and its block scales (E4M3 in NVFP4, E8M0 in MXFP8, None in FP8)."""
 
     path: str
     codes: StoredTensor
     scales: StoredTensor | None
+
+    @property
+    def block(self) -> int:
+        """How many weights of a row share a block scale; of FP8 too, whose tiles may be cut anywhere."""
+        return _MX_BLOCK if self.codes.dtype in FP8_CODES and self.scales is not None else _NV_BLOCK
 
 
 @dataclass(frozen=True)
@@ -107,12 +118,13 @@ def readings_of(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> Ite
     Args:
         linear: the stored linear.
         shape: [N, K] of the weight by its 16-bit source; what is stored may be padded.
-        tile: within that, its columns in blocks of 16.
+        tile: within that, its columns in blocks of the linear's.
     """
     rows, columns = shape
-    if linear.scales is None:
-        yield from _fp8_readings(linear, shape, tile)
+    if linear.codes.dtype in FP8_CODES:
+        yield from (_fp8_readings if linear.scales is None else _mxfp8_readings)(linear, shape, tile)
         return
+    assert linear.scales is not None, "codes of NVFP4 without block scales are never read"
     stored = linear.codes.shape
     for orientation, fits in (
         ("rows", _holds(stored, rows, columns // 2)),
@@ -121,7 +133,8 @@ def readings_of(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> Ite
         if fits:
             where = tile if orientation == "rows" else tile.turned
             packed = _rows(linear.codes, where.row, where.rows, where.column // 2, (where.column + where.columns) // 2)
-            for order, scales in _block_scales(linear, where):
+            for order, raw in _block_scales(linear, where, linear.codes.shape[1] // 8):
+                scales = _e4m3(raw)
                 for nibbles in (LOW_FIRST, HIGH_FIRST):
                     value = _weights(packed, scales, nibbles)
                     yield Reading("E2M1", orientation, order, nibbles), value if where is tile else value.T
@@ -151,14 +164,19 @@ def _e4m3(raw: _Bytes) -> Floats:
     return np.asarray(raw.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
-def _block_scales(linear: StoredLinear, tile: Tile) -> Iterator[tuple[str, Floats]]:
-    """Yield the block scales of a tile of the stored matrix, in each order that their shape allows."""
+def _block_scales(linear: StoredLinear, tile: Tile, blocks: int) -> Iterator[tuple[str, _Bytes]]:
+    """Yield the block scales of a tile of the stored matrix, as bytes, in each order that their shape allows.
+
+    Args:
+        linear: with block scales.
+        tile: of the weight as it is stored.
+        blocks: how many a row of it has.
+    """
     assert linear.scales is not None
-    held = linear.scales
-    rows, blocks = linear.codes.shape[0], linear.codes.shape[1] // 8
-    first, count = tile.column // 16, tile.columns // 16
+    held, rows = linear.scales, linear.codes.shape[0]
+    first, count = tile.column // linear.block, tile.columns // linear.block
     if len(held.shape) == 2 and held.shape[0] >= rows and held.shape[1] >= blocks:
-        yield ROW_MAJOR, _e4m3(_rows(linear.scales, tile.row, tile.rows, first, first + count))
+        yield ROW_MAJOR, _rows(linear.scales, tile.row, tile.rows, first, first + count)
     wide = swizzled_shape(rows, blocks)[1]
     more = len(held.shape) == 2 and held.shape[0] >= rows and held.shape[1] >= wide  # padded by more than the tiles ask
     if more and held.shape[0] % 128 == 0 and held.shape[1] % 4 == 0:
@@ -166,12 +184,9 @@ def _block_scales(linear: StoredLinear, tile: Tile) -> Iterator[tuple[str, Float
     elif held.shape not in swizzled_shapes(rows, blocks):
         wide = 0
     if wide:
-        yield TILES, _e4m3(_from_tiles(linear.scales, wide // 4, tile.row, tile.rows, first, count))
+        yield TILES, _from_tiles(linear.scales, wide // 4, tile.row, tile.rows, first, count)
     if held.shape == (blocks, rows):
-        yield (
-            TRANSPOSED,
-            _e4m3(np.ascontiguousarray(_rows(linear.scales, first, count, tile.row, tile.row + tile.rows).T)),
-        )
+        yield TRANSPOSED, _turned(linear.scales, first, count, tile)
 
 
 def _from_tiles(stored: StoredTensor, across: int, row: int, rows: int, column: int, columns: int) -> _Bytes:
@@ -208,3 +223,14 @@ def _fp8_readings(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> I
         for number, kind in _FP8.items():
             value = np.asarray(raw.view(kind).astype(np.float32))
             yield Reading(number, orientation, NONE, NONE), value if where is tile else value.T
+
+
+def _mxfp8_readings(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> Iterator[tuple[Reading, Floats]]:
+    """Yield a tile of a weight in MXFP8, whose rows are stored as rows; a turned one has no reading."""
+    if not _holds(linear.codes.shape, *shape):
+        return
+    raw = _rows(linear.codes, tile.row, tile.rows, tile.column, tile.column + tile.columns)
+    for order, scales in _block_scales(linear, tile, linear.codes.shape[1] // _MX_BLOCK):
+        steps = np.repeat(_POWERS[scales], _MX_BLOCK, axis=1)
+        for number, kind in _FP8.items():
+            yield Reading(number, "rows", order, NONE), np.asarray(raw.view(kind).astype(np.float32) * steps)

@@ -17,7 +17,7 @@ from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
-from onnx_functions.layouts.readings import Floats, StoredLinear, Tile, floats_of
+from onnx_functions.layouts.readings import FP8_CODES, Floats, StoredLinear, Tile, floats_of
 
 __all__ = ["BUILT_IN", "OpenCheckpoint", "QuantizedLinear", "open_checkpoint", "quantized_linears"]
 
@@ -30,7 +30,8 @@ _BLOCK_SCALES: Final = ("weight_scale",)
 _GLOBAL_SCALES: Final = ("weight_scale_2", "weight_global_scale")
 _FP8_SCALES: Final = ("weight_scale", "scale_weight")
 _BESIDE: Final = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
-_FP8: Final = ("F8_E4M3", "F8_E5M2")
+_POWERS_OF_TWO: Final = ("U8", "F8_E8M0")
+"""Dtypes of the block scales of MXFP8."""
 FLOATS: Final = ("BF16", "F16", "F32", "F64")
 
 
@@ -116,13 +117,16 @@ def _built_in() -> Path:
 
 
 def quantized_linears(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, QuantizedLinear], dict[str, str]]:
-    """Return the linears in NVFP4 and FP8 by path, and why those that look like some cannot be read at all."""
+    """Return the linears in NVFP4, FP8 and MXFP8 by path, and why those that look like some cannot be read at all."""
     found: dict[str, QuantizedLinear] = {}
     unread: dict[str, str] = {}
     for path, codes in _coded(tensors):
-        fp4 = codes.dtype not in _FP8
-        scales = _first(tensors, path, _BLOCK_SCALES) if fp4 else ""
-        scale = _first(tensors, path, _GLOBAL_SCALES if fp4 else _FP8_SCALES)
+        fp4 = codes.dtype not in FP8_CODES
+        scales = _first(tensors, path, _BLOCK_SCALES)
+        if not fp4 and scales and tensors[scales].dtype not in _POWERS_OF_TWO:
+            scales = ""
+        names = _GLOBAL_SCALES if fp4 else () if scales else _FP8_SCALES
+        scale = _first(tensors, path, names)
         if fp4 and (not scales or tensors[scales].dtype not in ("F8_E4M3", "U8")):
             unread[path] = f"{tensors[scales].dtype} block scales" if scales else "no block scales"
             continue
@@ -158,10 +162,10 @@ def _fault(beside: Mapping[str, StoredTensor], rows: int, columns: int) -> str |
 
 
 def _coded(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the matrices that hold codes of NVFP4, two a byte, or of FP8."""
+    """Yield the matrices that hold codes of NVFP4, two a byte, or of FP8 and MXFP8."""
     for name, stored in tensors.items():
         path, _, leaf = name.rpartition(".")
-        if leaf in _CODES and len(stored.shape) == 2 and stored.dtype in ("U8", "I8", *_FP8):
+        if leaf in _CODES and len(stored.shape) == 2 and stored.dtype in ("U8", "I8", *FP8_CODES):
             yield path, stored
 
 

@@ -201,7 +201,7 @@ class _Checker:
         blocks = self._task.held.blocks
         last = blocks[blocks.index(block) - 1] if block else blocks[-1]
         leaving = {int(place): name for place, name in result["structure"]["leaving"].items()}
-        return entering(Index(self._task.graph), leaving, checked, last)
+        return entering(self._task.graph, leaving, checked, last)
 
 
 def _run(walk: Walk, block: str, calls: Sequence[tuple[Inputs, Outputs]]) -> Iterator[tuple[Values, Outputs]]:

@@ -2,8 +2,9 @@
 
 What enters and leaves a block is not named in a graph. A tensor that nodes of the block make and others read is taken
 for an output of the reference's block when it has that output's shape and comes nearest to its values; it is then held
-against them, and the next block is fed with them. So a graph cannot pass by names alone: a tensor that is fed is one
-that was found equal, and a block that takes something else from the block before is refused.
+against them, and the next block is fed with them. Behind a block that is left out it is told by the modules that it
+depends on, as its counterpart in the last block that was checked. So a graph cannot pass by names alone: a tensor that
+is fed is one that was found equal, and a block that takes something else from the block before is refused.
 """
 
 from __future__ import annotations
@@ -92,19 +93,46 @@ def block_structure(
     return BlockStructure(gate, errors, leaving)
 
 
-def entering(index: Index, leaving: Mapping[int, str], checked: str, before: str) -> dict[int, str]:
+def entering(model: onnx.ModelProto, leaving: Mapping[int, str], checked: str, before: str) -> dict[int, str]:
     """Return the tensors that leave the block before, given those that leave the last block that was checked.
 
+    The two are blocks of one stack, and what was found by its values in the one is found by its place in the other: it
+    depends on the same modules of the block, and among several that do it is made as the same one of them. Names say
+    nothing of it: what blocks share, as FLUX.2's modulation, lies in the first and shifts the numbers of its nodes.
+
     Raises:
-        BadGraph: the two are not the same block, and its nodes are named otherwise.
+        BadGraph: the block before is not of that form.
     """
     if before == checked:
         return dict(leaving)
-    names = {place: f"{before}{name.removeprefix(checked)}" for place, name in leaving.items()}
-    for place, name in names.items():
-        if name not in index.producer:
-            raise BadGraph(f"no node of {before} makes {name}, as one of {checked} makes {leaving[place]}")
+    index = Index(model)
+    places, others = (_by_modules(model, index, block) for block in (checked, before))
+    names: dict[int, str] = {}
+    for place, name in leaving.items():
+        modules = next(modules for modules, tensors in places.items() if name in tensors)
+        alike, found = places[modules], others.get(modules, [])
+        if len(found) != len(alike):
+            raise BadGraph(
+                f"{len(found)} tensors leave {before} that depend on the modules which {name} of {checked} depends on, "
+                f"expected {len(alike)}: the two are not the same block"
+            )
+        names[place] = found[alike.index(name)]
     return names
+
+
+def _by_modules(model: onnx.ModelProto, index: Index, block: str) -> dict[frozenset[str], list[str]]:
+    """Return the tensors that leave a block, in graph order, by the block's modules that they depend on."""
+    found: dict[frozenset[str], list[str]] = {}
+    for name in _leaving(model, index, block):
+        found.setdefault(_modules_above(index, name, block), []).append(name)
+    return found
+
+
+def _modules_above(index: Index, tensor: str, block: str) -> frozenset[str]:
+    """Return the paths within a block of the modules whose weight a tensor depends on."""
+    read = {name for node in index.above(tensor) for name in node.input if name.startswith(f"{block}.")}
+    weights = (name for name in read if name in index.initializers and name.endswith(".weight"))
+    return frozenset(name.removeprefix(f"{block}.").removesuffix(".weight") for name in weights)
 
 
 def _leaving(model: onnx.ModelProto, index: Index, block: str) -> list[str]:

@@ -206,6 +206,24 @@ def test_a_flux_checkpoint_needs_calibration_data(tiny_flux: MakeFlux, tmp_path:
         quantize(tiny_flux(tmp_path / "flux"), tmp_path / "out")
 
 
+def test_a_recipe_without_scales_of_inputs_needs_no_calibration_data(tiny_flux: MakeFlux, tmp_path: Path) -> None:
+    from calibration.inputs.captured import save_inputs
+
+    source = tiny_flux(tmp_path / "flux")
+    result = quantize(source, tmp_path / "out", recipe="mxfp8-ptq")
+    assert result.formats == {"mxfp8": result.quantized_linears}
+    assert load_json(tmp_path / "out" / "fp4trt.json")["calibration"] == {"data": "none"}
+    save_inputs(tmp_path / "inputs.safetensors", [_example(source)])
+    quantize(source, tmp_path / "calibrated", recipe="mxfp8-ptq", calibration=tmp_path / "inputs.safetensors")
+    for name in (checkpoint.WEIGHTS, "config.json"):
+        assert sha256_of(tmp_path / "out" / name) == sha256_of(tmp_path / "calibrated" / name), name
+    (tmp_path / "attention.yaml").write_text(
+        "name: a\nmethod: {name: ptq}\nformats: {default: mxfp8}\nattention: fp8\n", encoding="utf-8"
+    )
+    with pytest.raises(BadInputs, match="needs calibration data"):
+        quantize(source, tmp_path / "other", recipe=tmp_path / "attention.yaml")
+
+
 @pytest.mark.parametrize("guidance", [True, False])
 def test_a_flux_checkpoint_quantizes_from_captured_inputs(guidance: bool, tiny_flux: MakeFlux, tmp_path: Path) -> None:
     from calibration.inputs.captured import save_inputs

@@ -9,11 +9,18 @@ import pytest
 import torch
 
 import exporter
+import fp4trt
 import onnx_functions
 from calibration import load, quantize, read
 from calibration.checkpoints.plain import load_source
 from calibration.formats import mxfp8
+from fp4trt.number_formats import FORMATS
+from onnx_functions.inspection.inspect import describe
+from onnx_functions.inspection.table import table
 from trt_build import build
+from trt_build.coverage import measure_coverage
+from trt_build.graph import read_graph
+from trt_build.layer_info import Layer
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +57,43 @@ def test_a_build_says_first_what_the_engine_makes_of_it(in_mxfp8: Path) -> None:
     assert (result.fp4_gemms, result.fp8_gemms, result.lost) == (0, 0, [])
     reasons = {item["reason"] for item in result.sixteen_bit}
     assert "MXFP8: stored in 8 bits, unpacked and multiplied in BF16" in reasons
+
+
+def test_an_engine_is_described_with_all_its_linears_and_what_it_only_stores_in_mxfp8(in_mxfp8: Path) -> None:
+    build(in_mxfp8, gpu="rtx5090")
+    found = describe(in_mxfp8 / "rtx5090.json")
+    promise = found["promise"]
+    assert sum(entry["linears"] for entry in found["formats"].values()) == 62
+    assert promise["promised"] == {"mxfp8": 52}
+    assert (len(promise["stored"]["mxfp8"]), promise["differing"]) == (52, [])
+    lines = table(found)
+    assert "  linears in FP4         none promised" in lines
+    told = "stored in 8 bits, unpacked and multiplied in BF16, as this GPU has no GEMM of it"
+    assert f"  52 linears promised in mxfp8: {told}" in lines
+
+
+def test_commands_count_the_linears_of_every_format(
+    mixed_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside, output = mixed_digits.parent, tmp_path / "digits"
+    options = ["--recipe", beside / "recipe.yaml", "--calibration", beside / "amax.json"]
+    assert fp4trt.run(["quantize", "digits", "-o", str(output), *map(str, options)]) == 0
+    words = "24 linears in NVFP4, 4 in FP8, 24 in MXFP8"
+    assert f"quantized {words} (mixed)" in capsys.readouterr().out
+    assert fp4trt.run(["export", str(output)]) == 0
+    assert f"nodes, {words}, " in capsys.readouterr().out
+
+
+def test_a_build_counts_the_gemms_of_each_format_that_it_has(mixed_digits: Path) -> None:
+    graph = read_graph(mixed_digits)
+    layers = [
+        Layer("k", "gemm", (FORMATS[kind].engine,), (FORMATS[kind].engine,), ("BFloat16",), (f"{path}/MatMul",))
+        for kind, paths in graph.promised.items()
+        for path in paths
+    ]
+    found = measure_coverage(graph, layers).summary()
+    assert found["coverage"] == {
+        kind: {"gemms": count, "linears": count} for kind, count in (("nvfp4", 24), ("fp8", 4), ("mxfp8", 24))
+    }
+    stored = measure_coverage(graph, layers, ["nvfp4", "fp8"]).summary()
+    assert list(stored["coverage"]) == ["nvfp4", "fp8"]

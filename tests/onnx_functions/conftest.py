@@ -291,5 +291,11 @@ def mutant(copied_model: Path) -> Mutant:
 
 
 @pytest.fixture
+def flux2_mutant(flux2_in_mxfp8: Path, tmp_path: Path) -> Mutant:
+    """A copy of a tiny FLUX.2's graph, with its checkpoint, for a test to damage."""
+    return Mutant(Path(shutil.copytree(flux2_in_mxfp8, tmp_path / "flux2")) / "model.onnx")
+
+
+@pytest.fixture
 def damaged(quantized_digits: Path, tmp_path: Path) -> Damaged:
     return Damaged.copy(quantized_digits, tmp_path / "model")

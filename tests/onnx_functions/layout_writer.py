@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = ["LAYOUTS", "codes_of", "pack", "swizzled", "write", "write_layout", "write_source"]
+__all__ = ["LAYOUTS", "codes_of", "mxfp8", "pack", "swizzled", "write", "write_layout", "write_source"]
 
 Tensors = dict[str, tuple[str, np.ndarray]]
 
@@ -97,6 +97,17 @@ def _fp8(leaf: str, number: str = "E4M3", reciprocal: bool = False):
         }
 
     return linear
+
+
+def mxfp8(path: str, weight: np.ndarray, order: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Tensors:
+    """Write a weight whose columns are a multiple of 32 in MXFP8, its block scales in some order."""
+    blocks = weight.reshape(len(weight), -1, 32)
+    exponents = np.ceil(np.log2(np.abs(blocks).max(-1) / 448)).astype(np.int32)
+    codes = (blocks / np.exp2(exponents)[:, :, None]).astype(ml_dtypes.float8_e4m3fn).reshape(weight.shape)
+    return {
+        f"{path}.weight": ("F8_E4M3", codes.view(np.uint8)),
+        f"{path}.weight_scale": ("U8", order((exponents + 127).astype(np.uint8))),
+    }
 
 
 LAYOUTS: dict[str, Callable[[str, np.ndarray], Tensors]] = {

@@ -75,7 +75,7 @@ def test_the_linear_that_the_graph_keeps_in_16_bit_is_listed_with_its_kernel(att
     (kept,) = result["sixteen_bit"]
     assert kept["linear"] == "head"
     assert kept["kernel"].startswith("head/MatMul")
-    assert kept["reason"] == "the graph does not quantize it"
+    assert kept["reason"] == "not quantized in the graph"
     assert [gemm["format"] for gemm in result["gemms"] if gemm["linears"] == ["head"]] == ["bfloat16"]
 
 

@@ -123,4 +123,4 @@ def test_a_weight_only_graph_without_metadata_is_legal_and_reported(
     assert fp4trt.run(["build", str(path), "--shape", "B=1", "--shape", "L=64"]) == 0
     out = capsys.readouterr().out
     assert "nothing promises FP4 GEMMs of this graph" in out
-    assert "16 bit: 4 linears: weight-only: its weight is FP4, its input is not quantized" in out
+    assert "16 bit: 4 linears: weight-only: FP4 weight, input not quantized" in out

@@ -160,7 +160,7 @@ def test_without_a_promise_fp8_weights_count_only_where_their_activation_is_quan
     result = built(graph)
     assert (result["fp8_linears"], result["quantized_linears"], result["lost"]) == (1, 1, [])
     (kept,) = result["sixteen_bit"]
-    assert (kept["linear"], kept["reason"]) == ("up", "weight-only: its weight is FP8, its input is not quantized")
+    assert (kept["linear"], kept["reason"]) == ("up", "weight-only: FP8 weight, input not quantized")
 
 
 def test_a_gpu_without_fp8_is_refused_and_an_ada_one_is_not(

@@ -119,11 +119,11 @@ class FusedBlock:
         for group, whole in self.groups:
             linear = self.task.module.get_submodule(whole.path)
             tensors |= nvfp4_tensors(linear, group, whole)
-            amax |= quantizer_amax(linear, group)
+            amax |= quantizer_amax(linear, group, NVFP4.name)
         for path, kind in self.rounded.items():
             linear = self.task.linear(path)
             tensors |= rounded_tensors(linear, path, kind)
-            amax |= quantizer_amax(linear, [path])
+            amax |= quantizer_amax(linear, [path], kind)
         return tensors, amax
 
 
@@ -192,7 +192,7 @@ def nvfp4_tensors(linear: Any, group: Sequence[str], whole: Fused) -> dict[str, 
     Raises:
         BadAmax: nothing entered the linear, or nothing finite; or its weight has no scale.
     """
-    _, entering = _checked_amax(linear, group[0])
+    entering = _checked_amax(linear, group[0], NVFP4.name)["input_quantizer"]
     block_scales, scale = weight_scales(linear)
     steps = (block_scales.float() * scale).unsqueeze(-1)
     codes = nvfp4.codes_under(linear.weight.float().unflatten(-1, (-1, nvfp4.BLOCK_SIZE)), steps).flatten(-2)
@@ -217,31 +217,41 @@ def rounded_tensors(linear: Any, path: str, kind: str) -> dict[str, torch.Tensor
     Raises:
         BadAmax: as :func:`nvfp4_tensors`.
     """
-    weight, entering = _checked_amax(linear, path)
-    arithmetic = arithmetic_of(kind)
-    tensors = arithmetic.stored(linear.weight, arithmetic.tensor_scale(weight))
+    amax, arithmetic = _checked_amax(linear, path, kind), arithmetic_of(kind)
+    tensors = arithmetic.stored(linear.weight, arithmetic.tensor_scale(amax["weight_quantizer"]))
     if FORMATS[kind].needs_input_amax:
-        tensors["input_scale"] = arithmetic.tensor_scale(entering)
+        tensors["input_scale"] = arithmetic.tensor_scale(amax["input_quantizer"])
     return {f"{path}.{leaf}": value for leaf, value in tensors.items()}
 
 
-def quantizer_amax(linear: Any, paths: Sequence[str]) -> dict[str, float]:
-    """Return the amax of a calibrated linear's quantizers, by the name of each in the linears that it stands for.
+def quantizer_amax(linear: Any, paths: Sequence[str], kind: str) -> dict[str, float]:
+    """Return the amax of a calibrated linear in a format, by the name of each quantizer in the linears it stands for.
 
     Raises:
         BadAmax: as :func:`nvfp4_tensors`.
     """
-    weight, entering = _checked_amax(linear, paths[0])
-    found = {"weight_quantizer": weight, "input_quantizer": entering}
+    found = _checked_amax(linear, paths[0], kind)
     return {f"{path}.{quantizer}": value for path in paths for quantizer, value in found.items()}
 
 
-def _checked_amax(linear: Any, path: str) -> tuple[float, float]:
-    """Return the amax of a linear's weight and of its input."""
-    quantizers = linear.weight_quantizer, linear.input_quantizer
-    amax = [getattr(quantizer, "global_amax", None) for quantizer in quantizers]
-    amax = [quantizer.amax if value is None else value for value, quantizer in zip(amax, quantizers, strict=True)]
-    weight, entering = (math.nan if value is None else float(value) for value in amax)
-    input_quantizers.checked({path: entering}, [path])
-    input_quantizers.checked_weights({path: weight})
-    return weight, entering
+def _checked_amax(linear: Any, path: str, kind: str) -> dict[str, float]:
+    """Return the amax of a linear's weight and, where the format has a scale of the input, of that, by quantizer.
+
+    Quantizers of a format without a scale of the tensor keep no amax, and that of the weight is told all the same.
+    """
+    if FORMATS[kind].amax_factor is None:
+        weight = float(linear.weight.detach().float().abs().max())
+    else:
+        weight = _kept_amax(linear.weight_quantizer)
+    found = {"weight_quantizer": input_quantizers.checked_weights({path: weight})[path]}
+    if FORMATS[kind].needs_input_amax:
+        entering = _kept_amax(linear.input_quantizer)
+        found["input_quantizer"] = input_quantizers.checked({path: entering}, [path])[path]
+    return found
+
+
+def _kept_amax(quantizer: Any) -> float:
+    """Return the amax of a whole tensor that a quantizer keeps, NaN for none."""
+    amax = getattr(quantizer, "global_amax", None)
+    amax = quantizer.amax if amax is None else amax
+    return math.nan if amax is None else float(amax)

@@ -114,10 +114,13 @@ class _Work:
 
     def input_scale(self, group: Group) -> torch.Tensor:
         """Return the scale of a group's input, in NVFP4 the global one, with the headroom that the recipe wants."""
+        kind = self.task.linears[group[0]]
+        if not FORMATS[kind].needs_input_amax:
+            return arithmetic_of(kind).tensor_scale(1.0)
         amax = float(self.channels[group[0]].amax.max())
         amax = input_quantizers.checked({group[0]: amax * self.options.input_headroom}, group[:1])[group[0]]
         self.amax |= {f"{path}.input_quantizer": amax for path in group}
-        return arithmetic_of(self.task.linears[group[0]]).tensor_scale(amax)
+        return arithmetic_of(kind).tensor_scale(amax)
 
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""

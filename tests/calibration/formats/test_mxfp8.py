@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from calibration.by_block.quantize_blocks import BlockTask
 from calibration.formats import mxfp8
+from calibration.methods import registry
+from calibration.methods.quality.quantize_block import quantize_block
+from calibration.recipes.recipe import PTQ, Quality
+from fp4trt.families import family_of
+from fp4trt.json_file import load_json
 
 
 def hard_values() -> torch.Tensor:
@@ -55,3 +64,19 @@ def test_a_scale_that_is_nan_is_refused() -> None:
     tensors["weight_scale"][0, 0] = 255
     with pytest.raises(ValueError, match="weight_scale holds 255, E8M0's NaN"):
         mxfp8.restored(tensors)
+
+
+@pytest.mark.parametrize("method", ["ptq", "quality"])
+def test_an_input_of_zeros_needs_no_scale(method: str, digits: Path) -> None:
+    block = nn.ModuleDict({"alone": nn.Linear(32, 32)}).bfloat16()
+
+    def run(*_: object) -> None:
+        with torch.no_grad():
+            block["alone"](torch.zeros(1, 4, 32, dtype=torch.bfloat16))
+
+    task = BlockTask("block", block, {"block.alone": "mxfp8"}, (("block.alone",),), run)
+    if method == "quality":
+        result = quantize_block(task, Quality(name="quality"), ())
+    else:
+        result = registry.of_block(PTQ(name="ptq"), family_of(load_json(digits / "config.json")))(task)
+    assert "block.alone.input_quantizer" not in result.amax

@@ -19,7 +19,7 @@ import fp4trt
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask
 from calibration.digits.model import load_transformer
 from calibration.digits.sampling import capture
-from calibration.formats import fp8, nvfp4
+from calibration.formats import fp8, mxfp8, nvfp4
 from calibration.formats.linears import QuantizedLinear
 from calibration.methods.modelopt.algorithms import calibrated
 from calibration.recipes.recipe import ModelOpt
@@ -253,6 +253,24 @@ def test_linears_in_fp8_are_rounded_to_nearest_whatever_the_algorithm(algorithm:
     assert held["weight_scale"] == weight.abs().max().float() / 448
     assert held["input_scale"] == entering.float() / 448
     assert torch.equal(held["weight"].float(), fp8.quantize(weight, held["weight_scale"]).float())
+    assert f"{ALONE[0]}.weight_scale_2" in result.tensors
+
+
+@pytest.mark.parametrize("algorithm", ["max", "mse", "gptq", "awq_lite"])
+def test_linears_in_mxfp8_are_rounded_as_ptq_does_and_need_no_amax_of_their_input(algorithm: str) -> None:
+    calls, plain = _calls()
+    formats = {MODULATION[0]: "mxfp8", **dict.fromkeys(MERGED, "mxfp8"), ALONE[0]: "nvfp4"}
+    result = calibrated(algorithm, _rows)(_task(copy.deepcopy(plain), formats, calls[:2]))
+    for path in (*MODULATION, *MERGED):
+        weight: Any = plain.get_submodule(path.removeprefix(f"{BLOCK}.")).weight
+        held = {n.rpartition(".")[2]: v for n, v in result.tensors.items() if n.startswith(f"{path}.")}
+        codes, scales = mxfp8.quantize(weight)
+        assert held.keys() == {"weight", "weight_scale"}
+        assert torch.equal(held["weight"].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(held["weight_scale"], scales)
+        assert {n: v for n, v in result.amax.items() if n.startswith(f"{path}.")} == {
+            f"{path}.weight_quantizer": float(weight.detach().abs().max())
+        }
     assert f"{ALONE[0]}.weight_scale_2" in result.tensors
 
 

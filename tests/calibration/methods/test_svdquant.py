@@ -17,7 +17,7 @@ from calibration.by_block.quantize_blocks import BlockResult, BlockTask
 from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import load, read
 from calibration.digits.model import load_transformer
-from calibration.formats import fp8, nvfp4
+from calibration.formats import fp8, mxfp8, nvfp4
 from calibration.formats.linears import QuantizedLinear
 from calibration.methods.modelopt.svdquant import svdquant
 from fp4trt.errors import BadCheckpoint
@@ -158,7 +158,8 @@ def test_it_is_what_modelopts_own_export_would_store() -> None:
         assert torch.equal(ours[kind].float(), value.float()), kind
 
 
-def test_linears_in_fp8_are_measured_and_left_without_a_branch() -> None:
+def _modulation_in(kind: str) -> tuple[Any, list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Return the modulation as it was, its calls, and what SVDQuant leaves of it in a format."""
     block = load_transformer().get_submodule(BLOCK).to(torch.bfloat16)
     original: Any = copy.deepcopy(block.get_submodule("norm.linear"))
     modulation, calls = f"{BLOCK}.norm.linear", _inputs(2)
@@ -168,15 +169,27 @@ def test_linears_in_fp8_are_measured_and_left_without_a_branch() -> None:
             for call in calls:
                 block(**call)
 
-    task = BlockTask(BLOCK, block, {modulation: "fp8", ALONE[0]: "nvfp4"}, ((modulation,), ALONE), run)
+    task = BlockTask(BLOCK, block, {modulation: kind, ALONE[0]: "nvfp4"}, ((modulation,), ALONE), run)
     tensors = svdquant(rank=4, smoothing=True, alpha_step=0.5, rows=_rows)(task).tensors
-    kept = {name.removeprefix(f"{modulation}."): value for name, value in tensors.items() if modulation in name}
+    assert f"{ALONE[0]}.svdquant_lora_a" in tensors
+    return original, calls, {n.removeprefix(f"{modulation}."): v for n, v in tensors.items() if modulation in n}
+
+
+def test_linears_in_fp8_are_measured_and_left_without_a_branch() -> None:
+    original, calls, kept = _modulation_in("fp8")
     assert kept.keys() == {"weight", "weight_scale", "input_scale"}
     assert kept["weight_scale"] == original.weight.abs().amax().float() / 448
     entering = max(nn.functional.silu(call["temb"]).abs().amax() for call in calls)
     assert kept["input_scale"] == entering.float() / 448
     assert torch.equal(kept["weight"].float(), fp8.quantize(original.weight, kept["weight_scale"]).float())
-    assert f"{ALONE[0]}.svdquant_lora_a" in tensors
+
+
+def test_linears_in_mxfp8_are_rounded_to_nearest_and_left_without_a_branch() -> None:
+    original, _, kept = _modulation_in("mxfp8")
+    codes, scales = mxfp8.quantize(original.weight)
+    assert kept.keys() == {"weight", "weight_scale"}
+    assert torch.equal(kept["weight"].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(kept["weight_scale"], scales)
 
 
 def test_a_checkpoint_tells_its_branches(svdquant_checkpoint: Path) -> None:

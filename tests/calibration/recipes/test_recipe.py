@@ -15,6 +15,7 @@ from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import BadRecipe
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import NAMES
 
 MODULATION = "*.norm*.linear"
 
@@ -153,3 +154,13 @@ def test_calibration_data_of_a_part_of_the_schedule_give_a_warning_that_the_mani
     assert "no step between timestep 0.00 and 0.60" in warning
     assert f"warning: {warning}\n" in capsys.readouterr().err
     assert "warnings" not in load_json(quantized_digits / "fp4trt.json")["calibration"]
+
+
+def test_the_documents_name_every_recipe_and_every_format() -> None:
+    root = Path(__file__).parents[3]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for name in preset_names():
+        assert f"`{name}`" in readme or f"`{name.removeprefix('nvfp4-modelopt')}`" in readme, name
+    lines = (root / "docs" / "command-line.md").read_text(encoding="utf-8").splitlines()
+    (told,) = (line for line in lines if line.startswith("| `formats.default`"))
+    assert [name for name in NAMES if f"`{name}`" not in told] == []

@@ -225,3 +225,13 @@ def test_blocks_that_differ_are_not_collapsed_whatever_order_they_come_in() -> N
     lines = tree_table({"kind": "engine", "path": "e", "promise": None, "linears": linears})
     assert [line.split("  ")[1] for line in lines[1:3]] == ["b.0.q", "b.1-2 (2 equal blocks)"]
     assert len(lines) == 6
+
+
+def test_linears_in_mxfp8_are_told_from_those_in_fp8_and_counted_with_their_scales(mixed_digits: Path) -> None:
+    found = describe(mixed_digits)
+    counts = {"nvfp4": 24, "fp8": 4, "mxfp8": 24}
+    assert found["promise"]["promised"] == counts
+    assert found["promise"]["found"] == {**counts, "bf16": 10}
+    assert found["promise"]["differing"] == found["graph"]["promise"]["differing"] == []
+    entry = found["formats"]["mxfp8"]
+    assert entry["bytes"] == entry["parameters"] * 33 // 32 == found["graph"]["formats"]["mxfp8"]["bytes"]

@@ -21,6 +21,7 @@ from tests.onnx_functions.layout_writer import (
     LAYOUTS,
     Tensors,
     codes_of,
+    mxfp8,
     pack,
     swizzled,
     write,
@@ -77,6 +78,32 @@ def test_each_layout_is_named_by_the_error_of_its_reading(
         assert all(
             each["error_as_fp4trt_reads"] is None or each["error_as_fp4trt_reads"] > 0.25 for each in found["linears"]
         )
+
+
+@pytest.mark.parametrize("order", ["row-major", "cuBLAS 128x4 tiles"])
+def test_mxfp8_is_proven_with_the_order_of_its_block_scales(
+    order: str, weights: dict[str, np.ndarray], source: Path, tmp_path: Path
+) -> None:
+    ours = order == "row-major"
+    tensors: Tensors = {}
+    for path in ("attn.to_q", "ff", "deep"):
+        tensors |= mxfp8(path, weights[path], *(() if ours else (swizzled,)))
+    found = detect(write(tmp_path / "theirs.safetensors", tensors), source)
+    assert found["layout"] == f"MXFP8 (E4M3, block scales {order})"
+    assert found["passed"] == ours
+    assert all(each["error"] < 0.04 for each in found["linears"])
+    if not ours:
+        assert found["linears"][0]["error_as_fp4trt_reads"] > 0.25  # whose shape hides the tiles
+
+
+def test_a_checkpoint_of_several_formats_is_proven(mixed_digits: Path, digits: Path) -> None:
+    found = detect(mixed_digits, digits)
+    assert found["passed"], found["summary"]
+    assert found["layouts"] == {
+        OURS: 24,
+        "FP8 (E4M3, scale a multiplier)": 4,
+        "MXFP8 (E4M3, block scales row-major)": 24,
+    }
 
 
 def test_block_scales_come_back_out_of_their_tiles() -> None:
@@ -278,6 +305,12 @@ def test_what_cannot_be_held_against_each_other_is_one_line(tmp_path: Path, sour
         detect(file, file)
     with pytest.raises(UnknownArtifact, match="no linear whose codes can be dequantized"):
         detect(source, source)
+    scales: Tensors = {
+        "ff.weight": ("U8", np.zeros((256, 32), np.uint8)),
+        "ff.weight_scale": ("F32", np.zeros((256, 4), np.float32)),
+    }
+    with pytest.raises(UnknownArtifact, match=r"; ff: F32 block scales\); expected NVFP4, FP8, MXFP8$"):
+        detect(write(tmp_path / "scales.safetensors", scales), source)
     packed: Tensors = {
         "x.qweight": ("I8", np.zeros((128, 64), np.int8)),
         "x.wscales": ("F8_E4M3", np.zeros((8, 128), np.uint8)),

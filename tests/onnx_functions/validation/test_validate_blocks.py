@@ -110,6 +110,28 @@ def test_chosen_blocks_alone_are_checked(quantized_digits: Path) -> None:
     assert f"of {3 * 6 + 14 - 6 + 10} linears" in gate(report, "linears").detail
 
 
+def test_blocks_that_share_a_modulation_pass_where_others_between_them_are_left_out(flux2_in_mxfp8: Path) -> None:
+    report = validate(flux2_in_mxfp8, blocks="1", tokens="16,8")
+    assert report.passed, [gate.line for gate in report.failures]
+    assert gate(report, "structure").detail.startswith("3 blocks and what lies outside them")
+
+
+def test_damage_between_blocks_that_share_a_modulation_is_named(flux2_mutant, flux2_in_mxfp8: Path) -> None:
+    (stream,) = _last_of(flux2_mutant.path, f"{DOUBLE}.1")
+    flux2_mutant.negate(stream)
+    found = gate(validate(flux2_mutant.path, flux2_in_mxfp8, blocks="1", tokens="16,8"), "structure")
+    assert not found.passed
+    assert "negation" in found.offenders
+
+
+def test_a_block_left_out_that_is_passed_over_is_named(flux2_mutant, flux2_in_mxfp8: Path) -> None:
+    (earlier,), (later,) = (_last_of(flux2_mutant.path, f"{SINGLE}.{index}") for index in (0, 1))
+    for name, place in ((node.name, place) for node, place in _readers(flux2_mutant.path, later)):
+        flux2_mutant.rewire(name, place, earlier)
+    found = gate(validate(flux2_mutant.path, flux2_in_mxfp8, blocks="1", tokens="16,8"), "structure")
+    assert not found.passed
+
+
 def test_a_size_can_be_asked_for(quantized_digits: Path) -> None:
     report = validate(quantized_digits, level="blocks", blocks="1", tokens="20,9")
     assert report.passed
@@ -237,3 +259,11 @@ def _node(path: Path, name: str) -> onnx.NodeProto:
 def _readers(path: Path, tensor: str) -> list[tuple[onnx.NodeProto, int]]:
     nodes = onnx.load(path, load_external_data=False).graph.node
     return [(node, place) for node in nodes for place, name in enumerate(node.input) if name == tensor]
+
+
+def _last_of(path: Path, block: str) -> list[str]:
+    """Return the last tensor that nodes of a block make and others read."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    inside = [node for node in nodes if node.name.startswith((f"{block}/", f"{block}."))]
+    outside = {name for node in nodes if node not in inside for name in node.input}
+    return [name for node in inside for name in node.output if name in outside][-1:]
