@@ -16,7 +16,7 @@ from calibration.checkpoints.threads import suited_threads
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import operands_of
 from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
-from calibration.inputs.prompts import Sampling, capture_prompts, refuse_sampling
+from calibration.inputs.prompts import Sampling, capture_prompts, refuse_no_data, refuse_sampling
 from fp4trt.errors import BadAmax, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
@@ -289,6 +289,7 @@ def _captured(
         described: dict[str, Any] = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
     else:
         refuse_sampling(folder, family, prompts, sampling)
+        refuse_no_data(folder, family, prompts)
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
     calls = check_inputs(calls, family, config)

@@ -218,7 +218,7 @@ def _sampler(
         labels = balanced_labels(count) if words is None else [words[index % len(words)] for index in range(count)]
         return digits_sampler(labels, sampling.steps or STEPS)
     if prompts is None:
-        raise BadInputs(f"{folder.parent} needs prompts to draw; give --prompts, a text file with one a line")
+        raise BadInputs(f"{folder} needs prompts to draw; give --prompts, a text file with one a line")
     from generation.comparison.pipeline import pipeline_sampler
 
     return pipeline_sampler(folder, family, prompts, images or len(prompts), sampling)
@@ -276,9 +276,10 @@ def _measured(task: _Task, store: Store) -> Comparison:
         )
 
     metrics, unavailable = _metrics(task.family)
-    for title, reason in unavailable.items():
+    found = measure(metrics, reference, {name: shown(task.key(name)) for name in task.checkpoints}, unavailable)
+    for title, reason in found.unavailable.items():
         note(f"{title} is left out: {reason}")
-    return measure(metrics, reference, {name: shown(task.key(name)) for name in task.checkpoints}, unavailable)
+    return found
 
 
 def _metrics(family: Family) -> tuple[list[Metric], dict[str, str]]:

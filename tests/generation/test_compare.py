@@ -216,6 +216,17 @@ def test_a_full_disk_is_told_with_the_file_that_does_not_fit(tmp_path: Path, mon
     assert unfit() == ".fp4trt-partial"
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_figure_that_so_few_images_do_not_give_is_left_out(
+    images: int, good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = compare("digits", {"good": good}, tmp_path / "out", images=images, steps=1, seeds=(5,))
+    why = f"it needs 3 images of each seed, {images} asked for"
+    assert found["unavailable"] == {"Frechet distance": why}
+    assert "frechet" not in found["checkpoints"]["good"]
+    assert f"Frechet distance is left out: {why}" in capfd.readouterr().err
+
+
 def test_words_choose_the_digits(good: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("seven\nthree\n")
     given = {"prompts": tmp_path / "words.txt", "images": 3, "steps": 1, "seeds": (5,)}
