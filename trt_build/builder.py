@@ -14,6 +14,7 @@ from typing import Any
 from fp4trt.errors import BackendMissingError
 from fp4trt.file_output import partial_path
 from fp4trt.number_formats import FORMATS, NVFP4
+from fp4trt.options import names, takes
 from fp4trt.progress import Progress, Step
 from fp4trt.verb import Result
 from onnx_functions.linting import require_clean
@@ -122,6 +123,7 @@ class Built(Result):
     seconds: float
 
 
+@takes(gpu=names("rtx5090"), shapes=names("B=1:1:4"))
 def build(
     model: str | Path,
     *,
@@ -130,7 +132,7 @@ def build(
     resolution: Pixels | None = None,
     batch: Count | None = None,
     text: Count | None = None,
-    shapes: Sequence[str] = (),
+    shapes: str | Sequence[str] = (),
     reference_images: Count | None = None,
     # the result
     output: str | Path | None = None,

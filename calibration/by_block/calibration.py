@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from calibration.by_block import processes
-from calibration.by_block.measure_amax import measured_by_block
+from calibration.by_block.measure_amax import measured_by_block, require_device
 from calibration.checkpoints.plain import find_source, load_source, open_plain, weights_fingerprint
 from calibration.checkpoints.threads import suited_threads
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import operands_of
 from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
-from calibration.inputs.prompts import Sampling, capture_prompts, refuse_no_data, refuse_sampling
+from calibration.inputs.prompts import SMALLEST, Sampling, capture_prompts, refuse_no_data, refuse_sampling
 from fp4trt.errors import BadAmax, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
+from fp4trt.options import at_least, takes
 from fp4trt.progress import Progress, note
 from fp4trt.publish import refuse_existing, write_json
 from fp4trt.safetensors_file import sha256_of
@@ -70,6 +71,7 @@ class Calibrated(Result):
 
 
 @verb
+@takes(steps=at_least(1), resolution=at_least(SMALLEST))
 def calibrate(
     source: str | Path,
     output: str | Path,
@@ -105,8 +107,9 @@ def calibrate(
         progress: called with each step.
 
     Raises:
-        BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
+        BadOption, BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
     """
+    require_device(device)
     output = Path(output)
     given = {Path(path).resolve() for path in (inputs, prompts, pictures) if path is not None}
     results = [Path(path) for path in (output, save_inputs_to) if path is not None]

@@ -22,6 +22,7 @@ from fp4trt.pipeline_folder import PIPELINE
 from fp4trt.progress import tracking
 
 __all__ = [
+    "SMALLEST",
     "Sampling",
     "capture_prompts",
     "digit_labels",
@@ -33,6 +34,9 @@ __all__ = [
     "refuse_sampling",
 ]
 
+
+SMALLEST: Final = 16
+"""Pixels of a picture's side that a pipeline is asked for, at least."""
 
 _POINTER: Final = "version https://git-lfs"
 """What a Git LFS pointer begins with, which is text as prompts are."""

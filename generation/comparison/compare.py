@@ -16,7 +16,7 @@ import torch
 from calibration.checkpoints.plain import find_source, load_source, refuse_quantized
 from calibration.checkpoints.quantized import Checkpoint, load, plain_config, read
 from calibration.checkpoints.threads import suited_threads
-from calibration.inputs.prompts import Sampling, digit_labels, read_prompts, refuse_sampling
+from calibration.inputs.prompts import SMALLEST, Sampling, digit_labels, read_prompts, refuse_sampling
 from fp4trt import publish
 from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST
@@ -24,6 +24,8 @@ from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of
 from fp4trt.families.digits import DIGITS
 from fp4trt.json_file import load_json
+from fp4trt.options import at_least, mapping, takes
+from fp4trt.options import seeds as whole_seeds
 from fp4trt.progress import PATIENCE_S, Progress, note, tracking
 from fp4trt.safetensors_file import sha256_of
 from fp4trt.verb import FLAT, PEOPLE, Result, verb
@@ -107,6 +109,13 @@ class Compared(Result):
 
 
 @verb
+@takes(
+    checkpoints=mapping({"ptq": "flux-fp4"}),
+    seeds=whole_seeds,
+    images=at_least(1),
+    steps=at_least(1),
+    resolution=at_least(SMALLEST),
+)
 def compare(
     source: str | Path,
     checkpoints: Mapping[str, str | Path],
@@ -140,7 +149,7 @@ def compare(
         progress: called with each step.
 
     Raises:
-        BadCheckpoint, BadInputs, OutputExists, UnknownFamily: naming what is wrong.
+        BadOption, BadCheckpoint, BadInputs, OutputExists, UnknownFamily: naming what is wrong.
     """
     directory = Path(output)
     sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
