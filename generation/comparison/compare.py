@@ -265,7 +265,7 @@ def _draw(task: _Task, store: Store, kept: Callable[[], None]) -> None:
         for key, (checkpoint, absent) in missing.items():
             if not absent:
                 continue
-            model = load(checkpoint.directory, task.dtype)
+            model = load(checkpoint.directory, dtype=task.dtype)
             for seed in absent:
                 store.keep(key, seed, follow(task.sampler, model, seed, store.batches(seed, len(batches)), advance))
                 kept()

@@ -195,7 +195,7 @@ def _measure(folders: Mapping[str, Path], picture: Path, images: int) -> dict[st
 
     click.echo(f"drawing {images} digits with each model")
     reference = load_transformer()
-    models = {name: load(folder, torch.float32) for name, folder in folders.items()}
+    models = {name: load(folder, dtype=torch.float32) for name, folder in folders.items()}
     with suited_threads(load_json(DIRECTORY / "config.json")):
         compared = compare(reference, models, (EVALUATION_SEED,), images)
         grid(reference, models, picture, seed=EVALUATION_SEED)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fp4trt
 from fp4trt.errors import BadGraph, BadInputs, BadOption
+from fp4trt.progress import Step
 from fp4trt.verb import verb
 
 Call = Callable[[], Any]
@@ -98,3 +100,39 @@ def test_no_argument_is_dropped(given: tuple[Any, ...], named: dict[str, Any], w
     call: Any = _example
     with pytest.raises(TypeError, match=words):
         call(*given, **named)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (fp4trt.export, "is a graph; name the one to write with output"),
+        (
+            lambda graph: fp4trt.export(graph, "ours", precision="bf16"),
+            "precision is for checkpoints, and .* is a graph",
+        ),
+        (lambda graph: fp4trt.export(graph, "ours", copy_weights=True), "copy_weights is for checkpoints"),
+        (lambda graph: fp4trt.export(graph.parent, allow_slow=True), "allow_slow is for a third-party graph"),
+        (lambda graph: fp4trt.export(graph, "ours"), "is empty"),
+    ],
+)
+def test_export_takes_a_third_partys_graph_as_the_command_does(call: Any, words: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs.onnx").touch()
+    with pytest.raises(BadGraph, match=words):
+        call(tmp_path / "theirs.onnx")
+
+
+def test_lint_and_inspect_give_results_that_read_as_what_the_command_prints(quantized_digits: Path) -> None:
+    graph = quantized_digits / "model.onnx"
+    steps: list[Step] = []
+    with pytest.warns(FutureWarning, match="lint: give allow_slow by name"):
+        linted = fp4trt.lint(graph, True)
+    assert (linted["passed"], linted["allow_slow"], dict(linted)) == (True, True, linted.as_dict())
+    found = fp4trt.inspect(graph, progress=steps.append)
+    assert (found.kind, found["family"], dict(found)) == ("onnx", "flux-digits", found.as_dict())
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        found["kind"] = "other"
+    assert fp4trt.inspect(quantized_digits, against="digits")["passed"]
+    with pytest.raises(BadOption, match="dtype is 'bf16'; expected torch"):
+        fp4trt.load(quantized_digits, dtype="bf16")
+    with pytest.warns(FutureWarning, match="load: give dtype by name"):
+        fp4trt.load(quantized_digits, torch.float32, progress=steps.append)

@@ -75,7 +75,7 @@ def test_the_command_says_the_worse_checkpoint_is_worse_in_every_figure(result: 
 
 
 def test_the_command_measures_what_the_models_give_in_memory(result: Path, good: Path) -> None:
-    models = {"good": load(good, torch.float32)}
+    models = {"good": load(good, dtype=torch.float32)}
     there = compare_digits(load_transformer(), models, (1000, 1001), 10, steps=2)
     found = json.loads((result / "compare.json").read_text())["checkpoints"]["good"]
     for key in ("psnr_db", "velocity_error", "frechet", "recognised"):
