@@ -121,7 +121,7 @@ def calibrate(
     work = output.with_name(output.name + ".partial")
     sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
     config = load_json(folder / "config.json")
-    family = family_of(config)
+    family = family_of(config, folder)
     inputs_to = (inputs, prompts, sampling, save_inputs_to)
     with suited_threads(config), _measured(folder, *inputs_to, work, device) as measured:
         if processes.is_main():
@@ -167,7 +167,7 @@ def calibration_from(
     files = _paths(given)
     if is_amax(given):
         config = load_json(folder / "config.json")
-        family = family_of(config)
+        family = family_of(config, folder)
         yield merged(files, family.quantized(config), family.attentions(config), weights_fingerprint(folder))
         return
     with _measured(folder, files[0] if files else None, None, Sampling(), None, work, device) as measured:
@@ -280,7 +280,7 @@ def _captured(
 ) -> Calibration:
     """Read captured inputs, or capture them while the pipeline runs on prompts, for which the model is loaded whole."""
     config = load_json(folder / "config.json")
-    family = family_of(config)
+    family = family_of(config, folder)
     if inputs is not None and prompts is not None:
         raise BadInputs("both captured inputs and prompts were given; expected one of them")
     if inputs is not None and sampling.pictures is not None:

@@ -187,7 +187,7 @@ def _task(
         )
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
-    family = family_of(config)
+    family = family_of(config, folder)
     refuse_sampling(folder, family, prompts, sampling)
     opened = {name: _opened(name, Path(path), config) for name, path in checkpoints.items()}
     asked = None if prompts is None else read_prompts(Path(prompts))

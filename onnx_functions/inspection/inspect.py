@@ -164,11 +164,11 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise UnknownArtifact(f"{path} has no _class_name, the class of a diffusers model; copy it again")
     try:
-        family_of(config)
+        family_of(config, path.parent)
     except UnknownFamily:
         pass
     except BadCheckpoint as error:
-        raise UnknownArtifact(f"{path.parent}: {error}") from None
+        raise UnknownArtifact(str(error)) from None
     return config
 
 
