@@ -38,8 +38,6 @@ __all__ = [
 _FOLDER: Final = Path(__file__).resolve().parent
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
     Format = str
 else:
     Format = Literal[NAMES]
@@ -309,13 +307,13 @@ def _first(error: ValidationError) -> str:
     return f"{where or 'the recipe'} is {problem['input']!r}; expected {_expected(problem)}"
 
 
-def _expected(problem: ErrorDetails) -> str:
-    """Return what was expected in place of a wrong value."""
+def _expected(problem: Any) -> str:
+    """Return what was expected in place of a wrong value, of which pydantic tells."""
     if problem["loc"][:2] == ("formats", "rules") and "linears" in problem["loc"]:
         return "a pattern of module paths, or a list of them"
     words = _EXPECTED.get(problem["type"])
     if words is None:
-        return problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        return str(problem["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
     return words.format(**problem.get("ctx", {}))
 
 
