@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Final, ParamSpec, TypeVar
 
 from fp4trt.errors import BadOption
 
-__all__ = ["LARGEST_SEED", "Allowed", "at_least", "mapping", "names", "one_of", "seeds", "takes"]
+__all__ = [
+    "LARGEST_SEED",
+    "Allowed",
+    "at_least",
+    "file_name",
+    "file_names",
+    "mapping",
+    "names",
+    "one_of",
+    "seeds",
+    "takes",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,6 +86,17 @@ def names(example: str) -> Allowed:
         return None if fit else f"{example!r}, or several such in a list"
 
     return check
+
+
+def file_name(value: Any) -> str | None:
+    """Allow the name of a file or folder."""
+    return None if isinstance(value, str | os.PathLike) and value != "" else "the name of a file or folder"
+
+
+def file_names(value: Any) -> str | None:
+    """Allow the name of a file, or several in a list."""
+    fit = not file_name(value) or (_is_list(value) and not any(map(file_name, value)))
+    return None if fit else "the name of a file, or several in a list"
 
 
 def mapping(example: Mapping[str, str]) -> Allowed:

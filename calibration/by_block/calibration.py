@@ -20,7 +20,7 @@ from calibration.inputs.prompts import SMALLEST, Sampling, capture_prompts, refu
 from fp4trt.errors import BadAmax, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
-from fp4trt.options import at_least, takes
+from fp4trt.options import at_least, file_name, takes
 from fp4trt.progress import Progress, note
 from fp4trt.publish import refuse_existing, write_json
 from fp4trt.safetensors_file import sha256_of
@@ -71,7 +71,14 @@ class Calibrated(Result):
 
 
 @verb
-@takes(steps=at_least(1), resolution=at_least(SMALLEST))
+@takes(
+    source=file_name,
+    output=file_name,
+    inputs=file_name,
+    prompts=file_name,
+    steps=at_least(1),
+    resolution=at_least(SMALLEST),
+)
 def calibrate(
     source: str | Path,
     output: str | Path,

@@ -34,7 +34,7 @@ from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import BadCheckpoint, BadInputs, BadRecipe
 from fp4trt.json_file import load_json
 from fp4trt.number_formats import BF16, FP8, NVFP4
-from fp4trt.options import at_least, one_of, takes
+from fp4trt.options import at_least, file_name, one_of, takes
 from fp4trt.progress import Progress, tracking
 from fp4trt.safetensors_file import StoredTensor
 from fp4trt.verb import PEOPLE, Result, verb
@@ -113,7 +113,9 @@ class Searched(Result):
 
 
 @verb
-@takes(of=one_of("both", "flops", "bytes"), calls=at_least(1))
+@takes(
+    source=file_name, output=file_name, calibration=file_name, of=one_of("both", "flops", "bytes"), calls=at_least(1)
+)
 def search(
     source: str | Path,
     output: str | Path,

@@ -240,6 +240,8 @@ def load_recipe(recipe: str | Path) -> Recipe:
     Raises:
         BadRecipe: there is none, or it says what no recipe can say; in one line, naming the key.
     """
+    if not isinstance(recipe, str | Path):
+        raise BadRecipe(f"the recipe is {recipe!r}; expected a name of fp4trt recipes, or a YAML file")
     path = _FOLDER / f"{recipe}.yaml" if str(recipe) in preset_names() else Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         known = ", ".join(preset_names())

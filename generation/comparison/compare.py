@@ -24,7 +24,7 @@ from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of
 from fp4trt.families.digits import DIGITS
 from fp4trt.json_file import load_json
-from fp4trt.options import at_least, mapping, takes
+from fp4trt.options import at_least, file_name, mapping, takes
 from fp4trt.options import seeds as whole_seeds
 from fp4trt.progress import PATIENCE_S, Progress, note, tracking
 from fp4trt.safetensors_file import sha256_of
@@ -110,6 +110,9 @@ class Compared(Result):
 
 @verb
 @takes(
+    source=file_name,
+    output=file_name,
+    prompts=file_name,
     checkpoints=mapping({"ptq": "flux-fp4"}),
     seeds=whole_seeds,
     images=at_least(1),

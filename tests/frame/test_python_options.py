@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fp4trt
-from fp4trt.errors import BadGraph, BadInputs, BadOption
+from fp4trt.errors import BadGraph, BadInputs, BadOption, BadRecipe
 from fp4trt.progress import Step
 from fp4trt.verb import verb
 
@@ -60,6 +60,14 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
     "no precision": (lambda: fp4trt.export("d", precision=None), BadGraph, "precision is None; expected one of: nvfp4"),
     "precision": (lambda: fp4trt.export("d", precision="fp4"), BadGraph, "precision is 'fp4'; expected one of: nvfp4"),
     "scale dtype": (lambda: fp4trt.export("d", scale_dtype="half"), BadGraph, "scale_dtype is 'half'; expected one of"),
+    "a number as recipe": (lambda: fp4trt.quantize("digits", "out", recipe=5), BadRecipe, "the recipe is 5; expected"),
+    "a number as data": (lambda: fp4trt.quantize("digits", "out", calibration=5), BadOption, "calibration is 5; exp"),
+    "no name": (
+        lambda: fp4trt.quantize("digits", ""),
+        BadOption,
+        "output is ''; expected the name of a file or folder",
+    ),
+    "no source": (lambda: fp4trt.calibrate(None, "out"), BadOption, "source is None; expected the name of a file"),
     "no gpu": (lambda: fp4trt.build("m.onnx", gpu=None), BadOption, "gpu is None; expected 'rtx5090', or several"),
     "no shapes": (lambda: fp4trt.build("m.onnx", shapes=None), BadOption, "shapes is None; expected 'B=1:1:4'"),
 }
