@@ -26,6 +26,7 @@ from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.number_formats import FP8, counted_by_format
+from fp4trt.options import file_name, file_names, takes
 from fp4trt.progress import Progress, note
 from fp4trt.safetensors_file import hold
 from fp4trt.verb import Result, verb
@@ -67,6 +68,7 @@ class Quantized(Result):
 
 
 @verb
+@takes(source=file_name, output=file_name, calibration=file_names, modelopt_state=file_name)
 def quantize(
     source: str | Path,
     output: str | Path,
@@ -103,8 +105,8 @@ def quantize(
         progress: called with each step.
 
     Raises:
-        BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear, Untrusted: naming
-            what is wrong.
+        BadOption, BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear,
+            Untrusted: naming what is wrong.
         NotReproduced: the result does not compute what a state's own model does.
     """
     if isinstance(recipe, Recipe):

@@ -21,7 +21,7 @@ def passed_lint(written: Path, source: Path, allow_slow: bool | None = None) -> 
     Raises:
         LintError: naming the source and the first finding.
     """
-    report = lint(written, bool(allow_slow))
+    report = lint(written, allow_slow=bool(allow_slow))
     if report.passed:
         return [finding.line() for finding in report.findings if finding.severity == "slow"]
     first, *others = report.refused

@@ -29,6 +29,7 @@ from exporter.trace import OPSET, other_linears, trace, translate
 from fp4trt.errors import BadGraph, WrongPrecision
 from fp4trt.file_output import check_writable
 from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4, counted_by_format
+from fp4trt.options import one_of, takes
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.progress import Progress, tracking
 from fp4trt.verb import Result, verb
@@ -75,6 +76,7 @@ class Exported(Result):
 
 
 @verb
+@takes(BadGraph, precision=one_of(*get_args(Precision)), scale_dtype=one_of(*get_args(ScaleDtype)))
 def export(
     directory: str | Path,
     output: str | Path | None = None,
@@ -104,12 +106,6 @@ def export(
         BadGraph, OutputExists, TooLittleSpace: naming what is wrong.
         LintError: the graph would not be built right; nothing is written.
     """
-    for what, given, known in (
-        ("scale dtype", scale_dtype, get_args(ScaleDtype)),
-        ("precision", precision, get_args(Precision)),
-    ):
-        if given is not None and given not in known:
-            raise BadGraph(f"there is no {what} '{given}'; choose one of: {', '.join(known)}")
     if precision == "bf16" and scale_dtype is not None:
         raise WrongPrecision(f"--scale-dtype {scale_dtype} is of block scales, which a bf16 graph has none of; drop it")
     checkpoint = _open(directory, precision)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import onnx_ir as ir
 import torch
@@ -24,6 +25,8 @@ __all__ = ["OPSET", "other_linears", "trace", "translate"]
 OPSET = 23
 """The first ONNX opset with FLOAT4E2M1 and DequantizeLinear's ``output_dtype``."""
 
+_EXPORTER: Final = threading.RLock()
+
 _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS = 2, 16, 8
 """Sizes to trace with: a batch of 1 would be baked in. Nothing else depends on them."""
 
@@ -38,14 +41,14 @@ def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
     family = checkpoint.family
     config = plain_config(checkpoint.config)
     config |= {stack.count: min(config[stack.count], TRACED_BLOCKS) for stack in family.stacks}
-    model = _meta_model(family, config)
-    with torch.device("meta"):
-        for path, linear in [*model.named_modules()]:
-            if isinstance(linear, nn.Linear):
-                model.set_submodule(path, TracedLinear(linear, path))
-    example = family.example_inputs(config, (_BATCH, _IMAGE_TOKENS, _TEXT_TOKENS), 0, torch.bfloat16)
-    inputs = {name: value.to("meta") for name, value in example.items()}
-    with _quiet():
+    with _alone():
+        model = _meta_model(family, config)
+        with torch.device("meta"):
+            for path, linear in [*model.named_modules()]:
+                if isinstance(linear, nn.Linear):
+                    model.set_submodule(path, TracedLinear(linear, path))
+        example = family.example_inputs(config, (_BATCH, _IMAGE_TOKENS, _TEXT_TOKENS), 0, torch.bfloat16)
+        inputs = {name: value.to("meta") for name, value in example.items()}
         return torch.export.export(
             model,
             (),
@@ -61,7 +64,7 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
     Inputs and output have the family's names, order, dtypes and symbolic shapes. Initializers have their state-dict
     names, BF16, and no values. The program is used up.
     """
-    with _quiet():
+    with _alone():
         exported = torch.onnx.export(
             decompose(program),
             custom_translation_table=translations(),
@@ -84,7 +87,7 @@ def other_linears(checkpoint: Checkpoint) -> list[str]:
 
 
 def _meta_model(family: Family, config: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), _alone():
         model: nn.Module = model_class(family).from_config(config)
         nn.Module.to(model, torch.bfloat16)  # not diffusers' own, which warns of FP32 modules that there are none of
     return model.eval()
@@ -129,8 +132,11 @@ def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on itself (torchvision is absent, a cast is a no-op) from the user."""
-    with quiet("torch.onnx", "diffusers"), warnings.catch_warnings():
+def _alone() -> Iterator[None]:
+    """Let one thread at a time into torch's exporter, which changes torch itself meanwhile.
+
+    And keep its remarks on itself (torchvision is absent, a cast is a no-op) from the user.
+    """
+    with _EXPORTER, quiet("torch.onnx", "diffusers"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

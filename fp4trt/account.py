@@ -132,7 +132,7 @@ class _Reader:
         scalar: Callable[[str], float] | None,
     ) -> None:
         self.where, self.config, self.tensors, self.scalar = where, config, tensors, scalar
-        self.family = family_of(config)
+        self.family = family_of(config, where)
         self.state = self.family.state(config)
         self.meanings: dict[str, str] = {}
 

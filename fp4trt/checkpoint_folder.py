@@ -45,8 +45,8 @@ def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
     for file, found in [(file, tensors_in_file(file)) for file in files]:
         for name, tensor in found.items():
             if shards.get(name) != file.name:
-                place = f"in {shards[name]}" if name in shards else "nowhere"
-                raise BadCheckpoint(f"{index} has {name} {place}, but {file.name} holds it; copy the shards again")
+                said = f"says that {shards[name]} holds {name}" if name in shards else f"does not name {name}"
+                raise BadCheckpoint(f"{index} {said}, which {file.name} holds; copy the shards again")
             tensors[name] = tensor
     if absent := next((name for name in shards if name not in tensors), None):
         raise BadCheckpoint(f"{index} speaks of {absent}, which no shard holds; copy the shards again")

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,8 @@ EXTRAS: dict[str, str] = {
 
 _PIPE_CLOSED: Final = 141
 """What a shell reports of a program that wrote into a closed pipe: 128 and the number of SIGPIPE."""
+
+_BAD_INPUT: Final = 2
 
 _SOON_S: Final = 0.05
 
@@ -162,7 +165,13 @@ def _run(arguments: Sequence[str] | None) -> tuple[int, bool]:
 def main() -> NoReturn:
     """Entry point of the `fp4trt` script and of `python -m fp4trt`."""
     sys.unraisablehook = _hear_interrupt
-    status, abruptly = _run(None)
+    try:
+        status, abruptly = _run(None)
+        with contextlib.suppress(ValueError):  # not the main thread, which alone hears of signals
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said: only the interpreter is still to end
+    except KeyboardInterrupt:  # after the command, before that
+        click.echo("fp4trt: error: interrupted", err=True)
+        status, abruptly = _BAD_INPUT, True
     if abruptly:
         # Python ends a process by the signal itself, whatever was done about it, when the interrupt went through
         # code that a library had passed to exec(), as torch does. Everything of ours is closed by now.
@@ -197,9 +206,28 @@ def _with_json(command: click.Command, name: str) -> click.Command:
         help="Print the result as one JSON object on stdout; human lines go to stderr.",
     )
     wrapped.name = name
-    wrapped.params = [*command.params, option]
+    wrapped.params = [*map(_named, command.params), option]
     wrapped.callback = _with_status(command.callback)
     return wrapped
+
+
+class _Named(click.Path):
+    """A path that has to have a name: an empty one would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; expected the name of a file or folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _named(parameter: click.Parameter) -> click.Parameter:
+    """Return a parameter that, where it is a path, refuses an empty one."""
+    if not isinstance(parameter.type, click.Path):
+        return parameter
+    changed = copy.copy(parameter)
+    changed.type = copy.copy(parameter.type)
+    changed.type.__class__ = _Named
+    return changed
 
 
 def _with_status(callback: Callable[..., Any] | None) -> Callable[..., int]:
@@ -256,7 +284,7 @@ def _foreseen_errors() -> Iterator[None]:
     except (_Failure, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError, BrokenPipeError):
         raise
     except (KeyboardInterrupt, EOFError, click.Abort) as error:
-        raise _Failure("interrupted", 2) from error
+        raise _Failure("interrupted", _BAD_INPUT) from error
     except click.ClickException as error:
         raise _Failure(error.format_message(), error.exit_code) from error
     except ModuleNotFoundError as error:

@@ -14,6 +14,7 @@ __all__ = [
     "BadGraph",
     "BadInputs",
     "BadModelError",
+    "BadOption",
     "BadProfileError",
     "BadRecipe",
     "BadReference",
@@ -40,6 +41,15 @@ __all__ = [
     "Untrusted",
     "WrongPrecision",
 ]
+
+# Options of all verbs
+
+
+class BadOption(ValueError):
+    """An option of a verb has a value that it does not take."""
+
+    exit_code = 2
+
 
 # Checkpoints, recipes and calibration data
 

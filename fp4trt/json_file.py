@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fp4trt.errors import BadCheckpoint
-from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.file_kind import is_file, what_it_is, what_it_lacks
 
-__all__ = ["lists_of_strings", "load_json", "object_of", "strings", "strings_by_name"]
+__all__ = ["kind_of", "lists_of_strings", "load_json", "object_of", "strings", "strings_by_name"]
 
 
 def load_json(path: Path, expected: str = "", error: type[Exception] = BadCheckpoint) -> dict[str, Any]:
@@ -25,7 +25,9 @@ def load_json(path: Path, expected: str = "", error: type[Exception] = BadCheckp
     """
     try:
         value = json.loads(path.read_bytes())  # of bytes it takes UTF-8 with and without a mark, and UTF-16
-    except FileNotFoundError:
+    except OSError:
+        if is_file(path):  # which cannot be read
+            raise
         wanted = expected or f"a diffusers checkpoint in {path.parent}"
         raise error(f"{path} {what_it_lacks(path)}; expected {wanted}") from None
     except (ValueError, RecursionError) as fault:
@@ -34,8 +36,14 @@ def load_json(path: Path, expected: str = "", error: type[Exception] = BadCheckp
         )
         raise error(f"{path} {kind}") from None
     if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__}; expected {expected or 'an object'}")
+        raise error(f"{path} holds {kind_of(value)}; expected {expected or 'an object'}")
     return value
+
+
+def kind_of(value: Any) -> str:
+    """Return what JSON and YAML call a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def object_of(value: Any, what: str) -> dict[str, Any]:

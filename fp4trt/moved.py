@@ -147,6 +147,7 @@ MOVED: Final = {
     "onnx_functions.weight_gates": "onnx_functions.validation.weight_gates",
     "onnx_functions.wires": "onnx_functions.graph.bodies",
     "trt_build.errors": "fp4trt.errors",
+    "trt_build.targets": "fp4trt.targets",
 }
 """Former name of a module to its name."""
 

@@ -72,17 +72,21 @@ def note(text: str) -> None:
 def tracking(length: int, label: str, patience: float = 0.0) -> Iterator[Callable[..., None]]:
     """Give a function to call after each step, with how many units are done since the last one and a detail.
 
+    A call that changes neither is not reported, so that what is reported goes up from 0.
+
     Args:
         length: units in all.
         label: what is being done.
         patience: seconds in which nothing is reported.
     """
-    tell, done, lock, begun = _progress.get(), 0, threading.Lock(), time.monotonic()
+    tell, done, shown, lock, begun = _progress.get(), 0, "", threading.Lock(), time.monotonic()
 
     def advance(count: int = 1, detail: str = "") -> None:
-        nonlocal done
+        nonlocal done, shown
         with lock:  # several threads may share the work
-            done += count
+            if not count and detail == shown:
+                return
+            done, shown = done + count, detail
             if tell is not None and time.monotonic() - begun >= patience:
                 tell(Step(label, done, length, detail))
 
@@ -102,7 +106,7 @@ class _Bars:
     """The bars of a command, one after another."""
 
     def __init__(self) -> None:
-        self._label = ""
+        self._of = ("", 0)
         self._bar: Any = None
         self._stack = ExitStack()
 
@@ -114,9 +118,9 @@ class _Bars:
 
     def show(self, step: Step) -> None:
         """Draw a step."""
-        if step.label != self._label or not step.done:
+        if (step.label, step.total) != self._of or step.done < self._bar.pos:
             self._stack.close()
-            self._label = step.label
+            self._of = (step.label, step.total)
             self._bar = self._stack.enter_context(
                 click.progressbar(
                     length=step.total,

@@ -28,8 +28,12 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*given: P.args, **options: P.kwargs) -> T:
+        if len(given) > len(names):
+            raise TypeError(f"{function.__name__}() takes {len(names)} arguments, but {len(given)} were given")
         if len(given) > positional:
             named = dict(zip(names[positional:], given[positional:], strict=False))
+            if twice := [name for name in named if name in options]:
+                raise TypeError(f"{function.__name__}() got multiple values for argument {twice[0]!r}")
             text = f"{function.__name__}: give {', '.join(named)} by name; by position works in this version only"
             warnings.warn(text, FutureWarning, stacklevel=2)
             options.update(named)

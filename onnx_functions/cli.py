@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from onnx_functions.inspection.inspect import Inspected
 
 __all__ = ["inspect", "lint", "validate"]
 
@@ -112,7 +115,7 @@ def lint(model: Path, allow_slow: bool) -> dict[str, Any]:
     from onnx_functions.linting import RULES
     from onnx_functions.linting import lint as check
 
-    report = check(model, allow_slow)
+    report = check(model, allow_slow=allow_slow)
     for finding in report.findings:
         click.echo(finding.line())
     click.echo(
@@ -131,7 +134,7 @@ def lint(model: Path, allow_slow: bool) -> dict[str, Any]:
     help="The 16-bit checkpoint that ARTIFACT was made of (a folder, a .safetensors file, or digits): prove in which "
     "layout its NVFP4, FP8 and MXFP8 weights are.",
 )
-def inspect(artifact: Path, as_tree: bool, against: Path | None) -> dict[str, Any]:
+def inspect(artifact: Path, as_tree: bool, against: Path | None) -> Inspected:
     """Say what an artifact is: formats, sizes, FP4 coverage, merged groups, promised against found.
 
     ARTIFACT is a checkpoint folder, any ONNX file, or the JSON that lies beside an engine (or the engine). With
@@ -144,17 +147,12 @@ def inspect(artifact: Path, as_tree: bool, against: Path | None) -> dict[str, An
       fp4trt inspect flux-fp4 --tree
       fp4trt inspect flux1-dev-nvfp4.safetensors --against FLUX.1-dev
     """
-    if against is not None:
-        from onnx_functions.layouts.detection import detect, lines_of
-
-        proof = detect(artifact, against)
-        for line in lines_of(proof):
-            click.echo(line)
-        return proof
-    from onnx_functions.inspection.inspect import describe
+    from onnx_functions.inspection.inspect import inspect as run
     from onnx_functions.inspection.table import table, tree_table
+    from onnx_functions.layouts.detection import lines_of
 
-    found = describe(artifact)
-    for line in (tree_table if as_tree else table)(found):
+    found = run(artifact, against=against)
+    lines = lines_of if against is not None else tree_table if as_tree else table
+    for line in lines(found.as_dict()):
         click.echo(line)
     return found

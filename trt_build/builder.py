@@ -14,7 +14,9 @@ from typing import Any
 from fp4trt.errors import BackendMissingError
 from fp4trt.file_output import partial_path
 from fp4trt.number_formats import FORMATS, NVFP4
+from fp4trt.options import names, takes
 from fp4trt.progress import Progress, Step
+from fp4trt.targets import Target, parse_gpus, require_format
 from fp4trt.verb import Result
 from onnx_functions.linting import require_clean
 from trt_build import manifest
@@ -31,7 +33,6 @@ from trt_build.profiles import Count, Pixels, Profile, make_profile
 from trt_build.script import script_of, script_path, write_script
 from trt_build.served_sizes import require_served
 from trt_build.supervise import run_child
-from trt_build.targets import Target, parse_gpus, require_format
 
 __all__ = ["build"]
 
@@ -124,6 +125,7 @@ class Built(Result):
     seconds: float
 
 
+@takes(gpu=names("rtx5090"), shapes=names("B=1:1:4"))
 def build(
     model: str | Path,
     *,
@@ -132,7 +134,7 @@ def build(
     resolution: Pixels | None = None,
     batch: Count | None = None,
     text: Count | None = None,
-    shapes: Sequence[str] = (),
+    shapes: str | Sequence[str] = (),
     reference_images: Count | None = None,
     # the result
     output: str | Path | None = None,
@@ -148,7 +150,7 @@ def build(
 
     Args:
         model: an ONNX file, or a directory that holds model.onnx.
-        gpu: one GPU, or several in one engine: a sequence, or "rtx5090,gb10" (see trt_build.targets).
+        gpu: one GPU, or several in one engine: a sequence, or "rtx5090,gb10" (see fp4trt.targets).
         resolution, batch, text, shapes, reference_images: see trt_build.profiles.make_profile.
         output: the engine file, DIRECTORY/GPU.engine unless given; its manifest NAME.json goes beside it.
         force: replace a file at `output` that fp4trt did not build, or a build script that was edited.

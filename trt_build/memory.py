@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fp4trt.free_memory import available_memory
-from trt_build.targets import Target
+from fp4trt.targets import Target
 
 __all__ = ["GIB", "available_memory", "build_memory", "memory_lines", "size_text"]
 

@@ -15,11 +15,11 @@ __all__ = ["Count", "Extent", "InputShape", "Pixels", "Profile", "make_profile"]
 Extent = tuple[int, int, int]
 """Minimum, optimum and maximum of one dimension."""
 
-Count = int | tuple[int, int, int] | str
+Count = int | Sequence[int] | str
 """One number, or minimum, optimum and maximum."""
 
-Side = int | tuple[int, int]
-Pixels = Side | tuple[Side, Side, Side] | str
+Side = int | Sequence[int]
+Pixels = Side | Sequence[Side] | str
 """A side or (width, height), or minimum, optimum and maximum of these."""
 
 InputShape = tuple[int | str | None, ...]
@@ -42,7 +42,7 @@ def make_profile(
     resolution: Pixels | None = None,
     batch: Count | None = None,
     text: Count | None = None,
-    shapes: Sequence[str] = (),
+    shapes: str | Sequence[str] = (),
     fp8_attention: bool = False,
     reference_images: Count | None = None,
 ) -> Profile:
@@ -55,7 +55,7 @@ def make_profile(
             of the pixels that a token spans. As the command line has it "1024", "768x1360" or "512:1024:1360".
         batch: images: 1 or (1, 1, 4); "1" or "1:1:4".
         text: tokens: 512 or (1, 512, 512); "512" or "1:512:512".
-        shapes: "NAME=MIN:OPT:MAX", NAME a symbol (numbers) or an input (shapes such as 1x256x64).
+        shapes: "NAME=MIN:OPT:MAX" or several of them, NAME a symbol (numbers) or an input (shapes such as 1x256x64).
         fp8_attention: the graph wants 32 tokens or more: minima that no option names are raised to that.
         reference_images: pictures that the model reads as further image tokens, as Kontext does, each of the size that
             `resolution` says: 1 or (0, 1, 2); "1" or "0:1:2".
@@ -68,7 +68,7 @@ def make_profile(
     """
     for name, symbol in symbols.items():
         _check_symbol(name, symbol)
-    options = {"--resolution": resolution, "--batch": batch, "--text": text}
+    options = {"--resolution": _pixels_as_text(resolution), "--batch": batch, "--text": text}
     given = {option: None if value is None else _as_text(value) for option, value in options.items()}
     kinds = {OPTIONS[symbol["kind"]] for symbol in symbols.values()}
     for option, value in given.items():
@@ -81,7 +81,7 @@ def make_profile(
         extents |= _with_references(extents, symbols, _as_text(reference_images))
     named = {name for name, symbol in symbols.items() if given[OPTIONS[symbol["kind"]]] is not None}
     whole: dict[str, tuple[tuple[int, ...], ...]] = {}
-    for shape in shapes:
+    for shape in (shapes,) if isinstance(shapes, str) else shapes:
         name, _, value = shape.partition("=")
         if name in input_shapes:
             whole[name] = _input_extent(shape, input_shapes[name])
@@ -101,11 +101,16 @@ def make_profile(
     return Profile({name: (low, best, high) for name, (low, best, high) in inputs.items()}, extents, notes)
 
 
-def _as_text(value: Pixels | Count) -> str:
+def _as_text(value: Any) -> str:
     """Return an option as the command line has it, which messages quote."""
-    if isinstance(value, tuple):
-        return ("x" if len(value) == 2 else ":").join(_as_text(part) for part in value)
-    return str(value)
+    return ":".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _pixels_as_text(value: Any) -> Any:
+    """Return pixels with each (width, height) as the command line has it."""
+    if not isinstance(value, tuple | list):
+        return value
+    return "x".join(map(str, value)) if len(value) == 2 else [_pixels_as_text(part) for part in value]
 
 
 def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:

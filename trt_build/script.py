@@ -9,9 +9,9 @@ from string import Template
 from fp4trt.errors import OutputExistsError
 from fp4trt.file_output import made_folder, write_texts
 from fp4trt.number_formats import FORMATS
+from fp4trt.targets import Target
 from trt_build.graph import Graph
 from trt_build.profiles import Profile
-from trt_build.targets import Target
 
 __all__ = ["script_of", "script_path", "write_script"]
 

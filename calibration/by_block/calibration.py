@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from calibration.by_block import processes
-from calibration.by_block.measure_amax import measured_by_block
+from calibration.by_block.measure_amax import measured_by_block, require_device
 from calibration.checkpoints.plain import find_source, load_source, open_plain, weights_fingerprint
 from calibration.checkpoints.threads import suited_threads
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import operands_of
 from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
-from calibration.inputs.prompts import Sampling, capture_prompts, refuse_sampling
+from calibration.inputs.prompts import SMALLEST, Sampling, capture_prompts, refuse_no_data, refuse_sampling
 from fp4trt.errors import BadAmax, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
+from fp4trt.options import at_least, file_name, takes
 from fp4trt.progress import Progress, note
 from fp4trt.publish import refuse_existing, write_json
 from fp4trt.safetensors_file import sha256_of
@@ -70,6 +71,14 @@ class Calibrated(Result):
 
 
 @verb
+@takes(
+    source=file_name,
+    output=file_name,
+    inputs=file_name,
+    prompts=file_name,
+    steps=at_least(1),
+    resolution=at_least(SMALLEST),
+)
 def calibrate(
     source: str | Path,
     output: str | Path,
@@ -105,8 +114,9 @@ def calibrate(
         progress: called with each step.
 
     Raises:
-        BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
+        BadOption, BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
     """
+    require_device(device)
     output = Path(output)
     given = {Path(path).resolve() for path in (inputs, prompts, pictures) if path is not None}
     results = [Path(path) for path in (output, save_inputs_to) if path is not None]
@@ -118,7 +128,7 @@ def calibrate(
     work = output.with_name(output.name + ".partial")
     sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
     config = load_json(folder / "config.json")
-    family = family_of(config)
+    family = family_of(config, folder)
     inputs_to = (inputs, prompts, sampling, save_inputs_to)
     with suited_threads(config), _measured(folder, *inputs_to, work, device) as measured:
         if processes.is_main():
@@ -164,7 +174,7 @@ def calibration_from(
     files = _paths(given)
     if is_amax(given):
         config = load_json(folder / "config.json")
-        family = family_of(config)
+        family = family_of(config, folder)
         yield merged(files, family.quantized(config), family.attentions(config), weights_fingerprint(folder))
         return
     with _measured(folder, files[0] if files else None, None, Sampling(), None, work, device) as measured:
@@ -277,7 +287,7 @@ def _captured(
 ) -> Calibration:
     """Read captured inputs, or capture them while the pipeline runs on prompts, for which the model is loaded whole."""
     config = load_json(folder / "config.json")
-    family = family_of(config)
+    family = family_of(config, folder)
     if inputs is not None and prompts is not None:
         raise BadInputs("both captured inputs and prompts were given; expected one of them")
     if inputs is not None and sampling.pictures is not None:
@@ -289,6 +299,7 @@ def _captured(
         described: dict[str, Any] = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}
     else:
         refuse_sampling(folder, family, prompts, sampling)
+        refuse_no_data(folder, family, prompts)
         calls = capture_prompts(load_source(folder), folder, family, prompts, sampling)
         described = {"data": "prompts"}
     calls = check_inputs(calls, family, config)

@@ -23,7 +23,9 @@ from fp4trt.errors import BadInputs
 from fp4trt.progress import tracking
 from fp4trt.safetensors_file import bytes_of
 
-__all__ = ["OUTSIDE", "identity_of", "measured_by_block", "measured_outside", "require_device"]
+__all__ = ["DEVICES", "OUTSIDE", "identity_of", "measured_by_block", "measured_outside", "require_device"]
+
+DEVICES: Final = ("cpu", "cuda")
 
 OUTSIDE: Final = "outside the blocks"
 """Where the amax of linears that lie in no block stand among the results of the blocks."""
@@ -116,12 +118,14 @@ def measured_outside(
 
 
 def require_device(device: str) -> None:
-    """Refuse a device that is not there.
+    """Refuse a device that is none, or not there.
 
     Raises:
         BadInputs: naming it.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if not isinstance(device, str) or device.partition(":")[0] not in DEVICES:
+        raise BadInputs(f"there is no device {device!r}; expected one of: {', '.join(DEVICES)}")
+    if device != "cpu" and not torch.cuda.is_available():
         raise BadInputs("torch sees no CUDA GPU; expected one for --device cuda: use --device cpu")
 
 

@@ -59,8 +59,12 @@ def find_source(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         found = transformer_folder(folder)
-        if not (found / "config.json").is_file():
-            lacks = what_it_lacks(found / "config.json").removeprefix("does not exist")
+        config = found / "config.json"
+        if not config.is_file():
+            lacks = what_it_lacks(config)
+            if not lacks.startswith("does not exist"):
+                raise BadCheckpoint(f"{config} {lacks}; expected that of a diffusers checkpoint")
+            lacks = lacks.removeprefix("does not exist")
             raise BadCheckpoint(
                 f"{folder} has no config.json (nor transformer/config.json){lacks}; expected a diffusers checkpoint"
             )
@@ -156,7 +160,7 @@ def open_plain(folder: Path) -> PlainCheckpoint:
     refuse_quantized(folder, config)
     stored = tensors_in_folder(folder)
     refuse_foreign_layout(str(folder), config, metadata_in_folder(folder), stored)
-    family = family_of(config)
+    family = family_of(config, folder)
     cls = model_class(family)
     with torch.device("meta"):
         model = cls.from_config(config)

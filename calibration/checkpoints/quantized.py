@@ -29,8 +29,11 @@ from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
 from fp4trt.json_file import load_json
 from fp4trt.number_formats import FORMATS, FP8, NVFP4
+from fp4trt.options import takes
 from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.progress import PATIENCE_S, Progress, tracking
 from fp4trt.safetensors_file import StoredTensor, hold
+from fp4trt.verb import verb
 
 __all__ = [
     "BRANCH",
@@ -215,7 +218,19 @@ def _normal(account: Account, tensors: Mapping[str, StoredTensor]) -> dict[str, 
     return normal
 
 
-def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_activations: bool = True) -> nn.Module:
+def _floating(value: Any) -> str | None:
+    return None if isinstance(value, torch.dtype) and value.is_floating_point else "torch.bfloat16 or torch.float32"
+
+
+@verb
+@takes(dtype=_floating)
+def load(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize_activations: bool = True,
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> nn.Module:
     """Load a quantized checkpoint as its diffusers class, in eval mode, on the CPU.
 
     Every linear that is quantized, has a branch or a scaled input becomes a
@@ -227,14 +242,21 @@ def load(directory: str | Path, dtype: torch.dtype = torch.bfloat16, quantize_ac
         directory: the checkpoint.
         dtype: of weights and computation; scales stay FP32.
         quantize_activations: False leaves the linears' inputs and the attentions unquantized.
+        progress: called with each step; there is one a tensor.
 
     Raises:
+        BadOption: the dtype is no floating-point one.
         BadCheckpoint: the folder is not what :func:`read` accepts, or its tensors do not fit its config.
     """
     checkpoint = read(directory)
     model = empty_model(checkpoint, quantize_activations)
     value = reader(checkpoint, model, dtype)
-    model.load_state_dict({name: value(name) for name in model.state_dict()}, strict=True, assign=True)
+    state, names = {}, list(model.state_dict())
+    with tracking(len(names), "loading", PATIENCE_S) as advance:
+        for name in names:
+            state[name] = value(name)
+            advance()
+    model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 

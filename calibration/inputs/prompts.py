@@ -22,6 +22,7 @@ from fp4trt.pipeline_folder import PIPELINE
 from fp4trt.progress import tracking
 
 __all__ = [
+    "SMALLEST",
     "Sampling",
     "capture_prompts",
     "digit_labels",
@@ -29,9 +30,13 @@ __all__ = [
     "load_pipeline",
     "pipeline_of",
     "read_prompts",
+    "refuse_no_data",
     "refuse_sampling",
 ]
 
+
+SMALLEST: Final = 16
+"""Pixels of a picture's side that a pipeline is asked for, at least."""
 
 _POINTER: Final = "version https://git-lfs"
 """What a Git LFS pointer begins with, which is text as prompts are."""
@@ -75,8 +80,22 @@ def capture_prompts(
     if family is DIGITS:
         return _capture_digits(model, None if prompts is None else read_prompts(Path(prompts)))
     if prompts is None:
-        raise BadInputs(f"{folder} needs calibration data; give captured inputs, or prompts, or an amax.json")
+        raise _without_data(folder)
     return _capture_pipeline(model, folder, family, read_prompts(Path(prompts)), sampling)
+
+
+def refuse_no_data(folder: Path, family: Family, prompts: str | Path | None) -> None:
+    """Refuse a model without captured inputs or prompts, before it is loaded; the built-in one has its own.
+
+    Raises:
+        BadInputs: naming the model.
+    """
+    if family is not DIGITS and prompts is None:
+        raise _without_data(folder)
+
+
+def _without_data(folder: Path) -> BadInputs:
+    return BadInputs(f"{folder} needs calibration data; give captured inputs, or prompts, or an amax.json")
 
 
 def refuse_sampling(folder: Path, family: Family, prompts: str | Path | None, sampling: Sampling) -> None:
@@ -146,8 +165,8 @@ def pipeline_of(folder: Path) -> Path:
     """
     if not (folder.parent / PIPELINE).is_file():
         raise BadInputs(
-            f"{folder.parent} is not a pipeline (no {PIPELINE}), whose text encoders the prompts need; give the "
-            "pipeline's folder"
+            f"{folder} is not in a pipeline (no {PIPELINE} in the folder above), whose text encoders the prompts need; "
+            "give the pipeline's folder"
         )
     return folder.parent
 

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import BadCheckpoint, BadInputs, BadRecipe
 from fp4trt.json_file import load_json
 from fp4trt.number_formats import BF16, FP8, NVFP4
+from fp4trt.options import at_least, file_name, one_of, takes
 from fp4trt.progress import Progress, tracking
 from fp4trt.safetensors_file import StoredTensor
 from fp4trt.verb import PEOPLE, Result, verb
@@ -111,6 +113,9 @@ class Searched(Result):
 
 
 @verb
+@takes(
+    source=file_name, output=file_name, calibration=file_name, of=one_of("both", "flops", "bytes"), calls=at_least(1)
+)
 def search(
     source: str | Path,
     output: str | Path,
@@ -147,11 +152,11 @@ def search(
         progress: called with each step.
 
     Raises:
-        BadRecipe, BadCheckpoint, BadInputs, OutputExists: naming what is wrong.
+        BadOption, BadRecipe, BadCheckpoint, BadInputs, OutputExists: naming what is wrong.
     """
-    if not 0 <= budget <= LARGEST:
+    if not isinstance(budget, Real) or not 0 <= budget <= LARGEST:
         raise BadInputs(
-            f"the budget is {budget}; expected a number from 0 to {LARGEST:g}, where 1 is all linears in FP8"
+            f"the budget is {budget!r}; expected a number from 0 to {LARGEST:g}, where 1 is all linears in FP8"
         )
     require_device(device)
     directory, folder = Path(output), find_source(source)

@@ -95,7 +95,7 @@ def take(folder: Path, state: Path, trust: bool, asked: Plain | None) -> Taken:
     if asked is not None:
         _refuse_other_methods(asked.recipe)
     config = load_json(folder / "config.json")
-    family = family_of(config)
+    family = family_of(config, folder)
     restored = restore(load_source(folder), state, trust)
     model = restored.model
     contents = contents_of(model, family, config, str(state))

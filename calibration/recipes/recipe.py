@@ -6,7 +6,6 @@ What of a recipe concerns numerics is in the result's manifest, so that a checkp
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -16,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
+from fp4trt.file_kind import is_file, what_it_lacks
+from fp4trt.json_file import kind_of
 from fp4trt.number_formats import BF16, NAMES, NVFP4
 
 __all__ = [
@@ -239,18 +240,22 @@ def load_recipe(recipe: str | Path) -> Recipe:
     Raises:
         BadRecipe: there is none, or it says what no recipe can say; in one line, naming the key.
     """
+    if not isinstance(recipe, str | Path):
+        raise BadRecipe(f"the recipe is {recipe!r}; expected a name of fp4trt recipes, or a YAML file")
     path = _FOLDER / f"{recipe}.yaml" if str(recipe) in preset_names() else Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         known = ", ".join(preset_names())
         raise BadRecipe(f"there is no recipe '{recipe}'; choose one of: {known}, or give a .yaml file")
     try:
         given = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except FileNotFoundError:
-        raise BadRecipe(f"{path} does not exist; expected a recipe: fp4trt recipes lists some") from None
+    except OSError:
+        if is_file(path):  # which cannot be read
+            raise
+        raise BadRecipe(f"{path} {what_it_lacks(path)}; expected a recipe: fp4trt recipes lists some") from None
     except (ValueError, yaml.YAMLError) as error:  # no UTF-8, or no such date or number
         raise BadRecipe(f"{path} is not YAML ({' '.join(str(error).split())}); see fp4trt recipes NAME") from None
     if not isinstance(given, dict):
-        raise BadRecipe(f"{path} holds a YAML {type(given).__name__}; expected name, method and formats")
+        raise BadRecipe(f"{path} holds {kind_of(given)}; expected name, method and formats")
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
@@ -268,6 +273,30 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_EXPECTED: Final = {
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
+    "string_type": "a string",
+    "string_pattern_mismatch": "small letters, digits, and . _ - behind the first",
+    "tuple_type": "a list",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "a method whose name is one of: {expected_tags}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} at least",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} at most",
+}
+"""Pydantic's name of what is wrong to what was expected."""
+
+
 def _first(error: ValidationError) -> str:
     """Return the first thing that is wrong with a recipe, in a line that says where and what was expected."""
     problem = error.errors(include_url=False)[0]
@@ -275,10 +304,19 @@ def _first(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("str", "tuple[", "constrained")))
     if problem["type"] == "extra_forbidden":
         return f"there is no key {where}; {_known(problem['loc'])}"
-    found = problem["input"] if problem["type"] != "missing" else "nothing"
-    message = problem["msg"][:1].lower() + problem["msg"][1:]
-    message = re.sub(r"valid dictionary or instance of \w+", "mapping of keys", message.replace("tuple", "list"))
-    return f"{where or 'the recipe'} is {found!r}: {message}" if problem["type"] != "missing" else f"{where} is missing"
+    if problem["type"] in ("missing", "union_tag_not_found"):
+        return f"{where}{'.name' * (problem['type'] != 'missing')} is missing"
+    return f"{where or 'the recipe'} is {problem['input']!r}; expected {_expected(problem)}"
+
+
+def _expected(problem: Any) -> str:
+    """Return what was expected in place of a wrong value, of which pydantic tells."""
+    if problem["loc"][:2] == ("formats", "rules") and "linears" in problem["loc"]:
+        return "a pattern of module paths, or a list of them"
+    words = _EXPECTED.get(problem["type"])
+    if words is None:
+        return str(problem["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
+    return words.format(**problem.get("ctx", {}))
 
 
 def _known(location: Sequence[int | str]) -> str:

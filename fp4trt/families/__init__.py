@@ -31,22 +31,27 @@ FAMILIES: Final = _defined()
 """In the order in which a config is tried on them: special cases of another family first."""
 
 
-def family_of(config: Config) -> Family:
+def family_of(config: Config, folder: str | Path | None = None) -> Family:
     """Return the family of a diffusers config.
+
+    Args:
+        config: the config.
+        folder: that it is from, for messages.
 
     Raises:
         UnknownFamily: no family fits.
         BadCheckpoint: the config contradicts itself.
     """
+    name = Path(folder) / "config.json" if folder is not None else "config.json"
     for family in FAMILIES:
         if family.matches(config):
             wrong = family.problem(config)
             if wrong is not None:
-                raise BadCheckpoint(f"config.json: {wrong}; take the one that belongs to the weights")
+                raise BadCheckpoint(f"{name}: {wrong}; take the one that belongs to the weights")
             return family
     known = ", ".join(sorted({family.class_name for family in FAMILIES}))
     raise UnknownFamily(
-        f"config.json describes a {config.get('_class_name', 'model without _class_name')}; "
+        f"{name} describes a {config.get('_class_name', 'model without _class_name')}; "
         f"expected one of: {known}; give the folder of a diffusers transformer"
     )
 

@@ -16,7 +16,7 @@ import torch
 from calibration.checkpoints.plain import find_source, load_source, refuse_quantized
 from calibration.checkpoints.quantized import Checkpoint, load, plain_config, read
 from calibration.checkpoints.threads import suited_threads
-from calibration.inputs.prompts import Sampling, digit_labels, read_prompts, refuse_sampling
+from calibration.inputs.prompts import SMALLEST, Sampling, digit_labels, read_prompts, refuse_sampling
 from fp4trt import publish
 from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST
@@ -24,6 +24,8 @@ from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of
 from fp4trt.families.digits import DIGITS
 from fp4trt.json_file import load_json
+from fp4trt.options import at_least, file_name, mapping, takes
+from fp4trt.options import seeds as whole_seeds
 from fp4trt.progress import PATIENCE_S, Progress, note, tracking
 from fp4trt.safetensors_file import sha256_of
 from fp4trt.verb import FLAT, PEOPLE, Result, verb
@@ -107,6 +109,16 @@ class Compared(Result):
 
 
 @verb
+@takes(
+    source=file_name,
+    output=file_name,
+    prompts=file_name,
+    checkpoints=mapping({"ptq": "flux-fp4"}),
+    seeds=whole_seeds,
+    images=at_least(1),
+    steps=at_least(1),
+    resolution=at_least(SMALLEST),
+)
 def compare(
     source: str | Path,
     checkpoints: Mapping[str, str | Path],
@@ -140,7 +152,7 @@ def compare(
         progress: called with each step.
 
     Raises:
-        BadCheckpoint, BadInputs, OutputExists, UnknownFamily: naming what is wrong.
+        BadOption, BadCheckpoint, BadInputs, OutputExists, UnknownFamily: naming what is wrong.
     """
     directory = Path(output)
     sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
@@ -178,7 +190,7 @@ def _task(
         )
     config = load_json(folder / "config.json")
     refuse_quantized(folder, config)
-    family = family_of(config)
+    family = family_of(config, folder)
     refuse_sampling(folder, family, prompts, sampling)
     opened = {name: _opened(name, Path(path), config) for name, path in checkpoints.items()}
     asked = None if prompts is None else read_prompts(Path(prompts))
@@ -218,7 +230,7 @@ def _sampler(
         labels = balanced_labels(count) if words is None else [words[index % len(words)] for index in range(count)]
         return digits_sampler(labels, sampling.steps or STEPS)
     if prompts is None:
-        raise BadInputs(f"{folder.parent} needs prompts to draw; give --prompts, a text file with one a line")
+        raise BadInputs(f"{folder} needs prompts to draw; give --prompts, a text file with one a line")
     from generation.comparison.pipeline import pipeline_sampler
 
     return pipeline_sampler(folder, family, prompts, images or len(prompts), sampling)
@@ -256,7 +268,7 @@ def _draw(task: _Task, store: Store, kept: Callable[[], None]) -> None:
         for key, (checkpoint, absent) in missing.items():
             if not absent:
                 continue
-            model = load(checkpoint.directory, task.dtype)
+            model = load(checkpoint.directory, dtype=task.dtype)
             for seed in absent:
                 store.keep(key, seed, follow(task.sampler, model, seed, store.batches(seed, len(batches)), advance))
                 kept()
@@ -276,9 +288,10 @@ def _measured(task: _Task, store: Store) -> Comparison:
         )
 
     metrics, unavailable = _metrics(task.family)
-    for title, reason in unavailable.items():
+    found = measure(metrics, reference, {name: shown(task.key(name)) for name in task.checkpoints}, unavailable)
+    for title, reason in found.unavailable.items():
         note(f"{title} is left out: {reason}")
-    return measure(metrics, reference, {name: shown(task.key(name)) for name in task.checkpoints}, unavailable)
+    return found
 
 
 def _metrics(family: Family) -> tuple[list[Metric], dict[str, str]]:

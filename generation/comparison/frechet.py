@@ -10,7 +10,10 @@ import numpy.typing as npt
 
 from generation.comparison.statistics import Scores, jackknife
 
-__all__ = ["frechet_distance", "frechet_scores"]
+__all__ = ["FEWEST", "frechet_distance", "frechet_scores"]
+
+FEWEST: Final = 3
+"""Images that its scores need: a covariance is of two, and its interval leaves one out."""
 
 _QUICK: Final = 128
 """Up to so many features, leaving out each image by itself takes about a millisecond."""
@@ -35,7 +38,10 @@ def frechet_distance(first: _Features, second: _Features) -> float:
 
 
 def frechet_scores(features: Sequence[_Features], references: Sequence[_Features]) -> Scores:
-    """Return the scores of the distance of each seed's images to the reference's of the same seed, both [N, D]."""
+    """Return the scores of the distance of each seed's images to the reference's of the same seed, both [N, D].
+
+    N is at least :data:`FEWEST`.
+    """
     groups = None if features[0].shape[1] <= _QUICK else _GROUPS
     return jackknife(
         [len(one) for one in features],

@@ -72,7 +72,7 @@ class Comparison:
 def measure(
     metrics: Sequence[Metric], reference: Shown, checkpoints: Mapping[str, Shown], unavailable: Mapping[str, str]
 ) -> Comparison:
-    """Compute every metric of every checkpoint.
+    """Compute every metric of every checkpoint that so many images allow; the others are unavailable.
 
     Args:
         metrics: what to compute.
@@ -80,6 +80,13 @@ def measure(
         checkpoints: name to what it drew of the same seeds and prompts.
         unavailable: metrics that cannot be computed, and why.
     """
+    images = len(reference.prompts)
+    short = {
+        metric.title: f"it needs {metric.least} images of each seed, {images} asked for"
+        for metric in metrics
+        if images < metric.least
+    }
+    metrics = [metric for metric in metrics if metric.title not in short]
     found: dict[str, dict[str, Scores]] = {name: {} for name in checkpoints}
     alone: dict[str, Scores] = {}
     with tracking(len(metrics) * (len(checkpoints) + 1), "Measuring", PATIENCE_S) as advance:
@@ -91,7 +98,7 @@ def measure(
                 alone[metric.key] = metric.scores(reference, reference)
             advance()
     by_time = {name: _by_time(shown) for name, shown in checkpoints.items()}
-    return Comparison(tuple(metrics), alone, found, by_time, dict(unavailable))
+    return Comparison(tuple(metrics), alone, found, by_time, {**unavailable, **short})
 
 
 def _by_time(shown: Shown) -> list[tuple[float, Estimate]]:

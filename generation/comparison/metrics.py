@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from generation.comparison.drawing import Drawn
-from generation.comparison.frechet import frechet_scores
+from generation.comparison.frechet import FEWEST, frechet_scores
 from generation.comparison.statistics import Scores, jackknife, scores_of
 
 __all__ = [
@@ -71,6 +71,7 @@ class Metric:
         meaning: one sentence for a reader who does not know it.
         scores: (what a checkpoint drew, what the reference drew) to its scores.
         absolute: whether it says something of the reference alone.
+        least: images of each seed that it needs.
     """
 
     key: str
@@ -81,6 +82,7 @@ class Metric:
     meaning: str
     scores: Callable[[Shown, Shown], Scores]
     absolute: bool = False
+    least: int = 1
 
 
 def psnr_db(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -180,7 +182,7 @@ def frechet(key: str, title: str, features: Callable[[torch.Tensor], torch.Tenso
         )
 
     meaning = f"Frechet distance to the reference's images of the same prompts and noise, in the features of {network}."
-    return Metric(key, title, ".4f", "", False, meaning, scores)
+    return Metric(key, title, ".4f", "", False, meaning, scores, least=FEWEST)
 
 
 def recognised(classifier: nn.Module, label_of: Callable[[str], int]) -> Metric:

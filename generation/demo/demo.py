@@ -20,10 +20,12 @@ import click
 
 from calibration.checkpoints.plain import BUILT_IN
 from calibration.digits import DIRECTORY
-from calibration.recipes.recipe import load_recipe
+from calibration.recipes.recipe import FormatRules, load_recipe
 from fp4trt.errors import StageFailed
 from fp4trt.json_file import load_json
+from fp4trt.number_formats import FORMATS
 from fp4trt.publish import note_progress, progress_of, replacing, write_json
+from fp4trt.targets import parse_gpus, require_format
 
 __all__ = ["demo", "table"]
 
@@ -68,10 +70,12 @@ def demo(
 
     Raises:
         BadRecipe: there is no such recipe.
+        UnknownGpuError, UnsupportedFormatError: there is no such GPU, or it does not compute the artifact's formats.
         OutputExists: the directory holds something that fp4trt did not write.
         StageFailed: a command ended with an error, which it has printed; carries its exit status.
     """
     recipes = {load_recipe(name).name: name for name in (recipe, *RECIPES, *rows)}
+    _require_gpu(gpu, load_recipe(recipe).formats)
     identity = json.dumps({"gpu": gpu, "recipe": load_recipe(recipe).resolved()})
     with replacing(directory, force, identity) as partial:
         result = _walk(partial, partial / directory.name, gpu, images, recipes)
@@ -85,6 +89,14 @@ def demo(
         "checkpoint": str(directory.resolve()),
         **{key: str((directory / result[key]).resolve()) for key in ("onnx", "engine", "grid", "report")},
     }
+
+
+def _require_gpu(gpu: str, rules: FormatRules) -> None:
+    """Refuse a GPU that the last stage, minutes later, would refuse."""
+    targets = parse_gpus(gpu)
+    for name, kind in FORMATS.items():
+        if kind.elsewhere is None and name in (rules.default, *(rule.format for rule in rules.rules)):
+            require_format(targets, name)
 
 
 def _walk(partial: Path, directory: Path, gpu: str, images: int, recipes: Mapping[str, str]) -> dict[str, Any]:
@@ -195,7 +207,7 @@ def _measure(folders: Mapping[str, Path], picture: Path, images: int) -> dict[st
 
     click.echo(f"drawing {images} digits with each model")
     reference = load_transformer()
-    models = {name: load(folder, torch.float32) for name, folder in folders.items()}
+    models = {name: load(folder, dtype=torch.float32) for name, folder in folders.items()}
     with suited_threads(load_json(DIRECTORY / "config.json")):
         compared = compare(reference, models, (EVALUATION_SEED,), images)
         grid(reference, models, picture, seed=EVALUATION_SEED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,9 @@ from fp4trt.json_file import load_json, object_of, strings
 from fp4trt.layouts import recognised
 from fp4trt.number_formats import FORMATS, FP8, NVFP4, stored_format
 from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.progress import Progress
 from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
+from fp4trt.verb import FLAT, Result, verb
 from onnx_functions.graph.branches import described_branches
 from onnx_functions.graph.checkpoint_beside import account_in
 from onnx_functions.graph.stored_linears import (
@@ -30,9 +33,51 @@ from onnx_functions.graph.stored_linears import (
 )
 from onnx_functions.inspection.attention import of_engine, of_tensors
 
-__all__ = ["describe"]
+__all__ = ["Inspected", "describe", "inspect"]
 
 _COUNTS: Final = ("quantized_linears", "fp4_linears", "engine_bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class Inspected(Result):
+    """What :func:`inspect` found; its items are those of ``found``.
+
+    Attributes:
+        kind: ``quantized checkpoint``, ``checkpoint``, ``onnx``, ``engine``, or ``layout detection``.
+        path: of the artifact.
+        found: all that :func:`describe`, or the proof of a layout, says.
+    """
+
+    kind: str
+    path: str
+    found: Mapping[str, Any] = field(metadata=FLAT)
+
+
+@verb
+def inspect(
+    artifact: str | Path,
+    *,
+    against: str | Path | None = None,
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> Inspected:
+    """Say what an artifact is.
+
+    Args:
+        artifact: a checkpoint folder, an ONNX file, an engine or the JSON beside it.
+        against: the 16-bit checkpoint that it was made of, a folder or a ``.safetensors`` file: prove in which layout
+            its NVFP4 and FP8 weights are, as :func:`onnx_functions.layouts.detection.detect` does.
+        progress: called with each step.
+
+    Raises:
+        UnknownArtifact, BadCheckpoint, BadGraph: as :func:`describe`; or nothing is quantized, or no linear is in both.
+    """
+    if against is None:
+        found = describe(artifact)
+    else:
+        from onnx_functions.layouts.detection import detect
+
+        found = detect(artifact, against)
+    return Inspected(found["kind"], found["path"], found)
 
 
 def describe(artifact: str | Path) -> dict[str, Any]:
@@ -127,11 +172,11 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise UnknownArtifact(f"{path} has no _class_name, the class of a diffusers model; copy it again")
     try:
-        family_of(config)
+        family_of(config, path.parent)
     except UnknownFamily:
         pass
     except BadCheckpoint as error:
-        raise UnknownArtifact(f"{path.parent}: {error}") from None
+        raise UnknownArtifact(str(error)) from None
     return config
 
 

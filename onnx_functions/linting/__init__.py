@@ -12,6 +12,8 @@ import onnx
 
 from fp4trt.errors import BadGraph, LintError
 from fp4trt.pipeline_folder import graph_in
+from fp4trt.progress import PATIENCE_S, Progress, tracking
+from fp4trt.verb import verb
 from onnx_functions.graph.external_data import read_model
 from onnx_functions.linting import (
     activations,
@@ -61,12 +63,19 @@ RULES: Final[tuple[Rule, ...]] = (
 _GRAVITY: Final = ("wrong", "slow", "warning")
 
 
-def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
+@verb
+def lint(
+    path: str | Path,
+    *,
+    allow_slow: bool = False,
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> LintReport:
     """Hold a graph against every rule.
 
     Args:
         path: an ONNX file, or a folder that holds model.onnx, or a pipeline's.
         allow_slow: do not refuse what only loses speed.
+        progress: called with each step; there is one a rule.
 
     Returns:
         The findings. Each byte of external data is read at most once, 8 MiB at a time.
@@ -83,7 +92,11 @@ def lint(path: str | Path, allow_slow: bool = False) -> LintReport:
     )
     if broken:
         return LintReport(file, broken, allow_slow)
-    findings = [finding for rule in RULES for finding in rule.findings(subject)]
+    findings: list[Finding] = []
+    with tracking(len(RULES), "linting", PATIENCE_S) as advance:
+        for rule in RULES:
+            findings += rule.findings(subject)
+            advance()
     findings.sort(key=lambda finding: _GRAVITY.index(finding.severity))
     return LintReport(file, tuple(findings), allow_slow)
 
@@ -95,7 +108,7 @@ def require_clean(path: str | Path, allow_slow: bool = False) -> LintReport:
         LintError: naming the first finding.
         BadGraph: the file is missing or no ONNX model.
     """
-    report = lint(path, allow_slow)
+    report = lint(path, allow_slow=allow_slow)
     if report.passed:
         return report
     first, *others = report.refused

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fp4trt.verb import Result
 from onnx_functions.linting.subject import Subject
 
 __all__ = ["Finding", "Hit", "LintReport", "Rule", "Severity", "rule"]
@@ -50,9 +51,9 @@ class Finding:
         return f"{self.severity}: {self.rule}: {where + ': ' if where else ''}{self.message}; {self.hint}"
 
 
-@dataclass(frozen=True)
-class LintReport:
-    """All findings of one graph, the gravest first."""
+@dataclass(frozen=True, eq=False)
+class LintReport(Result):
+    """All findings of one graph, the gravest first; its items are those of :meth:`as_dict`."""
 
     path: Path
     findings: tuple[Finding, ...]
@@ -78,6 +79,9 @@ class LintReport:
             "refused": len(self.refused),
             "findings": [asdict(finding) for finding in self.findings],
         }
+
+    def _items(self) -> dict[str, Any]:
+        return self.as_dict()
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ def chosen_blocks(blocks: Sequence[str], asked: Blocks | None) -> tuple[str, ...
     wanted = {stack[0] for stack in stacks} | {blocks[-1]}
     if isinstance(asked, str):
         asked = int(asked) if asked.isdecimal() and int(asked) else [path.strip() for path in asked.split(",")]
+    if isinstance(asked, bool | float) or (isinstance(asked, int) and asked < 1):
+        raise BadSelection(f"--blocks is {asked}; expected a number above 0, or paths, as {blocks[0]}")
     if isinstance(asked, int):
-        if asked < 1:
-            raise BadSelection(f"--blocks is {asked}; expected a number above 0, or paths, as {blocks[0]}")
         wanted |= {path for stack in stacks for path in _spread(stack, asked)}
         return tuple(path for path in blocks if path in wanted)
     for path in asked:
@@ -62,7 +62,8 @@ def token_counts(asked: Tokens | None) -> tuple[int, int] | None:
     """
     if asked is None:
         return None
-    parts = [part.strip() for part in (asked.split(",") if isinstance(asked, str) else map(str, asked))]
+    given = asked.split(",") if isinstance(asked, str) else asked if isinstance(asked, Sequence) else ()
+    parts = [str(part).strip() for part in given]
     if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise BadSelection(f"--tokens is '{asked}'; expected image and text tokens above 0, such as 512,128")
     image, text = (int(part) for part in parts)

@@ -22,6 +22,7 @@ from fp4trt.errors import BadGraph
 from fp4trt.file_output import partial_path
 from fp4trt.free_memory import available_memory
 from fp4trt.number_formats import FORMATS, NVFP4
+from fp4trt.options import one_of, takes
 from fp4trt.pipeline_folder import graph_in
 from fp4trt.progress import Progress
 from fp4trt.safetensors_file import sha256_of
@@ -112,6 +113,7 @@ class _Subject:
 
 
 @verb
+@takes(level=one_of(*LEVELS))
 def validate(
     model: str | Path,
     reference: str | Path | None = None,
@@ -146,7 +148,7 @@ def validate(
     Raises:
         BadGraph: the file is not a deployable graph.
         BadReference: the reference is not a checkpoint of this graph.
-        BadSelection: there are no such blocks or sizes.
+        BadOption, BadSelection: there is no such level, or there are no such blocks or sizes.
         UnknownArtifact: a manifest is damaged.
         OutputExists, OSError: the report cannot be written; known before any gate runs.
         BadEnvironment: the machine cannot run a gate, which says nothing of the graph.

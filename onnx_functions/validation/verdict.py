@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp4trt.errors import BadEnvironment, BadGraph
+from fp4trt.verb import Result
 
 __all__ = [
     "Figures",
@@ -86,9 +87,9 @@ class Figures:
     structure_error: float | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """The verdict on one graph.
+@dataclass(frozen=True, eq=False)
+class Report(Result):
+    """The verdict on one graph; its items are those of :meth:`as_dict`.
 
     Attributes:
         model: the ONNX file.
@@ -142,6 +143,9 @@ class Report:
             "gates": gates,
             "linears": [{key: _finite(value) for key, value in asdict(row).items()} for row in self.linears],
         }
+
+    def _items(self) -> dict[str, Any]:
+        return self.as_dict()
 
 
 def _finite(value: Any) -> Any:

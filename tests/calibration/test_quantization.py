@@ -201,9 +201,10 @@ def test_inputs_of_another_model_are_refused(tiny_flux: MakeFlux, quantized_digi
         )
 
 
-def test_a_flux_checkpoint_needs_calibration_data(tiny_flux: MakeFlux, tmp_path: Path) -> None:
-    with pytest.raises(BadInputs, match="needs calibration data"):
-        quantize(tiny_flux(tmp_path / "flux"), tmp_path / "out")
+@pytest.mark.parametrize("channels", [64, 16])  # the built-in model, which brings its own, has 16
+def test_a_flux_checkpoint_needs_calibration_data(channels: int, tiny_flux: MakeFlux, tmp_path: Path) -> None:
+    with pytest.raises(BadInputs, match="flux needs calibration data"):
+        quantize(tiny_flux(tmp_path / "flux", in_channels=channels), tmp_path / "out")
 
 
 def test_a_recipe_without_scales_of_inputs_needs_no_calibration_data(tiny_flux: MakeFlux, tmp_path: Path) -> None:

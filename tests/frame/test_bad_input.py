@@ -55,12 +55,28 @@ def _other_width(source: Path) -> None:
     (source / "config.json").write_text(json.dumps({**config, "joint_attention_dim": 48}))
 
 
+def _no_size(source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_layers": 2.5}))
+
+
+def _folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing weights": (lambda source: (source / WEIGHTS).unlink(), "does not exist"),
     "truncated weights": (lambda s: (s / WEIGHTS).write_bytes((s / WEIGHTS).read_bytes()[:-9]), "ends at byte"),
     "NaN weights": (_nan, "transformer_blocks.0.ff.net.2.weight holds NaN"),
     "other config": (_other_width, "context_embedder.weight is [32, 32]"),
     "missing config": (lambda source: (source / "config.json").unlink(), "has no config.json"),
+    "config that is a folder": (lambda source: _folder(source / "config.json"), "config.json is a folder; expected"),
+    "config without a config": (
+        lambda source: (source / "config.json").write_text("null"),
+        "config.json holds null",
+    ),
+    "config of no model": (_no_size, "flux/config.json: num_layers is 2.5, expected a whole number"),
     "binary config": (lambda source: (source / "config.json").write_bytes(b"\xff\x00"), "is not JSON"),
 }
 

@@ -189,3 +189,25 @@ def test_a_reader_that_leaves_ends_the_command_without_a_word(arguments, unbuffe
     assert said == b"" or "--json" in arguments  # with it, the human lines are there
     process.stderr.close()
     assert process.wait() == 141
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal as a POSIX terminal does")
+@pytest.mark.parametrize(
+    ("when", "status", "said"),
+    [
+        ("cli._run = lambda words, run=cli._run: (run(words), interrupt())[0]", 2, "fp4trt: error: interrupted\n"),
+        ("sys.exit = lambda status, leave=sys.exit: (interrupt(), leave(status))", 0, ""),
+    ],
+)
+def test_ctrl_c_behind_the_end_of_a_command_is_no_death_by_the_signal(when, status, said):
+    code = "import os, signal, sys\nfrom fp4trt import cli\ninterrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+    command = [sys.executable, "-c", f"{code}{when}\ncli.main()", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(fp4trt.__file__).parents[1])
+    assert (done.returncode, done.stderr) == (status, said)
+    assert done.stdout.startswith("fp4trt")
+
+
+@pytest.mark.parametrize("command", ["quantize", "export"])
+def test_an_empty_path_is_not_taken_for_the_current_folder(command, capfd):
+    assert fp4trt.run([command, "digits", "-o", ""]) == 2
+    assert "'--output': it is empty; expected the name of a file or folder" in capfd.readouterr().err

@@ -81,7 +81,7 @@ def test_the_command_says_the_worse_checkpoint_is_worse_in_every_figure(result: 
 
 
 def test_the_command_measures_what_the_models_give_in_memory(result: Path, good: Path) -> None:
-    models = {"good": load(good, torch.float32)}
+    models = {"good": load(good, dtype=torch.float32)}
     there = compare_digits(load_transformer(), models, (1000, 1001), 10, steps=2)
     found = json.loads((result / "compare.json").read_text())["checkpoints"]["good"]
     for key in ("psnr_db", "velocity_error", "frechet", "recognised"):
@@ -220,6 +220,17 @@ def test_a_full_disk_is_told_with_the_file_that_does_not_fit(tmp_path: Path, mon
     assert unfit() == "grid.png.partial"
     monkeypatch.setattr(Path, "write_text", full)
     assert unfit() == ".fp4trt-partial"
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_figure_that_so_few_images_do_not_give_is_left_out(
+    images: int, good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = compare("digits", {"good": good}, tmp_path / "out", images=images, steps=1, seeds=(5,))
+    why = f"it needs 3 images of each seed, {images} asked for"
+    assert found["unavailable"] == {"Frechet distance": why}
+    assert "frechet" not in found["checkpoints"]["good"]
+    assert f"Frechet distance is left out: {why}" in capfd.readouterr().err
 
 
 def test_words_choose_the_digits(good: Path, tmp_path: Path) -> None:

@@ -157,6 +157,18 @@ def test_an_unknown_recipe_stops_the_demo_before_it_starts(tmp_path: Path, capfd
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [("h100", "the graph is NVFP4, which h100 (SM90) cannot compute; choose a GPU of SM100"), ("h1OO", "unknown GPU")],
+)
+def test_a_gpu_that_the_build_would_refuse_stops_the_demo_before_it_starts(
+    gpu: str, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fp4trt.run(["demo", "-o", str(tmp_path / "demo"), "--gpu", gpu]) == 2
+    assert words in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_of_the_users_stop_the_demo_before_it_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("demo.json", "digits.png", "notes.txt"):
         (tmp_path / name).write_text("mine")

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from fp4trt.targets import parse_gpus
 from trt_build import memory
-from trt_build.targets import parse_gpus
 
 
 def test_the_estimate_of_flux_in_fp4_is_about_what_was_measured() -> None:

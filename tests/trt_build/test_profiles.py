@@ -194,3 +194,13 @@ def test_fp8_attention_refuses_a_given_minimum_below_32_tokens(options: dict[str
 def test_flux_needs_no_raise_for_fp8_attention() -> None:
     found = make_profile(INPUTS, SYMBOLS, fp8_attention=True)
     assert found == profile()
+
+
+def test_lists_and_one_shape_are_taken_as_tuples_and_several_are() -> None:
+    lists = profile(resolution=[512, (768, 1024), 1360], batch=[1, 1, 4], text=[512], shapes="B=1:1:2")
+    assert lists == profile(resolution="512:768x1024:1360", batch="1:1:4", text="512", shapes=("B=1:1:2",))
+
+
+def test_two_counts_are_not_said_as_a_width_and_a_height() -> None:
+    with pytest.raises(BadProfileError, match="--batch 1:2: expected one value or MIN:OPT:MAX, found 2 values"):
+        profile(batch=(1, 2))

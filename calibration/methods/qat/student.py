@@ -92,7 +92,7 @@ def make_student(checkpoint: Checkpoint, plain: Callable[[str], torch.Tensor]) -
         checkpoint: to start from.
         plain: name of a weight to its value in the plain checkpoint.
     """
-    model = load(checkpoint.directory, torch.float32)
+    model = load(checkpoint.directory, dtype=torch.float32)
     for path, linear in list(model.named_modules()):
         if not isinstance(linear, QuantizedLinear) or linear.format != NVFP4.name or linear.rank or linear.smoothing:
             continue  # what computes otherwise, or more, stays as it is

@@ -55,7 +55,7 @@ def test_words_choose_what_the_built_in_model_draws(tmp_path: Path) -> None:
 
 def test_a_transformer_alone_cannot_sample_prompts(tiny_flux: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    with pytest.raises(BadInputs, match="not a pipeline"):
+    with pytest.raises(BadInputs, match="flux is not in a pipeline"):
         calibrate(tiny_flux(tmp_path / "flux"), tmp_path / "amax.json", prompts=tmp_path / "prompts.txt")
 
 

@@ -208,10 +208,18 @@ OTHER_INDEX: dict[str, tuple[dict[str, list[str]], dict[str, str], str]] = {
     "a tensor that it does not know": (
         {"1": ["a", "b"], "2": ["c"]},
         {"a": "1", "c": "2"},
-        "has b nowhere, but 1 holds",
+        "does not name b, which 1 holds",
     ),
-    "a tensor in another shard": ({"1": ["a", "b"], "2": ["c"]}, {"a": "1", "b": "2", "c": "2"}, "has b in 2, but 1 h"),
-    "a tensor in two shards": ({"1": ["a"], "2": ["a", "c"]}, {"a": "1", "c": "2"}, "has a in 1, but 2 holds it"),
+    "a tensor in another shard": (
+        {"1": ["a", "b"], "2": ["c"]},
+        {"a": "1", "b": "2", "c": "2"},
+        "that 2 holds b, which 1",
+    ),
+    "a tensor in two shards": (
+        {"1": ["a"], "2": ["a", "c"]},
+        {"a": "1", "c": "2"},
+        "that 1 holds a, which 2",
+    ),
     "a tensor that is gone": ({"1": ["a"]}, {"a": "1", "b": "1"}, "speaks of b, which no shard holds"),
     "a file beside the shards": ({"1": ["a"], WHOLE: ["a"]}, {"a": "1"}, f"does not speak of {WHOLE}"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -157,10 +158,16 @@ def test_blocks_that_do_not_exist_are_refused(asked: str) -> None:
         chosen_blocks(FLUX, asked)
 
 
+@pytest.mark.parametrize("asked", [1.5, True, 0])
+def test_what_is_no_number_of_blocks_is_refused(asked: Any) -> None:
+    with pytest.raises(BadSelection, match="expected a number above 0, or paths"):
+        chosen_blocks(FLUX, asked)
+
+
 @pytest.mark.parametrize(
-    ("asked", "words"), [("512", "such as"), ("0,4", "such as"), ("a,b", "such as"), ("8,8", "unlike")]
+    ("asked", "words"), [("512", "such as"), (5, "such as"), ("0,4", "such as"), ("a,b", "such as"), ("8,8", "unlike")]
 )
-def test_token_counts_that_cannot_be_run_are_refused(asked: str, words: str) -> None:
+def test_token_counts_that_cannot_be_run_are_refused(asked: Any, words: str) -> None:
     assert token_counts("512, 128") == (512, 128)
     with pytest.raises(BadSelection, match=words):
         token_counts(asked)

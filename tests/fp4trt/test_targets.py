@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fp4trt.errors import UnknownGpuError, UnsupportedFormatError
-from trt_build.targets import TARGETS, parse_gpus, require_format
+from fp4trt.targets import TARGETS, parse_gpus, require_format
 
 
 @pytest.mark.parametrize("spelling", ["rtx5090", "RTX 5090", "NVIDIA GeForce RTX 5090", "rtx-5090", " rtx_5090 "])
