@@ -63,7 +63,7 @@ def test_an_engine_is_described_with_all_its_linears_and_what_it_only_stores_in_
     build(in_mxfp8, gpu="rtx5090")
     found = describe(in_mxfp8 / "rtx5090.json")
     promise = found["promise"]
-    assert sum(entry["linears"] for entry in found["formats"].values()) == 62
+    assert sum(entry["linears"] for entry in found["formats"].values()) == 30
     assert promise["promised"] == {"mxfp8": 20}
     assert (len(promise["stored"]["mxfp8"]), promise["differing"]) == (20, [])
     lines = table(found)
@@ -73,12 +73,12 @@ def test_an_engine_is_described_with_all_its_linears_and_what_it_only_stores_in_
 
 
 def test_commands_count_the_linears_of_every_format(
-    mixed_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Path, mixed_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beside, output = mixed_digits.parent, tmp_path / "digits"
+    beside, output = mixed_digits.parent, tmp_path / "mixed"
     options = ["--recipe", beside / "recipe.yaml", "--calibration", beside / "amax.json"]
-    assert fp4trt.run(["quantize", "digits", "-o", str(output), *map(str, options)]) == 0
-    words = "24 linears in NVFP4, 4 in FP8, 24 in MXFP8"
+    assert fp4trt.run(["quantize", str(digits), "-o", str(output), *map(str, options)]) == 0
+    words = "12 linears in NVFP4, 2 in FP8, 6 in MXFP8"
     assert f"quantized {words} (mixed)" in capsys.readouterr().out
     assert fp4trt.run(["export", str(output)]) == 0
     assert f"nodes, {words}, " in capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_a_build_counts_the_gemms_of_each_format_that_it_has(mixed_digits: Path)
     ]
     found = measure_coverage(graph, layers).summary()
     assert found["coverage"] == {
-        kind: {"gemms": count, "linears": count} for kind, count in (("nvfp4", 24), ("fp8", 4), ("mxfp8", 24))
+        kind: {"gemms": count, "linears": count} for kind, count in (("nvfp4", 12), ("fp8", 2), ("mxfp8", 6))
     }
     stored = measure_coverage(graph, layers, ["nvfp4", "fp8"]).summary()
     assert list(stored["coverage"]) == ["nvfp4", "fp8"]
