@@ -89,6 +89,16 @@ class Moments:
         of_x = (self.count, self.total)
         return _center(self.cross, *of_x, self.rounded), _center(self.plain, *of_x, self.total)
 
+    def rounding_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the variance of ``x - q`` and of ``q`` by channel, FP32 [K]; ask before any ``into_``."""
+        assert self.cross is not None
+        assert self.plain is not None
+        mean, rounded = self.total / self.count, self.rounded / self.count
+        squares = self.plain.diagonal() - 2 * self.cross.diagonal() + self.product.diagonal()
+        noise = squares / self.count - (mean - rounded).square()
+        power = self.product.diagonal() / self.count - rounded.square()
+        return noise.clamp_min(0), power.clamp_min(0)
+
     def forget_plain(self) -> None:
         """Let go what was added up of the input as it enters."""
         self.cross = self.plain = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
+from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import input_quantizers
 from calibration.methods.quality import quantize_block
 from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant
 from calibration.recipes.recipe import Method as Options
+from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
 from fp4trt.number_formats import FORMATS
 from fp4trt.safetensors_file import TensorPlan
@@ -29,19 +31,30 @@ def changes_plain_linears(options: Options) -> bool:
 def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse options that linears of these shapes cannot have.
 
-    Raises:
-        BadRecipe: naming the linear.
-    """
-    if isinstance(options, SVDQuant):
-        from calibration.methods.modelopt.svdquant import require_rank
+    Args:
+        options: of the recipe.
+        groups: module paths of the linears in NVFP4 that read the same input.
+        shapes: of their weights, [N, K].
 
-        require_rank(options.rank, groups, shapes)
+    Raises:
+        BadRecipe: naming the first linear.
+    """
+    if not isinstance(options, Quality | SVDQuant):
+        return
+    for group in groups:
+        rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
+        if options.pooled(len(group)) > min(rows, columns):
+            together = "" if len(group) == 1 else f" with the {len(group) - 1} that read the same input"
+            raise BadRecipe(
+                f"method.rank is {options.rank}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
+                f"expected at most {min(rows, columns) // len(group)}"
+            )
 
 
 def added_tensors(
     options: Options, family: Family, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
-) -> list[TensorPlan]:
-    """Return what a method gives linears beside codes, scales and bias, in the order of the file.
+) -> Iterator[TensorPlan]:
+    """Yield what a method gives linears beside codes, scales and bias, in the order of the file.
 
     Args:
         options: of the recipe.
@@ -49,16 +62,18 @@ def added_tensors(
         groups: the linears in NVFP4 of its blocks.
         shapes: of their weights, [N, K].
     """
-    match options:
-        case SVDQuant():
-            rank, smooths = options.rank, options.smoothing
-        case ModelOpt():
-            rank, smooths = 0, options.algorithm == "awq_lite"
-        case _:
-            return []
-    from calibration.methods.modelopt.linears import added_tensors as added
-
-    return list(added(rank, lambda path: smooths and family.rows(path) > 1, groups, shapes))
+    smooths = isinstance(options, SVDQuant) and options.smoothing
+    smooths |= isinstance(options, ModelOpt) and options.algorithm == "awq_lite"
+    for group in groups:
+        rank = options.pooled(len(group)) if isinstance(options, Quality | SVDQuant) else 0
+        for path in group:
+            rows, columns = shapes[path]
+            if rank:
+                yield TensorPlan(f"{path}.{BRANCH[0]}", "BF16", (rank, columns))
+            if smooths and family.rows(group[0]) > 1:
+                yield TensorPlan(f"{path}.{SMOOTHING}", "BF16", (columns,))
+            if rank:
+                yield TensorPlan(f"{path}.{BRANCH[1]}", "BF16", (rows, rank))
 
 
 def of_block(options: Options, family: Family) -> Method:

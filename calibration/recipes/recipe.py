@@ -141,6 +141,9 @@ class Quality(_Strict):
         damping: of the second moments' diagonal, relative to its mean.
         input_headroom: factor on the largest magnitude that was seen of an input.
         rows_per_call: tokens of every captured call that second moments are taken of, at most.
+        rank: of a low-rank branch in BF16 for each linear, as SVDQuant has it; linears that read the same input pool
+            theirs. 0 for none: a branch costs two small kernels for each group.
+        rank_multiple: round the rank of a group up to a multiple of this, such as 32 for kernels that ask for it.
     """
 
     name: Literal["quality"]
@@ -154,6 +157,12 @@ class Quality(_Strict):
     damping: float = Field(default=0.01, gt=0, lt=1)
     input_headroom: float = Field(default=1.5, ge=1, le=64)
     rows_per_call: int = Field(default=1024, ge=1)
+    rank: int = Field(default=0, ge=0)
+    rank_multiple: int = Field(default=1, ge=1)
+
+    def pooled(self, members: int) -> int:
+        """Return the rank of the branch that a group of so many linears shares."""
+        return -(-self.rank * members // self.rank_multiple) * self.rank_multiple
 
 
 class SVDQuant(_Strict):
@@ -172,6 +181,10 @@ class SVDQuant(_Strict):
     rank: int = Field(default=32, ge=1)
     smoothing: bool = True
     alpha_step: float = Field(default=0.1, ge=0.01, le=1)
+
+    def pooled(self, members: int) -> int:
+        """Return the rank of the branch that a group of so many linears shares."""
+        return self.rank * members
 
 
 class ModelOpt(_Strict):

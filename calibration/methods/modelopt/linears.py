@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,9 @@ from calibration.formats import input_quantizers, nvfp4
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.methods.modelopt.fused_linears import Fused, fuse
 from fp4trt.number_formats import FORMATS, NVFP4
-from fp4trt.safetensors_file import TensorPlan
 
 __all__ = [
     "FusedBlock",
-    "added_tensors",
     "fuse_block",
     "measure",
     "nvfp4_tensors",
@@ -43,28 +41,6 @@ def quiet() -> Iterator[None]:
     """Keep from the terminal what ModelOpt tells of its steps, and its progress bars, which would break ours."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def added_tensors(
-    rank: int, smooths: Callable[[str], bool], groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
-) -> Iterator[TensorPlan]:
-    """Yield what :func:`nvfp4_tensors` gives linears beside codes and scales, in the same order.
-
-    Args:
-        rank: of the low-rank branch for each linear of a group; 0 for none.
-        smooths: (first linear of a group) to whether its input is smoothed.
-        groups: module paths of the linears.
-        shapes: of their weights, [N, K].
-    """
-    for group in groups:
-        for path in group:
-            rows, columns = shapes[path]
-            if rank:
-                yield TensorPlan(f"{path}.{BRANCH[0]}", "BF16", (rank * len(group), columns))
-            if smooths(group[0]):
-                yield TensorPlan(f"{path}.{SMOOTHING}", "BF16", (columns,))
-            if rank:
-                yield TensorPlan(f"{path}.{BRANCH[1]}", "BF16", (rows, rank * len(group)))
 
 
 @dataclass(frozen=True)

@@ -8,38 +8,16 @@ runs them as (``fused_linears.py``), so that they share smoothing, scales and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
 from calibration.methods.modelopt.linears import fuse_block, measure, quiet, smooth
-from fp4trt.errors import BadRecipe
 from fp4trt.number_formats import NVFP4
 
-__all__ = ["require_rank", "svdquant"]
-
-
-def require_rank(rank: int, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a rank that a group of linears does not have.
-
-    Args:
-        rank: for each linear of a group.
-        groups: module paths of the linears that read the same input.
-        shapes: of their weights, [N, K].
-
-    Raises:
-        BadRecipe: naming the first.
-    """
-    for group in groups:
-        rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
-        if rank * len(group) > min(rows, columns):
-            together = "" if len(group) == 1 else f" with the {len(group) - 1} that read the same input"
-            raise BadRecipe(
-                f"method.rank is {rank}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
-                f"expected at most {min(rows, columns) // len(group)}"
-            )
+__all__ = ["svdquant"]
 
 
 def svdquant(rank: int, smoothing: bool, alpha_step: float, rows: Callable[[str], int]) -> Method:

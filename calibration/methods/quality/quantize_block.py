@@ -1,10 +1,12 @@
 """The method ``quality``: the best weights for a block that calibration data can find, at no cost at run time.
 
 1. Folds (:mod:`calibration.methods.quality.folds`) move constants and factors of channels out of the activations.
-2. The weight goes a part of the way to the one that makes the best of a rounded input (``wiener.py``); GPTQ with a
+2. With a rank, a low-rank branch in BF16 (``low_rank.py``) takes the largest directions out of the weight; what follows
+   is for what it leaves.
+3. The weight goes a part of the way to the one that makes the best of a rounded input (``wiener.py``); GPTQ with a
    search of the block scales, then coordinate descent (``gptq.py``), choose codes and scales for the activations that
    will be there: quantized ones. In any other format they are rounded to nearest.
-3. The bias takes up what the mean of the output has lost.
+4. The bias takes up what the mean of the output has lost.
 
 Every linear is looked at in the order of the graph, behind those that are quantized already (``sequential``), or all of
 a block at once.
@@ -12,7 +14,7 @@ a block at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,10 +23,12 @@ from torch import nn
 
 from calibration.by_block.input_statistics import Channels, Moments, observe_channels, observe_moments
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask
+from calibration.checkpoints.quantized import BRANCH
 from calibration.formats import input_quantizers, nvfp4
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.methods.quality import gptq
 from calibration.methods.quality.folds import fold_block
+from calibration.methods.quality.low_rank import LowRank, importance, low_rank
 from calibration.methods.quality.wiener import correlate, wiener_target
 from calibration.recipes.recipe import Quality
 from fp4trt.families.family import Modulated
@@ -105,7 +109,8 @@ class _Work:
         scales = {group[0]: self.input_scale(group) for group in stage}
         quantizers = {path: _Quantizer(scale, self.task.linears[path]) for path, scale in scales.items()}
         watched = {group[0]: self.linear(group[0]) for group in stage}
-        with observe_moments(watched, quantizers, self.options.rows_per_call, self.options.wiener > 0) as found:
+        with_cross = self.options.wiener > 0 or self.options.rank > 0
+        with observe_moments(watched, quantizers, self.options.rows_per_call, with_cross) as found:
             self.task.run(watched.values())
         for group in stage:
             chosen = self.task.linears[group[0]] == NVFP4.name
@@ -124,13 +129,15 @@ class _Work:
 
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""
-        weights = {path: self.linear(path).weight.float() for path in group}
+        whole = {path: self.linear(path).weight.float() for path in group}
+        branches = self.branches(whole, moments) if self.options.rank else {}
+        weights = {path: weight - branches[path].product() for path, weight in whole.items()} if branches else whole
         wanted = {}
         if self.options.wiener:
             plain = moments.into_plain_covariances()
             wanted = {path: correlate(weight, *plain) for path, weight in weights.items()}
             del plain
-            moments.forget_plain()
+        moments.forget_plain()
         covariance = moments.into_covariance()
         covariance.diagonal().add_(self.options.damping * covariance.diagonal().mean())
         feedback = gptq.inverse_root(covariance)
@@ -142,13 +149,25 @@ class _Work:
         amax = max(input_quantizers.checked_weights(own).values())
         self.amax |= {f"{path}.weight_quantizer": amax for path in group}
         scale = nvfp4.global_scale(amax).to(covariance.device)
-        for path, weight in weights.items():
+        for path, weight in whole.items():
             rounded = self.rounded(targets[path], covariance, feedback, scale)
             self.note(path, targets[path], rounded, covariance, scale)
             codes, block_scales = rounded.stored(scale)
             self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, block_scales
             self.tensors[f"{path}.weight_scale_2"] = scale
-            self.settle(path, weight, rounded.values, group, moments, input_scale)
+            self.settle(path, weight, rounded.values, group, moments, input_scale, branches.get(path))
+
+    def branches(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, LowRank]:
+        """Return the low-rank branches of linears that read one input: they share the first factor."""
+        together = torch.cat(list(weights.values()))
+        branch = low_rank(together, importance(*moments.rounding_noise()), self.options.pooled(len(weights)))
+        parts = branch.b.split([len(weight) for weight in weights.values()])
+        found = {path: LowRank(branch.a, part.contiguous()) for path, part in zip(weights, parts, strict=True)}
+        for path, part in found.items():
+            self.tensors |= {f"{path}.{name}": factor for name, factor in zip(BRANCH, (part.a, part.b), strict=True)}
+        left = (together - branch.product()).norm() / together.norm()
+        self.figures |= {path: {**self.figures.get(path, {}), "residual": float(left)} for path in weights}
+        return found
 
     def round_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Round linears that read the same input to nearest, each under a scale of its own."""
@@ -169,16 +188,24 @@ class _Work:
         group: Group,
         moments: Moments,
         input_scale: torch.Tensor,
+        branch: LowRank | None = None,
     ) -> None:
         """Let a linear compute with its rounded weight on its rounded input, for those behind it; correct its bias."""
         linear = self.linear(path)
         if FORMATS[self.task.linears[path]].needs_input_amax:
             self.tensors[f"{path}.input_scale"] = input_scale
         if self.options.bias_correction and linear.bias is not None:
-            lost = weight @ self.channels[group[0]].mean - values @ (moments.rounded / moments.count)
+            mean = self.channels[group[0]].mean
+            lost = weight @ mean - values @ (moments.rounded / moments.count)
+            if branch is not None:
+                lost -= branch.product() @ mean
             linear.bias.copy_(linear.bias.float() + lost)
             self.tensors[f"{path}.bias"] = linear.bias
         linear.weight.copy_(values)
+        if branch is not None:  # which reads the input before it is rounded, so that its hook comes first
+            beside = _Beside(branch)
+            linear.register_forward_pre_hook(beside.read)
+            linear.register_forward_hook(beside.add)
         linear.register_forward_pre_hook(_Quantizer(input_scale.to(values.device), self.task.linears[path]).hook)
 
     def rounded(
@@ -218,3 +245,19 @@ class _Quantizer:
     def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Round what enters a linear that is quantized already."""
         return (self(args[0]),)
+
+
+class _Beside:
+    """Adds a linear's branch to its output, as :class:`calibration.formats.linears.QuantizedLinear` does."""
+
+    def __init__(self, branch: LowRank) -> None:
+        self._branch, self._entered = branch, torch.empty(0)
+
+    def read(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep what enters the linear."""
+        self._entered = args[0]
+
+    def add(self, _: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """Return the output with what the branch gives."""
+        inner = nn.functional.linear(self._entered, self._branch.a.to(self._entered.dtype))
+        return output + nn.functional.linear(inner, self._branch.b.to(inner.dtype))
