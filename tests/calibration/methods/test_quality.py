@@ -88,6 +88,24 @@ def test_the_modulation_in_fp8_makes_it_better_still(
     assert ours < in_fp4
 
 
+def test_a_branch_of_a_low_rank_makes_it_better_and_is_shared_by_a_group(
+    digits: Path, result: Path, inputs: Path, tmp_path: Path
+) -> None:
+    method = {"name": "quality", "sequential": False, "descent_sweeps": 1, "rank": 2, "rank_multiple": 4}
+    recipe = tmp_path / "branches.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "branches", "method": method}), encoding="utf-8")
+    quantize(digits, tmp_path / "branches", recipe=recipe, calibration=inputs)
+    checkpoint = read(tmp_path / "branches")
+    for group in checkpoint.groups:
+        assert {checkpoint.rank(path) for path in group} == {4 if len(group) < 3 else 8}
+        assert len({checkpoint.tensors[f"{path}.svdquant_lora_a"].bytes().tobytes() for path in group}) == 1
+    assert not any(checkpoint.is_smoothed(path) for path in checkpoint.quantized)
+    figures = [entry for block in checkpoint.manifest["blocks"].values() for entry in block.values()]
+    assert all(0 < entry["residual"] < 1 for entry in figures if "error" in entry)
+    ours, without = (_velocity_error(load(path, torch.float32)) for path in (checkpoint.directory, result))
+    assert ours < 0.85 * without
+
+
 def test_every_linear_says_by_how_much_its_output_is_better(result: Path) -> None:
     manifest = load_json(result / MANIFEST)
     figures = [entry for block in manifest["blocks"].values() for entry in block.values() if "error" in entry]
