@@ -33,7 +33,7 @@ GRID: Final = "digits.png"
 SUMMARY: Final = "demo.json"
 OTHERS: Final = "others"
 
-RECIPES: Final = ("nvfp4-ptq", "nvfp4-quality", "svdquant-r8")
+RECIPES: Final = ("nvfp4-ptq", "nvfp4-quality", "nvfp4-quality-r8")
 """The first is the artifact unless another is asked for; the others are compared with it. Recipes that train take
 minutes: they have to be asked for."""
 

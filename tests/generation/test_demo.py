@@ -78,12 +78,12 @@ def test_the_demo_tells_everything_and_keeps_the_promise(result: dict[str, objec
     assert result["accuracy_bf16"] >= 0.95  # type: ignore[operator]
     assert result["recipe"] == "nvfp4-ptq"
     rows: dict[str, dict[str, float]] = result["recipes"]  # type: ignore[assignment]
-    assert list(rows) == ["nvfp4-ptq", "nvfp4-quality", "svdquant-r8", "mine"]
-    plain, best, branches = (rows[name] for name in ("nvfp4-ptq", "nvfp4-quality", "svdquant-r8"))
+    assert list(rows) == ["nvfp4-ptq", "nvfp4-quality", "nvfp4-quality-r8", "mine"]
+    plain, best, branches = (rows[name] for name in ("nvfp4-ptq", "nvfp4-quality", "nvfp4-quality-r8"))
     assert plain["psnr_db"] >= 34
     assert best["psnr_db"] >= plain["psnr_db"] + 3.5
     assert best["velocity_error"] < 0.8 * plain["velocity_error"] < 0.064
-    assert branches["psnr_db"] >= best["psnr_db"] + 1
+    assert branches["psnr_db"] >= best["psnr_db"] + 2.5
     for each, share in ((plain, 0.4), (best, 0.4), (branches, 0.55)):
         assert each["accuracy"] >= 0.95
         assert each["bytes"] < share * result["bf16_bytes"]  # type: ignore[operator]
