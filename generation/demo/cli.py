@@ -36,5 +36,5 @@ def demo(output: Path, gpu: str, images: int, recipe: str, rows: tuple[str, ...]
     result = run(output, gpu, images, force, recipe, rows)
     click.echo("")
     click.echo(table(result))
-    click.echo(f"\nall of it is in {output}; the picture is {result['grid']}")
+    click.echo(f"\nall of it is in {output}; the image is {result['grid']}")
     return result
