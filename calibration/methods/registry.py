@@ -43,11 +43,14 @@ def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mappi
         return
     for group in groups:
         rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
-        if options.pooled(len(group)) > min(rows, columns):
+        largest = min(rows, columns)
+        if options.pooled(len(group)) > largest:
             together = "" if len(group) == 1 else f" with the {len(group) - 1} that read the same input"
+            multiple = options.rank_multiple if isinstance(options, Quality) else 1
+            rounded = f", rounded up to a multiple of {multiple}" if multiple > 1 else ""
             raise BadRecipe(
-                f"method.rank is {options.rank}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
-                f"expected at most {min(rows, columns) // len(group)}"
+                f"method.rank is {options.rank}{rounded}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
+                f"expected at most {largest // multiple * multiple // len(group)}"
             )
 
 
@@ -96,7 +99,7 @@ def of_block(options: Options, family: Family) -> Method:
 
 def _measure(task: BlockTask) -> BlockResult:
     """Measure what enters the linears, and leave it to others to round them to nearest."""
-    inner = {path.removeprefix(f"{task.path}."): path for path in task.linears}
+    inner = {task.inside(path): path for path in task.linears}
     if not inner:
         task.run()
     measured = input_quantizers.measure_input_amax(task.module, list(inner), task.run) if inner else {}

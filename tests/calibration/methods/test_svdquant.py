@@ -249,14 +249,24 @@ def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     write(file, plan, ((name, bytes_of(value)) for name, value in ordered.items() if value.numel()), {"format": "pt"})
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"name": "svdquant", "rank": 129}, ("method.rank is 129, and", "expected at most 128")),
+        ({"name": "quality", "rank": 129}, ("method.rank is 129, and", "expected at most 128")),
+        (
+            {"name": "quality", "rank": 65, "rank_multiple": 64},  # 195 of three linears become 256
+            ("method.rank is 65, rounded up to a multiple of 64, and", "expected at most 42"),
+        ),
+    ],
+)
 def test_a_rank_above_a_layers_size_ends_with_status_2_in_one_line(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: dict[str, Any], words: tuple[str, ...], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(yaml.safe_dump({"name": "mine", "method": {"name": "svdquant", "rank": 129}}), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump({"name": "mine", "method": method}), encoding="utf-8")
     assert fp4trt.run(["quantize", str(digits), "-o", str(tmp_path / "out"), "--recipe", str(recipe)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "method.rank is 129" in error
-    assert "expected at most 128" in error
+    assert all(each in error for each in words)
     assert not (tmp_path / "out").exists()
