@@ -59,7 +59,11 @@ class BlockTask:
 
     def linear(self, path: str) -> nn.Module:
         """Return one of the block's modules by its full path."""
-        return self.module.get_submodule(path.removeprefix(f"{self.path}."))
+        return self.module.get_submodule(self.inside(path))
+
+    def inside(self, path: str) -> str:
+        """Return a module's path in the block."""
+        return path.removeprefix(f"{self.path}.")
 
 
 @dataclass(frozen=True)

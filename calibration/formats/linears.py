@@ -69,14 +69,24 @@ class QuantizedLinear(nn.Linear):
         result = nn.functional.linear(self._rounded(x), self.weight, self.bias)
         if not self.rank:
             return result
-        branch = nn.functional.linear(x, self.svdquant_lora_a)
-        return result + nn.functional.linear(branch, self.svdquant_lora_b)
+        return result + branch_output(x, self.svdquant_lora_a, self.svdquant_lora_b)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         if self.format is None or not self.quantize_activations or x.is_meta:
             return x
         scale = self.input_scale if self.has_input_scale else torch.ones((), device=x.device)
         return arithmetic_of(self.format).fake_quantize(x, scale)
+
+
+def branch_output(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return what a low-rank branch adds to a linear's output, [..., N].
+
+    Args:
+        x: the linear's input, smoothed but not rounded, [..., K].
+        a: first factor, [rank, K], in the dtype of ``x``.
+        b: second factor, [N, rank], likewise.
+    """
+    return nn.functional.linear(nn.functional.linear(x, a), b)
 
 
 _FORMER: Final = {

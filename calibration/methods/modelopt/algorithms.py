@@ -57,7 +57,7 @@ def calibrated(algorithm: str, rows: Callable[[str], int]) -> Method:
             block.insert_quantizers(_weights(algorithm))
             _calibrate(task, algorithm, block.paths, searched)
             if block.rounded:
-                with only(task.module, [path.removeprefix(f"{task.path}.") for path in block.rounded]):
+                with only(task.module, [task.inside(path) for path in block.rounded]):
                     measure(task)
             figures = {
                 group[0]: before[whole.path].figures(task.module.get_submodule(whole.path))

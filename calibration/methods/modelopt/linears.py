@@ -71,7 +71,7 @@ class FusedBlock:
         from calibration.formats.modelopt_backend import mtq
 
         entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-        rounded = {path.removeprefix(f"{self.task.path}."): kind for path, kind in self.rounded.items()}
+        rounded = {self.task.inside(path): kind for path, kind in self.rounded.items()}
         for path, kind in {**dict.fromkeys(self.paths, NVFP4.name), **rounded}.items():
             attributes = FORMATS[kind].modelopt["quantizer"]
             entries += [
@@ -107,8 +107,7 @@ def fuse_block(task: BlockTask) -> FusedBlock:
     """Replace the linears of each group in NVFP4 by parts of one, in place."""
     rounded = {path: kind for path, kind in task.linears.items() if kind != NVFP4.name}
     groups = [group for group in task.groups if group[0] not in rounded]
-    inner = [[path.removeprefix(f"{task.path}.") for path in group] for group in groups]
-    wholes = [fuse(task.module, paths) for paths in inner]
+    wholes = [fuse(task.module, [task.inside(path) for path in group]) for group in groups]
     return FusedBlock(task, tuple(zip(groups, wholes, strict=True)), rounded)
 
 
@@ -213,7 +212,7 @@ def quantizer_amax(linear: Any, paths: Sequence[str], kind: str) -> dict[str, fl
 def _checked_amax(linear: Any, path: str, kind: str) -> dict[str, float]:
     """Return the amax of a linear's weight and, where the format has a scale of the input, of that, by quantizer.
 
-    Quantizers of a format without a scale of the tensor keep no amax, and that of the weight is told all the same.
+    Quantizers of a format without a scale of the tensor keep no amax, and that of the weight is returned all the same.
     """
     if FORMATS[kind].amax_factor is None:
         weight = float(linear.weight.detach().float().abs().max())

@@ -26,6 +26,7 @@ from calibration.by_block.quantize_blocks import BlockResult, BlockTask
 from calibration.checkpoints.quantized import BRANCH
 from calibration.formats import input_quantizers, nvfp4
 from calibration.formats.arithmetic import arithmetic_of
+from calibration.formats.linears import branch_output
 from calibration.methods.quality import gptq
 from calibration.methods.quality.folds import fold_block
 from calibration.methods.quality.low_rank import LowRank, importance, low_rank
@@ -259,5 +260,5 @@ class _Beside:
 
     def add(self, _: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         """Return the output with what the branch gives."""
-        inner = nn.functional.linear(self._entered, self._branch.a.to(self._entered.dtype))
-        return output + nn.functional.linear(inner, self._branch.b.to(inner.dtype))
+        a, b = (factor.to(self._entered.dtype) for factor in (self._branch.a, self._branch.b))
+        return output + branch_output(self._entered, a, b)
