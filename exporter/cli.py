@@ -45,8 +45,8 @@ def export(
 ) -> Exported | ExportedGraph:
     """Export a checkpoint, or a graph with FP4 placeholders, as an opset-23 ONNX graph for TensorRT.
 
-    A checkpoint's graph points into its safetensors: keep both in one folder. THEIRS.onnx is a graph of other
-    origin, such as ModelOpt's, whose TRT_FP4QDQ nodes mark the weights for FP4; its names are kept, its data copied.
+    A checkpoint's graph points into its safetensors: keep both in one folder. THEIRS.onnx is a third-party
+    graph, such as ModelOpt's, whose TRT_FP4QDQ nodes mark the weights for FP4; its names are kept, its data copied.
 
     \b
     Example:

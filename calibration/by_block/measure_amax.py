@@ -95,7 +95,7 @@ def measured_outside(
         paths: their module paths.
         calls: captured inputs.
         before: number of a call to what the last block returned for it.
-        tell: told of each call.
+        tell: called after each call.
     """
     amax: dict[str, float] = {}
 

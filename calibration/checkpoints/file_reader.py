@@ -26,7 +26,7 @@ class FileReader:
 
     Args:
         file: safetensors.
-        progress: told of every so many bytes that were read.
+        progress: called as bytes are read.
 
     Attributes:
         sha256: hash of the whole file, once :meth:`advance` has come to its end.

@@ -121,8 +121,8 @@ def quantize_in_one_pass(
         files: of the result; what ``done`` calls written is in them.
         done: what is finished, which grows to everything.
         note: called, every few seconds and on another thread, with what is on disk by then.
-        progress: told of every so many bytes of the source that were read, and again when they were packed; first of
-            what need not be.
+        progress: called as bytes of the source are read, and again as they are packed; first with those that need
+            neither.
 
     Raises:
         BadCheckpoint: a tensor of the source is not finite, not floating-point, or overlaps another.

@@ -60,8 +60,8 @@ def measure_groups(
         calls: inputs.
         wanted: the plain model's outputs.
         finished: what an earlier run has measured.
-        keep: told all that is measured after each block.
-        tell: told of every run of the model.
+        keep: called after each block with all that is measured.
+        tell: called after every run of the model.
     """
     errors: Errors = {first: dict(found) for first, found in finished.items()}
     before: list[Outputs] = [() for _ in calls]

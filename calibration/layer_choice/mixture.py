@@ -97,7 +97,7 @@ class Mixture:
         Args:
             calls: inputs.
             formats: module path to format, as :meth:`exchanged` has it.
-            tell: told how many calls are done with.
+            tell: called with how many calls are done.
         """
         before: list[Outputs] = [() for _ in calls]
         for block in self.blocks:

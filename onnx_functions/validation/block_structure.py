@@ -2,9 +2,9 @@
 
 What enters and leaves a block is not named in a graph. A tensor that nodes of the block make and others read is taken
 for an output of the reference's block when it has that output's shape and comes nearest to its values; it is then held
-against them, and the next block is fed with them. Behind a block that is left out it is told by the modules that it
-depends on, as its counterpart in the last block that was checked. So a graph cannot pass by names alone: a tensor that
-is fed is one that was found equal, and a block that takes something else from the block before is refused.
+against them, and the next block is fed with them. Behind a block that is left out it is recognised by the modules
+that it depends on, as its counterpart in the last block that was checked. So a graph cannot pass by names alone: a
+tensor that is fed is one that was found equal, and a block that takes something else from the block before is refused.
 """
 
 from __future__ import annotations
