@@ -31,10 +31,8 @@ def load_json(path: Path, expected: str = "", error: type[Exception] = BadCheckp
         wanted = expected or f"a diffusers checkpoint in {path.parent}"
         raise error(f"{path} {what_it_lacks(path)}; expected {wanted}") from None
     except (ValueError, RecursionError) as fault:
-        kind = what_it_is(path) or f"is not JSON ({fault}); " + (
-            f"expected {expected}" if expected else "copy it again"
-        )
-        raise error(f"{path} {kind}") from None
+        remedy = f"expected {expected}" if expected else "copy it again"
+        raise error(f"{path} {what_it_is(path) or f'is not JSON ({fault}); {remedy}'}") from None
     if not isinstance(value, dict):
         raise error(f"{path} holds {kind_of(value)}; expected {expected or 'an object'}")
     return value
