@@ -72,11 +72,10 @@ def watch(stopwatch: Stopwatch) -> None:
 
     wrap(quantize_blocks._Run, "__call__", "runs")
     wrap(quantize_block, "fold_block", "folds")
-    wrap(gptq, "inverse_root", "inverse root")
+    wrap(gptq, "root", "root")
     wrap(gptq, "round_with_feedback", "GPTQ")
     wrap(gptq, "descend", "descent")
     wrap(quantize_block._Work, "note", "figures")
-    wrap(quantize_block, "correlate", "Wiener")
     wrap(quantize_block, "wiener_target", "Wiener")
     wrap(svdquant, "smooth", "smoothing", closed=True)
     wrap(svdquant, "_split", "decomposition", closed=True)

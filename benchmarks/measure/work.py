@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,15 +83,15 @@ def _of_quality(options: Quality, found: Sequence[Group], data: Data, run: float
     fp32 = 0.0
     for group in found:
         rows = min(group.rows, options.rows_per_call) * data.calls
-        of_rows, of_weights = 2, 1 + 2 * (1 + options.descent_sweeps)
+        of_rows, of_weights = 2, 1 + 2 * options.descent_sweeps
         if options.wiener:
-            of_rows, of_weights = 3 * of_rows, of_weights + 8
-        fp32 += of_rows * rows * group.k**2 + of_weights * group.n * group.k**2
-    columns = sum(group.k * group.linears for group in found)
+            of_rows, of_weights = of_rows + 2, of_weights + 4
+        fp32 += of_rows * rows * group.k**2 + of_weights * group.n * group.k**2 + group.k**3 / 3
+    columns = sum(group.k for group in found)
     return {
         "bf16": runs * run,
         "fp32": fp32,
-        "fp64": sum(4 / 3 * group.k**3 for group in found),
+        "fp64": 0.0,
         "launches": columns * launches_of_a_column(options.descent_sweeps),
     }
 
@@ -102,19 +103,34 @@ def _decomposition(group: Group) -> float:
 
 
 class _Count(TorchDispatchMode):
+    """Counts operators that are no views; those inside of a fused function are one."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.operators = 0
+        self.operators, self._inside = 0, False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         views = ("view", "slice", "select", "expand", "as_strided", "unsqueeze", "t", "detach", "alias", "split")
-        self.operators += function._schema.name.split("::")[-1] not in views
+        self.operators += not self._inside and function._schema.name.split("::")[-1] not in views
         return result
 
+    def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what computes the same and counts as one kernel."""
 
+        def one(*args: Any) -> Any:
+            self.operators, self._inside = self.operators + 1, True
+            try:
+                return function(*args)
+            finally:
+                self._inside = False
+
+        return one
+
+
+@functools.cache
 def launches_of_a_column(sweeps: int) -> float:
-    """Return how many operators GPTQ and descent take for one more column on a GPU, where nothing is compiled."""
+    """Return how many kernels GPTQ and descent launch for one more column on a GPU."""
     counts = [_operators(columns, sweeps) for columns in (64, 128)]
     return (counts[1] - counts[0]) / 64
 
@@ -124,19 +140,19 @@ def _operators(columns: int, sweeps: int) -> int:
     weight = torch.randn(32, columns, generator=random)
     moments = torch.eye(columns) + 0.1
     scale = nvfp4.global_scale(weight.abs().max())
-    feedback = gptq.inverse_root(moments)
-    with _in_torch(), _Count() as count:
-        start = gptq.round_with_feedback(weight, feedback, scale)
+    root = gptq.root(moments)
+    with _Count() as count, _in_torch(count.fused):
+        start = gptq.round_with_feedback(weight, root, scale)
         for _ in range(sweeps):  # a single one each time: it ends where nothing changes
             gptq.descend(weight, moments, scale, start, 1)
     return count.operators
 
 
 @contextmanager
-def _in_torch() -> Iterator[None]:
+def _in_torch(fuse: Callable[[Any], Any]) -> Iterator[None]:
     kept = column_rounding.feed_back, column_rounding.descend
-    column_rounding.feed_back = column_rounding.feed_back_reference
-    column_rounding.descend = column_rounding.descend_reference
+    column_rounding.feed_back = functools.partial(column_rounding.feed_back_in_torch, fuse=fuse)
+    column_rounding.descend = functools.partial(column_rounding.descend_in_torch, fuse=fuse)
     try:
         yield
     finally:

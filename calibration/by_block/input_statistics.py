@@ -61,19 +61,26 @@ class Moments:
 
     Attributes:
         count: of rows.
-        total: sum of the input, FP32 [K].
-        rounded: sum of the quantized input, FP32 [K].
-        product: sum of ``q q^T`` of the quantized input, FP32 [K, K].
-        cross: sum of ``x q^T`` of the input and the quantized input, FP32 [K, K], where it was asked for.
-        plain: sum of ``x x^T`` of the input, FP32 [K, K], where it was asked for.
+        total: sum of the input x, FP32 [K].
+        rounded: sum of the quantized input q, FP32 [K].
+        noise: sum of ``(x - q)^2`` by channel, FP32 [K].
+        product: sum of ``q q^T``, FP32 [K, K].
+        lost: sum of ``(x - q) q^T``, FP32 [K, K], where it was asked for.
     """
 
     count: int
     total: torch.Tensor
     rounded: torch.Tensor
+    noise: torch.Tensor
     product: torch.Tensor
-    cross: torch.Tensor | None = None
-    plain: torch.Tensor | None = None
+    lost: torch.Tensor | None = None
+
+    def power_and_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the variance of ``q`` and of ``x - q`` by channel, FP32 [K]; ask before any ``into_``."""
+        mean = self.rounded / self.count
+        power = self.product.diagonal() / self.count - mean.square()
+        noise = self.noise / self.count - (self.total / self.count - mean).square()
+        return power.clamp_min(0), noise.clamp_min(0)
 
     def into_covariance(self) -> torch.Tensor:
         """Return the mean of ``(q - mean) (q - mean)^T`` of the quantized input: the mean is what a bias takes care of.
@@ -82,26 +89,11 @@ class Moments:
         """
         return _center(self.product, self.count, self.rounded, self.rounded)
 
-    def into_plain_covariances(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same of ``x q^T`` and ``x x^T``, in the place of ``cross`` and ``plain``; once."""
-        assert self.cross is not None
-        assert self.plain is not None
-        of_x = (self.count, self.total)
-        return _center(self.cross, *of_x, self.rounded), _center(self.plain, *of_x, self.total)
-
-    def rounding_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the variance of ``x - q`` and of ``q`` by channel, FP32 [K]; ask before any ``into_``."""
-        assert self.cross is not None
-        assert self.plain is not None
-        mean, rounded = self.total / self.count, self.rounded / self.count
-        squares = self.plain.diagonal() - 2 * self.cross.diagonal() + self.product.diagonal()
-        noise = squares / self.count - (mean - rounded).square()
-        power = self.product.diagonal() / self.count - rounded.square()
-        return noise.clamp_min(0), power.clamp_min(0)
-
-    def forget_plain(self) -> None:
-        """Let go what was added up of the input as it enters."""
-        self.cross = self.plain = None
+    def into_lost_covariance(self) -> torch.Tensor:
+        """Return the covariance of ``x - q`` and ``q`` in the place of ``lost``; once."""
+        lost, self.lost = self.lost, None
+        assert lost is not None
+        return _center(lost, self.count, self.total - self.rounded, self.rounded)
 
 
 def _center(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -141,7 +133,7 @@ def observe_channels(modules: Mapping[str, nn.Module], kept: int) -> Iterator[di
 
 @contextlib.contextmanager
 def observe_moments(
-    modules: Mapping[str, nn.Module], quantize: Mapping[str, Transform], most: int, with_cross: bool = False
+    modules: Mapping[str, nn.Module], quantize: Mapping[str, Transform], most: int, with_lost: bool = False
 ) -> Iterator[dict[str, Moments]]:
     """Add up second moments of what enters some modules while the ``with`` statement runs them.
 
@@ -149,7 +141,7 @@ def observe_moments(
         modules: name to module, called with one tensor [..., K].
         quantize: name to what rounds its input.
         most: rows to use of each call, evenly spread.
-        with_cross: add up ``cross`` and ``plain`` too.
+        with_lost: add up ``lost`` too.
     """
     found: dict[str, Moments] = {}
 
@@ -157,18 +149,17 @@ def observe_moments(
         rows = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]
         rounded = quantize[name](rows)
         if name not in found:
-            empty = rows.new_zeros(rows.shape[1])
-            square = rows.new_zeros(rows.shape[1], rows.shape[1])
-            more = (square.clone(), square.clone()) if with_cross else ()
-            found[name] = Moments(0, empty, empty.clone(), square, *more)
-        moments = found[name]
+            sums = [rows.new_zeros(rows.shape[1]) for _ in range(3)]
+            squares = [rows.new_zeros(rows.shape[1], rows.shape[1]) for _ in range(1 + with_lost)]
+            found[name] = Moments(0, *sums, *squares)
+        moments, change = found[name], rows - rounded
         moments.count += len(rows)
         moments.total += rows.sum(dim=0)
         moments.rounded += rounded.sum(dim=0)
+        moments.noise += change.square().sum(dim=0)
         moments.product.addmm_(rounded.T, rounded)
-        if moments.cross is not None and moments.plain is not None:
-            moments.cross.addmm_(rows.T, rounded)
-            moments.plain.addmm_(rows.T, rows)
+        if moments.lost is not None:
+            moments.lost.addmm_(change.T, rounded)
 
     with _watching(modules, add):
         yield found

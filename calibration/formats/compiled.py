@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["compiled"]
 
 
 @functools.cache
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function as machine code, from Numba's cache where that can be written; other threads run meanwhile."""
     import numba
 

@@ -1,177 +1,201 @@
 """Round blocks of 16 columns one column after the other, under several scales: the inner loops of GPTQ and of descent.
 
-Each loop is there twice, and both give the same bits: in torch, to be read and for GPUs, and for Numba, which is
-many times faster on a CPU because a row's block stays in the nearest cache from its first column to its last.
+Both choose values and scale of each row's block for the least of ``(q - t) H (q - t)^T``, and differ in what is around
+it. Each is there twice, with the same bits: in torch, to be read and for GPUs, where each column becomes one kernel
+(:func:`fused`); and compiled by Numba (``column_kernels.py``), which is many times faster on a CPU because a row's
+block stays in the nearest cache for all scales.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+import functools
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from calibration.formats import nvfp4
-from calibration.formats.compiled import compiled
 
-__all__ = ["descend", "descend_reference", "feed_back", "feed_back_reference"]
+__all__ = ["FUSED", "descend", "descend_in_torch", "feed_back", "feed_back_in_torch", "fused"]
 
-_TOGETHER: Final = 128
-"""Rows that are rounded side by side: as many numbers lie in a vector as the processor has room for."""
+_BETTER = 1 - 1e-6
+"""Factor on a cost that another has to be under: less is within what FP32 cannot tell."""
 
-_HUGE: Final = np.finfo(np.float32).max
-_0, _HALF, _1, _2, _4, _6 = (np.float32(value) for value in (0, 0.5, 1, 2, 4, 6))
-_WHOLE: Final = np.float32(3 << 22)
-"""Added to a small number and taken away again, it leaves the nearest whole one, of two the even one."""
-
-Array = npt.NDArray[np.float32]
+Chosen = tuple[torch.Tensor, torch.Tensor]
 
 
-def feed_back(block: torch.Tensor, step: torch.Tensor, feedback: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round every row under each of some scales, giving each column's error to those that follow.
+def feed_back(
+    block: torch.Tensor, carried: torch.Tensor, step: torch.Tensor, onto: torch.Tensor, weights: torch.Tensor
+) -> Chosen:
+    """Round every row under each of some scales, giving each column's error to those that follow; keep the cheapest.
 
     Args:
         block: FP32 [N, 16].
+        carried: what the columns before the block add to each target, FP32 [N, 16].
         step: what one is worth under each scale, FP32 [C, N].
-        feedback: upper triangle, FP32 [16, 16].
+        onto: what the errors of a block's columns add to each column's target, FP32 [16, 16]; read below its diagonal.
+        weights: of each column's distance from its target, FP32 [16].
 
     Returns:
-        values, FP32 [C, N, 16]; errors [C, N, 16] in the units of ``feedback``, whose squares add up to the cost.
+        values, FP32 [N, 16]; which of the scales they are under, int64 [N].
     """
     if not block.is_cpu:
-        return feed_back_reference(block, step, feedback)
-    shape = (*step.shape, block.shape[-1])
-    values, errors = torch.empty(shape), torch.empty(shape)
-    arrays = [value.contiguous().numpy() for value in (block, step, feedback)]
-    compiled(_feed_back)(*arrays, values.numpy(), errors.numpy())
-    return values, errors
+        return feed_back_in_torch(block, carried, step, onto, weights, fused)
+    from calibration.methods.quality import column_kernels
+
+    values, best = torch.empty(block.shape), torch.empty(len(block), dtype=torch.long)
+    arrays = [value.contiguous().numpy() for value in (block, carried, step, onto, weights)]
+    column_kernels.feed_back(*arrays, values.numpy(), best.numpy())
+    return values, best
 
 
-def feed_back_reference(
-    block: torch.Tensor, step: torch.Tensor, feedback: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Be :func:`feed_back`, in torch."""
-    left = block.expand(len(step), *block.shape).clone()
-    values, errors = torch.empty_like(left), torch.empty_like(left)
-    for column in range(block.shape[1]):
-        values[..., column] = nvfp4.values_under(left[..., column], step)
-        errors[..., column] = (left[..., column] - values[..., column]) / feedback[column, column]
-        left[..., column + 1 :] -= errors[..., column : column + 1] * feedback[column, column + 1 :]
-    return values, errors
+def feed_back_in_torch(
+    block: torch.Tensor,
+    carried: torch.Tensor,
+    step: torch.Tensor,
+    onto: torch.Tensor,
+    weights: torch.Tensor,
+    fuse: Callable[[Any], Any] = lambda function: function,
+) -> Chosen:
+    """Be :func:`feed_back`; ``fuse`` turns each of :data:`FUSED` into one kernel."""
+    round_column, add_square = fuse(_round_column), fuse(_add_square)
+    own, start = block.T, (block + carried).T
+    onto, values = onto.tril(-1), step.new_empty(len(own), *step.shape)
+    errors, cost = torch.zeros_like(values), torch.zeros_like(step)
+    for column in range(len(own)):
+        target, values[column], errors[column] = round_column(start[column], onto[column], errors, own[column], step)
+        cost = add_square(cost, target, values[column], weights[column])
+    return _cheapest(values, cost)
 
 
 def descend(
-    rounded: torch.Tensor, gradient: torch.Tensor, step: torch.Tensor, moments: torch.Tensor, sweeps: int
-) -> None:
-    """Move each column to where it costs least, given the others, and follow the gradient.
+    values: torch.Tensor,
+    slope: torch.Tensor,
+    step: torch.Tensor,
+    moments: torch.Tensor,
+    inverse: torch.Tensor,
+    onto: torch.Tensor,
+    sweeps: int,
+) -> Chosen:
+    """Choose every row's block anew, the other blocks given, where that lowers the cost.
+
+    Under each scale the block is rounded with feedback for the values that would cost least, and each column then moved
+    to where it costs least, given the others.
 
     Args:
-        rounded: values under each scale, FP32 [C, N, 16]; changed in place.
-        gradient: half of the cost's, FP32 [C, N, 16]; changed in place.
-        step: what one is worth under each scale, FP32 [C, N].
-        moments: FP32 [16, 16].
+        values: FP32 [N, 16].
+        slope: half of the cost's gradient there, FP32 [N, 16].
+        step: what one is worth under each scale, FP32 [C, N]. The last is the one that a row has; under it the columns
+            are moved from where they are.
+        moments, inverse: H of the block and its inverse, FP32 [16, 16].
+        onto: as in :func:`feed_back`.
         sweeps: through the columns.
+
+    Returns:
+        values, FP32 [N, 16]; which of the scales they are under, int64 [N], C where a row stays as it is.
     """
-    if not rounded.is_cpu:
-        descend_reference(rounded, gradient, step, moments, sweeps)
-        return
-    assert rounded.is_contiguous()
-    assert gradient.is_contiguous()
-    arrays = [value.contiguous().numpy() for value in (step, moments)]
-    compiled(_descend)(rounded.numpy(), gradient.numpy(), *arrays, sweeps)
+    if not values.is_cpu:
+        return descend_in_torch(values, slope, step, moments, inverse, onto, sweeps, fused)
+    from calibration.methods.quality import column_kernels
+
+    found, best = torch.empty(values.shape), torch.empty(len(values), dtype=torch.long)
+    arrays = [value.contiguous().numpy() for value in (values, slope, step, moments, inverse, onto)]
+    column_kernels.descend(*arrays, sweeps, _BETTER, found.numpy(), best.numpy())
+    return found, best
 
 
-def descend_reference(
-    rounded: torch.Tensor, gradient: torch.Tensor, step: torch.Tensor, moments: torch.Tensor, sweeps: int
-) -> None:
-    """Be :func:`descend`, in torch."""
+def descend_in_torch(
+    values: torch.Tensor,
+    slope: torch.Tensor,
+    step: torch.Tensor,
+    moments: torch.Tensor,
+    inverse: torch.Tensor,
+    onto: torch.Tensor,
+    sweeps: int,
+    fuse: Callable[[Any], Any] = lambda function: function,
+) -> Chosen:
+    """Be :func:`descend`; ``fuse`` turns each of :data:`FUSED` into one kernel."""
+    round_column, move_column, add_products, add_cost = map(fuse, (_round_column, _move_column, _dot, _add_cost))
+    held, slopes, onto = values.T, slope.T.contiguous(), onto.tril(-1)
+    away, now = torch.empty_like(slopes), torch.zeros_like(slopes[0])
+    for column in range(len(held)):
+        away[column] = add_products(torch.zeros_like(slopes[0]), inverse[column], slopes)
+    wanted, found = held - away, step.new_empty(len(held), *step.shape)
+    errors, curvature = torch.zeros_like(found), 1 / moments.diagonal()
+    for column, own in enumerate(wanted):
+        _, found[column], _ = round_column(own, onto[column], errors, own, step)
+        found[column, -1] = held[column]
+        errors[column] = own - found[column]
     for _ in range(sweeps):
-        for column in range(rounded.shape[-1]):
-            moved = nvfp4.values_under(rounded[..., column] - gradient[..., column] / moments[column, column], step)
-            gradient += (moved - rounded[..., column]).unsqueeze(-1) * moments[column]
-            rounded[..., column] = moved
+        for column, own in enumerate(wanted):
+            found[column], errors[column] = move_column(
+                found[column], moments[column], errors, own, step, curvature[column]
+            )
+    cost = torch.zeros_like(step)
+    for column, factors in enumerate(moments):
+        cost = add_cost(cost, factors, errors, errors[column])
+        now = now + away[column] * slopes[column]
+    chosen, best = _cheapest(found, cost)
+    better = cost.gather(0, best.unsqueeze(0)).squeeze(0) < now * _BETTER
+    return torch.where(better.unsqueeze(-1), chosen, values), torch.where(better, best, len(step))
 
 
-def _feed_back(block: Array, step: Array, feedback: Array, values: Array, errors: Array) -> None:
-    size: Any = block.shape[1]
-    buffers = np.zeros((3, size, _TOGETHER), np.float32)
-    left, found, lost = buffers[0], buffers[1], buffers[2]
-    unit, divisor = np.ones_like(left[0]), np.ones_like(left[0])
-    for tried in range(len(step)):
-        for start in range(0, len(block), _TOGETHER):
-            together = min(_TOGETHER, len(block) - start)
-            for row in range(together):
-                unit[row] = step[tried, start + row]
-                divisor[row] = _HUGE if unit[row] == _0 else unit[row]
-                for column in range(size):
-                    left[column, row] = block[start + row, column]
-            for column in range(size):
-                for row in range(_TOGETHER):
-                    q = left[column, row] / divisor[row]
-                    q = -_6 if q < -_6 else q
-                    q = _6 if q > _6 else q
-                    a = abs(q)
-                    low, middle, high = min(a, _2), min(max(a - _2, _0), _2), min(max((a - _4) * _HALF, _0), _1)
-                    low, middle, high = (
-                        ((low + low) + _WHOLE) - _WHOLE,
-                        (middle + _WHOLE) - _WHOLE,
-                        (high + _WHOLE) - _WHOLE,
-                    )
-                    value = (low * _HALF + middle) + (high + high)
-                    value = -value if q < _0 else value
-                    value = q if a == _0 else value
-                    found[column, row] = value * unit[row]
-                    lost[column, row] = (left[column, row] - found[column, row]) / feedback[column, column]
-                for other in range(column + 1, size):
-                    factor = feedback[column, other]
-                    for row in range(_TOGETHER):
-                        left[other, row] -= lost[column, row] * factor
-            for row in range(together):
-                for column in range(size):
-                    values[tried, start + row, column] = found[column, row]
-                    errors[tried, start + row, column] = lost[column, row]
+@functools.cache
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return one of :data:`FUSED` as one kernel, with the rounding of torch's own operators: no fused multiply-add."""
+    exact = {
+        "emulate_precision_casts": True,
+        "eager_numerics.division_rounding": True,
+        "eager_numerics.disable_ftz": True,
+    }
+    return torch.compile(function, dynamic=True, fullgraph=True, options=exact)
 
 
-def _descend(rounded: Array, gradient: Array, step: Array, moments: Array, sweeps: int) -> None:
-    size: Any = rounded.shape[2]
-    buffers = np.zeros((2, size, _TOGETHER), np.float32)
-    found, slope = buffers[0], buffers[1]
-    moved, unit, divisor = np.empty_like(found[0]), np.ones_like(found[0]), np.ones_like(found[0])
-    for tried in range(len(step)):
-        for start in range(0, rounded.shape[1], _TOGETHER):
-            together = min(_TOGETHER, rounded.shape[1] - start)
-            for row in range(together):
-                unit[row] = step[tried, start + row]
-                divisor[row] = _HUGE if unit[row] == _0 else unit[row]
-                for column in range(size):
-                    found[column, row] = rounded[tried, start + row, column]
-                    slope[column, row] = gradient[tried, start + row, column]
-            for _ in range(sweeps):
-                for column in range(size):
-                    for row in range(_TOGETHER):
-                        wanted = found[column, row] - slope[column, row] / moments[column, column]
-                        q = wanted / divisor[row]
-                        q = -_6 if q < -_6 else q
-                        q = _6 if q > _6 else q
-                        a = abs(q)
-                        low, middle, high = min(a, _2), min(max(a - _2, _0), _2), min(max((a - _4) * _HALF, _0), _1)
-                        low, middle, high = (
-                            ((low + low) + _WHOLE) - _WHOLE,
-                            (middle + _WHOLE) - _WHOLE,
-                            (high + _WHOLE) - _WHOLE,
-                        )
-                        value = (low * _HALF + middle) + (high + high)
-                        value = -value if q < _0 else value
-                        value = q if a == _0 else value
-                        value = value * unit[row]
-                        moved[row] = value - found[column, row]
-                        found[column, row] = value
-                    for other in range(size):
-                        factor = moments[column, other]
-                        for row in range(_TOGETHER):
-                            slope[other, row] += moved[row] * factor
-            for row in range(together):
-                for column in range(size):
-                    rounded[tried, start + row, column] = found[column, row]
-                    gradient[tried, start + row, column] = slope[column, row]
+def _round_column(
+    start: torch.Tensor, factors: torch.Tensor, errors: torch.Tensor, own: torch.Tensor, step: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a column's target, the value nearest to it under each scale, and what is then missing."""
+    target = _dot(start.expand_as(step), factors, errors)
+    value = nvfp4.values_under(target, step)
+    return target, value, own - value
+
+
+def _move_column(
+    held: torch.Tensor,
+    factors: torch.Tensor,
+    errors: torch.Tensor,
+    own: torch.Tensor,
+    step: torch.Tensor,
+    curvature: torch.Tensor,
+) -> Chosen:
+    """Return where a column costs least, given the others, and what is then missing."""
+    total = _dot(torch.zeros_like(held), factors, errors)
+    value = nvfp4.values_under(held + total * curvature, step)
+    return value, own - value
+
+
+def _add_square(cost: torch.Tensor, target: torch.Tensor, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    distance = (target - value) * weight
+    return cost + distance * distance
+
+
+def _add_cost(cost: torch.Tensor, factors: torch.Tensor, errors: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    return cost + error * _dot(torch.zeros_like(cost), factors, errors)
+
+
+def _dot(start: torch.Tensor, factors: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Add the product of each factor and each value to what is there, in order."""
+    for factor, value in zip(factors.unbind(), values.unbind(), strict=True):
+        start = start + factor * value
+    return start
+
+
+FUSED = (_round_column, _move_column, _dot, _add_square, _add_cost)
+"""What a block's rounding is made of: elementwise, so that each can be one kernel."""
+
+
+def _cheapest(values: torch.Tensor, cost: torch.Tensor) -> Chosen:
+    """Return of [16, C, N] what costs least in each row, the first of equals, and which it is: [N, 16], [N]."""
+    best = cost.argmin(dim=0)
+    index = best.expand(len(values), 1, -1)
+    return values.gather(1, index).squeeze(1).T, best

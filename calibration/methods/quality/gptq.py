@@ -20,19 +20,25 @@ import torch
 from calibration.formats import nvfp4
 from calibration.methods.quality import column_rounding
 
-__all__ = ["Rounded", "descend", "error", "inverse_root", "plain", "round_with_feedback"]
+__all__ = ["Root", "Rounded", "descend", "error", "plain", "root", "round_with_feedback"]
 
 _FEEDBACK_STEPS: Final = range(-6, 2)
 """Scales that are tried, in steps of E4M3 (about 9 % each) from the one that holds the block's largest weight."""
 
-_DESCENT_STEPS: Final = range(-3, 4)
+_DESCENT_STEPS: Final = range(-1, 2)
 """The same, from the one that a block has."""
 
 _LARGEST: Final = 126
 """The bits of 448, E4M3's largest number; 0 would be a block of zeros."""
 
-_INNER_SWEEPS: Final = 2
+_INNER_SWEEPS: Final = 1
 """Through the columns of one block, for every scale that is tried."""
+
+_PANEL: Final = 128
+"""Columns whose errors reach the others in one product."""
+
+_PROBES: Final = 8
+_CHANGED: Final = 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,40 +83,80 @@ def error(rounded: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor) ->
     return float(((difference @ moments) * difference).sum())
 
 
-def inverse_root(moments: torch.Tensor) -> torch.Tensor:
-    """Return the upper triangle U with ``U^T U`` the inverse of ``moments``: what an error costs, and whom it is given.
+@dataclass(frozen=True)
+class Root:
+    """Second moments as ``R diag(weights)^2 R^T``, which says what an error costs when those behind it make up for it.
+
+    Attributes:
+        rows: R, upper triangle with ones on its diagonal, FP32 [..., K, K].
+        weights: FP32 [..., K].
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+    def solve(self, right: torch.Tensor) -> torch.Tensor:
+        """Return ``right`` times the inverse of the moments, FP32 [N, K]."""
+        triangle = {"left": False, "unitriangular": True}
+        half = torch.linalg.solve_triangular(self.rows.mT, right, upper=False, **triangle)
+        return torch.linalg.solve_triangular(self.rows, half.div_(self.weights.square()), upper=True, **triangle)
+
+
+def root(moments: torch.Tensor) -> Root:
+    """Return the root of second moments.
+
+    Computed in FP32, and in FP64, which takes 16 K^2 bytes besides, where that is found to change the least of their
+    diagonal by more than :data:`_CHANGED`.
 
     Args:
-        moments: positive definite, FP32 [..., K, K]. Computed in FP64, which takes 16 K^2 bytes besides.
-
-    Returns:
-        FP32 [..., K, K].
+        moments: positive definite, FP32 [..., K, K].
     """
-    matrix = torch.linalg.cholesky(moments.double())
-    matrix = torch.cholesky_inverse(matrix)
-    return torch.linalg.cholesky(matrix, upper=True).to(moments.dtype)
+    upper = _upper(moments)
+    weights = upper.diagonal(dim1=-2, dim2=-1).clone()
+    return Root(upper.div_(weights.unsqueeze(-2)), weights)
 
 
-def round_with_feedback(weight: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor) -> Rounded:
+def _upper(moments: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangle V with ``V V^T`` these moments."""
+    turned = moments.flip(-2, -1)
+    lower, failed = torch.linalg.cholesky_ex(turned)
+    if failed.any() or not _near(lower, turned):
+        lower = torch.linalg.cholesky(turned.double()).to(moments.dtype)
+    return lower.flip(-2, -1)
+
+
+def _near(lower: torch.Tensor, moments: torch.Tensor) -> bool:
+    probe = torch.randn(moments.shape[-1], _PROBES, generator=torch.Generator().manual_seed(0)).to(moments.device)
+    changed = lower @ (lower.mT @ probe) - moments @ probe
+    least = moments.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
+    return bool((changed.norm(dim=(-2, -1)) / probe.norm() <= _CHANGED * least).all())
+
+
+def round_with_feedback(weight: torch.Tensor, root: Root, scale: torch.Tensor) -> Rounded:
     """Round a weight column by column, giving each column's error to those that follow.
 
     Args:
         weight: FP32 [N, K], K a multiple of 16.
-        feedback: :func:`inverse_root` of the moments, FP32 [K, K].
+        root: of the moments.
         scale: the FP32 global scale, 0-d.
     """
-    weight, size = weight.clone(), nvfp4.BLOCK_SIZE
-    columns, rows = weight.shape[1], torch.arange(len(weight), device=weight.device)
+    size, columns = nvfp4.BLOCK_SIZE, weight.shape[1]
+    error = torch.zeros_like(weight)
     values, scales = torch.empty_like(weight), weight.new_empty((len(weight), columns // size), dtype=torch.long)
-    for begin in range(0, columns, size):
-        end = begin + size
-        block = weight[:, begin:end]
-        usual = nvfp4.block_scales(block.abs().amax(dim=1), scale).view(torch.uint8).long()
-        tried = _candidates(usual, _FEEDBACK_STEPS)
-        rounded, errors = column_rounding.feed_back(block, _step(tried, scale), feedback[begin:end, begin:end])
-        best = errors.square().sum(dim=-1).argmin(dim=0)
-        values[:, begin:end], scales[:, begin // size] = rounded[best, rows], tried[best, rows]
-        weight[:, end:].addmm_(errors[best, rows], feedback[begin:end, end:], alpha=-1)
+    for panel in range(0, columns, _PANEL):
+        end = min(panel + _PANEL, columns)
+        carried = error[:, :panel] @ root.rows[:panel, panel:end]
+        for begin in range(panel, end, size):
+            inside, own = slice(begin, begin + size), slice(begin - panel, begin - panel + size)
+            block, more = weight[:, inside], carried[:, own]
+            usual = nvfp4.block_scales((block + more).abs().amax(dim=1), scale).view(torch.uint8).long()
+            tried = _candidates(usual, _FEEDBACK_STEPS)
+            values[:, inside], best = column_rounding.feed_back(
+                block, more, _step(tried, scale), root.rows[inside, inside].T, root.weights[inside]
+            )
+            scales[:, begin // size] = tried.gather(0, best.unsqueeze(0)).squeeze(0)
+            torch.sub(block, values[:, inside], out=error[:, inside])
+            carried[:, own.stop :].addmm_(error[:, inside], root.rows[inside, begin + size : end])
     return Rounded(values, scales)
 
 
@@ -124,50 +170,33 @@ def descend(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, st
         start: the weight, rounded under that scale.
         sweeps: through all blocks, at most; it ends when nothing changes any more.
     """
-    size = nvfp4.BLOCK_SIZE
+    size, columns = nvfp4.BLOCK_SIZE, weight.shape[1]
     values, scales = start.values.clone(), start.scales.clone()
-    slope = (values - weight) @ moments
-    own = torch.stack([moments[i : i + size, i : i + size] for i in range(0, len(moments), size)])
-    feedback = inverse_root(own)
+    error = values - weight
+    own = torch.stack([moments[i : i + size, i : i + size] for i in range(0, columns, size)])
+    inverse, rows = torch.linalg.inv(own.double()).to(own.dtype), root(own).rows
     for _ in range(sweeps):
         changed = False
-        for block, begin in enumerate(range(0, weight.shape[1], size)):
-            inside = slice(begin, begin + size)
-            found, tried, better = _best_block(
-                values[:, inside], scales[:, block], slope[:, inside], own[block], feedback[block], scale
-            )
-            if better.any():
-                changed = True
-                slope.addmm_(found - values[:, inside], moments[inside])
-                values[:, inside], scales[:, block] = found, tried
+        for panel in range(0, columns, _PANEL):
+            end = min(panel + _PANEL, columns)
+            slope = error @ moments[:, panel:end]
+            for begin in range(panel, end, size):
+                inside, block = slice(begin, begin + size), begin // size
+                now, at = values[:, inside], slice(begin - panel, begin - panel + size)
+                usual = scales[:, block]
+                tried = torch.cat([_candidates(usual, _DESCENT_STEPS), usual.unsqueeze(0)])
+                found, best = column_rounding.descend(
+                    now, slope[:, at], _step(tried, scale), own[block], inverse[block], rows[block].T, _INNER_SWEEPS
+                )
+                tried = torch.cat([tried, usual.unsqueeze(0)])
+                change = found - now
+                changed = changed or bool(change.any())
+                error[:, inside] += change
+                slope[:, at.stop :].addmm_(change, moments[inside, begin + size : end])
+                values[:, inside], scales[:, block] = found, tried.gather(0, best.unsqueeze(0)).squeeze(0)
         if not changed:
             break
     return Rounded(values, scales)
-
-
-def _best_block(
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    slope: torch.Tensor,
-    moments: torch.Tensor,
-    feedback: torch.Tensor,
-    scale: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a block's values and scales, changed in the rows where that helps, and which rows these are."""
-    rows = torch.arange(len(values), device=values.device)
-    wanted = values - torch.linalg.solve(moments, slope, left=False)  # what would cost least, if it could be stored
-    tried = _candidates(scales, _DESCENT_STEPS)
-    rounded, _ = column_rounding.feed_back(wanted, _step(tried, scale), feedback)
-    rounded, tried = torch.cat([rounded, values.unsqueeze(0)]), torch.cat([tried, scales.unsqueeze(0)])
-    step = _step(tried, scale)
-    gradient = (rounded - wanted) @ moments
-    column_rounding.descend(rounded, gradient, step, moments, _INNER_SWEEPS)
-    costs = ((rounded - wanted) * gradient).sum(dim=-1)
-    best = costs.argmin(dim=0)
-    cost = (((values - wanted) @ moments) * (values - wanted)).sum(dim=-1)
-    better = costs[best, rows] < cost * (1 - 1e-6)  # less is within what FP32 cannot tell
-    found = torch.where(better.unsqueeze(-1), rounded[best, rows], values)
-    return found, torch.where(better, tried[best, rows], scales), better
 
 
 def _candidates(usual: torch.Tensor, steps: Sequence[int] | Iterable[int]) -> torch.Tensor:

@@ -14,7 +14,7 @@ a block at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ from calibration.formats.linears import branch_output
 from calibration.methods.quality import gptq
 from calibration.methods.quality.folds import fold_block
 from calibration.methods.quality.low_rank import LowRank, importance, low_rank
-from calibration.methods.quality.wiener import correlate, wiener_target
+from calibration.methods.quality.wiener import wiener_target
 from calibration.recipes.recipe import Quality
 from fp4trt.families.family import Modulated
 from fp4trt.number_formats import FORMATS, NVFP4
@@ -40,8 +40,8 @@ __all__ = ["quantize_block"]
 _ROWS: Final = 64
 """Rows of each call that factors are chosen by."""
 
-_NOTED: Final = 1024
-"""Rows of a weight, evenly, whose error is noted: more would take a third of all time where K is large."""
+_NOTED: Final = 256
+"""Rows of a weight, evenly, at most, whose error is noted: all of them would take a third of all time."""
 
 Group = tuple[str, ...]
 
@@ -110,8 +110,7 @@ class _Work:
         scales = {group[0]: self.input_scale(group) for group in stage}
         quantizers = {path: _Quantizer(scale, self.task.linears[path]) for path, scale in scales.items()}
         watched = {group[0]: self.linear(group[0]) for group in stage}
-        with_cross = self.options.wiener > 0 or self.options.rank > 0
-        with observe_moments(watched, quantizers, self.options.rows_per_call, with_cross) as found:
+        with observe_moments(watched, quantizers, self.options.rows_per_call, self.options.wiener > 0) as found:
             self.task.run(watched.values())
         for group in stage:
             chosen = self.task.linears[group[0]] == NVFP4.name
@@ -130,44 +129,44 @@ class _Work:
 
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""
-        whole = {path: self.linear(path).weight.float() for path in group}
-        branches = self.branches(whole, moments) if self.options.rank else {}
-        weights = {path: weight - branches[path].product() for path, weight in whole.items()} if branches else whole
-        wanted = {}
-        if self.options.wiener:
-            plain = moments.into_plain_covariances()
-            wanted = {path: correlate(weight, *plain) for path, weight in weights.items()}
-            del plain
-        moments.forget_plain()
+        weights = [self.linear(path).weight.float() for path in group]
+        whole, sizes = torch.cat(weights), [len(weight) for weight in weights]
+        power, noise = moments.power_and_noise()
+        del weights
+        branches = self.branches(group, whole, sizes, importance(noise, power)) if self.options.rank else {}
+        wanted = whole.clone()
+        for branch, rows in zip(branches.values(), wanted.split(sizes), strict=False):
+            rows.sub_(branch.product())
         covariance = moments.into_covariance()
-        covariance.diagonal().add_(self.options.damping * covariance.diagonal().mean())
-        feedback = gptq.inverse_root(covariance)
-        targets = {
-            path: wiener_target(weight, wanted[path], feedback, self.options.wiener) if wanted else weight
-            for path, weight in weights.items()
-        }
-        own = {path: float(target.abs().max()) for path, target in targets.items()}
+        damping = self.options.damping * float(covariance.diagonal().mean())
+        covariance.diagonal().add_(damping)
+        root = gptq.root(covariance)
+        if self.options.wiener:
+            wanted = wiener_target(wanted, moments.into_lost_covariance(), noise, root, damping, self.options.wiener)
+        own = {path: float(part.abs().max()) for path, part in zip(group, wanted.split(sizes), strict=True)}
         amax = max(input_quantizers.checked_weights(own).values())
         self.amax |= {f"{path}.weight_quantizer": amax for path in group}
         scale = nvfp4.global_scale(amax).to(covariance.device)
-        for path, weight in whole.items():
-            rounded = self.rounded(targets[path], covariance, feedback, scale)
-            self.note(path, targets[path], rounded, covariance, scale)
-            codes, block_scales = rounded.stored(scale)
-            self.tensors[f"{path}.weight"], self.tensors[f"{path}.weight_scale"] = codes, block_scales
-            self.tensors[f"{path}.weight_scale_2"] = scale
-            self.settle(path, weight, rounded.values, group, moments, input_scale, branches.get(path))
+        rounded = self.rounded(wanted, covariance, root, scale)
+        codes, block_scales = rounded.stored(scale)
+        parts = (whole, wanted, rounded.values, codes, block_scales)
+        for path, *rows in zip(group, *(part.split(sizes) for part in parts), strict=True):
+            weight, target, values, packed, scales = rows
+            self.note(path, target, values, covariance, scale)
+            self.tensors |= {f"{path}.weight": packed, f"{path}.weight_scale": scales, f"{path}.weight_scale_2": scale}
+            self.settle(path, weight, values, group, moments, input_scale, branches.get(path))
 
-    def branches(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, LowRank]:
+    def branches(
+        self, group: Group, together: torch.Tensor, sizes: Sequence[int], costs: torch.Tensor
+    ) -> dict[str, LowRank]:
         """Return the low-rank branches of linears that read one input: they share the first factor."""
-        together = torch.cat(list(weights.values()))
-        branch = low_rank(together, importance(*moments.rounding_noise()), self.options.pooled(len(weights)))
-        parts = branch.b.split([len(weight) for weight in weights.values()])
-        found = {path: LowRank(branch.a, part.contiguous()) for path, part in zip(weights, parts, strict=True)}
+        branch = low_rank(together, costs, self.options.pooled(len(group)))
+        parts = zip(group, branch.b.split(list(sizes)), strict=True)
+        found = {path: LowRank(branch.a, part.contiguous()) for path, part in parts}
         for path, part in found.items():
             self.tensors |= {f"{path}.{name}": factor for name, factor in zip(BRANCH, (part.a, part.b), strict=True)}
         left = (together - branch.product()).norm() / together.norm()
-        self.figures |= {path: {**self.figures.get(path, {}), "residual": float(left)} for path in weights}
+        self.figures |= {path: {**self.figures.get(path, {}), "residual": float(left)} for path in group}
         return found
 
     def round_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
@@ -210,25 +209,24 @@ class _Work:
         linear.register_forward_pre_hook(_Quantizer(input_scale.to(values.device), self.task.linears[path]).hook)
 
     def rounded(
-        self, weight: torch.Tensor, moments: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor
+        self, weight: torch.Tensor, moments: torch.Tensor, root: gptq.Root, scale: torch.Tensor
     ) -> gptq.Rounded:
-        rounded = gptq.round_with_feedback(weight, feedback, scale) if self.options.gptq else gptq.plain(weight, scale)
+        rounded = gptq.round_with_feedback(weight, root, scale) if self.options.gptq else gptq.plain(weight, scale)
         if self.options.descent_sweeps:
             rounded = gptq.descend(weight, moments, scale, rounded, self.options.descent_sweeps)
         return rounded
 
     def note(
-        self, path: str, weight: torch.Tensor, rounded: gptq.Rounded, moments: torch.Tensor, scale: torch.Tensor
+        self, path: str, weight: torch.Tensor, values: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor
     ) -> None:
         """Note by how much rounding makes the output wrong, relative to itself, and plain rounding would."""
-        plain = gptq.plain(weight, scale).values
-        changed = float((rounded.values != plain).float().mean())
-        wanted, found, plain = (each[:: max(1, len(weight) // _NOTED)] for each in (weight, rounded.values, plain))
+        some = slice(None, None, -(-len(weight) // _NOTED))
+        wanted, found, plain = weight[some], values[some], gptq.plain(weight[some], scale).values
         power = gptq.error(torch.zeros_like(wanted), wanted, moments)
         figures = {
             "error": (gptq.error(found, wanted, moments) / power) ** 0.5,
             "plain_error": (gptq.error(plain, wanted, moments) / power) ** 0.5,
-            "changed": changed,
+            "changed": float((found != plain).float().mean()),
         }
         self.figures[path] = {**self.figures.get(path, {}), **figures}
 

@@ -48,7 +48,7 @@ def test_a_run_may_be_left_where_all_that_is_wanted_was_reached(
 def test_moments_become_their_covariance_in_place() -> None:
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(50, 700, generator=random) + 1
-    moments = Moments(50, rows.sum(dim=0), rows.sum(dim=0), rows.T @ rows)
+    moments = Moments(50, rows.sum(dim=0), rows.sum(dim=0), torch.zeros(700), rows.T @ rows)
     mean = moments.rounded / 50
     expected = moments.product / 50 - torch.outer(mean, mean)
     found = moments.into_covariance()

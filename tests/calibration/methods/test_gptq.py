@@ -54,15 +54,31 @@ def _slowly(row: torch.Tensor, moments: torch.Tensor, scale: float) -> list[floa
 
 def test_feedback_is_that_of_the_textbook_column_by_column() -> None:
     weight, moments, scale = _problem(5, 48)
-    found = gptq.round_with_feedback(weight, gptq.inverse_root(moments), scale)
+    found = gptq.round_with_feedback(weight, gptq.root(moments), scale)
     expected = torch.tensor([_slowly(row, moments, float(scale)) for row in weight])
     assert torch.equal(found.values, expected)
+
+
+def test_a_root_is_that_of_the_moments_and_solves_with_them() -> None:
+    weight, moments, _ = _problem(5, 64)
+    root = gptq.root(moments)
+    torch.testing.assert_close((root.rows * root.weights.square()) @ root.rows.T, moments)
+    torch.testing.assert_close(root.rows.tril(), torch.eye(64))
+    torch.testing.assert_close(root.solve(weight) @ moments, weight, atol=1e-4, rtol=1e-4)
+
+
+def test_a_root_that_fp32_would_change_too_much_is_computed_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, moments, _ = _problem(5, 64)
+    exact = torch.linalg.cholesky(moments.double().flip(0, 1)).flip(0, 1).diagonal().float()
+    assert not torch.equal(gptq.root(moments).weights, exact)
+    monkeypatch.setattr(gptq, "_CHANGED", 0)
+    assert torch.equal(gptq.root(moments).weights, exact)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_feedback_and_descent_each_lower_the_error_of_the_output(seed: int) -> None:
     weight, moments, scale = _problem(24, 96, seed)
-    start = gptq.round_with_feedback(weight, gptq.inverse_root(moments), scale)
+    start = gptq.round_with_feedback(weight, gptq.root(moments), scale)
     end = gptq.descend(weight, moments, scale, start, 8)
     errors = [gptq.error(each.values, weight, moments) for each in (gptq.plain(weight, scale), start, end)]
     assert errors[1] < 0.75 * errors[0]
@@ -71,7 +87,7 @@ def test_feedback_and_descent_each_lower_the_error_of_the_output(seed: int) -> N
 
 def test_after_descent_no_other_code_of_one_weight_is_better() -> None:
     weight, moments, scale = _problem(3, 32)
-    end = gptq.descend(weight, moments, scale, gptq.round_with_feedback(weight, gptq.inverse_root(moments), scale), 50)
+    end = gptq.descend(weight, moments, scale, gptq.round_with_feedback(weight, gptq.root(moments), scale), 50)
     least = gptq.error(end.values, weight, moments)
     steps = end.scales.to(torch.uint8).view(torch.float8_e4m3fn).float() * scale
     for row, column in itertools.product(range(3), range(32)):
@@ -84,7 +100,7 @@ def test_after_descent_no_other_code_of_one_weight_is_better() -> None:
 
 def test_what_is_stored_dequantizes_to_the_values() -> None:
     weight, moments, scale = _problem(8, 64)
-    found = gptq.descend(weight, moments, scale, gptq.round_with_feedback(weight, gptq.inverse_root(moments), scale), 2)
+    found = gptq.descend(weight, moments, scale, gptq.round_with_feedback(weight, gptq.root(moments), scale), 2)
     packed, scales = found.stored(scale)
     assert packed.shape == (8, 32)
     assert torch.equal(nvfp4.dequantize(nvfp4.unpack_codes(packed), scales, scale), found.values)
@@ -94,6 +110,6 @@ def test_a_weight_of_zeros_and_one_tiny_row_stay_finite() -> None:
     weight, moments, scale = _problem(4, 32)
     weight[1] = 0
     weight[2] *= 1e-20
-    found = gptq.descend(weight, moments, scale, gptq.round_with_feedback(weight, gptq.inverse_root(moments), scale), 2)
+    found = gptq.descend(weight, moments, scale, gptq.round_with_feedback(weight, gptq.root(moments), scale), 2)
     assert found.values.isfinite().all()
     assert not found.values[1].any()

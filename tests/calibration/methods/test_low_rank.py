@@ -62,9 +62,9 @@ def test_the_noise_and_power_of_channels_are_those_of_the_rows() -> None:
     rows = torch.randn(500, 32, generator=torch.Generator().manual_seed(0)) + 3
     rounded = (rows * 4).round() / 4
     module = torch.nn.Linear(32, 8)
-    with observe_moments({"": module}, {"": lambda _: rounded}, 500, with_cross=True) as found, torch.no_grad():
+    with observe_moments({"": module}, {"": lambda _: rounded}, 500) as found, torch.no_grad():
         module(rows)
-    noise, power = found[""].rounding_noise()
+    power, noise = found[""].power_and_noise()
     assert torch.allclose(noise, (rows - rounded).var(dim=0, correction=0), rtol=0.02)
     assert torch.allclose(power, rounded.var(dim=0, correction=0), rtol=0.01)
     assert (importance(noise, power) > 0).all()

@@ -8,7 +8,7 @@ import torch
 from calibration.by_block.input_statistics import Moments, observe_moments
 from calibration.formats import nvfp4
 from calibration.methods.quality import gptq
-from calibration.methods.quality.wiener import correlate, wiener_target
+from calibration.methods.quality.wiener import wiener_target
 
 ROWS, K, N = 4000, 64, 24
 
@@ -34,17 +34,18 @@ def weight() -> torch.Tensor:
 def _moments(x: torch.Tensor, q: torch.Tensor) -> Moments:
     rounded = iter((q,))
     module = torch.nn.Linear(K, N)
-    with observe_moments({"": module}, {"": lambda _: next(rounded)}, ROWS, with_cross=True) as found, torch.no_grad():
+    with observe_moments({"": module}, {"": lambda _: next(rounded)}, ROWS, with_lost=True) as found, torch.no_grad():
         module(x)
     return found[""]
 
 
 def _target(weight: torch.Tensor, x: torch.Tensor, q: torch.Tensor, share: float, damping: float) -> torch.Tensor:
     moments = _moments(x, q)
-    wanted = correlate(weight, *moments.into_plain_covariances())
+    _, noise = moments.power_and_noise()
     covariance = moments.into_covariance()
-    covariance.diagonal().add_(damping * covariance.diagonal().mean())
-    return wiener_target(weight, wanted, gptq.inverse_root(covariance), share)
+    added = damping * float(covariance.diagonal().mean())
+    covariance.diagonal().add_(added)
+    return wiener_target(weight, moments.into_lost_covariance(), noise, gptq.root(covariance), added, share)
 
 
 def _centered(rows: torch.Tensor) -> torch.Tensor:
@@ -70,7 +71,7 @@ def test_no_row_is_weakened(share: float, x: torch.Tensor, q: torch.Tensor, weig
     wanted = _centered(x) @ weight.double().T
     given = _centered(q) @ _target(weight, x, q, share, 0.01).double().T
     slopes = (given * wanted).sum(dim=0) / wanted.square().sum(dim=0)
-    torch.testing.assert_close(slopes, torch.ones_like(slopes), atol=1e-4, rtol=0)
+    torch.testing.assert_close(slopes, torch.ones_like(slopes), atol=5e-3, rtol=0)
 
 
 def test_a_part_of_the_way_gives_a_part_of_the_gain(x: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> None:
