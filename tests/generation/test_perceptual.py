@@ -15,7 +15,7 @@ pytest.importorskip("torchmetrics")
 
 def shown(offset: float) -> Shown:
     images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 8, 8) * 0.5 + offset
-    return Shown((0,), ("a cat", "a dog", "a"), lambda _: images)
+    return Shown((0,), ("a cat", "a dog", "a"), lambda _: images.split(2))
 
 
 def judge(title: str) -> Metric:
@@ -61,6 +61,21 @@ def test_clip_judges_each_image_by_itself(title: str) -> None:
     assert len(set(scores.values[0].tolist())) == 3
     assert metric.absolute
     assert 0 <= scores.values.min() <= scores.values.max() <= (100 if title == "CLIP score" else 1)
+
+
+def test_clip_sees_the_images_in_their_full_range(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    features = perceptual._Clip.get_image_features
+    keep = lambda self, pixels: seen.append(pixels) or features(self, pixels)  # noqa: E731
+    monkeypatch.setattr(perceptual._Clip, "get_image_features", keep)
+    black_and_white = torch.zeros(1, 3, 32, 32)
+    black_and_white[..., 16:] = 1
+    of = Shown((0,), ("a cat",), lambda _: [black_and_white])
+    for title in ("CLIP score", "CLIP-IQA"):
+        judge(title).scores(of, of)
+    for pixels in seen:  # normalized by CLIP's own means and deviations
+        assert [pixels.min().item(), pixels.max().item()] == pytest.approx([-0.48145466 / 0.26862954, 2.146], abs=1e-3)
+    assert len(seen) == 2
 
 
 @pytest.fixture
