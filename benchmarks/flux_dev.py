@@ -107,7 +107,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     with claimed(out, {**described, "weights": wanted[0].identity()}):
         albums = [Album(model.label, out / "images" / model.label) for model in wanted]
         draw(given, source, choice.asked, settings, wanted, albums, data)
-        comparison = compared(albums[0], albums[1:], choice.asked, out / "scores")
+        comparison = compared(albums[0], albums[1:], choice.asked)
         described |= {
             "format": FORMAT,
             "prompts": {"file": choice.file, "holds": choice.total, "count": len(choice.asked)},

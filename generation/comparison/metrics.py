@@ -20,6 +20,7 @@ from generation.comparison.statistics import Scores, jackknife, scores_of
 __all__ = [
     "PSNR",
     "SSIM",
+    "UNUSABLE",
     "VELOCITY",
     "Metric",
     "Shown",
@@ -38,6 +39,9 @@ __all__ = [
 _SMALLEST_MSE: Final = 1e-12
 
 NO_SSIM: Final = "a package is not installed: pip install 'fp4trt[metrics]'"
+
+UNUSABLE: Final = (ImportError, OSError, RuntimeError)
+"""What importing an installed package may raise: torchvision's build for another torch a RuntimeError."""
 
 _AT_ONCE: Final = 8
 """Images whose SSIM is computed together: those of a pipeline are large."""
@@ -171,12 +175,12 @@ def why_no_ssim() -> str | None:
         return NO_SSIM
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: F401
-    except ImportError as error:
+    except UNUSABLE as error:
         return lacking(error)
     return None
 
 
-def lacking(error: ImportError) -> str:
+def lacking(error: Exception) -> str:
     """Return, in one line, what an installed package does not find when it is imported."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"a package is not installed: pip install {error.name.partition('.')[0]}"

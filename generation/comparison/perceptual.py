@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from generation.comparison.metrics import Metric, frechet, lacking, per_image
+from generation.comparison.metrics import UNUSABLE, Metric, frechet, lacking, per_image
 
 __all__ = ["CLIP", "perceptual_metrics"]
 
@@ -58,7 +58,7 @@ def perceptual_metrics() -> tuple[list[Metric], dict[str, str]]:
             continue
         try:
             found.append(judge.build(weights))
-        except ImportError as error:  # a package that one of these imports itself
+        except UNUSABLE as error:  # a package that one of these imports itself, or weights that it asks for beside
             missing[judge.title] = lacking(error)
     return found, missing
 

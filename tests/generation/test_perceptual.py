@@ -111,3 +111,12 @@ def test_the_frechet_distance_takes_the_features_of_inception(hub: Path, monkeyp
     assert metric.key == "frechet_inception"
     assert metric.scores(shown(0.0), shown(0.0)).figures == pytest.approx([0], abs=1e-3)
     assert metric.scores(shown(0.4), shown(0.0)).figures[0] > 0
+
+
+def test_a_network_that_cannot_be_built_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def build(_: Path) -> Metric:
+        raise RuntimeError("operator torchvision::nms does not exist")  # as where it is built for another torch
+
+    monkeypatch.setattr(perceptual, "_JUDGES", (perceptual._Judge("LPIPS", {}, lambda: tmp_path, build),))
+    reason = "a package cannot be imported: operator torchvision::nms does not exist"
+    assert perceptual.perceptual_metrics() == ([], {"LPIPS": reason})
