@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from protocol.album import Album, saved
-from protocol.drawing import Pace, Painter, Settings, Texts, space_needed
-from protocol.models import BASELINE, Data, Model, Source, data_of, make, models_of, needs_data
+from protocol.drawing import Pace, Painter, Settings, Texts, space_for
+from protocol.models import BASELINE, Data, Model, Source, data_of, make, models_of, needs_data, space_for_making
 from protocol.prompts import Asked, chosen
 from protocol.published import likenesses
 from protocol.report import Found, printed, write_page
@@ -50,8 +50,6 @@ DATA = "flux_dev.json"
 PAGE = "flux_dev.html"
 FORMAT = "fp4trt flux_dev 1"
 VERSIONED = ("torch", "diffusers", "transformers")
-QUANTIZED_SHARE = 0.35
-"""Bytes of a quantized checkpoint by those of the BF16 one, at most, for a transformer of FLUX.1's shape."""
 
 
 def options() -> argparse.ArgumentParser:
@@ -103,13 +101,15 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     data = data_of(given.calibration, choice, given.calibration_prompts, sampling, out / "calibration")
     if any(needs_data(source, model) for model in wanted):
         data.require()
-    described = {"settings": settings.as_dict(), **environment(given.device)}
-    with claimed(out, {**described, "weights": wanted[0].identity()}):
+    computed = environment(given.device)
+    with claimed(out, {**settings.as_dict(), **computed, "weights": wanted[0].identity()}):
         albums = [Album(model.label, out / "images" / model.label) for model in wanted]
         draw(given, source, choice.asked, settings, wanted, albums, data)
         comparison = compared(albums[0], albums[1:], choice.asked)
-        described |= {
+        described = {
             "format": FORMAT,
+            "settings": settings.as_dict(),
+            "computed_with": computed,
             "prompts": {"file": choice.file, "holds": choice.total, "count": len(choice.asked)},
             "baseline": BASELINE,
             "recipes": {model.label: model.recipe_name for model in wanted[1:]},
@@ -136,8 +136,9 @@ def draw(
 ) -> None:
     """Make the checkpoints and draw the images that are missing, one model in memory at a time."""
     missing = {album.label: len(album.missing(asked)) for album in albums}
-    unmade = sum(not model.folder.is_dir() for model in wanted)
-    say_what_is_to_do(given.output, missing, len(asked), settings, int(unmade * source.bytes * QUANTIZED_SHARE))
+    needed = space_for(sum(missing.values()), max(missing.values()), settings, source.config["joint_attention_dim"])
+    needed += space_for_making(source, wanted, data, (settings.resolution // 16) ** 2, settings.text_tokens)
+    say_what_is_to_do(given.output, missing, len(asked), needed)
     for model in wanted:
         make(source, model, data, given.device)
     texts = Texts(given.output / "texts", settings.text_tokens)
@@ -167,10 +168,10 @@ def source_of(checkpoint: str) -> Source:
     return Source(root, folder, config, family)
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, str]:
     """Return what else decides about the last bits of an image."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"device": name, "versions": {package: importlib.metadata.version(package) for package in VERSIONED}}
+    return {"device": name, **{package: importlib.metadata.version(package) for package in VERSIONED}}
 
 
 @contextlib.contextmanager
@@ -210,7 +211,7 @@ def keep_to_one_checkpoint(folder: Path, identity: str) -> None:
         raise OutputExists(f"{folder} holds images of another checkpoint; remove it, or choose another --output")
 
 
-def say_what_is_to_do(out: Path, missing: Mapping[str, int], count: int, settings: Settings, checkpoints: int) -> None:
+def say_what_is_to_do(out: Path, missing: Mapping[str, int], count: int, needed: int) -> None:
     """Say how many images are to be drawn, and what of the disk that takes.
 
     Raises:
@@ -218,7 +219,6 @@ def say_what_is_to_do(out: Path, missing: Mapping[str, int], count: int, setting
     """
     images = sum(missing.values())
     there = f", {len(missing) * count - images} are there" if images < len(missing) * count else ""
-    needed = space_needed(images, max(missing.values()), settings) + checkpoints
     free = shutil.disk_usage(out).free
     has = f"about {needed / 1e9:.2f} GB of disk, {free / 1e9:.0f} GB are free"
     note(f"{len(missing)} models of {count} images each: {images} to draw{there}; {has}")

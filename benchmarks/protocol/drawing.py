@@ -23,7 +23,6 @@ from calibration.inputs.prompts import drawing
 from fp4trt.progress import PATIENCE_S, note, tracking
 
 LATENTS = "latents"
-_T5_WIDTH = 4096
 _WARM = 2
 """Images of a model after which its pace is told; the first takes longer."""
 
@@ -118,6 +117,8 @@ class Texts:
                 tensors = {"prompt_embeds": embeds.cpu(), "pooled_prompt_embeds": pooled.cpu()}
                 saved(self._file(one), functools.partial(save_file, tensors))
                 advance()
+        del pipeline
+        _release(device)
 
     def _file(self, asked: Asked) -> Path:
         return self.folder / f"{asked.text_hash}-{self.tokens}.safetensors"
@@ -198,7 +199,7 @@ class Painter:
         if noisy:
             self._denoise(pipeline, None if self.offload else decode, album, noisy, pace)
         del pipeline
-        self._release()
+        _release(self.device)
         waiting = [one for one in missing if album.latents(one).is_file()]
         with tracking(len(waiting), f"decoding {album.label}", PATIENCE_S) as advance:
             for one in waiting:
@@ -206,7 +207,7 @@ class Painter:
                 album.latents(one).unlink()
                 advance()
         del decode
-        self._release()
+        _release(self.device)
 
     def _denoise(self, pipeline: Any, decode: Decoder | None, album: Album, noisy: Sequence[Asked], pace: Pace) -> None:
         """Draw images; their latents alone without a decoder."""
@@ -236,18 +237,21 @@ class Painter:
             ).images
         return found
 
-    def _release(self) -> None:
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+
+def _release(device: str) -> None:
+    """Give back the memory of what was let go."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
-def space_needed(images: int, prompts: int, settings: Settings) -> int:
-    """Return about how many bytes of disk a run needs: two thirds of raw pixels for PNG, and the encoded prompts.
+def space_for(images: int, prompts: int, settings: Settings, width: int) -> int:
+    """Return about how many bytes of disk drawing needs: two thirds of raw pixels for PNG, and the encoded prompts.
 
     Args:
         images: to draw.
         prompts: to encode.
         settings: of the images.
+        width: of what T5 makes of a token.
     """
-    return images * settings.resolution**2 * 2 + prompts * settings.text_tokens * _T5_WIDTH * 2
+    return images * settings.resolution**2 * 2 + prompts * settings.text_tokens * width * 2

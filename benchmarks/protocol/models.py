@@ -29,6 +29,8 @@ from fp4trt.safetensors_file import sha256_of
 from generation.comparison.compare import opened
 
 BASELINE = "bf16"
+QUANTIZED_SHARE = 0.35
+"""Bytes of a quantized checkpoint by those of the BF16 one, at most, for a transformer of FLUX.1's shape."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,23 @@ def data_of(given: Path | None, choice: Choice, count: int, sampling: Sampling, 
 def _line(asked: Asked) -> str:
     """Return a prompt in one line."""
     return " ".join(asked.prompt.split())
+
+
+def space_for_making(source: Source, models: Sequence[Model], data: Data, image_tokens: int, text_tokens: int) -> int:
+    """Return about how many bytes of disk it takes to quantize: checkpoints, calls, and two blocks' outputs of each.
+
+    Args:
+        source: the plain checkpoint.
+        models: those that have a checkpoint too.
+        data: what recipes calibrate on.
+        image_tokens: of a call.
+        text_tokens: of a call.
+    """
+    checkpoints = sum(not model.folder.is_dir() for model in models) * source.bytes * QUANTIZED_SHARE
+    calls = data.asked * (data.sampling.steps or 0) if any(needs_data(source, model) for model in models) else 0
+    width = source.config["num_attention_heads"] * source.config["attention_head_dim"]
+    of_call = (image_tokens + text_tokens) * 2 * width + text_tokens * source.config["joint_attention_dim"]
+    return int(checkpoints) + calls * of_call * 2
 
 
 def make(source: Source, model: Model, data: Data, device: str) -> None:

@@ -138,7 +138,7 @@ def write_page(found: Found, path: Path) -> None:
     comparison, count = found.comparison, len(found.asked)
     order = found.by_difference()
     worst, median = order[:SHOWN], order[SHOWN:][max(0, len(order[SHOWN:]) // 2 - SHOWN // 2) :][:SHOWN]
-    title = "FLUX.1 in NVFP4 against BF16"
+    title = "Quantized FLUX.1 against BF16"
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="benchmarks/flux_dev.py">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -178,7 +178,7 @@ def _check_against_the_pipeline(folder: Path, out: Path) -> None:
 def _check_refusals_of_a_folder(command: list[Any], run: Run, out: Path, pipeline: Path) -> None:
     status, told = run(*command, "--steps", "3")
     assert status == 2
-    assert 'holds images with settings {"guidance"' in told
+    assert "holds images with steps 2, and this run has 3; choose another --output" in told
     status, told = run(*command, "--count", "4")
     assert status == 2
     assert "was captured on prompts that are evaluated on now; lower --count" in told
