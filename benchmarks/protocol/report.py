@@ -137,7 +137,8 @@ def write_page(found: Found, path: Path) -> None:
     """Write the HTML file, with its pictures inside."""
     comparison, count = found.comparison, len(found.asked)
     order = found.by_difference()
-    worst, median = order[:SHOWN], order[SHOWN:][max(0, len(order[SHOWN:]) // 2 - SHOWN // 2) :][:SHOWN]
+    middle = max(SHOWN, (count - SHOWN) // 2)
+    worst, median = order[:SHOWN], order[middle : middle + SHOWN]
     title = "Quantized FLUX.1 against BF16"
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="benchmarks/flux_dev.py">'

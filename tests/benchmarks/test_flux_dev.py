@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_and_reports_what_the_images_say(
     ]  # fmt: skip
 
     _check_data(out, told)
-    _check_page((out / "flux_dev.html").read_text(encoding="utf-8"))
+    _check_page(out)
     _check_against_the_pipeline(pipeline, out)
 
     drawn = {path.name: path.read_bytes() for path in out.glob("images/nvfp4-ptq/*.png")}
@@ -148,7 +148,11 @@ def _check_data(out: Path, told: str) -> None:
         assert title in measured or f"{title} is left out: {data['unavailable'][title]}" in told
 
 
-def _check_page(page: str) -> None:
+def _check_page(out: Path) -> None:
+    page = (out / "flux_dev.html").read_text(encoding="utf-8")
+    images = json.loads((out / "flux_dev.json").read_text())["images"]
+    near = {f"<p>{one['prompt']} <small>": sum(one[recipe]["psnr_db"] for recipe in RECIPES) for one in images}
+    assert sorted(near, key=page.index) == sorted(near, key=near.__getitem__)
     for expected in (
         "width=device-width",
         "data:image/jpeg;base64,",
