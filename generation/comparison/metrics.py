@@ -41,7 +41,7 @@ _SMALLEST_MSE: Final = 1e-12
 NO_SSIM: Final = "a package is not installed: pip install 'fp4trt[metrics]'"
 
 UNUSABLE: Final = (ImportError, OSError, RuntimeError)
-"""What importing an installed package may raise: torchvision's build for another torch a RuntimeError."""
+"""What importing a package may raise, torchvision's build for another torch a RuntimeError; and loading weights."""
 
 _AT_ONCE: Final = 8
 """Images whose SSIM is computed together: those of a pipeline are large."""
@@ -181,10 +181,11 @@ def why_no_ssim() -> str | None:
 
 
 def lacking(error: Exception) -> str:
-    """Return, in one line, what an installed package does not find when it is imported."""
+    """Return, in one line, what an installed package does not find when it is imported or loads its weights."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"a package is not installed: pip install {error.name.partition('.')[0]}"
-    return f"a package cannot be imported: {' '.join(str(error).split())}"
+    what = "a package cannot be imported" if isinstance(error, ImportError) else "it cannot be loaded here"
+    return f"{what}: {' '.join(str(error).split())}"
 
 
 def frechet(key: str, title: str, features: Callable[[torch.Tensor], torch.Tensor], network: str) -> Metric:

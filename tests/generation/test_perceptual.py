@@ -118,5 +118,5 @@ def test_a_network_that_cannot_be_built_is_named_and_left_out(monkeypatch: pytes
         raise RuntimeError("operator torchvision::nms does not exist")  # as where it is built for another torch
 
     monkeypatch.setattr(perceptual, "_JUDGES", (perceptual._Judge("LPIPS", {}, lambda: tmp_path, build),))
-    reason = "a package cannot be imported: operator torchvision::nms does not exist"
+    reason = "it cannot be loaded here: operator torchvision::nms does not exist"
     assert perceptual.perceptual_metrics() == ([], {"LPIPS": reason})
