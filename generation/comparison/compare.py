@@ -38,7 +38,7 @@ from generation.comparison.report import AMPLIFIED, NO_PLOTS, has_plots, write_r
 from generation.comparison.store import Store
 from generation.comparison.table import table
 
-__all__ = ["DATA", "GRID", "PAGE", "compare"]
+__all__ = ["DATA", "GRID", "PAGE", "compare", "opened"]
 
 DATA: Final = "compare.json"
 PAGE: Final = "compare.html"
@@ -192,14 +192,19 @@ def _task(
     refuse_quantized(folder, config)
     family = family_of(config, folder)
     refuse_sampling(folder, family, prompts, sampling)
-    opened = {name: _opened(name, Path(path), config) for name, path in checkpoints.items()}
+    found = {name: opened(name, Path(path), config) for name, path in checkpoints.items()}
     asked = None if prompts is None else read_prompts(Path(prompts))
     sampler = _sampler(folder, family, asked, images, sampling)
     dtype = torch.float32 if family is DIGITS else torch.bfloat16
-    return _Task(folder, family, opened, tuple(seeds), sampler, dtype)
+    return _Task(folder, family, found, tuple(seeds), sampler, dtype)
 
 
-def _opened(name: str, path: Path, config: Mapping[str, Any]) -> Checkpoint:
+def opened(name: str, path: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """Return a quantized checkpoint that was made from the source of a config.
+
+    Raises:
+        BadCheckpoint: it was made from another, or is none.
+    """
     checkpoint = read(path)
     # diffusers notes its own version and where it loaded from; all else decides what the model is.
     ours, theirs = (
@@ -277,13 +282,13 @@ def _draw(task: _Task, store: Store, kept: Callable[[], None]) -> None:
 
 def _measured(task: _Task, store: Store) -> Comparison:
     count, prompts = task.sampler.batches, task.sampler.prompts
-    reference = Shown(task.seeds, prompts, lambda seed: as_unit(store.reference_images(seed, count)))
+    reference = Shown(task.seeds, prompts, lambda seed: [as_unit(store.reference_images(seed, count))])
 
     def shown(key: str) -> Shown:
         return Shown(
             task.seeds,
             prompts,
-            lambda seed: as_unit(store.drawn(key, seed).images),
+            lambda seed: [as_unit(store.drawn(key, seed).images)],
             lambda seed: store.drawn(key, seed),
         )
 
@@ -296,17 +301,18 @@ def _measured(task: _Task, store: Store) -> Comparison:
 
 def _metrics(family: Family) -> tuple[list[Metric], dict[str, str]]:
     """Return what can be measured of a family's images, and what cannot and why."""
-    no_ssim = known.why_no_ssim()
-    metrics = [known.PSNR, known.SSIM, known.VELOCITY] if no_ssim is None else [known.PSNR, known.VELOCITY]
-    unavailable = {} if no_ssim is None else {known.SSIM.title: no_ssim}
+    near, no_ssim = known.likeness()
+    further: list[Metric]
+    missing: dict[str, str]
     if family is DIGITS:
         from generation.comparison.digits import digits_metrics
 
-        return [*metrics, *digits_metrics()], unavailable
-    from generation.comparison.perceptual import perceptual_metrics
+        further, missing = digits_metrics(), {}
+    else:
+        from generation.comparison.perceptual import perceptual_metrics
 
-    found, missing = perceptual_metrics()
-    return [*metrics, *found], {**unavailable, **missing}
+        further, missing = perceptual_metrics()
+    return [*near, known.VELOCITY, *further], {**no_ssim, **missing}
 
 
 def _described(task: _Task) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def compare(
                 drawn[name][seed] = follow(sampler, model, seed, batches, advance)
     shown = {name: _shown(sampler, of) for name, of in drawn.items()}
     chosen = [metrics.PSNR, metrics.VELOCITY, *digits_metrics()]
-    return measure(chosen, Shown(tuple(seeds), sampler.prompts, images.__getitem__), shown, {})
+    return measure(chosen, Shown(tuple(seeds), sampler.prompts, lambda seed: [images[seed]]), shown, {})
 
 
 def _shown(sampler: Sampler, drawn: Mapping[int, Drawn]) -> Shown:
-    return Shown(tuple(drawn), sampler.prompts, lambda seed: drawn[seed].images, drawn.__getitem__)
+    return Shown(tuple(drawn), sampler.prompts, lambda seed: [drawn[seed].images], drawn.__getitem__)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,12 +20,14 @@ from generation.comparison.statistics import Scores, jackknife, scores_of
 __all__ = [
     "PSNR",
     "SSIM",
+    "UNUSABLE",
     "VELOCITY",
     "Metric",
     "Shown",
     "frechet",
     "has_ssim",
     "lacking",
+    "likeness",
     "per_image",
     "psnr_db",
     "recognised",
@@ -37,6 +40,9 @@ _SMALLEST_MSE: Final = 1e-12
 
 NO_SSIM: Final = "a package is not installed: pip install 'fp4trt[metrics]'"
 
+UNUSABLE: Final = (ImportError, OSError, RuntimeError)
+"""What importing a package may raise, torchvision's build for another torch a RuntimeError; and loading weights."""
+
 _AT_ONCE: Final = 8
 """Images whose SSIM is computed together: those of a pipeline are large."""
 
@@ -48,13 +54,14 @@ class Shown:
     Attributes:
         seeds: in the order of all scores.
         prompts: of the images of each seed.
-        images: seed to its images, FP32 in [0, 1], [N, H, W] or [N, 3, H, W].
+        images: seed to its images in parts, in order, each FP32 in [0, 1], [N, H, W] or [N, 3, H, W]: only one part
+            has to be in memory. The parts of what is compared are equally large.
         drawn: seed to what was measured on the reference's way; None for the reference itself.
     """
 
     seeds: tuple[int, ...]
     prompts: tuple[str, ...]
-    images: Callable[[int], torch.Tensor]
+    images: Callable[[int], Iterable[torch.Tensor]]
     drawn: Callable[[int], Drawn] | None = None
 
 
@@ -105,9 +112,14 @@ def per_image(
 ) -> Callable[[Shown, Shown], Scores]:
     """Return the scores of what gives a value for each of some images: (images, references, prompts) to [N]."""
 
+    def of_seed(shown: Shown, reference: Shown, seed: int) -> torch.Tensor:
+        asked = iter(shown.prompts)
+        parts = zip(shown.images(seed), reference.images(seed), strict=True)
+        found = [measure(one, other, tuple(itertools.islice(asked, len(one)))) for one, other in parts]
+        return torch.cat([part.double().cpu() for part in found])
+
     def scores(shown: Shown, reference: Shown) -> Scores:
-        rows = [measure(shown.images(seed), reference.images(seed), shown.prompts) for seed in shown.seeds]
-        return scores_of(torch.stack([row.double().cpu() for row in rows]).numpy())
+        return scores_of(torch.stack([of_seed(shown, reference, seed) for seed in shown.seeds]).numpy())
 
     return scores
 
@@ -146,6 +158,12 @@ VELOCITY: Final = Metric(
 )  # fmt: skip
 
 
+def likeness() -> tuple[list[Metric], dict[str, str]]:
+    """Return what says how like the reference's an image is, PSNR and SSIM, and what of it cannot be had and why."""
+    no_ssim = why_no_ssim()
+    return ([PSNR, SSIM], {}) if no_ssim is None else ([PSNR], {SSIM.title: no_ssim})
+
+
 def has_ssim() -> bool:
     """Whether the package that computes the SSIM can be imported."""
     return why_no_ssim() is None
@@ -157,16 +175,17 @@ def why_no_ssim() -> str | None:
         return NO_SSIM
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: F401
-    except ImportError as error:
+    except UNUSABLE as error:
         return lacking(error)
     return None
 
 
-def lacking(error: ImportError) -> str:
-    """Return, in one line, what an installed package does not find when it is imported."""
+def lacking(error: Exception) -> str:
+    """Return, in one line, what an installed package does not find when it is imported or loads its weights."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"a package is not installed: pip install {error.name.partition('.')[0]}"
-    return f"a package cannot be imported: {' '.join(str(error).split())}"
+    what = "a package cannot be imported" if isinstance(error, ImportError) else "it cannot be loaded here"
+    return f"{what}: {' '.join(str(error).split())}"
 
 
 def frechet(key: str, title: str, features: Callable[[torch.Tensor], torch.Tensor], network: str) -> Metric:
@@ -174,7 +193,7 @@ def frechet(key: str, title: str, features: Callable[[torch.Tensor], torch.Tenso
 
     @functools.cache
     def of(shown: Shown, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-        return features(shown.images(seed)).double().cpu().numpy()
+        return torch.cat([features(part).double().cpu() for part in shown.images(seed)]).numpy()
 
     def scores(shown: Shown, reference: Shown) -> Scores:
         return frechet_scores(

@@ -12,15 +12,17 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from generation.comparison.metrics import Metric, frechet, lacking, per_image
+from generation.comparison.metrics import UNUSABLE, Metric, frechet, lacking, per_image
 
 __all__ = ["CLIP", "perceptual_metrics"]
 
 CLIP: Final = "openai/clip-vit-large-patch14"
 """The network of the CLIP score and of CLIP-IQA: a name in the hub's cache, or a folder."""
 
-_ALEXNET: Final = "alexnet-owt-7be5be79.pth"
-_INCEPTION: Final = "weights-inception-2015-12-05-6726825d.pth"
+_ALEXNET: Final = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+_INCEPTION: Final = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 _IMAGE_REWARD: Final = "ImageReward.pt"
 _IMAGE_REWARD_CONFIG: Final = "med_config.json"
 
@@ -56,7 +58,7 @@ def perceptual_metrics() -> tuple[list[Metric], dict[str, str]]:
             continue
         try:
             found.append(judge.build(weights))
-        except ImportError as error:  # a package that one of these imports itself
+        except UNUSABLE as error:  # a package that one of these imports itself, or weights that it asks for beside
             missing[judge.title] = lacking(error)
     return found, missing
 
@@ -69,18 +71,27 @@ def _in_colour(images: torch.Tensor) -> torch.Tensor:
     return images.unsqueeze(1).expand(-1, 3, -1, -1) if images.ndim == 3 else images
 
 
+def _bytes(images: torch.Tensor) -> torch.Tensor:
+    """Return images in colour as a picture file has them, uint8 [N, 3, H, W]."""
+    return (_in_colour(images) * 255).round().to(torch.uint8)
+
+
 def _one_by_one(measure: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """Return what a network says of each image [3, H, W], a batch of one at a time, to bound the memory."""
     with torch.inference_mode():
-        return torch.stack([measure(image[None].to(_device())).reshape(()).cpu() for image in _in_colour(images)])
+        return torch.stack([measure(image[None].to(_device())).reshape(()).cpu() for image in images])
 
 
-def _hub_file(name: str) -> Callable[[], Path | str]:
+def _hub_file(url: str) -> Callable[[], Path | str]:
     def find() -> Path | str:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / name
-        return path if path.is_file() else f"its weights are not on disk: {name} in {path.parent}"
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        return path if path.is_file() else _absent(f"{path.name} in {path.parent}", f"download {url}")
 
     return find
+
+
+def _absent(weights: str, remedy: str) -> str:
+    return f"its weights are not on disk: {weights}; {remedy}"
 
 
 def _clip_folder() -> Path | str:
@@ -96,7 +107,7 @@ def _clip_folder() -> Path | str:
     except LocalEntryNotFoundError:
         folder = None
     if folder is None or not (folder / "model.safetensors").is_file():
-        return f"its weights are not on disk: {CLIP} in the hub's cache"
+        return _absent(f"{CLIP} in the hub's cache", f"run: hf download {CLIP}")
     return folder
 
 
@@ -132,7 +143,11 @@ def _clip_score(folder: Path) -> Metric:
 
     def score(images: torch.Tensor, _: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         asked = iter(prompts)
-        return _one_by_one(lambda image: likeness(image, [next(asked)], lambda: (clip, clip.processor)), images)
+
+        def likeness_of(image: torch.Tensor) -> torch.Tensor:
+            return likeness(image, [next(asked)], lambda: (clip, clip.processor))
+
+        return _one_by_one(likeness_of, _bytes(images))
 
     meaning = "100 times the cosine between CLIP's features of image and prompt (Hessel et al. 2021; torchmetrics)."
     return Metric("clip_score", "CLIP score", ".2f", "", True, meaning, per_image(score), absolute=True)
@@ -145,7 +160,7 @@ def _clip_iqa(folder: Path) -> Metric:
     clip = _Clip(folder)
 
     def good(images: torch.Tensor, _: torch.Tensor, __: tuple[str, ...]) -> torch.Tensor:
-        return _one_by_one(lambda image: quality(image, lambda: (clip, clip.processor)), images)
+        return _one_by_one(lambda image: quality(image, lambda: (clip, clip.processor)), _bytes(images))
 
     meaning = "How much nearer to 'Good photo.' than to 'Bad photo.' CLIP finds it (Wang et al. 2023; torchmetrics)."
     return Metric("clip_iqa", "CLIP-IQA", ".4f", "", True, meaning, per_image(good), absolute=True)
@@ -158,7 +173,7 @@ def _lpips(_: Path) -> Metric:
 
     def distance(images: torch.Tensor, references: torch.Tensor, _: tuple[str, ...]) -> torch.Tensor:
         wanted = iter(_in_colour(references))
-        return _one_by_one(lambda image: network(image, next(wanted)[None].to(_device())), images)
+        return _one_by_one(lambda image: network(image, next(wanted)[None].to(_device())), _in_colour(images))
 
     meaning = "Learned perceptual distance to the reference's image (Zhang et al. 2018, AlexNet; torchmetrics)."
     return Metric("lpips", "LPIPS", ".4f", "", False, meaning, per_image(distance))
@@ -171,9 +186,8 @@ def _inception(weights: Path) -> Metric:
     network = distance.inception.to(_device())
 
     def features(images: torch.Tensor) -> torch.Tensor:
-        bytes_ = (_in_colour(images) * 255).round().to(torch.uint8)
         with torch.inference_mode():
-            return torch.cat([network(image[None].to(_device())).cpu() for image in bytes_])
+            return torch.cat([network(image[None].to(_device())).cpu() for image in _bytes(images)])
 
     return frechet("frechet_inception", "Frechet distance", features, "Inception-v3; wants thousands of images")
 
@@ -185,8 +199,7 @@ def _image_reward(weights: Path) -> Metric:
     model = importlib.import_module("ImageReward").load(str(weights), device=_device(), med_config=described)
 
     def reward(images: torch.Tensor, _: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
-        pixels = (_in_colour(images) * 255).round().to(torch.uint8).movedim(1, -1)
-        pictures = [Image.fromarray(picture.numpy()) for picture in pixels]
+        pictures = [Image.fromarray(picture.numpy()) for picture in _bytes(images).movedim(1, -1)]
         return torch.tensor([model.score(prompt, one) for prompt, one in zip(prompts, pictures, strict=True)])
 
     meaning = "What a model of human preference thinks of image and prompt (Xu et al. 2023; its own package)."
@@ -196,7 +209,10 @@ def _image_reward(weights: Path) -> Metric:
 def _reward_file() -> Path | str:
     folder = Path.home() / ".cache" / "ImageReward"
     absent = [name for name in (_IMAGE_REWARD, _IMAGE_REWARD_CONFIG) if not (folder / name).is_file()]
-    return f"its weights are not on disk: {' and '.join(absent)} in {folder}" if absent else folder / _IMAGE_REWARD
+    if absent:
+        remedy = f"run: hf download THUDM/ImageReward {' '.join(absent)} --local-dir {folder}"
+        return _absent(f"{' and '.join(absent)} in {folder}", remedy)
+    return folder / _IMAGE_REWARD
 
 
 _TORCHMETRICS: Final = {"torchmetrics": "pip install 'fp4trt[metrics]'"}

@@ -15,14 +15,24 @@ from generation.comparison.measurement import Comparison
 from generation.comparison.statistics import Estimate, estimate
 from generation.comparison.table import difference_text, estimate_text, verdict
 
-__all__ = ["AMPLIFIED", "NO_PLOTS", "has_plots", "write_report"]
+__all__ = [
+    "AMPLIFIED",
+    "NO_PLOTS",
+    "STYLE",
+    "differences",
+    "figures",
+    "has_plots",
+    "left_out",
+    "meanings",
+    "write_report",
+]
 
 AMPLIFIED: Final = 8
 """Factor on the differences in the picture."""
 
 NO_PLOTS: Final = "matplotlib is not installed, so compare.html has no plot: pip install 'fp4trt[report]'"
 
-_STYLE: Final = """
+STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0; width: 100% }
 td, th { border-bottom: 1px solid #ddd; padding: .35em .6em; text-align: left; vertical-align: top }
@@ -52,15 +62,15 @@ def write_report(comparison: Comparison, described: Mapping[str, Any], grid: Pat
     seeds, images = described["seeds"], described["images_per_seed"]
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="fp4trt compare">'
-        f"<title>Comparison</title><style>{_STYLE}</style><h1>Comparison</h1>"
+        f"<title>Comparison</title><style>{STYLE}</style><h1>Comparison</h1>"
         f"<p>{len(comparison.checkpoints)} quantized checkpoints of a {html.escape(described['family'])} model against "
         f"its BF16 weights: {images} images of each of {len(seeds)} seeds ({', '.join(map(str, seeds))}), from the "
         f"same prompts and noise.</p>"
-        f"<h2>Figures</h2>{_figures(comparison)}{_differences(comparison)}{_missing(comparison)}"
+        f"<h2>Figures</h2>{figures(comparison)}{differences(comparison)}{left_out(comparison)}"
         f"<h2>Images</h2><figure><img alt='the same prompts and noise by each model, and the differences' "
         f"src='data:image/png;base64,{picture}'></figure>"
         f"<h2>Velocity error by time</h2>{_by_time(comparison)}"
-        f"<h2>What the figures mean</h2>{_meanings(comparison)}<p>{_METHOD}</p></html>\n"
+        f"<h2>What the figures mean</h2>{meanings(comparison)}<p>{_METHOD}</p></html>\n"
     )
     write_text(path, page)
 
@@ -70,7 +80,9 @@ def has_plots() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _figures(comparison: Comparison) -> str:
+def figures(comparison: Comparison) -> str:
+    """Return the table of every metric of the reference and of every checkpoint."""
+
     def cell(text: str, one: Estimate | None, form: str) -> str:
         spread = "" if one is None or one.spread is None else f"<br><small>spread {one.spread:{form}}</small>"
         return f"<td>{html.escape(text)}{spread}</td>"
@@ -90,7 +102,8 @@ def _figures(comparison: Comparison) -> str:
     return _table(comparison, dict(zip(["BF16 reference", *comparison.checkpoints], rows, strict=True)))
 
 
-def _differences(comparison: Comparison) -> str:
+def differences(comparison: Comparison) -> str:
+    """Return the table of what each checkpoint differs from the first by; nothing where there is one alone."""
     first, *others = comparison.checkpoints
     if not others:
         return ""
@@ -112,14 +125,16 @@ def _table(comparison: Comparison, rows: Mapping[str, str]) -> str:
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
-def _missing(comparison: Comparison) -> str:
+def left_out(comparison: Comparison) -> str:
+    """Return the list of the metrics that could not be computed, with what each lacks; nothing where there is none."""
     lines = "".join(
         f"<li>{html.escape(title)}: {html.escape(reason)}</li>" for title, reason in comparison.unavailable.items()
     )
     return f"<p>Left out:</p><ul>{lines}</ul>" if lines else ""
 
 
-def _meanings(comparison: Comparison) -> str:
+def meanings(comparison: Comparison) -> str:
+    """Return the table of what each metric means."""
     rows = "".join(
         f"<tr><th>{html.escape(metric.title)}</th><td>{html.escape(metric.meaning)} "
         f"{'Higher' if metric.higher_is_better else 'Lower'} is better.</td></tr>"

@@ -8,7 +8,7 @@ from generation.comparison.measurement import Comparison
 from generation.comparison.metrics import Metric
 from generation.comparison.statistics import Estimate, estimate
 
-__all__ = ["difference_text", "estimate_text", "table", "verdict"]
+__all__ = ["aligned", "difference_text", "estimate_text", "table", "verdict"]
 
 
 def table(comparison: Comparison) -> str:
@@ -20,7 +20,7 @@ def table(comparison: Comparison) -> str:
         [name, *(estimate_text(metric, comparison.estimate(name, metric.key)) for metric in comparison.metrics)]
         for name in names
     ]
-    text = _aligned([head, *rows])
+    text = aligned([head, *rows])
     if len(names) > 1:
         first = names[0]
         differences = [
@@ -28,7 +28,7 @@ def table(comparison: Comparison) -> str:
             for name in names[1:]
         ]
         text += f"\n\ndifference to {first}, paired (* where the 95 % interval leaves out 0)\n"
-        text += _aligned([head, *differences])
+        text += aligned([head, *differences])
     return text
 
 
@@ -56,7 +56,8 @@ def verdict(metric: Metric, one: Estimate) -> str:
     return "better" if (one.mean > 0) == metric.higher_is_better else "worse"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first of them the head, as lines with equally wide columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()

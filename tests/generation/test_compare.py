@@ -276,4 +276,7 @@ def test_a_metric_that_cannot_be_had_says_what_it_lacks(monkeypatch: pytest.Monk
     for reason in missing.values():
         assert "\n" not in reason
         assert reason.startswith(("a package is not installed: pip install", "its weights are not on disk: "))
-    assert missing["CLIP score"] == "its weights are not on disk: nobody/has-this-model in the hub's cache"
+    clip = (
+        "its weights are not on disk: nobody/has-this-model in the hub's cache; run: hf download nobody/has-this-model"
+    )
+    assert missing["CLIP score"] == clip

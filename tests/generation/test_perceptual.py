@@ -15,7 +15,7 @@ pytest.importorskip("torchmetrics")
 
 def shown(offset: float) -> Shown:
     images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 8, 8) * 0.5 + offset
-    return Shown((0,), ("a cat", "a dog", "a"), lambda _: images)
+    return Shown((0,), ("a cat", "a dog", "a"), lambda _: images.split(2))
 
 
 def judge(title: str) -> Metric:
@@ -63,6 +63,21 @@ def test_clip_judges_each_image_by_itself(title: str) -> None:
     assert 0 <= scores.values.min() <= scores.values.max() <= (100 if title == "CLIP score" else 1)
 
 
+def test_clip_sees_the_images_in_their_full_range(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    features = perceptual._Clip.get_image_features
+    keep = lambda self, pixels: seen.append(pixels) or features(self, pixels)  # noqa: E731
+    monkeypatch.setattr(perceptual._Clip, "get_image_features", keep)
+    black_and_white = torch.zeros(1, 3, 32, 32)
+    black_and_white[..., 16:] = 1
+    of = Shown((0,), ("a cat",), lambda _: [black_and_white])
+    for title in ("CLIP score", "CLIP-IQA"):
+        judge(title).scores(of, of)
+    for pixels in seen:  # normalized by CLIP's own means and deviations
+        assert [pixels.min().item(), pixels.max().item()] == pytest.approx([-0.48145466 / 0.26862954, 2.146], abs=1e-3)
+    assert len(seen) == 2
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return where torch keeps downloaded weights, empty."""
@@ -96,3 +111,12 @@ def test_the_frechet_distance_takes_the_features_of_inception(hub: Path, monkeyp
     assert metric.key == "frechet_inception"
     assert metric.scores(shown(0.0), shown(0.0)).figures == pytest.approx([0], abs=1e-3)
     assert metric.scores(shown(0.4), shown(0.0)).figures[0] > 0
+
+
+def test_a_network_that_cannot_be_built_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def build(_: Path) -> Metric:
+        raise RuntimeError("operator torchvision::nms does not exist")  # as where it is built for another torch
+
+    monkeypatch.setattr(perceptual, "_JUDGES", (perceptual._Judge("LPIPS", {}, lambda: tmp_path, build),))
+    reason = "it cannot be loaded here: operator torchvision::nms does not exist"
+    assert perceptual.perceptual_metrics() == ([], {"LPIPS": reason})
