@@ -19,6 +19,7 @@ from calibration.methods.qat import distillation
 from calibration.methods.qat.branch import branch_linears
 from calibration.methods.qat.student import make_student, student_linears
 from calibration.quantization import quantize
+from exporter.onnx_export import branches, group_leaders
 from fp4trt.account import account_of
 from fp4trt.errors import BadCheckpoint
 from tests import warm_python
@@ -138,6 +139,15 @@ def test_factors_and_biases_change_and_codes_and_scales_stay(trained, start):
     for key in ("amax", "groups", "quantized"):
         assert after.manifest[key] == start.manifest[key]
     assert after.manifest["training"]["start"]["name"] == "small-branches"
+
+
+def test_the_graph_is_made_of_what_that_of_the_start_is(trained, start):
+    after = read(trained[0])
+    for made_of in (branches, group_leaders, lambda checkpoint: checkpoint.account.linears):
+        assert made_of(after) == made_of(start)
+    assert {branch.factor for branch in branches(after).values()} < set(after.quantized)
+    for name, tensor in after.tensors.items():
+        assert (tensor.dtype, tensor.shape) == (start.tensors[name].dtype, start.tensors[name].shape), name
 
 
 def test_a_trained_checkpoint_that_lost_its_smoothing_is_refused(svdquant_checkpoint):
