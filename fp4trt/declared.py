@@ -99,9 +99,11 @@ def _require_smoothing(where: str, account: Account, algorithms: Algorithms, man
     """Require the scaled inputs of what SVDQuant made: without them the stored weights are noise.
 
     ModelOpt scales the input of every linear; ours leaves out those that read one vector, and a recipe, which the
-    manifest has, may leave out all. A state of ModelOpt's says itself which it has.
+    manifest has, may leave out all; training keeps those that it starts from. A state of ModelOpt's says itself which
+    it has.
     """
-    recipe = manifest.get("recipe")
+    training = manifest.get("training")
+    recipe = training.get("start") if isinstance(training, Mapping) else manifest.get("recipe")
     method = recipe.get("method") if isinstance(recipe, Mapping) else None
     options = method if isinstance(method, Mapping) else {}
     if manifest and (options.get("name") != "svdquant" or options.get("smoothing") is False):

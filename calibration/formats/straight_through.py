@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["straight_through"]
+__all__ = ["as_bfloat16", "straight_through"]
 
 
 class _Rounded(torch.autograd.Function):
@@ -28,3 +28,8 @@ def straight_through(value: torch.Tensor, rounded: Callable[[torch.Tensor], torc
         return rounded(value)
     result: torch.Tensor = _Rounded.apply(value, rounded)  # type: ignore[no-untyped-call]
     return result
+
+
+def as_bfloat16(value: torch.Tensor) -> torch.Tensor:
+    """Return a value as BF16 holds it, in its own dtype; a gradient goes straight through."""
+    return straight_through(value, lambda exact: exact.bfloat16().to(exact.dtype))

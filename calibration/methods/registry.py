@@ -15,7 +15,7 @@ from fp4trt.families import Family
 from fp4trt.number_formats import FORMATS
 from fp4trt.safetensors_file import TensorPlan
 
-__all__ = ["added_tensors", "changes_plain_linears", "needs_activations", "of_block", "require_fit"]
+__all__ = ["added_tensors", "adds_branch", "changes_plain_linears", "needs_activations", "of_block", "require_fit"]
 
 
 def needs_activations(options: Options) -> bool:
@@ -26,6 +26,11 @@ def needs_activations(options: Options) -> bool:
 def changes_plain_linears(options: Options) -> bool:
     """Whether a method changes linears that stay in 16 bit too, as folds do."""
     return isinstance(options, Quality) and (options.shift_fold or options.smooth_fold)
+
+
+def adds_branch(options: Options) -> bool:
+    """Whether a method puts a low-rank branch beside the linears in NVFP4."""
+    return isinstance(options, Quality | SVDQuant) and options.rank > 0
 
 
 def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:

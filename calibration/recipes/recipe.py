@@ -24,6 +24,7 @@ __all__ = [
     "PTQ",
     "QAT",
     "FormatRules",
+    "Learn",
     "Method",
     "ModelOpt",
     "Quality",
@@ -87,6 +88,9 @@ class PTQ(_Strict):
     name: Literal["ptq"]
 
 
+Learn = Literal["all", "biases", "branch"]
+
+
 class QAT(_Strict):
     """Quantization-aware training by distillation from the plain model (see :mod:`calibration.methods.qat`).
 
@@ -94,7 +98,7 @@ class QAT(_Strict):
         start: the recipe, a preset's name or a file, whose method makes the checkpoint to start from; formats and
             attention are those of this recipe.
         learn: ``all`` of each NVFP4 linear, or its ``biases`` alone: a calibration by gradients, which leaves codes and
-            scales as they are.
+            scales as they are. With ``branch`` the low-rank branches, which the start has to have, and the biases.
         steps: of training.
         learning_rate: its largest.
         batch: images of a step, over all processes.
@@ -111,7 +115,7 @@ class QAT(_Strict):
 
     name: Literal["qat"]
     start: str = "nvfp4-quality"
-    learn: Literal["all", "biases"] = "all"
+    learn: Learn = "all"
     steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     batch: int = Field(default=64, gt=0)

@@ -104,7 +104,8 @@ def _train(
     work: Path,
     device: str,
 ) -> None:
-    student = make_student(start, functools.partial(open_plain(folder).tensor, dtype=torch.float32))
+    plain = functools.partial(open_plain(folder).tensor, dtype=torch.float32)
+    student = make_student(start, plain, options.learn)
     if not any(student_linears(student)):
         raise BadRecipe(
             f"{start.recipe} leaves no linear in plain NVFP4, and no other is trained; expected one like nvfp4-ptq"

@@ -137,9 +137,6 @@ class _Loop:
         if options.block_loss:
             self._heard.attach(student, family.blocks(config))
             self._wanted.attach(self._teacher, family.blocks(config))
-        for path, parameter in student.named_parameters():
-            owner, _, leaf = path.rpartition(".")
-            parameter.requires_grad_(owner in _learning(student) and (options.learn == "all" or leaf == "bias"))
         if options.gradient_checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         student.train()
@@ -218,7 +215,8 @@ class _Loop:
             return
         partial = self._work / f"{_STATE}.partial"
         self._accelerator.wait_for_everyone()
-        self._accelerator.save_state(str(partial))
+        # Not as safetensors, which leave out all but one name of a parameter that linears share.
+        self._accelerator.save_state(str(partial), safe_serialization=False)
         if processes.is_main():
             write_json(partial / _STEPS, {"done": done, "losses": self.losses})
             old = self._work / f"{_STATE}.old"
@@ -251,12 +249,6 @@ class _Loop:
         if processes.is_main():
             note(f"resuming: {kept['done']} of {self._options.steps} steps are done")
         return int(kept["done"])
-
-
-def _learning(student: nn.Module) -> set[str]:
-    from calibration.methods.qat.student import student_linears
-
-    return {path for path, _ in student_linears(student)}
 
 
 def _feature_loss(heard: Sequence[Sequence[torch.Tensor]], wanted: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:

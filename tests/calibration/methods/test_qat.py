@@ -26,7 +26,7 @@ from calibration.methods.qat.student import StudentLinear, make_student, student
 from calibration.methods.qat.training import learning_rate, train
 from calibration.methods.qat.trajectories import Trajectories
 from calibration.quantization import quantize
-from calibration.recipes.recipe import QAT
+from calibration.recipes.recipe import QAT, Learn
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.families import family_of
@@ -66,9 +66,9 @@ def trained(digits: Path, five_calls: Path, tmp_path_factory: pytest.TempPathFac
     return folder / "qat", students[0].eval()
 
 
-def of_digits(digits: Path, start: Path) -> nn.Module:
+def of_digits(digits: Path, start: Path, learn: Learn = "all") -> nn.Module:
     stored = tensors_in_folder(digits)
-    return make_student(read(start), lambda name: stored[name].tensor())
+    return make_student(read(start), lambda name: stored[name].tensor(), learn)
 
 
 def answer(model: nn.Module, call: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -308,14 +308,12 @@ def test_a_batch_that_does_not_split_over_the_processes_is_refused(digits, start
 
 @pytest.mark.slow
 def test_a_start_that_leaves_nothing_to_train_is_refused(digits: Path, five_calls, tmp_path, capfd):
-    start = tmp_path / "start.yaml"
-    start.write_text("{name: of-branches, method: {name: svdquant, rank: 1, smoothing: false}}")
-    (tmp_path / "branches.yaml").write_text((RECIPE % (2, 4)).replace("nvfp4-ptq", json.dumps(str(start))))
+    (tmp_path / "mxfp8.yaml").write_text((RECIPE % (2, 4)) + "formats: {default: mxfp8}\n")
     save_inputs(tmp_path / "inputs.safetensors", load_inputs(five_calls)[:1])
-    command = ["quantize", str(digits), "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "branches.yaml")]
+    command = ["quantize", str(digits), "-o", str(tmp_path / "qat"), "--recipe", str(tmp_path / "mxfp8.yaml")]
     assert fp4trt.run([*command, "--calibration", str(tmp_path / "inputs.safetensors")]) == 2
-    assert "of-branches leaves no linear in plain NVFP4" in capfd.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["branches.yaml", "inputs.safetensors", "start.yaml"]
+    assert "nvfp4-ptq leaves no linear in plain NVFP4" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.safetensors", "mxfp8.yaml"]
 
 
 def test_training_that_starts_from_training_is_refused(digits: Path, tmp_path, capfd):
@@ -381,7 +379,7 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
 
 
 def test_where_the_biases_alone_learn_every_code_and_scale_stays(digits, start, calls, tmp_path):
-    student, teacher = of_digits(digits, start), load_transformer()
+    student, teacher = of_digits(digits, start, "biases"), load_transformer()
     config = load_json(digits / "config.json")
     state, losses = train(student, teacher, calls, family_of(config), config, options(learn="biases"), tmp_path)
     before, after = student_tensors(student, of_digits(digits, start).state_dict()), student_tensors(student, state)
