@@ -1,0 +1,260 @@
+"""Workers on the machines of a Ray cluster: a task for each block, files in folders that all machines share.
+
+Ray starts the processes, tells when one is lost, and holds the captured inputs; what enters a block lies in the work
+folder, and what a block became comes back as the task's result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import queue
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import torch
+
+from calibration.by_block.one_block import Finished, Job, Order, Ran, Worker
+from calibration.by_block.workers import OUT_OF_MEMORY, Crew, Died, cores, said_by
+from calibration.checkpoints.plain import PlainCheckpoint
+from calibration.inputs.captured import Inputs
+from fp4trt.errors import BadEnvironment
+from fp4trt.version import __version__
+
+__all__ = ["LOCAL", "on_ray"]
+
+LOCAL: Final = "local"
+"""The address that stands for a Ray of this machine alone, which is started and ended here."""
+
+_ALIKE: Final = ("torch", "numpy", "nvidia-modelopt", "diffusers")
+"""Packages whose versions decide about bytes."""
+
+_PATIENCE_S: Final = 120
+"""Seconds that a machine of the cluster has to answer."""
+
+_CONNECTING_S: Final = 10
+
+
+@contextlib.contextmanager
+def on_ray(
+    address: str, count: int | None, memory: int, job: Job, source: PlainCheckpoint, _: Sequence[Inputs]
+) -> Iterator[Crew]:
+    """Give workers of a Ray cluster.
+
+    Args:
+        address: of the cluster, or :data:`LOCAL`.
+        count: of blocks that are worked on at a time; None for as many as the cluster has cores and memory for.
+        memory: bytes that one of them takes, about.
+        job: of the run; its folders have to be at the same place on every machine.
+        source: the job's checkpoint.
+
+    Raises:
+        BadEnvironment: there is no such cluster, or a machine of it sees other files, or has other packages.
+    """
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(address)
+    try:
+        size, threads = _divided(count, memory, job.device != "cpu", len(source.family.blocks(source.config)) + 1)
+        _require_alike(source)
+        yield _Ray(job, size, threads, memory)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Connect to a cluster, or start one.
+
+    Raises:
+        BadEnvironment: nobody answers there.
+    """
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address == LOCAL:
+            ray.init(num_cpus=cores(), include_dashboard=False, **quiet)
+            return
+        host, colon, port = address.rpartition("://")[2].rpartition(":")
+        if colon and port.isdecimal():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), _CONNECTING_S).close()
+        ray.init(address=address, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadEnvironment(
+            f"cannot connect to Ray at {address} ({reason}); start it with `ray start --head`, and give its HOST:PORT, "
+            "auto for that of this machine, or no address"
+        ) from None
+
+
+def _divided(count: int | None, memory: int, on_gpu: bool, most: int) -> tuple[int, int]:
+    """Return how many blocks are worked on at a time, and by how many threads each.
+
+    Raises:
+        BadEnvironment: the cluster has no room for them.
+    """
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = [
+        int(min(one.get("CPU", 0), one.get("memory", 0) // memory, one.get("GPU", 0) if on_gpu else most))
+        for one in machines
+    ]
+    each = f"a core{' and a GPU' if on_gpu else ''} and {memory / 1e9:.1f} GB of memory"
+    if not sum(room) or (count or 0) > sum(room):
+        raise BadEnvironment(
+            f"the Ray cluster has room for {sum(room)} workers, each of which takes {each}"
+            + (f"; expected {count}: take fewer --workers" if count else "; add a machine to it")
+        )
+    size = min(count or sum(room), most)
+    with_room = [int(one["CPU"]) for one, fit in zip(machines, room, strict=True) if fit]
+    return size, max(1, min(*with_room, sum(with_room) // size))
+
+
+def _require_alike(source: PlainCheckpoint) -> None:
+    """Refuse a cluster whose machines would give other bytes, or none.
+
+    Raises:
+        BadEnvironment: naming the machine, and what is wrong there.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    files = {str(file): file.stat().st_size for file in sorted({one.file for one in source.stored.values()})}
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    ask = ray.remote(num_cpus=0, max_retries=0)(_asked())
+    asked = {
+        address: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            list(files), _ALIKE
+        )
+        for node, address in nodes.items()
+    }
+    ours = {"fp4trt": __version__, **{name: metadata.version(name) for name in _ALIKE}}
+    for address, answer in asked.items():
+        try:
+            theirs, sizes, code = ray.get(answer, timeout=_PATIENCE_S)
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise BadEnvironment(f"the Ray worker at {address} does not answer: {reason}") from None
+        for name, version in ours.items():
+            if theirs[name] != version:
+                raise BadEnvironment(
+                    f"the Ray worker at {address} has {name} {theirs[name] or 'not at all'}, and this machine "
+                    f"{version}; install the same versions on all machines"
+                )
+        if code != _code():
+            raise BadEnvironment(
+                f"the Ray worker at {address} has another fp4trt {__version__} than this machine; install the same one"
+            )
+        for file, size in files.items():
+            if sizes[file] != size:
+                raise BadEnvironment(
+                    f"the Ray worker at {address} does not see {file} as it is here; put source and output into a "
+                    "folder that all machines have at the same path"
+                )
+
+
+def _asked() -> Any:
+    """Return a function that says what a machine has, which Ray takes there as it stands, for it may lack fp4trt."""
+
+    def answer(files: Sequence[str], packages: Sequence[str]) -> tuple[dict[str, str | None], dict[str, int], str]:
+        from importlib import metadata
+        from pathlib import Path
+
+        def version(name: str) -> str | None:
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:
+                return None
+
+        found, code = {name: version(name) for name in packages}, ""
+        try:
+            from calibration.by_block.ray_workers import _code as hash_of_code
+            from fp4trt.version import __version__ as own
+
+            found["fp4trt"], code = own, hash_of_code()
+        except ImportError:
+            found["fp4trt"] = None
+        return found, {file: Path(file).stat().st_size if Path(file).exists() else -1 for file in files}, code
+
+    return answer
+
+
+def _code() -> str:
+    """Return a hash of what quantizes: two machines may have the same version of it and not the same files."""
+    digest, root = hashlib.sha256(), Path(__file__).resolve().parents[2]
+    for file in sorted(file for room in ("calibration", "fp4trt") for file in (root / room).rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+class _Ray:
+    """A task for each block; what it says are the items of its generator."""
+
+    def __init__(self, job: Job, size: int, threads: int, memory: int) -> None:
+        import ray
+
+        self.size, self._run = size, uuid4().hex
+        self._job = ray.put(job)
+        resources: Mapping[str, Any] = {
+            "num_cpus": threads, "num_gpus": int(job.device != "cpu"), "memory": memory, "max_retries": 0
+        }  # fmt: skip
+        self._task = ray.remote(_items).options(**resources, num_returns="streaming", scheduling_strategy="SPREAD")
+        self._threads = threads
+        self._running: dict[int, Any] = {}
+
+    def start(self, order: Order) -> None:
+        self._running[order.index] = self._task.remote(self._job, self._run, self._threads, order)
+
+    def wait(self) -> tuple[int, Ran | Finished | Died]:
+        import ray
+
+        ready = ray.wait(list(self._running.values()), num_returns=1)[0][0]
+        index = next(index for index, items in self._running.items() if items is ready)
+        try:
+            said = ray.get(next(ready))
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            del self._running[index]
+            known = isinstance(error, ray.exceptions.OutOfMemoryError | ray.exceptions.WorkerCrashedError)
+            return index, Died(f"was lost ({type(error).__name__}){f', {OUT_OF_MEMORY}' if known else ''}")
+        if isinstance(said, BaseException):
+            raise said
+        if not isinstance(said, Ran):
+            del self._running[index]
+        return index, said
+
+
+_WORKERS: Final[dict[str, list[Worker]]] = {}
+"""The worker of this process of Ray's, by run."""
+
+
+def _items(job: Job, run: str, threads: int, order: Order) -> Iterator[Ran | Finished | BaseException]:
+    """Work on a block, and yield what is said of it meanwhile."""
+    if run not in _WORKERS:
+        _WORKERS.clear()
+    known = _WORKERS.setdefault(run, [])
+    said: queue.SimpleQueue[Ran | None] = queue.SimpleQueue()
+
+    def work() -> Finished | BaseException:
+        torch.set_num_threads(threads)
+        try:
+            return said_by(job, known, order, said.put)
+        finally:
+            said.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work)
+        yield from iter(said.get, None)  # type: ignore[misc]
+        yield result.result()
