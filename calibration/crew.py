@@ -70,20 +70,19 @@ class Crewed:
         need = registry.memory_of_block(plain.recipe.method, plain.quantized_groups, shapes, blocks)
         kept = _entering(plain, calls)
         if self.ray is not None:
-            note(
-                f"each worker holds a block, in about {readable_size(need)}; what enters one takes {readable_size(kept)}"
-            )
+            words = f"each worker holds a block, in about {readable_size(need)} of memory; "
+            note(f"{words}what enters one takes {readable_size(kept)} on the disk")
             return partial(on_ray, self.ray, self.workers, need)
         count, free = self.workers or 1, available_memory()
+        memory, disk = readable_size(count * need), readable_size((count + 1) * kept)
         note(
-            f"{count} workers hold {count} blocks, in about {readable_size(count * need)} of memory, and keep what enters "
-            f"{count + 1}, in {readable_size((count + 1) * kept)} on the disk"
+            f"{count} workers hold {count} blocks, in about {memory} of memory, and keep what enters {count + 1}, in "
+            f"about {disk} on the disk"
         )
         if free is not None and count * need > free:
-            fit = max(1, free // need)
             raise BadEnvironment(
-                f"{count} workers take about {readable_size(count * need)} of memory, and {readable_size(free)} are free; "
-                f"take --workers {fit}"
+                f"{count} workers take about {memory} of memory, and {readable_size(free)} are free; take --workers "
+                f"{max(1, free // need)}"
             )
         return partial(in_processes, count)
 

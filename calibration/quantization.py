@@ -15,8 +15,8 @@ from calibration.by_block.measure_amax import require_device
 from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
 from calibration.checkpoints.plain import find_source
 from calibration.checkpoints.threads import suited_threads
-from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.crew import Crewed
+from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
 from calibration.recipes.recipe import QAT, Recipe, load_recipe

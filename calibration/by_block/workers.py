@@ -191,9 +191,7 @@ class _Processes:
             return Died(f"was killed, {OUT_OF_MEMORY}")
         ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         if not one.began:
-            ended += (
-                ' before it began: a script that takes workers needs `if __name__ == "__main__":` around what it does'
-            )
+            ended += ' before it began: a script that takes workers needs `if __name__ == "__main__":` around it'
         return Died(ended)
 
 

@@ -108,8 +108,8 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     foresee(partial, reads, needed)
     if reads >= _WORTH_SAYING:
         seconds = estimated_seconds(reads, needed)
-        words = f"it takes {readable_size(MEMORY)} of memory beside the libraries', and about {seconds:.0f} s where the disk"
-        note(f"{words} keeps up")
+        words = f"it takes {readable_size(MEMORY)} of memory beside the libraries', and about {seconds:.0f} s where the"
+        note(f"{words} disk keeps up")
     inputs = shared_input_amax(plain, _packed(plain, prepared), given.calibrated.amax)
     work = Work(sources, plain.stored, groups, linears, inputs, prepared, device)
     with tracking(work.nbytes, "quantizing") as advance:
@@ -217,8 +217,8 @@ def foresee(folder: Path, reads: int, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TooLittleSpace(
-            f"{folder.parent} has {readable_size(free)} free, the result needs {readable_size(needed)}; make room, or choose another "
-            "--output"
+            f"{folder.parent} has {readable_size(free)} free, the result needs {readable_size(needed)}; make room, or "
+            "choose another --output"
         )
     if reads >= _WORTH_SAYING:
         note(f"reading {readable_size(reads)}, writing {readable_size(needed)} ({readable_size(free)} are free)")
