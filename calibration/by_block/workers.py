@@ -7,6 +7,7 @@ anything: which block comes next, and what becomes of it, is said by :mod:`calib
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import os
 import signal
@@ -231,4 +232,8 @@ def said_by(job: Job, known: list[Worker], order: Order, say: Callable[[Ran], ob
             return known[0].work(order, say)
     except BaseException as error:
         error.add_note(f"in the worker of {order.path}:\n{traceback.format_exc()}")
+        try:
+            copy.copy(error)  # as the other process makes it anew
+        except TypeError:
+            return RuntimeError(f"{type(error).__name__}: {error}")
         return error

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -28,6 +29,7 @@ from fp4trt.errors import BadEnvironment, BadOption, NoEffect
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from fp4trt.progress import Step, reporting
+from tests import warm_python
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
 
@@ -142,6 +144,39 @@ def test_what_a_worker_raises_is_raised_here(flux: Path, tmp_path: Path) -> None
     with pytest.raises(NoEffect, match=f"nothing at {block}"):
         _prepare(flux, tmp_path, partial(in_processes, 2), error=block)
     assert not (tmp_path / "work").exists()
+
+
+_KILLED = """
+import os, signal, sys
+from functools import partial
+from pathlib import Path
+from calibration.by_block import progress, workers
+from tests.calibration.by_block import test_workers
+
+finish = progress.BlockCheckpoint.finish
+
+
+def finish_and_die(self, *of):
+    finish(self, *of)
+    if len(self.results) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+progress.BlockCheckpoint.finish = finish_and_die
+test_workers._prepare(Path(sys.argv[1]), Path(sys.argv[2]), partial(workers.in_processes, 2))
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_command_which_resumes(flux: Path, alone: Prepared, tmp_path: Path) -> None:
+    status, printed = warm_python.run(_KILLED, flux, tmp_path)
+    assert status == -signal.SIGKILL, printed
+    pids = {int(pid) for path in (tmp_path / "ran").iterdir() for pid in path.read_text().split()}
+    assert psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)[1] == []
+    finished, before = load_json(tmp_path / "work" / "blocks.json")["order"], _times(tmp_path)
+    assert len(finished) == 2
+    assert _prepare(flux, tmp_path, partial(in_processes, 2)) == alone
+    assert all(_times(tmp_path)[path] == before[path] for path in finished)
 
 
 QUICK = {"name": "quality", "sequential": False, "descent_sweeps": 1, "wiener": 0}
