@@ -1,9 +1,10 @@
 """`fp4trt quantize` in one process against `--workers` and, where Ray is installed, a local Ray with as many workers.
 
 Threads are counted fairly: every process computes on one thread (`OMP_NUM_THREADS=1`), so that one process uses one
-core and N workers use N. Each runs in a process of its own, Python and its libraries included, on one checkpoint of several
-blocks and the same captured inputs; the bytes of the results are compared. Core-seconds are of the process and of all
-that it started: what the workers cost beyond one process is their start. "of one process" is the ratio of the clock.
+core and N workers use N. Each runs in a process of its own, Python and its libraries included, on one checkpoint of
+several blocks and the same captured inputs; the bytes of the results are compared. Core-seconds are of the process and
+of all that it started: what the workers cost beyond one process is their start. "of one process" is the ratio of the
+clock.
 
 `python benchmarks/workers.py --size 2+4x8` takes longer, and hides less of the ratio behind the start.
 """

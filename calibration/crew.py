@@ -73,7 +73,7 @@ class Crewed:
             words = f"each worker holds a block, in about {readable_size(need)} of memory; "
             note(f"{words}what enters one takes {readable_size(kept)} on the disk")
             return partial(on_ray, self.ray, self.workers, need)
-        count, free = self.workers or 1, available_memory()
+        count, free = min(self.workers or 1, len(blocks)), available_memory()
         memory, disk = readable_size(count * need), readable_size((count + 1) * kept)
         note(
             f"{count} workers hold {count} blocks, in about {memory} of memory, and keep what enters {count + 1}, in "

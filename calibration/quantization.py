@@ -27,7 +27,7 @@ from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.number_formats import FP8, counted_by_format
-from fp4trt.options import at_least, file_name, file_names, takes
+from fp4trt.options import at_least, file_name, file_names, takes, word
 from fp4trt.progress import Progress, note
 from fp4trt.safetensors_file import hold
 from fp4trt.verb import Result, verb
@@ -75,7 +75,7 @@ class Quantized(Result):
     calibration=file_names,
     modelopt_state=file_name,
     workers=at_least(1),
-    ray=file_name,
+    ray=word("auto"),
 )
 def quantize(
     source: str | Path,
@@ -233,8 +233,15 @@ def _trained(
     recipe = {**plain.recipe.resolved(), "start": first.resolved()}
 
     def begin(directory: Path) -> None:
-        options = {"workers": crew.workers, "ray": crew.ray}
-        quantize(plain.folder, directory, recipe=first, calibration=calibration, device=device, **options)
+        quantize(
+            plain.folder,
+            directory,
+            recipe=first,
+            calibration=calibration,
+            device=device,
+            workers=crew.workers,
+            ray=crew.ray,
+        )
 
     with trained(plain.folder, captured.calls, options, recipe, begin, work, device) as result:
         yield Given(captured, Prepared(result.tensors, amax=result.amax), kept=result.files, training=result.figures)

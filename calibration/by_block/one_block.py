@@ -120,6 +120,7 @@ class Job:
 
     Attributes:
         folder: the plain checkpoint.
+        work: folder that blocks' outputs go to.
         calls: captured inputs (:func:`held_calls`).
         formats: full module path to format; ``bf16`` for what stays as it is.
         method: what quantizes a block.
@@ -130,6 +131,7 @@ class Job:
     """
 
     folder: Path
+    work: Path
     calls: Sequence[Mapping[str, HeldTensor]]
     formats: Mapping[str, str]
     method: Method

@@ -22,7 +22,7 @@ from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import StoredTensor, TensorPlan, bytes_of, naming, plan_of
 from fp4trt.work_folder import work_folder, write_mark
 
-__all__ = ["BlockCheckpoint", "OutputsFile", "Stored", "finished_blocks"]
+__all__ = ["STATE", "BlockCheckpoint", "OutputsFile", "Stored", "finished_blocks"]
 
 STATE: Final = "blocks.json"
 """Tells a folder of ours from one of the user's."""

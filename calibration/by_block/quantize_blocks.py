@@ -137,9 +137,8 @@ def prepared_by_block(
     outside = tuple(path for group in source.family.outside for path in group.linears if path in scaled)
     open_sink = into or partial(_files, blocks)
     with finished_blocks(work, identity) as finished, open_sink(finished) as sink:
-        job = Job(
-            source.folder, held_calls(calls), formats, method, tuple(fp8_attentions), outside, sink.reader, device
-        )
+        given = held_calls(calls), formats, method, tuple(fp8_attentions), outside
+        job = Job(source.folder, work.resolve(), *given, sink.reader, device)
         with crew(job, source, calls) as workers, tracking(len(blocks), "quantizing blocks") as advance:
             entering = _Schedule(blocks, finished, sink, workers, bool(outside)).run(advance)
         results = {block: finished.results[block] for block in blocks}

@@ -21,6 +21,7 @@ from uuid import uuid4
 import torch
 
 from calibration.by_block.one_block import Finished, Job, Order, Ran, Worker
+from calibration.by_block.progress import STATE
 from calibration.by_block.workers import OUT_OF_MEMORY, Crew, Died, cores, said_by
 from calibration.checkpoints.plain import PlainCheckpoint
 from calibration.inputs.captured import Inputs
@@ -64,7 +65,7 @@ def on_ray(
         _connect(address)
     try:
         size, threads = _divided(count, memory, job.device != "cpu", len(source.family.blocks(source.config)) + 1)
-        _require_alike(source)
+        _require_alike([*{one.file for one in source.stored.values()}, job.work / STATE])
         yield _Ray(job, size, threads, memory)
     finally:
         if ours:
@@ -89,7 +90,7 @@ def _connect(address: str) -> None:
         if colon and port.isdecimal():  # Ray itself tries for minutes
             socket.create_connection((host, int(port)), _CONNECTING_S).close()
         ray.init(address=address, **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadEnvironment(
             f"cannot connect to Ray at {address} ({reason}); start it with `ray start --head`, and give its HOST:PORT, "
@@ -121,8 +122,11 @@ def _divided(count: int | None, memory: int, on_gpu: bool, most: int) -> tuple[i
     return size, max(1, min(*with_room, sum(with_room) // size))
 
 
-def _require_alike(source: PlainCheckpoint) -> None:
+def _require_alike(seen: Sequence[Path]) -> None:
     """Refuse a cluster whose machines would give other bytes, or none.
+
+    Args:
+        seen: files that all machines have to see.
 
     Raises:
         BadEnvironment: naming the machine, and what is wrong there.
@@ -130,7 +134,7 @@ def _require_alike(source: PlainCheckpoint) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    files = {str(file): file.stat().st_size for file in sorted({one.file for one in source.stored.values()})}
+    files = {str(file): file.stat().st_size for file in sorted(seen)}
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     ask = ray.remote(num_cpus=0, max_retries=0)(_asked())
     asked = {
@@ -256,5 +260,6 @@ def _items(job: Job, run: str, threads: int, order: Order) -> Iterator[Ran | Fin
 
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(work)
-        yield from iter(said.get, None)  # type: ignore[misc]
+        while (ran := said.get()) is not None:
+            yield ran
         yield result.result()
