@@ -107,7 +107,8 @@ def in_processes(count: int, job: Job, source: PlainCheckpoint, _: Sequence[Inpu
 
 def cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ask: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # neither Windows nor macOS has it
+    return len(ask(0)) if ask else os.cpu_count() or 1
 
 
 @dataclass
