@@ -45,7 +45,7 @@ class Crewed:
         if self.workers is None and self.ray is None:
             return
         asked = f"workers is {self.workers}" if self.ray is None else f"ray is {self.ray!r}"
-        start = recipe and load_recipe(recipe.method.start) if recipe and isinstance(recipe.method, QAT) else recipe
+        start = load_recipe(recipe.method.start) if recipe and isinstance(recipe.method, QAT) else recipe
         if start is None or not registry.quantizes_by_block(start.method):
             what = f"{start.name} has no such work" if start else "a state of ModelOpt's has no such work"
             raise BadOption(
@@ -57,7 +57,7 @@ class Crewed:
         if self.ray is not None:
             import ray  # noqa: F401  what is not installed is to be known first
 
-    def opened(self, plain: Plain, calls: Sequence[Inputs]) -> OpenCrew:
+    def opened(self, plain: Plain, calls: Sequence[Inputs], device: str) -> OpenCrew:
         """Return what opens the workers, having said what they take.
 
         Raises:
@@ -79,7 +79,7 @@ class Crewed:
             f"{count} workers hold {count} blocks, in about {memory} of memory, and keep what enters {count + 1}, in "
             f"about {disk} on the disk"
         )
-        if free is not None and count * need > free:
+        if device == "cpu" and free is not None and count * need > free:
             raise BadEnvironment(
                 f"{count} workers take about {memory} of memory, and {readable_size(free)} are free; take --workers "
                 f"{max(1, free // need)}"

@@ -208,7 +208,7 @@ def _by_block(
         method = registry.of_block(plain.recipe.method, plain.family)
         result = ResultByBlock(plain, captured, directory, force, device)
         task = (plain.folder, captured.calls, plain.formats, method, plain.recipe.resolved(), work, device)
-        workers = crew.opened(plain, captured.calls)
+        workers = crew.opened(plain, captured.calls, device)
         with prepared_by_block(*task, plain.fp8_attentions, result.opened, workers) as prepared:
             result.complete(prepared)
 

@@ -160,7 +160,7 @@ class BlockCheckpoint:
             if state["run"] != self.run:
                 return False
             results = {block: state["results"][block] for block in state["order"]}
-            entering = {
+            entering: dict[int, Stored] = {
                 int(index): list(_spans(self.outputs_of(int(index) - 1), calls))
                 for index, calls in state["entering"].items()
             }

@@ -7,13 +7,11 @@ folder, and what a block became comes back as the task's result.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import queue
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -26,7 +24,6 @@ from calibration.by_block.workers import OUT_OF_MEMORY, Crew, Died, cores, said_
 from calibration.checkpoints.plain import PlainCheckpoint
 from calibration.inputs.captured import Inputs
 from fp4trt.errors import BadEnvironment
-from fp4trt.version import __version__
 
 __all__ = ["LOCAL", "on_ray"]
 
@@ -132,74 +129,69 @@ def _require_alike(seen: Sequence[Path]) -> None:
         BadEnvironment: naming the machine, and what is wrong there.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-    files = {str(file): file.stat().st_size for file in sorted(seen)}
+    answer, given = _asked(), ([str(file) for file in sorted(seen)], _ALIKE)
+    ask = ray.remote(num_cpus=0, max_retries=0)(answer)
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    ask = ray.remote(num_cpus=0, max_retries=0)(_asked())
-    asked = {
-        address: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            list(files), _ALIKE
-        )
+    asked = [
+        (address, ask.options(scheduling_strategy=On(node, soft=False)).remote(*given))
         for node, address in nodes.items()
-    }
-    ours = {"fp4trt": __version__, **{name: metadata.version(name) for name in _ALIKE}}
-    for address, answer in asked.items():
+    ]
+    packages, sizes, code = answer(*given)
+    for address, told in asked:
         try:
-            theirs, sizes, code = ray.get(answer, timeout=_PATIENCE_S)
+            theirs, their_sizes, their_code = ray.get(told, timeout=_PATIENCE_S)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise BadEnvironment(f"the Ray worker at {address} does not answer: {reason}") from None
-        for name, version in ours.items():
+        for name, version in packages.items():
             if theirs[name] != version:
                 raise BadEnvironment(
-                    f"the Ray worker at {address} has {name} {theirs[name] or 'not at all'}, and this machine "
-                    f"{version}; install the same versions on all machines"
+                    f"the Ray worker at {address} has {name} {theirs[name] or 'not installed'}, this machine has "
+                    f"{version}; install the same version on all machines"
                 )
-        if code != _code():
+        if their_code != code:
             raise BadEnvironment(
-                f"the Ray worker at {address} has another fp4trt {__version__} than this machine; install the same one"
+                f"the Ray worker at {address} has other files of fp4trt {packages['fp4trt']} than this machine; "
+                "install the same ones on all machines"
             )
-        for file, size in files.items():
-            if sizes[file] != size:
+        for file, size in sizes.items():
+            if their_sizes[file] != size:
                 raise BadEnvironment(
-                    f"the Ray worker at {address} does not see {file} as it is here; put source and output into a "
-                    "folder that all machines have at the same path"
+                    f"the Ray worker at {address} does not see {file} as this machine does; put source and output into "
+                    "a folder that all machines have under the same path"
                 )
 
 
-def _asked() -> Any:
-    """Return a function that says what a machine has, which Ray takes there as it stands, for it may lack fp4trt."""
+Answer = tuple[dict[str, str | None], dict[str, int], str]
+"""Name of a package to its version, name of a file to its size, and a hash of the files that quantize."""
 
-    def answer(files: Sequence[str], packages: Sequence[str]) -> tuple[dict[str, str | None], dict[str, int], str]:
+
+def _asked() -> Callable[[Sequence[str], Sequence[str]], Answer]:
+    """Return a function that says what a machine has; Ray takes it there as it stands, where fp4trt may be missing."""
+
+    def answer(files: Sequence[str], packages: Sequence[str]) -> Answer:
+        import hashlib
         from importlib import metadata
         from pathlib import Path
 
-        def version(name: str) -> str | None:
-            try:
-                return metadata.version(name)
-            except metadata.PackageNotFoundError:
-                return None
-
-        found, code = {name: version(name) for name in packages}, ""
+        found: dict[str, str | None] = dict.fromkeys(packages)
+        for name in {one.metadata["Name"] for one in metadata.distributions()} & set(packages):
+            found[name] = metadata.version(name)
+        digest, found["fp4trt"] = hashlib.sha256(), None
         try:
-            from calibration.by_block.ray_workers import _code as hash_of_code
-            from fp4trt.version import __version__ as own
-
-            found["fp4trt"], code = own, hash_of_code()
+            import fp4trt
         except ImportError:
-            found["fp4trt"] = None
-        return found, {file: Path(file).stat().st_size if Path(file).exists() else -1 for file in files}, code
+            pass
+        else:
+            found["fp4trt"], root = fp4trt.__version__, Path(fp4trt.__file__).parents[1]
+            for file in sorted(file for room in ("calibration", "fp4trt") for file in (root / room).rglob("*.py")):
+                digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+        sizes = {file: Path(file).stat().st_size if Path(file).exists() else -1 for file in files}
+        return found, sizes, digest.hexdigest()
 
     return answer
-
-
-def _code() -> str:
-    """Return a hash of what quantizes: two machines may have the same version of it and not the same files."""
-    digest, root = hashlib.sha256(), Path(__file__).resolve().parents[2]
-    for file in sorted(file for room in ("calibration", "fp4trt") for file in (root / room).rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 class _Ray:
