@@ -55,8 +55,7 @@ def on_ray(
     Raises:
         BadEnvironment: there is no such cluster, or a machine of it sees other files, or has other packages.
     """
-    import ray
-
+    ray = _library()
     ours = not ray.is_initialized()
     if ours:
         _connect(address)
@@ -69,16 +68,23 @@ def on_ray(
             ray.shutdown()
 
 
+def _library() -> Any:
+    """Return Ray; some of its functions have no types."""
+    import ray
+
+    return ray
+
+
 def _connect(address: str) -> None:
     """Connect to a cluster, or start one.
 
     Raises:
         BadEnvironment: nobody answers there.
     """
-    import ray
-
+    ray = _library()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of workers that are started here; Ray's own is 15
     try:
         if address == LOCAL:
             ray.init(num_cpus=cores(), include_dashboard=False, **quiet)
@@ -101,8 +107,7 @@ def _divided(count: int | None, memory: int, on_gpu: bool, most: int) -> tuple[i
     Raises:
         BadEnvironment: the cluster has no room for them.
     """
-    import ray
-
+    ray = _library()
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = [
         int(min(one.get("CPU", 0), one.get("memory", 0) // memory, one.get("GPU", 0) if on_gpu else most))
@@ -128,9 +133,9 @@ def _require_alike(seen: Sequence[Path]) -> None:
     Raises:
         BadEnvironment: naming the machine, and what is wrong there.
     """
-    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
+    ray = _library()
     answer, given = _asked(), ([str(file) for file in sorted(seen)], _ALIKE)
     ask = ray.remote(num_cpus=0, max_retries=0)(answer)
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
@@ -198,8 +203,7 @@ class _Ray:
     """A task for each block; what it says are the items of its generator."""
 
     def __init__(self, job: Job, size: int, threads: int, memory: int) -> None:
-        import ray
-
+        ray = _library()
         self.size, self._run = size, uuid4().hex
         self._job = ray.put(job)
         resources: Mapping[str, Any] = {
@@ -213,8 +217,7 @@ class _Ray:
         self._running[order.index] = self._task.remote(self._job, self._run, self._threads, order)
 
     def wait(self) -> tuple[int, Ran | Finished | Died]:
-        import ray
-
+        ray = _library()
         ready = ray.wait(list(self._running.values()), num_returns=1)[0][0]
         index = next(index for index, items in self._running.items() if items is ready)
         try:
