@@ -41,7 +41,7 @@ def measure(words: list[str], source: Path, inputs: Path, recipe: str, result: P
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--size", default="2+3x4", help="DOUBLE+SINGLExHEADS")
+    options.add_argument("--size", default="3+6x4", help="DOUBLE+SINGLExHEADS")
     options.add_argument("--recipe", default="nvfp4-quality")
     options.add_argument("--workers", type=int, default=2)
     options.add_argument("--calls", type=int, default=2, help="captured inputs")
