@@ -195,8 +195,10 @@ class _Schedule:
                 self._workers.start(Order(index, self._paths[index], entering, self._outputs(index)))
 
     def _entering(self, index: int) -> Stored | None:
-        """Return what enters a block, if it is there; nothing where no linear outside the blocks is measured."""
-        return self._finished.entering(index) if index <= self._last_read else ()
+        """Return what enters a block, if it is there; where nothing outside the blocks is measured, that comes last."""
+        if index <= self._last_read:
+            return self._finished.entering(index)
+        return () if self._waiting == [index] else None
 
     def _outputs(self, index: int) -> Path | None:
         """Return where a block's outputs go, unless nobody reads them any more, or they are there."""
