@@ -93,8 +93,8 @@ def _connect(address: str) -> None:
         if colon and port.isdecimal():  # Ray itself tries for minutes
             socket.create_connection((host, int(port)), _CONNECTING_S).close()
         ray.init(address=address, **quiet)
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # Ray raises bare ones too, where a start takes it too long
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadEnvironment(
             f"cannot connect to Ray at {address} ({reason}); start it with `ray start --head`, and give its HOST:PORT, "
             "auto for that of this machine, or no address"
