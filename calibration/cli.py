@@ -126,6 +126,20 @@ def recipes(name: str | None) -> dict[str, Any]:
 )
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @_DEVICE
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Processes that share the blocks, and the cores; for recipes that choose values block by block (quality, "
+    "svdquant, modelopt, and what qat starts from), refused for others.  [default: this process alone]",
+)
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Share the blocks by Ray (extra ray): a cluster's HOST:PORT or auto; without an address on this machine. Give "
+    "it last, or as --ray=ADDRESS.",
+)
 def quantize(
     source: str,
     output: Path,
@@ -135,6 +149,8 @@ def quantize(
     trust: bool,
     force: bool,
     device: str,
+    workers: int | None,
+    ray: str | None,
 ) -> Quantized:
     """Quantize a BF16 checkpoint, to NVFP4 unless the recipe says otherwise.
 
@@ -146,6 +162,7 @@ def quantize(
       fp4trt quantize digits -o digits-fp4
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration amax.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration machine-1.json --calibration machine-2.json
+      fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration inputs.safetensors --workers 4
     """
     from calibration.quantization import quantize as run
     from fp4trt.number_formats import linears_in_words
@@ -159,6 +176,8 @@ def quantize(
         trust=trust,
         force=force,
         device=device,
+        workers=workers,
+        ray=ray,
     )
     attention = f", {result.fp8_attentions} attentions in FP8" if result.fp8_attentions else ""
     click.echo(

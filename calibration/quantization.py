@@ -15,6 +15,7 @@ from calibration.by_block.measure_amax import require_device
 from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
 from calibration.checkpoints.plain import find_source
 from calibration.checkpoints.threads import suited_threads
+from calibration.crew import Crewed
 from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
@@ -26,7 +27,7 @@ from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.number_formats import FP8, counted_by_format
-from fp4trt.options import file_name, file_names, takes
+from fp4trt.options import at_least, file_name, file_names, takes, word
 from fp4trt.progress import Progress, note
 from fp4trt.safetensors_file import hold
 from fp4trt.verb import Result, verb
@@ -68,7 +69,14 @@ class Quantized(Result):
 
 
 @verb
-@takes(source=file_name, output=file_name, calibration=file_names, modelopt_state=file_name)
+@takes(
+    source=file_name,
+    output=file_name,
+    calibration=file_names,
+    modelopt_state=file_name,
+    workers=at_least(1),
+    ray=word("auto"),
+)
 def quantize(
     source: str | Path,
     output: str | Path,
@@ -79,6 +87,8 @@ def quantize(
     trust: bool = False,
     force: bool = False,
     device: str = "cpu",
+    workers: int | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Quantized:
     """Quantize a BF16 checkpoint and write the quantized one.
@@ -102,11 +112,17 @@ def quantize(
         trust: allow reading that state, which is a pickle and can run code.
         force: replace an existing result.
         device: where to run the model on captured inputs, and to pack: ``cpu`` or ``cuda``.
+        workers: how many processes share the blocks, each with a part of the cores, and a GPU in turn; None for this
+            process alone. For methods that quantize block by block, and for the checkpoint that ``qat`` starts from
+            where that is of such a method; refused for others. A script that gives it needs ``if __name__ ==
+            "__main__":`` around what it does.
+        ray: ``local``, or the address of a Ray cluster whose machines share the blocks; ``workers`` then says how many
+            blocks are worked on at a time, None for as many as there are cores and memory for.
         progress: called with each step.
 
     Raises:
         BadOption, BadRecipe, BadCheckpoint, BadInputs, BadAmax, OutputExists, TooLittleSpace, UnsupportedLinear,
-            Untrusted: naming what is wrong.
+            Untrusted, BadEnvironment: naming what is wrong.
         NotReproduced: the result does not compute what a state's own model does.
     """
     if isinstance(recipe, Recipe):
@@ -115,6 +131,8 @@ def quantize(
         chosen = load_recipe(recipe or _usual_recipe(calibration))
     if calibration and modelopt_state is not None:
         raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
+    crew = Crewed(workers, ray)
+    crew.refuse(None if modelopt_state is not None else chosen)
     require_device(device)
     directory, folder = Path(output), find_source(source)
     publish.refuse_foreign(directory, force)
@@ -131,13 +149,13 @@ def quantize(
         and (by_method or (not is_amax(calibration) and processes.count() == 1))
     ):
         if processes.is_main():  # it goes block by block in one process
-            _by_block(plain, calibration or None, directory, force, work, device)
+            _by_block(plain, calibration or None, directory, force, work, device, crew)
         processes.wait(device)
         return _summary(directory, plain, load_manifest(directory / MANIFEST))
     given_by: AbstractContextManager[Given]
     if isinstance(chosen.method, QAT):
         training = directory.with_name(f"{directory.name}.training.partial")
-        given_by = _trained(plain, chosen.method, calibration or None, training, device)
+        given_by = _trained(plain, chosen.method, calibration or None, training, device, crew)
     elif not to_measure:
         given_by = contextlib.nullcontext(Given(Calibration({}, {"data": "none"})))
     else:
@@ -182,6 +200,7 @@ def _by_block(
     force: bool,
     work: Path,
     device: str,
+    crew: Crewed,
 ) -> None:
     """Run a plain checkpoint on captured inputs, and let the recipe's method quantize each block on its own."""
     with suited_threads(plain.config):
@@ -189,13 +208,19 @@ def _by_block(
         method = registry.of_block(plain.recipe.method, plain.family)
         result = ResultByBlock(plain, captured, directory, force, device)
         task = (plain.folder, captured.calls, plain.formats, method, plain.recipe.resolved(), work, device)
-        with prepared_by_block(*task, plain.fp8_attentions, result.opened) as prepared:
+        workers = crew.opened(plain, captured.calls, device)
+        with prepared_by_block(*task, plain.fp8_attentions, result.opened, workers) as prepared:
             result.complete(prepared)
 
 
 @contextlib.contextmanager
 def _trained(
-    plain: Plain, options: QAT, calibration: str | Path | Sequence[str | Path] | None, work: Path, device: str
+    plain: Plain,
+    options: QAT,
+    calibration: str | Path | Sequence[str | Path] | None,
+    work: Path,
+    device: str,
+    crew: Crewed,
 ) -> Iterator[Given]:
     """Quantize a plain checkpoint by the recipe to start from, and train what comes of it."""
     from calibration.methods.qat.distillation import trained
@@ -218,7 +243,15 @@ def _trained(
     recipe = {**plain.recipe.resolved(), "start": first.resolved()}
 
     def begin(directory: Path) -> None:
-        quantize(plain.folder, directory, recipe=first, calibration=calibration, device=device)
+        quantize(
+            plain.folder,
+            directory,
+            recipe=first,
+            calibration=calibration,
+            device=device,
+            workers=crew.workers,
+            ray=crew.ray,
+        )
 
     with trained(plain.folder, captured.calls, options, recipe, begin, work, device) as result:
         yield Given(captured, Prepared(result.tensors, amax=result.amax), kept=result.files, training=result.figures)

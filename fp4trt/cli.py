@@ -76,6 +76,7 @@ EXTRAS: dict[str, str] = {
     "polygraphy": "rtx",
     "tensorrt": "tensorrt",
     "matplotlib": "report",
+    "ray": "ray",
 }
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "one_of",
     "seeds",
     "takes",
+    "word",
 ]
 
 P = ParamSpec("P")
@@ -70,6 +71,11 @@ def one_of(*choices: str) -> Allowed:
 def at_least(least: int) -> Allowed:
     """Allow a whole number that is not less."""
     return lambda value: None if _is_whole(value) and value >= least else f"a whole number, {least} at least"
+
+
+def word(example: str) -> Allowed:
+    """Allow a text that is not empty."""
+    return lambda value: None if isinstance(value, str) and value else f"a word such as {example!r}"
 
 
 def seeds(value: Any) -> str | None:

@@ -62,7 +62,7 @@ class Stopwatch:
 def watch(stopwatch: Stopwatch) -> None:
     """Wrap what the methods are made of."""
     import calibration.formats.modelopt_backend  # noqa: F401  a second or two, that would be the first block's
-    from calibration.by_block import input_statistics, quantize_blocks
+    from calibration.by_block import input_statistics, one_block
     from calibration.methods import registry
     from calibration.methods.modelopt import svdquant
     from calibration.methods.quality import gptq, quantize_block
@@ -70,7 +70,7 @@ def watch(stopwatch: Stopwatch) -> None:
     def wrap(owner: Any, name: str, stage: str, closed: bool = False) -> None:
         setattr(owner, name, stopwatch.stage(stage, getattr(owner, name), closed))
 
-    wrap(quantize_blocks._Run, "__call__", "runs")
+    wrap(one_block._Run, "__call__", "runs")
     wrap(quantize_block, "fold_block", "folds")
     wrap(gptq, "root", "root")
     wrap(gptq, "round_with_feedback", "GPTQ")

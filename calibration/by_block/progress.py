@@ -1,8 +1,9 @@
 """What a run over the blocks of a model has finished, kept on disk, so that a killed run resumes.
 
-A folder with two files: ``blocks.json``, which says what was run, what each finished block gave and of which shapes the
-last one's outputs are; and those outputs, for every call, as plain bytes one after another. A block counts as finished
-once ``blocks.json`` says so, which is written beside, synced and renamed.
+A folder with ``blocks.json``, which says what was run, what each finished block gave and of which shapes the outputs
+are that a block still has to read; and those outputs, in a file for each block, for every call, as plain bytes one
+after another. Where blocks run one after the other that is one file. A block counts as finished once ``blocks.json``
+says so, which is written beside, synced and renamed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,7 @@ from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import StoredTensor, TensorPlan, bytes_of, naming, plan_of
 from fp4trt.work_folder import work_folder, write_mark
 
-__all__ = ["BlockCheckpoint", "finished_blocks"]
+__all__ = ["STATE", "BlockCheckpoint", "OutputsFile", "Stored", "finished_blocks"]
 
 STATE: Final = "blocks.json"
 """Tells a folder of ours from one of the user's."""
@@ -49,9 +50,40 @@ def finished_blocks(folder: Path, run: Mapping[str, Any]) -> Iterator[BlockCheck
         yield checkpoint
 
 
+Stored = Sequence[Sequence[StoredTensor]]
+"""For every call, where the tensors lie that a block returned."""
+
+
+class OutputsFile:
+    """Takes what a block returns for one call after another."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._calls: list[list[StoredTensor]] = []
+
+    def add(self, outputs: Outputs) -> None:
+        """Append what the block returns for the next call."""
+        stored = []
+        with naming(self._path), self._path.open("ab" if self._calls else "wb") as stream:
+            for value in outputs:
+                plan = plan_of("", value)
+                stored.append(StoredTensor(self._path, plan.dtype, plan.shape, stream.tell(), plan.nbytes))
+                stream.write(bytes_of(value).data)
+        self._calls.append(stored)
+
+    def close(self) -> Stored:
+        """Bring the file to disk; return what is in it."""
+        with naming(self._path), self._path.open("r+b") as stream:
+            os.fsync(stream.fileno())
+        return self._calls
+
+
 @dataclass
 class BlockCheckpoint:
     """Finished blocks in a folder.
+
+    Blocks are counted in the order in which the model runs them, from 0. Whoever finishes them in this order names no
+    index.
 
     Attributes:
         folder: where.
@@ -62,47 +94,64 @@ class BlockCheckpoint:
     folder: Path
     run: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
-    _calls: list[list[StoredTensor]] = field(default_factory=list)
-    _next: list[list[StoredTensor]] = field(default_factory=list)
+    _entering: dict[int, Stored] = field(default_factory=dict)
+    _next: OutputsFile | None = None
+
+    def entering(self, index: int) -> Stored | None:
+        """Return where what enters a block lies, for every call: nothing for the first, None if it is not there."""
+        return self._entering.get(index) if index else ()
 
     def outputs(self, call: int) -> Outputs:
         """Return what the last finished block gave for a call; nothing before the first."""
-        return tuple(stored.tensor() for stored in self._calls[call]) if self._calls else ()
+        stored = self._entering.get(len(self.results))
+        return tuple(tensor.tensor() for tensor in stored[call]) if stored else ()
 
     def add(self, outputs: Outputs) -> None:
         """Append what the block that is being run gives for the next call."""
-        file, stored = self._file(len(self.results) + 1), []
-        with naming(file), file.open("ab" if self._next else "wb") as stream:
-            for value in outputs:
-                plan = plan_of("", value)
-                stored.append(StoredTensor(file, plan.dtype, plan.shape, stream.tell(), plan.nbytes))
-                stream.write(bytes_of(value).data)
-        self._next.append(stored)
+        if self._next is None:
+            self._next = OutputsFile(self.outputs_of(len(self.results)))
+        self._next.add(outputs)
 
-    def finish(self, block: str, result: Any) -> None:
-        """Count a block as finished: its outputs, where it has any, take the place of those of the one before."""
-        old, new = self._file(len(self.results)), self._file(len(self.results) + 1)
-        if self._next:
-            with naming(new), new.open("r+b") as stream:
-                os.fsync(stream.fileno())
-        self.results[block] = result
-        self._calls, self._next = self._next, []
+    def outputs_of(self, index: int) -> Path:
+        """Return the file for what a block gives."""
+        return self.folder.resolve() / f"{index + 1:03d}.outputs"
+
+    def ran(self, index: int, outputs: Stored) -> None:
+        """Keep what a block gives, which is on disk, until the block behind it is finished."""
+        self._entering[index + 1] = outputs
         self.save()
-        old.unlink(missing_ok=True)
+
+    def finish(self, block: str, result: Any, index: int | None = None) -> None:
+        """Count a block as finished: its outputs, where it has any, are kept; what entered it goes."""
+        index = len(self.results) if index is None else index
+        if self._next is not None:
+            self._entering[index + 1] = self._next.close()
+            self._next = None
+        self.results[block] = result
+        self._entering.pop(index, None)
+        self.save()
+        self.outputs_of(index - 1).unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Begin anew."""
-        if self.results:
-            old = self._file(len(self.results))
-            self.results, self._calls = {}, []
+        if self.results or self._entering:
+            old = [self.outputs_of(index - 1) for index in self._entering]
+            self.results, self._entering = {}, {}
             self.save()
-            old.unlink(missing_ok=True)
+            for file in old:
+                file.unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write what is finished."""
-        calls = [[(stored.dtype, stored.shape) for stored in call] for call in self._calls]
-        state = {"run": self.run, "order": list(self.results), "results": self.results, "calls": calls}
-        write_mark(self.folder, STATE, state)
+        entering = {
+            index: [[(tensor.dtype, tensor.shape) for tensor in call] for call in calls]
+            for index, calls in self._entering.items()
+        }
+        write_mark(
+            self.folder,
+            STATE,
+            {"run": self.run, "order": list(self.results), "results": self.results, "entering": entering},
+        )
 
     def resume(self) -> bool:
         """Take over what a killed run of the same kind left; return whether there was any."""
@@ -111,14 +160,14 @@ class BlockCheckpoint:
             if state["run"] != self.run:
                 return False
             results = {block: state["results"][block] for block in state["order"]}
-            calls = list(_spans(self._file(len(results)), state["calls"]))
+            entering: dict[int, Stored] = {
+                int(index): list(_spans(self.outputs_of(int(index) - 1), calls))
+                for index, calls in state["entering"].items()
+            }
         except (BadCheckpoint, KeyError, TypeError, ValueError):
             return False
-        self.results, self._calls = results, calls
+        self.results, self._entering = results, entering
         return True
-
-    def _file(self, finished: int) -> Path:
-        return self.folder / f"{finished:03d}.outputs"
 
 
 def _spans(file: Path, calls: list[list[tuple[str, list[int]]]]) -> Iterator[list[StoredTensor]]:

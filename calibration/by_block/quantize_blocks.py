@@ -1,89 +1,49 @@
 """Quantize block by block where that needs the model's own activations: each method is one function of a block.
 
-Each block is loaded once. What it becomes lies on disk before the next one is loaded, in the result itself or in a file
-for each block (:class:`Sink`); a run that was killed resumes with its first unfinished block.
+Each block is loaded once, by one of some workers, of which this process may be the only one
+(:mod:`calibration.by_block.workers`). What it becomes lies on disk before it counts as finished, in the result itself
+or in a file for each block (:class:`Sink`); a run that was killed resumes with its unfinished blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
-from torch import nn
 
-from calibration.by_block.measure_amax import OUTSIDE, identity_of, measured_outside, require_device
-from calibration.by_block.progress import BlockCheckpoint, finished_blocks
-from calibration.by_block.runner import BlockRunner
+from calibration.by_block.measure_amax import OUTSIDE, identity_of, require_device
+from calibration.by_block.one_block import (
+    BlockResult,
+    BlockTask,
+    Job,
+    Method,
+    OpenReader,
+    Order,
+    Ran,
+    Run,
+    held_calls,
+)
+from calibration.by_block.progress import BlockCheckpoint, Stored, finished_blocks
+from calibration.by_block.workers import Crew, Died, OpenCrew, in_this_process
+from calibration.checkpoints.file_reader import ReadTensors
 from calibration.checkpoints.plain import PlainCheckpoint, open_plain
-from calibration.formats.attention_amax import OperandAmax
-from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.inputs.captured import Inputs
+from fp4trt.errors import BadEnvironment
 from fp4trt.number_formats import BF16, FORMATS
-from fp4trt.progress import tracking
-from fp4trt.safetensors_file import StoredTensor, bytes_of, plan_of, tensors_in_file, write
+from fp4trt.progress import note, tracking
+from fp4trt.safetensors_file import StoredTensor, TensorPlan, tensors_in_file, write
 
 __all__ = ["BlockResult", "BlockTask", "Method", "OpenSink", "Prepared", "Run", "Sink", "prepared_by_block"]
 
-
-class Run(Protocol):
-    """Runs a block on all captured calls."""
-
-    def __call__(self, wanted: Iterable[nn.Module] = ()) -> None:
-        """Run; a call may end where the wanted modules have been reached, if there are any."""
-
-
-@dataclass(frozen=True)
-class BlockTask:
-    """One block that is to be quantized.
-
-    Attributes:
-        path: module path, such as ``transformer_blocks.0``.
-        module: the block as the checkpoint has it, in BF16, on the device; may be changed freely once it has run.
-        linears: full module path to format (``nvfp4``, ...) of those that are quantized, in graph order.
-        groups: those of them that read the same input and share their scales.
-        run: runs the block on the inputs that it has in the plain model, for all captured calls; as often as wanted.
-            Given some of its modules, it need not continue in a call where these have been reached.
-    """
-
-    path: str
-    module: nn.Module
-    linears: Mapping[str, str]
-    groups: tuple[tuple[str, ...], ...]
-    run: Run
-
-    def linear(self, path: str) -> nn.Module:
-        """Return one of the block's modules by its full path."""
-        return self.module.get_submodule(self.inside(path))
-
-    def inside(self, path: str) -> str:
-        """Return a module's path in the block."""
-        return path.removeprefix(f"{self.path}.")
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """What a block became.
-
-    Attributes:
-        tensors: name in the quantized checkpoint to value, in the type that it is stored in: whatever differs from what
-            the plain checkpoint has. A method that changes weights gives those of all quantized linears; one that only
-            measures gives none, and leaves them to be rounded to nearest.
-        figures: what the method measured, as JSON, for the manifest.
-        amax: of each quantizer of the linears that it has quantized, such as ``X.input_quantizer``.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    amax: Mapping[str, float] = field(default_factory=dict)
-
-
-Method = Callable[[BlockTask], BlockResult]
+DEATHS: Final = 3
+"""Workers that one block may cost."""
 
 
 class Sink(Protocol):
@@ -94,17 +54,21 @@ class Sink(Protocol):
         """Where the tensors that were put lie, for a sink that keeps them for others."""
         ...
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor of the plain checkpoint, in BF16."""
+    @property
+    def reader(self) -> OpenReader:
+        """Opens what reads the plain checkpoint for a worker; can be pickled."""
         ...
 
-    def put(self, block: str, tensors: Mapping[str, torch.Tensor], amax: Mapping[str, float]) -> None:
-        """Bring a block to disk, and after all of them, as :data:`OUTSIDE`, the rest of the model.
+    def put(
+        self, block: str, tensors: Mapping[str, StoredTensor], amax: Mapping[str, float], read: ReadTensors
+    ) -> None:
+        """Bring a block to disk, in any order, and as :data:`OUTSIDE` the rest of the model.
 
         Args:
-            block: its path; its tensors have just been read.
+            block: its path.
             tensors: as :attr:`BlockResult.tensors`, and the scales of attentions in FP8.
             amax: of each quantizer.
+            read: what was read of it.
         """
         ...
 
@@ -141,10 +105,12 @@ def prepared_by_block(
     device: str = "cpu",
     fp8_attentions: Sequence[str] = (),
     into: OpenSink | None = None,
+    crew: OpenCrew = in_this_process,
 ) -> Iterator[Prepared]:
     """Quantize a plain checkpoint block by block; what comes of it is there until the end of the ``with`` statement.
 
-    In memory at a time: one block, what lies outside the blocks, one call, and what the method keeps.
+    In memory at a time: for each worker one block, what lies outside the blocks, one call, and what the method keeps.
+    On disk, beside the result: the inputs of each block that is being worked on, and of the next one.
 
     Args:
         folder: a plain checkpoint.
@@ -156,129 +122,138 @@ def prepared_by_block(
         device: where to compute, ``cpu`` or ``cuda``.
         fp8_attentions: module paths of the attentions that get scales, from what the plain model gives them.
         into: opens the sink that the blocks go to; None for a file for each in ``work``.
+        crew: opens the workers that share the blocks.
 
     Raises:
         BadCheckpoint, BadInputs, BadAmax, OutputExists: naming what is wrong.
+        BadEnvironment: the worker of a block dies again and again.
     """
     require_device(device)
-    source = open_plain(folder)
-    config, family = source.config, source.family
-    blocks = family.blocks(config)
-    groups = [group for group in family.groups(config) if formats[group[0]] != BF16]
-    identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
+    source = open_plain(folder.resolve())
+    blocks = source.family.blocks(source.config)
+    identity = {**identity_of(folder, source.config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
     identity["results"] = "amax, figures"
     scaled = {path for path, kind in formats.items() if kind != BF16 and FORMATS[kind].needs_input_amax}
-    outside = tuple(path for group in family.outside for path in group.linears if path in scaled)
-    bar = tracking(len(blocks), "quantizing blocks")
-    open_sink = into or partial(_files, source)
-    with finished_blocks(work, identity) as finished, open_sink(finished) as sink, bar as advance:
-        runner = BlockRunner(source.model, blocks, sink.tensor, device)
-        advance(len(finished.results))
-        for block in blocks[len(finished.results) :]:
-            inside = tuple(group for group in groups if group[0].startswith(f"{block}."))
-            with runner.loaded(block) as module:
-                attentions = [path for path in fp8_attentions if path.startswith(f"{block}.")]
-                run = _Run(runner, block, calls, finished, attentions, keep=block != blocks[-1] or bool(outside))
-                linears = {path: formats[path] for group in inside for path in group}
-                result = method(BlockTask(block, module, linears, inside, run))
-                run.require()
-                scales = attention_scales(run.operands.amax, attentions)
-                amax = {**result.amax, **attention_quantizers(run.operands.amax, attentions)}
-                sink.put(block, {**result.tensors, **scales}, amax)
-            finished.finish(block, {"amax": amax, "figures": dict(result.figures)})
-            advance()
-        if outside and OUTSIDE not in finished.results:
-            measured = measured_outside(runner, source.model, outside, calls, finished.outputs, lambda _: None)
-            finished.finish(OUTSIDE, measured)
-        entering = finished.results.get(OUTSIDE, {})
-        sink.put(OUTSIDE, {}, {f"{path}.input_quantizer": value for path, value in entering.items()})
+    outside = tuple(path for group in source.family.outside for path in group.linears if path in scaled)
+    open_sink = into or partial(_files, blocks)
+    with finished_blocks(work, identity) as finished, open_sink(finished) as sink:
+        given = held_calls(calls), formats, method, tuple(fp8_attentions), outside
+        job = Job(source.folder, work.resolve(), *given, sink.reader, device)
+        with crew(job, source, calls) as workers, tracking(len(blocks), "quantizing blocks") as advance:
+            entering = _Schedule(blocks, finished, sink, workers, bool(outside)).run(advance)
         results = {block: finished.results[block] for block in blocks}
         amax = {name: value for result in results.values() for name, value in result["amax"].items()}
         figures = {block: result["figures"] for block, result in results.items() if result["figures"]}
         yield Prepared(sink.tensors, figures, amax, entering)
 
 
-class _Run:
-    """Runs a block on all calls; first it measures attention, and keeps the outputs: the inputs of the next block."""
+class _Schedule:
+    """Hands out the blocks: one may begin when that before it has run once, and a worker is free.
+
+    The inputs of a block stay until it is finished, so that a worker that dies costs that block alone.
+    """
 
     def __init__(
-        self,
-        runner: BlockRunner,
-        block: str,
-        calls: Sequence[Inputs],
-        finished: BlockCheckpoint,
-        attentions: Sequence[str],
-        keep: bool,
+        self, blocks: Sequence[str], finished: BlockCheckpoint, sink: Sink, workers: Crew, to_measure_outside: bool
     ) -> None:
-        self._runner, self._block, self._calls, self._finished = runner, block, calls, finished
-        self._keep, self._ran = keep, False
-        self.operands = OperandAmax(attentions)
+        self._paths, self._finished, self._sink, self._workers = (*blocks, OUTSIDE), finished, sink, workers
+        self._last_read = len(blocks) if to_measure_outside else len(blocks) - 1
+        self._waiting = [index for index, path in enumerate(self._paths) if path not in finished.results]
+        self._running: set[int] = set()
+        self._deaths: Counter[int] = Counter()
+        self._outside: dict[str, float] = {}
 
-    def __call__(self, wanted: Iterable[nn.Module] = ()) -> None:
-        """Run; only what has run to its end once may be left as soon as what is wanted has been reached."""
-        if self._ran:
-            with torch.no_grad(), _left_behind(list(wanted)):
-                for index, call in enumerate(self._calls):
-                    with contextlib.suppress(_Enough):
-                        self._runner.run(self._block, call, self._finished.outputs(index))
-            return
-        with torch.no_grad(), self.operands:
-            for index, call in enumerate(self._calls):
-                outputs = self._runner.run(self._block, call, self._finished.outputs(index))
-                if self._keep:
-                    self._finished.add(outputs)
-        self._ran = True
+    def run(self, advance: Callable[..., None]) -> dict[str, float]:
+        """Bring every block to the sink; return module path to amax of the input of each linear outside them."""
+        advance(len(self._paths) - len(self._waiting))
+        while self._waiting or self._running:
+            self._hand_out()
+            index, said = self._workers.wait()
+            if isinstance(said, Ran):
+                self._finished.ran(index, said.outputs)
+                continue
+            self._running.remove(index)
+            if isinstance(said, Died):
+                self._again(index, said)
+                continue
+            self._sink.put(self._paths[index], said.tensors, said.amax, said.read)
+            if self._paths[index] == OUTSIDE:
+                self._outside = {name.removesuffix(".input_quantizer"): value for name, value in said.amax.items()}
+            else:
+                result = {"amax": said.amax, "figures": said.figures}
+                self._finished.finish(self._paths[index], result, index)
+                advance()
+        return self._outside
 
-    def require(self) -> None:
-        assert self._ran, f"the method never ran {self._block}, so that the next block has no inputs"
+    def _hand_out(self) -> None:
+        for index in list(self._waiting):
+            if len(self._running) == self._workers.size:
+                return
+            if (entering := self._entering(index)) is not None:
+                self._waiting.remove(index)
+                self._running.add(index)
+                self._workers.start(Order(index, self._paths[index], entering, self._outputs(index)))
+
+    def _entering(self, index: int) -> Stored | None:
+        """Return what enters a block, if it is there; where nothing outside the blocks is measured, that comes last."""
+        if index <= self._last_read:
+            return self._finished.entering(index)
+        return () if self._waiting == [index] else None
+
+    def _outputs(self, index: int) -> Path | None:
+        """Return where a block's outputs go, unless nobody reads them any more, or they are there."""
+        behind = index + 1
+        wanted = behind <= self._last_read and self._paths[behind] not in self._finished.results
+        return self._finished.outputs_of(index) if wanted and self._finished.entering(behind) is None else None
+
+    def _again(self, index: int, died: Died) -> None:
+        """Let a block be done again whose worker has died.
+
+        Raises:
+            BadEnvironment: it has died too often.
+        """
+        path = self._paths[index]
+        self._deaths[index] += 1
+        if self._deaths[index] == DEATHS:
+            raise BadEnvironment(f"the worker of {path} died {DEATHS} times; the last one {died.why}")
+        note(f"warning: the worker of {path} {died.why}; the block is done again")
+        self._waiting = sorted([*self._waiting, index])
 
 
-class _Enough(Exception):
-    """Leaves a block's forward where all that was wanted has been reached."""
+@dataclass(frozen=True)
+class _PlainReader:
+    """Reads a plain checkpoint for a sink that needs no more than the method's tensors."""
 
+    source: PlainCheckpoint
 
-@contextlib.contextmanager
-def _left_behind(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Leave each call of a block when it has come to the last of some modules, whose other hooks have run by then."""
-    reached: set[nn.Module] = set()
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.source.tensor(name)
 
-    def hook(module: nn.Module, _: tuple[Any, ...]) -> None:
-        reached.add(module)
-        if len(reached) == len(modules):
-            reached.clear()
-            raise _Enough
-
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def take(self, _: str = "") -> ReadTensors:
+        return ReadTensors()
 
 
 @dataclass(frozen=True)
 class _BlockFiles:
     """Keeps what each block became in a file of its own."""
 
-    source: PlainCheckpoint
+    blocks: Sequence[str]
     folder: Path
+    reader = _PlainReader
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        files = [self._file(block) for block in self.source.family.blocks(self.source.config)]
+        files = [self._file(block) for block in self.blocks]
         return {name: place for file in files for name, place in tensors_in_file(file).items()}
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.source.tensor(name)
-
-    def put(self, block: str, tensors: Mapping[str, torch.Tensor], _: Mapping[str, float]) -> None:
-        plan = [plan_of(name, value) for name, value in tensors.items()]
-        pieces = ((name, bytes_of(value)) for name, value in tensors.items() if value.numel())
+    def put(self, block: str, tensors: Mapping[str, StoredTensor], _: Mapping[str, float], __: ReadTensors) -> None:
+        plan = [TensorPlan(name, value.dtype, value.shape) for name, value in tensors.items()]
+        pieces = ((name, piece) for name, value in tensors.items() if value.nbytes for piece in value.pieces())
         write(self._file(block), plan, pieces, {"format": "fp4trt-block"})
 
     def _file(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"
 
 
-def _files(source: PlainCheckpoint, finished: BlockCheckpoint) -> AbstractContextManager[Sink]:
-    return contextlib.nullcontext(_BlockFiles(source, finished.folder))
+def _files(blocks: Sequence[str], finished: BlockCheckpoint) -> AbstractContextManager[Sink]:
+    return contextlib.nullcontext(_BlockFiles(blocks, finished.folder))

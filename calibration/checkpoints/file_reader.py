@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from calibration.formats.bfloat16 import as_bits, largest_magnitude, refuse_other_types, why_unusable
 from fp4trt.errors import BadCheckpoint
-from fp4trt.safetensors_file import StoredTensor, tensors_in_file
+from fp4trt.safetensors_file import StoredTensor, hold, tensors_in_file
 
-__all__ = ["FileReader", "TensorReader", "hash_of_tensors"]
+__all__ = ["FileReader", "ReadTensors", "TensorReader", "hash_of_tensors"]
 
 
 class FileReader:
@@ -70,13 +71,26 @@ class FileReader:
         self._position = offset
 
 
+@dataclass(frozen=True)
+class ReadTensors:
+    """Some tensors of a plain checkpoint, as they were read.
+
+    Attributes:
+        held: name to value, in BF16; of those that are wanted again.
+        amax: name to the largest magnitude in BF16.
+        sha256: name to the hash of the bytes.
+    """
+
+    held: Mapping[str, StoredTensor] = field(default_factory=dict)
+    amax: Mapping[str, float] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
 class TensorReader:
     """Reads tensors in any order, each of them once, and holds them as BF16 until they are taken.
 
     Args:
         stored: name to tensor of a plain checkpoint.
-        amax: filled with the largest magnitude in BF16 of each tensor that is read, by name.
-        sha256: filled with the hash of the tensor's bytes, by name.
         passed_on: names of tensors that only the caller needs: they are not held.
         changed: prefixes of names; of these tensors the caller gets copies, which it may change.
         forgets: let the system drop what was read from its cache.
@@ -88,15 +102,14 @@ class TensorReader:
     def __init__(
         self,
         stored: Mapping[str, StoredTensor],
-        amax: dict[str, float],
-        sha256: dict[str, str],
         passed_on: Container[str],
         changed: tuple[str, ...],
         forgets: bool = False,
     ) -> None:
-        self._stored, self._amax, self._sha256 = stored, amax, sha256
-        self._passed_on, self._changed, self._forgets = passed_on, changed, forgets
+        self._stored, self._passed_on, self._changed, self._forgets = stored, passed_on, changed, forgets
         self._held: dict[str, torch.Tensor] = {}
+        self._amax: dict[str, float] = {}
+        self._sha256: dict[str, str] = {}
         for file in {tensor.file for tensor in stored.values()}:
             _in_file_order(file)
 
@@ -123,9 +136,12 @@ class TensorReader:
         self._held[name] = value
         return value.clone() if name.startswith(self._changed) else value
 
-    def take(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """Return the held tensors whose names begin so, and hold them no longer."""
-        return {name: self._held.pop(name) for name in list(self._held) if name.startswith(prefix)}
+    def take(self, prefix: str = "") -> ReadTensors:
+        """Return the tensors that were read and whose names begin so, and hold them no longer."""
+        names = [name for name in self._amax if name.startswith(prefix)]
+        held = {name: hold(name, self._held.pop(name)) for name in names if name in self._held}
+        amax = {name: self._amax.pop(name) for name in names}
+        return ReadTensors(held, amax, {name: self._sha256.pop(name) for name in names})
 
 
 def hash_of_tensors(file: Path, sha256: Mapping[str, str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
@@ -15,7 +17,19 @@ from fp4trt.families import Family
 from fp4trt.number_formats import FORMATS
 from fp4trt.safetensors_file import TensorPlan
 
-__all__ = ["added_tensors", "adds_branch", "changes_plain_linears", "needs_activations", "of_block", "require_fit"]
+__all__ = [
+    "added_tensors",
+    "adds_branch",
+    "changes_plain_linears",
+    "memory_of_block",
+    "needs_activations",
+    "of_block",
+    "quantizes_by_block",
+    "require_fit",
+]
+
+_LIBRARIES: Final = 600_000_000
+"""Bytes that a process takes before it has read any weight, about."""
 
 
 def needs_activations(options: Options) -> bool:
@@ -84,21 +98,55 @@ def added_tensors(
                 yield TensorPlan(f"{path}.{BRANCH[1]}", "BF16", (rows, rank))
 
 
+def quantizes_by_block(options: Options) -> bool:
+    """Whether a method has work of its own at each block, which others can share: more than to run it once."""
+    return isinstance(options, Quality | SVDQuant | ModelOpt)
+
+
+def memory_of_block(
+    options: Options, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]], blocks: Sequence[str]
+) -> int:
+    """Return about how many bytes a process takes that quantizes the largest of some blocks.
+
+    Args:
+        options: of the recipe.
+        groups: module paths of the quantized linears that read the same input.
+        shapes: of the weights of linears, [N, K].
+        blocks: module paths.
+    """
+
+    def weights(paths: Iterable[str]) -> int:
+        return sum(shapes[path][0] * shapes[path][1] for path in paths)
+
+    largest = max(weights(path for path in shapes if path.startswith(f"{block}.")) for block in blocks)
+    inside = [group for group in groups if group[0].startswith(tuple(f"{block}." for block in blocks))]
+    widest = max((shapes[group[0]][1] for group in inside), default=0)
+    if isinstance(options, SVDQuant):
+        return _LIBRARIES + 10 * largest
+    if isinstance(options, ModelOpt):
+        return _LIBRARIES + 4 * largest + 32 * max(map(weights, inside), default=0) + 8 * widest**2
+    return _LIBRARIES + 4 * largest + 32 * widest**2  # four matrices in FP64 while moments are inverted
+
+
 def of_block(options: Options, family: Family) -> Method:
-    """Return what quantizes a block of a family's models."""
+    """Return what quantizes a block of a family's models, here or in another process."""
+    return functools.partial(_quantize, options, family)
+
+
+def _quantize(options: Options, family: Family, task: BlockTask) -> BlockResult:
     match options:
         case PTQ():
-            return _measure
+            return _measure(task)
         case Quality():
-            return lambda task: quantize_block.quantize_block(task, options, family.modulated(task.path))
+            return quantize_block.quantize_block(task, options, family.modulated(task.path))
         case SVDQuant():
             from calibration.methods.modelopt.svdquant import svdquant
 
-            return svdquant(options.rank, options.smoothing, options.alpha_step, family.rows)
+            return svdquant(options.rank, options.smoothing, options.alpha_step, family.rows)(task)
         case ModelOpt():
             from calibration.methods.modelopt.algorithms import calibrated
 
-            return calibrated(options.algorithm, family.rows)
+            return calibrated(options.algorithm, family.rows)(task)
     raise AssertionError(f"no function of a block for {options.name}")
 
 

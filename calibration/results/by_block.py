@@ -1,7 +1,7 @@
-"""Write a quantized checkpoint while the model runs block by block: each block is read once, run, and written.
+"""Write a quantized checkpoint while the model runs block by block: each block is read once, run, and written here.
 
 What is on disk of a finished block is noted in ``DIR.partial`` before the block counts as finished, so that a killed
-run resumes with its first unfinished block.
+run resumes with its unfinished blocks.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-import torch
-
 from calibration.by_block.calibration import Calibration
 from calibration.by_block.measure_amax import OUTSIDE
+from calibration.by_block.one_block import OpenReader
 from calibration.by_block.progress import BlockCheckpoint
 from calibration.by_block.quantize_blocks import Prepared
 from calibration.checkpoints import layout
-from calibration.checkpoints.file_reader import TensorReader, hash_of_tensors
+from calibration.checkpoints.file_reader import ReadTensors, TensorReader, hash_of_tensors
 from calibration.checkpoints.one_pass import Done, Work, is_large, quantize_in_one_pass
+from calibration.checkpoints.plain import PlainCheckpoint
 from calibration.methods import registry
 from calibration.methods.plan import Plain
 from calibration.results.write import Given, complete, foresee, shared_input_amax, versions
@@ -32,7 +32,7 @@ from fp4trt import publish
 from fp4trt.account import ATTENTION_SCALES, TensorHeader
 from fp4trt.checkpoint_folder import files_of
 from fp4trt.progress import note
-from fp4trt.safetensors_file import StoredTensor, TensorPlan, hold
+from fp4trt.safetensors_file import StoredTensor, TensorPlan
 
 __all__ = ["ResultByBlock"]
 
@@ -71,7 +71,6 @@ class ResultByBlock:
         with publish.replacing(self._directory, self._force, identity) as self._partial:
             try:
                 self._resume(finished)
-                self._reader = self._reading()
                 yield self
             except (OSError, MemoryError, KeyboardInterrupt):
                 raise
@@ -96,26 +95,25 @@ class ResultByBlock:
         self._done, self._files = Done(), layout.ShardFiles(self._partial, self._planned)
         foresee(self._partial, sum(tensor.nbytes for tensor in self._plain.stored.values()), self._files.missing())
 
-    def _reading(self) -> TensorReader:
-        stored, done = self._plain.stored, self._done
+    @property
+    def reader(self) -> OpenReader:
+        """Opens what reads the plain checkpoint: each tensor once, hashed, and held unless the method gives it."""
         changed = self._inside if registry.needs_activations(self._plain.recipe.method) else ()
-        return TensorReader(stored, done.amax, done.tensors, self._decided, changed, is_large(stored))
+        return _Opener(frozenset(self._decided), changed, is_large(self._plain.stored))
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor of the plain checkpoint, in BF16."""
-        return self._reader.tensor(name)
-
-    def put(self, block: str, tensors: Mapping[str, torch.Tensor], amax: Mapping[str, float]) -> None:
+    def put(
+        self, block: str, tensors: Mapping[str, StoredTensor], amax: Mapping[str, float], read: ReadTensors
+    ) -> None:
         """Bring a block to disk: the method's tensors, weights that are packed here, and what stays as it is."""
-        held = self._reader.take("" if block == OUTSIDE else f"{block}.")
-        stored = {name: hold(name, value) for name, value in held.items() if name not in tensors}
-        prepared = {name: hold(name, value) for name, value in tensors.items()}
-        for name, value in prepared.items():
+        self._done.amax.update(read.amax)
+        self._done.tensors.update(read.sha256)
+        stored = {name: value for name, value in read.held.items() if name not in tensors}
+        for name, value in tensors.items():
             made, plan = TensorPlan(name, value.dtype, value.shape), self._plan.get(name)
             assert made == plan, f"{self._plain.recipe.method.name} gave {made}, planned was {plan}"
         groups = [group for group in self._plain.quantized_groups if f"{group[0]}.weight" in stored]
         inputs = shared_input_amax(self._plain, groups, _by_linear(amax))
-        work = Work((), stored, groups, self._plain.quantized_linears, inputs, prepared, self._device)
+        work = Work((), stored, groups, self._plain.quantized_linears, inputs, tensors, self._device)
         keep = functools.partial(publish.note_progress, self._partial)
         quantize_in_one_pass(work, self._files, self._done, keep, lambda _: None)
         self._files.sync()
@@ -128,6 +126,18 @@ class ResultByBlock:
         calibrated = replace(self._calibrated, amax={**_by_linear(prepared.amax), **prepared.outside})
         given = Given(calibrated, prepared)
         complete(self._partial, self._plain, given, self._decided, self._planned, self._done)
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Opens a :class:`TensorReader`, whose arguments these are, in whatever process."""
+
+    passed_on: frozenset[str]
+    changed: tuple[str, ...]
+    forgets: bool
+
+    def __call__(self, source: PlainCheckpoint) -> TensorReader:
+        return TensorReader(source.stored, self.passed_on, self.changed, self.forgets)
 
 
 def _decided(plain: Plain, inside: tuple[str, ...]) -> dict[str, TensorHeader]:

@@ -34,7 +34,7 @@ from fp4trt.number_formats import FORMATS, FP8
 from fp4trt.progress import note, tracking
 from fp4trt.safetensors_file import sha256_of
 
-__all__ = ["Given", "complete", "foresee", "shared_input_amax", "versions", "write_result"]
+__all__ = ["Given", "complete", "foresee", "readable_size", "shared_input_amax", "versions", "write_result"]
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt", "numpy", "ml_dtypes")
 
@@ -108,8 +108,8 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
     foresee(partial, reads, needed)
     if reads >= _WORTH_SAYING:
         seconds = estimated_seconds(reads, needed)
-        words = f"it takes {_size(MEMORY)} of memory beside the libraries', and about {seconds:.0f} s where the disk"
-        note(f"{words} keeps up")
+        words = f"it takes {readable_size(MEMORY)} of memory beside the libraries', and about {seconds:.0f} s where the"
+        note(f"{words} disk keeps up")
     inputs = shared_input_amax(plain, _packed(plain, prepared), given.calibrated.amax)
     work = Work(sources, plain.stored, groups, linears, inputs, prepared, device)
     with tracking(work.nbytes, "quantizing") as advance:
@@ -217,14 +217,14 @@ def foresee(folder: Path, reads: int, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TooLittleSpace(
-            f"{folder.parent} has {_size(free)} free, the result needs {_size(needed)}; make room, or choose another "
-            "--output"
+            f"{folder.parent} has {readable_size(free)} free, the result needs {readable_size(needed)}; make room, or "
+            "choose another --output"
         )
     if reads >= _WORTH_SAYING:
-        note(f"reading {_size(reads)}, writing {_size(needed)} ({_size(free)} are free)")
+        note(f"reading {readable_size(reads)}, writing {readable_size(needed)} ({readable_size(free)} are free)")
 
 
-def _size(count: int) -> str:
+def readable_size(count: int) -> str:
     """Return a number of bytes for people."""
     unit, name = next((unit for unit in ((1e9, "GB"), (1e6, "MB")) if count >= unit[0]), (1e3, "kB"))
     return f"{count / unit:.1f} {name}"

@@ -138,6 +138,12 @@ class Family:
     adapter: str | None = None
     special: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process find the family by its name: what it is made of are functions."""
+        from fp4trt.families import family_named
+
+        return family_named, (self.name,)
+
     def blocks(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""
         return tuple(block for stack in self.stacks for block in stack.blocks(config))

@@ -20,7 +20,7 @@ ALLOWED = {
     "fp4trt": {"click", "filelock", "numpy"},
     "calibration": TORCH
     | {"click", "filelock", "ml_dtypes", "numba", "numpy"}
-    | {"PIL", "matplotlib", "pydantic", "scipy", "yaml"},
+    | {"PIL", "matplotlib", "pydantic", "ray", "scipy", "yaml"},
     "exporter": TORCH | LIGHT | {"onnx_ir", "onnxscript", "calibration", "onnx_functions"},
     "onnx_functions": LIGHT | {"onnxruntime", "matplotlib"},
     "trt_build": LIGHT | {"polygraphy", "tensorrt", "tensorrt_rtx", "onnx_functions"},
@@ -47,7 +47,7 @@ FLOORS = {
         {"by_block"},
         {"methods"},
         {"results"},
-        {"modelopt_states"},
+        {"crew", "modelopt_states"},
         {"quantization"},
         {"cli", "layer_choice"},
     ),
