@@ -18,6 +18,7 @@ __all__ = [
     "LARGEST_SEED",
     "Allowed",
     "at_least",
+    "each_at_least",
     "file_name",
     "file_names",
     "mapping",
@@ -70,6 +71,13 @@ def one_of(*choices: str) -> Allowed:
 def at_least(least: int) -> Allowed:
     """Allow a whole number that is not less."""
     return lambda value: None if _is_whole(value) and value >= least else f"a whole number, {least} at least"
+
+
+def each_at_least(least: int, example: Sequence[int]) -> Allowed:
+    """Allow whole numbers that are not less, in a list."""
+    one = at_least(least)
+    expected = f"whole numbers, {least} at least, in a list, such as {list(example)}"
+    return lambda value: None if _is_list(value) and not any(map(one, value)) else expected
 
 
 def seeds(value: Any) -> str | None:

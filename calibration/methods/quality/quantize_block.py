@@ -110,7 +110,7 @@ class _Work:
         scales = {group[0]: self.input_scale(group) for group in stage}
         quantizers = {path: _Quantizer(scale, self.task.linears[path]) for path, scale in scales.items()}
         watched = {group[0]: self.linear(group[0]) for group in stage}
-        with_cross = self.options.wiener > 0 or self.options.rank > 0
+        with_cross = self.options.wiener > 0 or any(map(self.options.pooled_rank, stage))
         with observe_moments(watched, quantizers, self.options.rows_per_call, with_cross) as found:
             self.task.run(watched.values())
         for group in stage:
@@ -131,7 +131,7 @@ class _Work:
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""
         whole = {path: self.linear(path).weight.float() for path in group}
-        branches = self.branches(whole, moments) if self.options.rank else {}
+        branches = self.branches(whole, moments) if self.options.pooled_rank(group) else {}
         weights = {path: weight - branches[path].product() for path, weight in whole.items()} if branches else whole
         wanted = {}
         if self.options.wiener:
@@ -161,7 +161,7 @@ class _Work:
     def branches(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, LowRank]:
         """Return the low-rank branches of linears that read one input: they share the first factor."""
         together = torch.cat(list(weights.values()))
-        branch = low_rank(together, importance(*moments.rounding_noise()), self.options.pooled(len(weights)))
+        branch = low_rank(together, importance(*moments.rounding_noise()), self.options.pooled_rank(tuple(weights)))
         parts = branch.b.split([len(weight) for weight in weights.values()])
         found = {path: LowRank(branch.a, part.contiguous()) for path, part in zip(weights, parts, strict=True)}
         for path, part in found.items():
