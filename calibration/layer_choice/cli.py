@@ -48,9 +48,8 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--launch-cost",
     type=click.FloatRange(0),
-    default=2e9,
-    show_default="2e9, 1.2 us of an RTX 5090",
-    help="FLOPs of NVFP4 that each of a branch's two kernels costs beside its work.",
+    help="FLOPs of NVFP4 that each of a branch's two kernels costs beside its work.  [default: 2e9, 1.2 us of an RTX "
+    "5090]",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option(
@@ -67,7 +66,7 @@ def search(
     calls: int,
     sensitivity: Path | None,
     ranks: tuple[int, ...],
-    launch_cost: float,
+    launch_cost: float | None,
     force: bool,
     device: str,
 ) -> Any:

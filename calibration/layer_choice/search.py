@@ -154,7 +154,7 @@ def search(
     calls: int = 16,
     sensitivity: str | Path | None = None,
     ranks: Sequence[int] = (),
-    launch_cost: float = LAUNCH,
+    launch_cost: float | None = None,
     force: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
@@ -177,7 +177,8 @@ def search(
         sensitivity: search.json of an earlier search, in place of measuring again.
         ranks: of low-rank branches to choose from, for each linear, as the recipe option ``rank`` of the method
             ``quality`` has it; a group whose matrix is too small for one is not offered it. None means no branches.
-        launch_cost: of each of the two kernels that a branch adds, in FLOPs of NVFP4.
+        launch_cost: of each of the two kernels that a branch adds, in FLOPs of NVFP4; None for
+            :data:`calibration.layer_choice.sensitivity.LAUNCH`.
         force: replace an earlier result.
         device: where to compute, ``cpu`` or ``cuda``.
         progress: called with each step.
@@ -189,6 +190,7 @@ def search(
         raise BadInputs(
             f"the budget is {budget!r}; expected a number from 0 to {LARGEST:g}, where 1 is all linears in FP8"
         )
+    launch_cost = LAUNCH if launch_cost is None else launch_cost
     if not isinstance(launch_cost, Real) or not 0 <= launch_cost < math.inf:
         raise BadInputs(f"the launch cost is {launch_cost!r}; expected FLOPs, 0 at least, such as {LAUNCH:g}")
     require_device(device)
@@ -201,28 +203,25 @@ def search(
     _require_ranks(chosen, plain, offered)
     formats, budgets = tuple(BITS) if bf16 else _ALONE, {*BUDGETS, budget}
     if sensitivity is not None:
-        found = _sensitivity_of(Path(sensitivity), plain, offered)
+        found = replace(_sensitivity_of(Path(sensitivity), plain, offered), launch_cost=float(launch_cost))
         identity, measured_on = "", 0
     else:
         captured = captured_from(folder, calibration).calls
         task = _Task(plain, chosen, calibration, captured, spread(captured, calls), device, offered)
         identity, measured_on = task.identity(), len(task.some)
 
-    def reached(measured: Sensitivity) -> tuple[Sensitivity, list[Point], list[Point]]:
-        """Return what was measured with the prices asked for, and the frontiers with and without branches."""
-        priced = replace(measured, launch_cost=float(launch_cost))
-        without = frontier(priced, budgets, of, formats)
-        branched = [ranked(rank) for rank in offered]
-        return priced, frontier(priced, budgets, of, (*formats, *branched)) if offered else without, without
+    def frontiers() -> tuple[list[Point], list[Point]]:
+        """Return the frontier, and where branches are offered that without them."""
+        plainly = frontier(found, budgets, of, formats)
+        return (frontier(found, budgets, of, (*formats, *map(ranked, offered))), plainly) if offered else (plainly, [])
 
     with suited_threads(plain.config), publish.replacing(directory, force, identity, ours) as partial:
         if sensitivity is not None:
-            found, points, without = reached(found)
+            points, without = frontiers()
         else:
             with _measured(task, partial, runs=len(budgets) * (2 if offered else 1)) as (measured, measure):
-                found, points, without = reached(measured)
-                points = list(map(measure, points))
-                without = list(map(measure, without)) if offered else points
+                found = replace(measured, launch_cost=float(launch_cost))
+                points, without = (list(map(measure, each)) for each in frontiers())
             for kind in task.alone():
                 shutil.rmtree(partial / kind)
         if offered:
@@ -240,8 +239,6 @@ def search(
         if offered:
             result["ranks"], result["launch_cost"] = list(offered), found.launch_cost
             result["frontier_without_ranks"] = [point.as_dict() for point in without]
-        else:
-            without = []
         publish.write_json(partial / DATA, result)
         _write_recipe(partial / RECIPE, _recipe(chosen, found, point, of))
         drawn = draw(found, points, point, partial / PICTURE, without)
@@ -308,15 +305,11 @@ def _require_ranks(recipe: Recipe, plain: Plain, ranks: Sequence[int]) -> None:
 
 def _note_prices(sensitivity: Sensitivity, budget: float, of: str) -> None:
     """Say it where no branch is within the budget."""
-    dearer = {
-        unit: min(sensitivity.price(group, each, unit) for group in sensitivity.groups for each in group.branches)
-        for unit in UNITS[of]
-    }
-    for unit, price in dearer.items():
+    for unit in UNITS[of]:
+        price = min(sensitivity.price(group, each, unit) for group in sensitivity.groups for each in group.branches)
         if price > budget:
-            launched = f", with {sensitivity.launch_cost:g} a kernel (--launch-cost)" if unit == "flops" else ""
-            name = "FLOPs" if unit == "flops" else unit
-            note(f"no branch is within the budget: the cheapest takes {price:.3g} of {name}{launched}")
+            launched = f", {sensitivity.launch_cost:g} a kernel (--launch-cost)" if unit == "flops" else ""
+            note(f"no branch is within the budget of {budget:g}: the cheapest takes {price:.3g} in {unit}{launched}")
 
 
 def _sensitivity_of(file: Path, plain: Plain, ranks: Sequence[int]) -> Sensitivity:
@@ -369,7 +362,7 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
     plain = task.plain
     quantized = {}
     for index, kind in enumerate(task.alone(), 1):
-        note(f"the model in {kind}, {index} of {len(task.alone())}")
+        note(f"quantizing the model to {kind}, {index} of {len(task.alone())}")
         quantized[kind] = Quantized(_uniform(task, partial / kind, kind))
     groups = task.choices()
     total = (2 + runs) * len(task.some) + runs_of(groups, len(task.some))
@@ -387,10 +380,16 @@ def _measured(task: _Task, partial: Path, runs: int) -> Iterator[tuple[Sensitivi
         base = folded or min(min(found.values()) for found in errors.values())
         sensitivity = Sensitivity(_sized(plain, _beyond(errors, base)), base)
 
+        known: dict[tuple[str, ...], float] = {}
+
         def measure(point: Point) -> Point:
-            formats = {path: point.choice(group[0]) for group in groups for path in group}
-            outputs = model.outputs(task.some, formats, advance)
-            return replace(point, measured=relative_error(outputs, wanted) ** 0.5)
+            chosen = tuple(point.choice(group[0]) for group in groups)
+            if chosen in known:  # a point without branches that is on both frontiers
+                advance(len(task.some))
+            else:
+                formats = {path: kind for group, kind in zip(groups, chosen, strict=True) for path in group}
+                known[chosen] = relative_error(model.outputs(task.some, formats, advance), wanted) ** 0.5
+            return replace(point, measured=known[chosen])
 
         yield sensitivity, measure
 

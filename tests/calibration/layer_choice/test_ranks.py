@@ -16,7 +16,6 @@ from calibration.layer_choice.search import DATA, PICTURE, RECIPE, search
 from calibration.layer_choice.sensitivity import BITS, LAUNCH, Branch, Group, Sensitivity
 from calibration.quantization import quantize
 from calibration.recipes.recipe import load_recipe
-from exporter import export
 from fp4trt.errors import BadInputs, BadOption, BadRecipe
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
@@ -26,7 +25,8 @@ from fp4trt.json_file import load_json
 def searched(digits: Path, five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search by a quick ``quality`` and over ranks, one of which not all groups can have; not to be changed."""
     folder = tmp_path_factory.mktemp("ranks")
-    method = {"name": "quality", "sequential": False, "descent_sweeps": 0, "smooth_fold": False, "rank_multiple": 2}
+    method = {"name": "quality", "sequential": False, "descent_sweeps": 0, "shift_fold": False, "smooth_fold": False}
+    method["rank_multiple"] = 2
     (folder / "quick.yaml").write_text(yaml.safe_dump({"name": "quick", "method": method}))
     options = ["--recipe", folder / "quick.yaml", "--calibration", five_calls, "--calls", 2, "--fp8-budget", 0.2]
     options += ["--rank", 64, "--rank", 3, "--launch-cost", 0]
@@ -78,7 +78,6 @@ def test_the_recipe_searched_quantizes_as_it_was_chosen(
     chosen = next(point for point in result["frontier"] if point["budget"] == result["budget"])
     branches = {group["linears"][0]: group["branches"] for group in result["sensitivity"]["groups"]}
     quantize(digits, tmp_path / "mixed", recipe=searched / RECIPE, calibration=five_calls)
-    export(tmp_path / "mixed")
     checkpoint = read(tmp_path / "mixed")
     assert {checkpoint.rank(path) for path in checkpoint.quantized} > {0}
     config = load_json(digits / "config.json")
