@@ -25,8 +25,7 @@ from fp4trt.json_file import load_json
 def searched(digits: Path, five_calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search by a quick ``quality`` and over ranks, one of which not all groups can have; not to be changed."""
     folder = tmp_path_factory.mktemp("ranks")
-    method = {"name": "quality", "sequential": False, "descent_sweeps": 0, "shift_fold": False, "smooth_fold": False}
-    method["rank_multiple"] = 2
+    method = {"name": "quality", "sequential": False, "descent_sweeps": 0, "smooth_fold": False, "rank_multiple": 2}
     (folder / "quick.yaml").write_text(yaml.safe_dump({"name": "quick", "method": method}))
     options = ["--recipe", folder / "quick.yaml", "--calibration", five_calls, "--calls", 2, "--fp8-budget", 0.2]
     options += ["--rank", 64, "--rank", 3, "--launch-cost", 0]
