@@ -18,6 +18,7 @@ __all__ = [
     "LARGEST_SEED",
     "Allowed",
     "at_least",
+    "each_at_least",
     "file_name",
     "file_names",
     "mapping",
@@ -76,6 +77,13 @@ def at_least(least: int) -> Allowed:
 def word(example: str) -> Allowed:
     """Allow a text that is not empty."""
     return lambda value: None if isinstance(value, str) and value else f"a word such as {example!r}"
+
+
+def each_at_least(least: int, example: Sequence[int]) -> Allowed:
+    """Allow whole numbers that are not less, in a list."""
+    one = at_least(least)
+    expected = f"whole numbers, {least} at least, in a list, such as {list(example)}"
+    return lambda value: None if _is_list(value) and not any(map(one, value)) else expected
 
 
 def seeds(value: Any) -> str | None:

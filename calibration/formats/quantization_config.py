@@ -14,10 +14,12 @@ from torch import nn
 
 from fp4trt.number_formats import BF16, FORMATS, NVFP4
 
-__all__ = ["AWQ", "quantization_config"]
+__all__ = ["AWQ", "SVDQUANT", "quantization_config"]
 
 AWQ: Final = "nvfp4_awq"
 """Format of a linear in NVFP4 whose input is scaled by channel, and that has no low-rank branch."""
+SVDQUANT: Final = "nvfp4_svd"
+"""Format of a linear in NVFP4 with a low-rank branch."""
 
 _NVFP4: Final = NVFP4.modelopt["operands"]
 _OPERANDS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
@@ -25,16 +27,16 @@ _OPERANDS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         name: dict.fromkeys(("input_activations", "weights"), kind.modelopt["operands"])
         for name, kind in FORMATS.items()
     },
+    SVDQUANT: dict.fromkeys(("input_activations", "weights"), _NVFP4),
     AWQ: {"input_activations": {**_NVFP4, "num_bits": 8}, "weights": _NVFP4},  # 8 is what ModelOpt writes; it means 4
 }
 _SMOOTHED: Final = {"group_size": NVFP4.block, "has_zero_point": False, "pre_quant_scale": True}
 _LAYERS: Final[Mapping[str, Mapping[str, Any]]] = {
     **{name: kind.modelopt["layer"] for name, kind in FORMATS.items()},
     AWQ: {"quant_algo": "NVFP4_AWQ", **_SMOOTHED},
+    SVDQUANT: {"quant_algo": "NVFP4_SVD", **_SMOOTHED},
 }
 """What ModelOpt says of one linear of a mixed model."""
-_SVDQUANT: Final = {"quant_algo": "NVFP4_SVD", **_SMOOTHED}
-"""And of one in NVFP4 with a low-rank branch."""
 
 
 def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Collection[int] = ()) -> dict[str, Any]:
@@ -42,10 +44,11 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
 
     Args:
         model: may be on the meta device.
-        formats: module path to the name of a number format, :data:`AWQ`, or ``bf16``.
-        ranks: of the low-rank branches that SVDQuant put beside the linears in NVFP4; none where it did not.
+        formats: module path to the name of a number format, :data:`AWQ`, :data:`SVDQUANT`, or ``bf16``.
+        ranks: of the low-rank branches; those stand beside all linears in NVFP4 where none is :data:`SVDQUANT`.
     """
-    layers = {**_LAYERS, NVFP4.name: _SVDQUANT} if ranks else _LAYERS
+    if ranks and SVDQUANT not in formats.values():
+        formats = {path: SVDQUANT if kind == NVFP4.name else kind for path, kind in formats.items()}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantized = {name: formats[name] for name in linears if formats.get(name, BF16) != BF16}
     kinds = list(dict.fromkeys(quantized.values()))
@@ -60,13 +63,13 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
     if ranks:
         told = not mixed and len(ranks) == 1  # ModelOpt knows one rank for all, and of a mixed model does not say it
         rank = {"lora_rank": next(iter(ranks))} if told else {}
-        groups[f"group_{kinds.index(NVFP4.name)}"] |= {"has_zero_point": False, "pre_quant_scale": True, **rank}
+        groups[f"group_{kinds.index(SVDQUANT)}"] |= {"has_zero_point": False, "pre_quant_scale": True, **rank}
     return {
         **({} if kinds == [AWQ] else {"config_groups": groups}),  # then ModelOpt has none
-        **({"quantized_layers": {name: dict(layers[kind]) for name, kind in quantized.items()}} if mixed else {}),
+        **({"quantized_layers": {name: dict(_LAYERS[kind]) for name, kind in quantized.items()}} if mixed else {}),
         # Of a mixed model ModelOpt names the linears that are quantized, and none that are not.
         "ignore": [] if mixed else sorted({_pattern(name, quantized) for name in linears if name not in quantized}),
-        "quant_algo": "MIXED_PRECISION" if mixed else layers[kinds[0]]["quant_algo"],
+        "quant_algo": "MIXED_PRECISION" if mixed else _LAYERS[kinds[0]]["quant_algo"],
         "producer": {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")},
         "quant_method": "modelopt",
     }

@@ -1,4 +1,4 @@
-"""Spend a budget on the formats of groups of linears: an integer program, solved by HiGHS through SciPy."""
+"""Spend a budget on formats and branches of groups of linears: an integer program, solved by HiGHS through SciPy."""
 
 from __future__ import annotations
 
@@ -24,37 +24,41 @@ _GAP: Final = 1e-6
 def allocate(
     sensitivity: Sensitivity, budget: float, of: str = "both", formats: Collection[str] = tuple(BITS)
 ) -> dict[str, str]:
-    """Return the formats with the least error of the output that a budget allows, by each group's first linear.
+    """Return the choices with the least error of the output that a budget allows, by each group's first linear.
 
-    Each group has exactly one format; the sum of the groups' errors is least, and the sum of what they cost beyond
+    Each group has exactly one; the sum of the groups' errors is least, and the sum of what they cost beyond
     NVFP4 stays within the budget.
 
     Args:
         sensitivity: of the groups.
         budget: beyond NVFP4; all linears in FP8 cost 1.
         of: ``flops``, ``bytes``, or ``both``: then neither may exceed the budget.
-        formats: to choose from; NVFP4 is always there.
+        formats: choices, where a group has them; NVFP4 is always there.
     """
     from scipy import optimize, sparse
 
-    allowed = [name for name in BITS if name == NVFP4.name or name in formats]
-    errors = np.array([[group.errors[name] for name in allowed] for group in sensitivity.groups])
+    allowed = {NVFP4.name, *formats}
+    choices = [
+        (row, group, name)
+        for row, group in enumerate(sensitivity.groups)
+        for name in (*BITS, *group.branches)
+        if name in allowed
+    ]
+    errors = np.array([group.errors[name] for _, group, name in choices])
     largest = float(np.abs(errors).max()) or 1.0
-    one_each = sparse.kron(sparse.eye(len(errors)), np.ones((1, len(allowed))))
-    prices = np.array(
-        [[sensitivity.price(g, name, unit) for g in sensitivity.groups for name in allowed] for unit in UNITS[of]]
-    )
+    rows = [row for row, _, _ in choices]
+    one_each = sparse.csr_array((np.ones(len(rows)), (rows, range(len(rows)))))
+    prices = np.array([[sensitivity.price(group, name, unit) for _, group, name in choices] for unit in UNITS[of]])
     with _silent():
         found = optimize.milp(
-            errors.ravel() / largest,
+            errors / largest,
             constraints=[optimize.LinearConstraint(one_each, 1, 1), optimize.LinearConstraint(prices, ub=budget)],
             integrality=np.ones(errors.size),
             bounds=optimize.Bounds(0, 1),
             options={"mip_rel_gap": _GAP},
         )
     assert found.x is not None, f"no choice for a budget of {budget}: {found.message}"  # all in NVFP4 costs nothing
-    chosen = found.x.reshape(errors.shape).argmax(axis=1)
-    return {group.linears[0]: allowed[index] for group, index in zip(sensitivity.groups, chosen, strict=True)}
+    return {group.linears[0]: name for (_, group, name), taken in zip(choices, found.x, strict=True) if taken > 0.5}
 
 
 @contextlib.contextmanager

@@ -38,6 +38,19 @@ _PATH = click.Path(path_type=Path)
     "--calls", type=click.IntRange(1), default=16, show_default=True, help="Captured calls to measure on, at most."
 )
 @click.option("--sensitivity", type=_PATH, help="search.json of an earlier search: choose again without measuring.")
+@click.option(
+    "--rank",
+    "ranks",
+    type=click.IntRange(1),
+    multiple=True,
+    help="A rank that a low-rank branch beside NVFP4 may have; more than once for several.  [default: no branches]",
+)
+@click.option(
+    "--launch-cost",
+    type=click.FloatRange(0),
+    help="FLOPs of NVFP4 that each of a branch's two kernels costs beside its work.  [default: 2e9, 1.2 us of an RTX "
+    "5090]",
+)
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
@@ -52,10 +65,14 @@ def search(
     bf16: bool,
     calls: int,
     sensitivity: Path | None,
+    ranks: tuple[int, ...],
+    launch_cost: float | None,
     force: bool,
     device: str,
 ) -> Any:
     """Choose NVFP4, FP8 or BF16 for each linear by measurement, and write the choice as a recipe.
+
+    With --rank, also how large a low-rank branch in BF16 stands beside NVFP4.
 
     SOURCE is a diffusers checkpoint in BF16, or "digits" for the built-in model. What counts is the error of the
     model's output; linears that TensorRT runs as one GEMM are taken together. The model is in memory; a command that
@@ -66,6 +83,7 @@ def search(
       fp4trt search digits -o search --fp8-budget 0.2
       fp4trt quantize digits -o digits-mixed --recipe search/recipe.yaml
       fp4trt search digits -o search-less --fp8-budget 0.1 --sensitivity search/search.json
+      fp4trt search digits -o search-ranks --fp8-budget 0.2 --rank 8 --rank 16 --launch-cost 0
     """
     from calibration.layer_choice.search import search as run
 
@@ -79,6 +97,8 @@ def search(
         bf16=bf16,
         calls=calls,
         sensitivity=sensitivity,
+        ranks=ranks,
+        launch_cost=launch_cost,
         force=force,
         device=device,
     )

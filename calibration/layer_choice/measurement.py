@@ -14,15 +14,15 @@ import torch
 from calibration.by_block.runner import Outputs
 from calibration.inputs.captured import Inputs
 from calibration.layer_choice.mixture import Mixture
-from calibration.layer_choice.sensitivity import BITS
-from fp4trt.number_formats import BF16
 
-__all__ = ["Errors", "measure_groups", "relative_error", "runs_of", "spread"]
+__all__ = ["Choices", "Errors", "measure_groups", "relative_error", "runs_of", "spread"]
 
 Errors = dict[str, dict[str, float]]
-"""First linear of a group to format to squared relative error of the model's output."""
+"""First linear of a group to choice to squared relative error of the model's output."""
 
-_FORMATS = tuple(name for name in BITS if name != BF16)
+
+Choices = Mapping[tuple[str, ...], Sequence[str]]
+"""Module paths of the linears of each group to what they are measured in."""
 
 
 def spread(calls: Sequence[Inputs], most: int) -> list[Inputs]:
@@ -38,25 +38,25 @@ def relative_error(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tenso
     return sum(float((f - r).square().sum() / r.square().sum()) for f, r in pairs) / len(pairs)
 
 
-def runs_of(groups: Sequence[Sequence[str]], calls: int) -> int:
+def runs_of(groups: Choices, calls: int) -> int:
     """Return how often :func:`measure_groups` tells of progress."""
-    return len(groups) * len(_FORMATS) * calls
+    return sum(map(len, groups.values())) * calls
 
 
 def measure_groups(
     model: Mixture,
-    groups: Sequence[Sequence[str]],
+    groups: Choices,
     calls: Sequence[Inputs],
     wanted: Sequence[torch.Tensor],
     finished: Mapping[str, Mapping[str, float]],
     keep: Callable[[Errors], object],
     tell: Callable[[int], object],
 ) -> Errors:
-    """Return the error of the output with each group alone in NVFP4, and in FP8.
+    """Return the error of the output with each group alone in each of its choices.
 
     Args:
         model: loaded.
-        groups: module paths.
+        groups: what is measured.
         calls: inputs.
         wanted: the plain model's outputs.
         finished: what an earlier run has measured.
@@ -66,12 +66,14 @@ def measure_groups(
     errors: Errors = {first: dict(found) for first, found in finished.items()}
     before: list[Outputs] = [() for _ in calls]
     for block in model.blocks:
-        for group in (group for group in groups if group[0].startswith(f"{block}.")):
+        for group, choices in groups.items():
+            if not group[0].startswith(f"{block}."):
+                continue
             if group[0] in errors:
-                tell(len(_FORMATS) * len(calls))
+                tell(len(choices) * len(calls))
                 continue
             found = {}
-            for kind in _FORMATS:
+            for kind in choices:
                 with model.exchanged(dict.fromkeys(group, kind)):
                     found[kind] = relative_error(model.rest(block, calls, before, tell), wanted)
             errors[group[0]] = found

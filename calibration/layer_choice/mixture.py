@@ -50,7 +50,7 @@ class Mixture:
         Args:
             folder: the plain checkpoint.
             changed: name to its tensors that have other values, as folds give them.
-            quantized: format to the checkpoint with all linears in it.
+            quantized: choice to the checkpoint with all linears in it.
             device: where to compute.
         """
         source = open_plain(folder)
@@ -75,7 +75,7 @@ class Mixture:
         """Exchange linears.
 
         Args:
-            formats: module path to format; ``bf16`` leaves one as it is.
+            formats: module path to choice; ``bf16`` leaves one as it is.
         """
         plain: dict[str, Any] = {path: self._model.get_submodule(path) for path in formats}
         for path, kind in formats.items():
@@ -90,13 +90,13 @@ class Mixture:
     def outputs(
         self, calls: Sequence[Inputs], formats: Mapping[str, str], tell: Callable[[int], object]
     ) -> list[torch.Tensor]:
-        """Return what the model gives for every call, on the CPU, under a choice of formats.
+        """Return what the model gives for every call, on the CPU, under choices.
 
         One block after another runs on all calls, so that no more than its linears are there twice.
 
         Args:
             calls: inputs.
-            formats: module path to format, as :meth:`exchanged` has it.
+            formats: module path to choice, as :meth:`exchanged` has it.
             tell: called with how many calls are done.
         """
         before: list[Outputs] = [() for _ in calls]

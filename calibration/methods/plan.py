@@ -11,7 +11,7 @@ from torch import nn
 
 from calibration.checkpoints.plain import open_plain
 from calibration.methods import registry
-from calibration.recipes.recipe import Recipe, linear_formats
+from calibration.recipes.recipe import Quality, Recipe, linear_formats, require_ranks
 from fp4trt.errors import UnsupportedLinear
 from fp4trt.families import Family
 from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
@@ -102,6 +102,8 @@ def checked(folder: Path, recipe: Recipe) -> Plain:
             require_whole_blocks(path, shapes[path][1], kind)
     ordered = {name: stored[name] for name in source.model.state_dict()}
     plain = Plain(folder, config, family, source.model, ordered, recipe, formats)
+    if isinstance(recipe.method, Quality):
+        require_ranks(recipe.method, family, config)
     registry.require_fit(recipe.method, plain.groups, shapes)
     return plain
 

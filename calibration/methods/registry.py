@@ -21,6 +21,7 @@ __all__ = [
     "added_tensors",
     "adds_branch",
     "changes_plain_linears",
+    "largest_rank",
     "memory_of_block",
     "needs_activations",
     "of_block",
@@ -43,8 +44,15 @@ def changes_plain_linears(options: Options) -> bool:
 
 
 def adds_branch(options: Options) -> bool:
-    """Whether a method puts a low-rank branch beside the linears in NVFP4."""
+    """Whether a method puts a low-rank branch beside some linears in NVFP4."""
+    if isinstance(options, Quality) and any(rule.rank for rule in options.ranks):
+        return True
     return isinstance(options, Quality | SVDQuant) and options.rank > 0
+
+
+def largest_rank(group: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> int:
+    """Return the largest rank that a branch of linears which read the same input can have, together."""
+    return min(sum(shapes[path][0] for path in group), shapes[group[0]][1])
 
 
 def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -61,14 +69,16 @@ def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mappi
     if not isinstance(options, Quality | SVDQuant):
         return
     for group in groups:
-        rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
-        largest = min(rows, columns)
-        if options.pooled(len(group)) > largest:
+        largest = largest_rank(group, shapes)
+        if options.pooled_rank(group) > largest:
             together = "" if len(group) == 1 else f" with the {len(group) - 1} that read the same input"
             multiple = options.rank_multiple if isinstance(options, Quality) else 1
             rounded = f", rounded up to a multiple of {multiple}" if multiple > 1 else ""
+            rank = options.rank_of(group[0]) if isinstance(options, Quality) else options.rank
+            said = f"method.rank is {rank}" if rank == options.rank else f"method.ranks says {rank}"
+            rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
             raise BadRecipe(
-                f"method.rank is {options.rank}{rounded}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
+                f"{said}{rounded}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
                 f"expected at most {largest // multiple * multiple // len(group)}"
             )
 
@@ -87,7 +97,7 @@ def added_tensors(
     smooths = isinstance(options, SVDQuant) and options.smoothing
     smooths |= isinstance(options, ModelOpt) and options.algorithm == "awq_lite"
     for group in groups:
-        rank = options.pooled(len(group)) if isinstance(options, Quality | SVDQuant) else 0
+        rank = options.pooled_rank(group) if isinstance(options, Quality | SVDQuant) else 0
         for path in group:
             rows, columns = shapes[path]
             if rank:

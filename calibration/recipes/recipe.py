@@ -6,7 +6,9 @@ What of a recipe concerns numerics is in the result's manifest, so that a checkp
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -28,12 +30,14 @@ __all__ = [
     "Method",
     "ModelOpt",
     "Quality",
+    "RankRule",
     "Recipe",
     "Rule",
     "SVDQuant",
     "linear_formats",
     "load_recipe",
     "preset_names",
+    "require_ranks",
 ]
 
 _FOLDER: Final = Path(__file__).resolve().parent
@@ -43,6 +47,9 @@ if TYPE_CHECKING:
 else:
     Format = Literal[NAMES]
 """What a linear is stored and computed in."""
+
+Patterns = str | Annotated[tuple[str, ...], Field(min_length=1)]
+"""A shell pattern, such as ``*.norm*.linear``, held against the whole module path; or a list of them."""
 
 
 class _Strict(BaseModel):
@@ -57,8 +64,20 @@ class Rule(_Strict):
         format: for them.
     """
 
-    linears: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    linears: Patterns
     format: Format
+
+
+class RankRule(_Strict):
+    """One rank of a low-rank branch for the linears whose module path a pattern matches.
+
+    Attributes:
+        linears: as those of :class:`Rule`.
+        rank: of the branch for each of them that is in NVFP4; 0 for none.
+    """
+
+    linears: Patterns
+    rank: int = Field(ge=0)
 
 
 class FormatRules(_Strict):
@@ -78,8 +97,18 @@ class FormatRules(_Strict):
     def by_pattern(self) -> Iterator[tuple[str, str]]:
         """Yield each pattern with its format."""
         for rule in self.rules:
-            for pattern in (rule.linears,) if isinstance(rule.linears, str) else rule.linears:
+            for pattern in _listed(rule.linears):
                 yield pattern, rule.format
+
+
+def _listed(linears: Patterns) -> tuple[str, ...]:
+    return (linears,) if isinstance(linears, str) else linears
+
+
+@functools.lru_cache
+def _matching(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Return what matches the paths that any of some patterns does."""
+    return re.compile("|".join(map(fnmatch.translate, patterns)))
 
 
 class PTQ(_Strict):
@@ -147,6 +176,7 @@ class Quality(_Strict):
         rows_per_call: tokens of every captured call that second moments are taken of, at most.
         rank: of a low-rank branch in BF16 for each linear, as SVDQuant has it; linears that read the same input pool
             theirs. 0 for none: a branch costs two small kernels for each group.
+        ranks: other ranks for some linears; at most one rule may match a linear.
         rank_multiple: round the rank of a group up to a multiple of this, such as 32 for kernels that ask for it.
     """
 
@@ -162,11 +192,22 @@ class Quality(_Strict):
     input_headroom: float = Field(default=1.5, ge=1, le=64)
     rows_per_call: int = Field(default=1024, ge=1)
     rank: int = Field(default=0, ge=0)
+    ranks: tuple[RankRule, ...] = ()
     rank_multiple: int = Field(default=1, ge=1)
 
-    def pooled(self, members: int) -> int:
-        """Return the rank of the branch that a group of so many linears shares."""
-        return -(-self.rank * members // self.rank_multiple) * self.rank_multiple
+    def pooled(self, members: int, rank: int | None = None) -> int:
+        """Return the rank of the branch that a group of so many linears shares, each having ``rank`` or the default."""
+        own = self.rank if rank is None else rank
+        return -(-own * members // self.rank_multiple) * self.rank_multiple
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank that a linear brings to the branch of its group."""
+        named = (rule.rank for rule in self.ranks if _matching(_listed(rule.linears)).match(path))
+        return next(named, self.rank)
+
+    def pooled_rank(self, group: Sequence[str]) -> int:
+        """Return the rank of the branch that a group shares, by its linears' module paths; 0 without one."""
+        return self.pooled(len(group), self.rank_of(group[0]))
 
 
 class SVDQuant(_Strict):
@@ -189,6 +230,10 @@ class SVDQuant(_Strict):
     def pooled(self, members: int) -> int:
         """Return the rank of the branch that a group of so many linears shares."""
         return self.rank * members
+
+    def pooled_rank(self, group: Sequence[str]) -> int:
+        """Return the rank of the branch that a group shares, by its linears' module paths."""
+        return self.pooled(len(group))
 
 
 class ModelOpt(_Strict):
@@ -240,7 +285,10 @@ class Recipe(_Strict):
 
     def resolved(self) -> dict[str, Any]:
         """Return what of it decides the result."""
-        return self.model_dump(mode="json", exclude={"description"})
+        said = self.model_dump(mode="json", exclude={"description"})
+        if not said["method"].get("ranks", True):  # which came later: without any a result says what it always said
+            del said["method"]["ranks"]
+        return said
 
 
 def preset_names() -> list[str]:
@@ -328,7 +376,7 @@ def _first(error: ValidationError) -> str:
 
 def _expected(problem: Any) -> str:
     """Return what was expected in place of a wrong value, of which pydantic tells."""
-    if problem["loc"][:2] == ("formats", "rules") and "linears" in problem["loc"]:
+    if "linears" in problem["loc"]:
         return "a pattern of module paths, or a list of them"
     words = _EXPECTED.get(problem["type"])
     if words is None:
@@ -340,7 +388,7 @@ def _known(location: Sequence[int | str]) -> str:
     """Return which keys there are beside one that is unknown."""
     models: dict[Sequence[int | str], type[BaseModel]] = {(): Recipe, ("formats",): FormatRules}
     models |= {("method", name): options for name, options in METHODS.items()}
-    model = models.get(tuple(location[:-1]), Rule)
+    model = models.get(tuple(location[:-1]), RankRule if "ranks" in location else Rule)
     return f"expected one of: {', '.join(model.model_fields)}"
 
 
@@ -360,8 +408,42 @@ def linear_formats(
             get several formats, or nothing would be quantized.
     """
     paths = family.quantized(config)
+    chosen = _named(rules.by_pattern(), family, paths)
+    small = {path for path in paths if min(*shapes[path], family.rows(path)) < rules.min_size}
+    usual = {path: BF16 if path in small else rules.default for path in paths}
+    formats = {path: chosen.get(path, usual[path]) for path in paths}
+    for group in family.groups(config):
+        if len({formats[path] for path in group}) > 1:
+            listed = ", ".join(f"{path} {formats[path]}" for path in group)
+            raise BadRecipe(f"linears that are one GEMM get several formats ({listed}); name all of them in a rule")
+    if set(formats.values()) <= {BF16}:
+        raise BadRecipe("the rules leave every linear in bf16; expected some that are quantized")
+    return formats
+
+
+def require_ranks(options: Quality, family: Family, config: Mapping[str, Any]) -> None:
+    """Refuse rules for ranks that do not fit the linears that the family can quantize.
+
+    Raises:
+        BadRecipe: a pattern matches nothing, two rules name one linear, or linears that share a branch would get
+            several ranks.
+    """
+    rules = ((pattern, rule.rank) for rule in options.ranks for pattern in _listed(rule.linears))
+    _named(((pattern, f"rank {rank}") for pattern, rank in rules), family, family.quantized(config))
+    for group in family.groups(config):
+        if len({options.rank_of(path) for path in group}) > 1:
+            listed = ", ".join(f"{path} {options.rank_of(path)}" for path in group)
+            raise BadRecipe(f"linears that share a branch get several ranks ({listed}); name all of them in a rule")
+
+
+def _named(rules: Iterable[tuple[str, str]], family: Family, paths: Sequence[str]) -> dict[str, str]:
+    """Return what rules say of the linears that they name, from each pattern with what it says.
+
+    Raises:
+        BadRecipe: a pattern matches nothing, or two rules name one linear.
+    """
     chosen: dict[str, tuple[str, str]] = {}
-    for pattern, kind in rules.by_pattern():
+    for pattern, said in rules:
         matching = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
         if not matching:
             raise BadRecipe(
@@ -372,16 +454,7 @@ def linear_formats(
             if path in chosen:
                 raise BadRecipe(
                     f"two rules name {path}: {chosen[path][0]!r} ({chosen[path][1]}) and {pattern!r} "
-                    f"({kind}); expected one rule for a linear"
+                    f"({said}); expected one rule for a linear"
                 )
-            chosen[path] = (pattern, kind)
-    small = {path for path in paths if min(*shapes[path], family.rows(path)) < rules.min_size}
-    usual = {path: BF16 if path in small else rules.default for path in paths}
-    formats = {path: chosen[path][1] if path in chosen else usual[path] for path in paths}
-    for group in family.groups(config):
-        if len({formats[path] for path in group}) > 1:
-            listed = ", ".join(f"{path} {formats[path]}" for path in group)
-            raise BadRecipe(f"linears that are one GEMM get several formats ({listed}); name all of them in a rule")
-    if set(formats.values()) <= {BF16}:
-        raise BadRecipe("the rules leave every linear in bf16; expected some that are quantized")
-    return formats
+            chosen[path] = (pattern, said)
+    return {path: said for path, (_, said) in chosen.items()}

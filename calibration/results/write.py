@@ -22,7 +22,7 @@ from calibration.checkpoints import layout
 from calibration.checkpoints.one_pass import MEMORY, Done, Work, estimated_seconds, quantize_in_one_pass
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import shared_scales
-from calibration.formats.quantization_config import AWQ, quantization_config
+from calibration.formats.quantization_config import AWQ, SVDQUANT, quantization_config
 from calibration.inputs.captured import save_inputs
 from calibration.methods.plan import Plain
 from fp4trt import publish
@@ -150,9 +150,10 @@ def complete(
     if len(planned) > 1:
         written[layout.INDEX] = publish.write_json(partial / layout.INDEX, layout.index_of(planned))
     branches = _branches(decided)
+    ranks = {path: rank for path, rank in branches.items() if path in plain.paths}
     formats = {**plain.formats, **dict.fromkeys((_smoothed(decided) & set(plain.paths)) - branches.keys(), AWQ)}
-    ranks = {rank for path, rank in branches.items() if path in plain.paths}
-    described = quantization_config(plain.model, formats, ranks)
+    formats |= dict.fromkeys(ranks, SVDQUANT)
+    described = quantization_config(plain.model, formats, set(ranks.values()))
     config = {**plain.config, "quantization_config": described}
     written["config.json"] = publish.write_json(partial / "config.json", config)
     written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)

@@ -131,9 +131,9 @@ class _Work:
         """Quantize linears to NVFP4 that share their scales."""
         weights = [self.linear(path).weight.float() for path in group]
         whole, sizes = torch.cat(weights), [len(weight) for weight in weights]
-        power, noise = moments.power_and_noise()
+        (power, noise), rank = moments.power_and_noise(), self.options.pooled_rank(group)
         del weights
-        branches = self.branches(group, whole, sizes, importance(noise, power)) if self.options.rank else {}
+        branches = self.branches(group, whole, sizes, importance(noise, power)) if rank else {}
         wanted = whole.clone()
         for branch, rows in zip(branches.values(), wanted.split(sizes), strict=False):
             rows.sub_(branch.product())
@@ -160,7 +160,7 @@ class _Work:
         self, group: Group, together: torch.Tensor, sizes: Sequence[int], costs: torch.Tensor
     ) -> dict[str, LowRank]:
         """Return the low-rank branches of linears that read one input: they share the first factor."""
-        branch = low_rank(together, costs, self.options.pooled(len(group)))
+        branch = low_rank(together, costs, self.options.pooled_rank(group))
         parts = zip(group, branch.b.split(list(sizes)), strict=True)
         found = {path: LowRank(branch.a, part.contiguous()) for path, part in parts}
         for path, part in found.items():

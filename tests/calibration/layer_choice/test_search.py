@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from calibration.layer_choice.allocation import UNITS, allocate
 from calibration.layer_choice.frontier import frontier
 from calibration.layer_choice.measurement import relative_error, spread
 from calibration.layer_choice.search import DATA, PICTURE, RECIPE, search
-from calibration.layer_choice.sensitivity import BITS, Group, Sensitivity
+from calibration.layer_choice.sensitivity import BITS, Branch, Group, Sensitivity, ranked
 from calibration.quantization import quantize
 from calibration.recipes.recipe import FormatRules, load_recipe
 from fp4trt.errors import BadInputs, BadRecipe
@@ -50,27 +51,33 @@ def found(searched: Path) -> Sensitivity:
     return Sensitivity.from_dict(load_json(searched / DATA)["sensitivity"])
 
 
-def _random(groups: int, seed: int) -> Sensitivity:
+def _random(groups: int, seed: int, ranks: Sequence[int] = ()) -> Sensitivity:
     draw = random.Random(seed)
     made = []
     for index in range(groups):
         error = draw.lognormvariate(-8, 1.5)
-        size = draw.randint(1, 400)
+        size, rows = draw.randint(1, 400), draw.choice((2, 512))
         errors = {"nvfp4": error, "fp8": error * draw.uniform(0.02, 0.5), "bf16": 0.0}
-        made.append(Group((f"linear{index}",), 64 * size, size * draw.choice((2, 512)), errors))
-    return Sensitivity(tuple(made))
+        fit = ranks[: draw.randint(0, len(ranks))]
+        branches = {ranked(rank): Branch(rank, rank * size, rank * size * rows // 64) for rank in fit}
+        errors |= {choice: error * draw.uniform(0.05, 0.9) for choice in branches}
+        made.append(Group((f"linear{index}",), 64 * size, size * rows, errors, branches))
+    return Sensitivity(tuple(made), launch_cost=draw.choice((0.0, 3000.0)))
 
 
 @pytest.mark.parametrize("of", UNITS)
-@pytest.mark.parametrize("seed", range(4))
-def test_no_other_choice_within_the_budget_has_a_smaller_error(of: str, seed: int) -> None:
-    sensitivity = _random(7, seed)
+@pytest.mark.parametrize(("groups", "ranks", "seed"), [(7, (), 0), (7, (), 1), (5, (1, 4), 2), (6, (2,), 3)])
+def test_no_other_choice_within_the_budget_has_a_smaller_error(
+    of: str, groups: int, ranks: Sequence[int], seed: int
+) -> None:
+    sensitivity = _random(groups, seed, ranks)
     names = [group.linears[0] for group in sensitivity.groups]
-    choices = [dict(zip(names, kinds, strict=True)) for kinds in itertools.product(BITS, repeat=len(names))]
+    every = itertools.product(*(group.errors for group in sensitivity.groups))
+    choices = [dict(zip(names, kinds, strict=True)) for kinds in every]
+    priced = [(max(sensitivity.spent(each, unit) for unit in UNITS[of]), each) for each in choices]
     for budget in (0.0, 0.07, 0.3, 1.0, 4.0):
-        within = [each for each in choices if all(sensitivity.spent(each, unit) <= budget for unit in UNITS[of])]
-        best = min(map(sensitivity.predicted, within))
-        chosen = allocate(sensitivity, budget, of)
+        best = min(sensitivity.predicted(each) for price, each in priced if price <= budget)
+        chosen = allocate(sensitivity, budget, of, (*BITS, *map(ranked, ranks)))
         assert sensitivity.predicted(chosen) == pytest.approx(best, rel=1e-5)
         assert all(sensitivity.spent(chosen, unit) <= budget + 1e-6 for unit in UNITS[of])
 

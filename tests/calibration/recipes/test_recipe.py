@@ -63,6 +63,14 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
         ),
         ({"formats": {"rules": {"a": 1}}}, "formats.rules is {'a': 1}; expected a list"),
         ({"formats": 7}, "formats is 7; expected a mapping of keys"),
+        ({"method": {"name": "quality", "ranks": [{"linears": "*"}]}}, "ranks.0.rank is missing"),
+        ({"method": {"name": "quality", "ranks": [{"linears": 3, "rank": 1}]}}, "linears is 3; expected a pattern of"),
+        ({"method": {"name": "quality", "ranks": [{"linears": "*", "rank": -1}]}}, "rank is -1; expected 0 at least"),
+        (
+            {"method": {"name": "quality", "ranks": [{"linears": "*", "rank": 1, "format": "fp8"}]}},
+            "ranks.0.format; expected one of: linears, rank",
+        ),
+        ({"method": {"name": "ptq", "ranks": []}}, "there is no key method.ptq.ranks"),
         ({"method": {"name": "svdquant", "alpha_step": 1e-9}}, "alpha_step"),
         ({"attention": "int8"}, "attention is 'int8'"),
         ({"name": "No Name"}, "name is 'No Name'"),
@@ -126,6 +134,44 @@ def test_a_rule_must_not_split_what_is_one_gemm(digits: Path) -> None:
 def test_rules_that_leave_nothing_to_quantize_are_refused(digits: Path) -> None:
     with pytest.raises(BadRecipe, match="every linear in bf16"):
         _formats(digits, default="bf16")
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([{"linears": "*.norm7.*", "rank": 2}], "the rule for '*.norm7.*' matches no linear"),
+        (
+            [{"linears": MODULATION, "rank": 2}, {"linears": ["*.norm1.linear"], "rank": 3}],
+            f"two rules name transformer_blocks.0.norm1.linear: '{MODULATION}' (rank 2) and '*.norm1.linear' (rank 3)",
+        ),
+        ([{"linears": "*.to_q", "rank": 2}], "share a branch get several ranks (transformer_blocks.0.attn.to_q 2, "),
+        ([{"linears": "*.norm1.linear", "rank": 129}], "method.ranks says 129, and transformer_blocks.0.norm1.linear"),
+    ],
+)
+def test_rules_for_ranks_that_the_model_cannot_have_are_refused_in_one_line(
+    rules: list[dict[str, object]], message: str, digits: Path, tmp_path: Path
+) -> None:
+    recipe = _written(tmp_path, method={"name": "quality", "ranks": rules})
+    with pytest.raises(BadRecipe) as raised:
+        quantize(digits, tmp_path / "out", recipe=recipe)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_recipe_shows_its_ranks_and_without_any_is_recorded_as_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = [{"linears": ["*.to_out.0", "*.proj_out"], "rank": 4}, {"linears": MODULATION, "rank": 0}]
+    recipe = _written(tmp_path, method={"name": "quality", "rank": 1, "ranks": rules, "rank_multiple": 2})
+    assert fp4trt.run(["recipes", str(recipe)]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    shown = load_recipe(tmp_path / "shown.yaml")
+    assert shown == load_recipe(recipe)
+    assert shown.resolved()["method"]["ranks"] == rules
+    paths = ("a.proj_out", "a.norm.linear", "a.proj_mlp")
+    assert [shown.method.pooled_rank([path]) for path in paths] == [4, 0, 2]
+    plain = load_recipe("nvfp4-quality-r8")
+    assert (plain.described()["method"]["ranks"], "ranks" in plain.resolved()["method"]) == ([], False)
 
 
 def test_the_size_rule_looks_at_both_sizes_of_the_weight_and_at_the_rows(digits: Path) -> None:
