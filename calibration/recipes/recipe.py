@@ -132,6 +132,7 @@ class Quality(_Strict):
         shift_fold: take the mean of every channel out of the inputs behind adaptive norms.
         smooth_fold: scale channels there so that weights and inputs share the burden.
         gptq: round with feedback and a search of the block scales.
+        four_over_six: in that search, try the scales under which a block's largest weight becomes a 4 in place of a 6.
         descent_sweeps: of coordinate descent afterwards, at most; 0 for none.
         wiener: share of the way from a weight to the one that makes the best of an input rounded to FP4, which is gone
             before it is rounded itself (see :mod:`calibration.methods.quality.wiener`).
@@ -150,6 +151,7 @@ class Quality(_Strict):
     shift_fold: bool = True
     smooth_fold: bool = True
     gptq: bool = True
+    four_over_six: bool = False
     descent_sweeps: int = Field(default=4, ge=0)
     wiener: float = Field(default=0.3, ge=0, le=1)
     bias_correction: bool = True

@@ -212,7 +212,10 @@ class _Work:
     def rounded(
         self, weight: torch.Tensor, moments: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor
     ) -> gptq.Rounded:
-        rounded = gptq.round_with_feedback(weight, feedback, scale) if self.options.gptq else gptq.plain(weight, scale)
+        if self.options.gptq:
+            rounded = gptq.round_with_feedback(weight, feedback, scale, self.options.four_over_six)
+        else:
+            rounded = gptq.plain(weight, scale)
         if self.options.descent_sweeps:
             rounded = gptq.descend(weight, moments, scale, rounded, self.options.descent_sweeps)
         return rounded

@@ -27,7 +27,7 @@ def _problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torc
     )
 
 
-def _slowly(row: torch.Tensor, moments: torch.Tensor, scale: float) -> list[float]:
+def _slowly(row: torch.Tensor, moments: torch.Tensor, scale: float, steps: range) -> list[float]:
     """Round one row by the textbook: after each column, the rest of the row is moved to where it costs least."""
     left = row.double().clone()
     columns, rounded = len(row), []
@@ -35,7 +35,7 @@ def _slowly(row: torch.Tensor, moments: torch.Tensor, scale: float) -> list[floa
         amax = left[begin : begin + 16].abs().max().float()
         usual = int(nvfp4.block_scales(amax, torch.tensor(scale)).view(torch.uint8))
         tries = []
-        for bits in (min(max(usual + step, 1), 126) for step in range(-6, 2)):
+        for bits in (min(max(usual + step, 1), 126) for step in steps):
             trial, values, cost = left.clone(), [], 0.0
             step = torch.tensor(float(E4M3[bits].float() * torch.tensor(scale)))
             for column in range(begin, begin + 16):
@@ -52,11 +52,19 @@ def _slowly(row: torch.Tensor, moments: torch.Tensor, scale: float) -> list[floa
     return rounded
 
 
-def test_feedback_is_that_of_the_textbook_column_by_column() -> None:
+@pytest.mark.parametrize(("four_over_six", "steps"), [(False, range(-6, 2)), (True, range(-2, 7))])
+def test_feedback_is_that_of_the_textbook_column_by_column(four_over_six: bool, steps: range) -> None:
     weight, moments, scale = _problem(5, 48)
-    found = gptq.round_with_feedback(weight, gptq.inverse_root(moments), scale)
-    expected = torch.tensor([_slowly(row, moments, float(scale)) for row in weight])
+    found = gptq.round_with_feedback(weight, gptq.inverse_root(moments), scale, four_over_six)
+    expected = torch.tensor([_slowly(row, moments, float(scale), steps) for row in weight])
     assert torch.equal(found.values, expected)
+
+
+def test_four_over_six_lowers_the_error_of_the_output() -> None:
+    weight, moments, scale = _problem(48, 96)
+    feedback = gptq.inverse_root(moments)
+    without, ours = (gptq.round_with_feedback(weight, feedback, scale, chosen) for chosen in (False, True))
+    assert gptq.error(ours.values, weight, moments) < 0.96 * gptq.error(without.values, weight, moments)
 
 
 @pytest.mark.parametrize("seed", range(3))
