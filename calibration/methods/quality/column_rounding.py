@@ -143,7 +143,7 @@ def descend_in_torch(
 @functools.cache
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return one of :data:`FUSED` as one kernel, with the rounding of torch's own operators: no fused multiply-add."""
-    exact = {
+    exact: dict[str, str | int | bool | Callable[..., Any]] = {
         "emulate_precision_casts": True,
         "eager_numerics.division_rounding": True,
         "eager_numerics.disable_ftz": True,
