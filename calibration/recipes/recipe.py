@@ -184,7 +184,7 @@ class Quality(_Strict):
     shift_fold: bool = True
     smooth_fold: bool = True
     gptq: bool = True
-    descent_sweeps: int = Field(default=4, ge=0)
+    descent_sweeps: int = Field(default=1, ge=0)
     wiener: float = Field(default=0.3, ge=0, le=1)
     bias_correction: bool = True
     sequential: bool = True
