@@ -1,7 +1,8 @@
 """Run `fp4trt quantize` in this process and say, last, as JSON, what each stage of each block took.
 
 `python benchmarks/measure/stages.py SOURCE -o OUT --recipe NAME ...`. What is wrapped are functions of the method, by
-name; a stage's core-seconds are those of its function without what other stages took inside it.
+name; a stage's core-seconds are those of its function without what other stages took inside it. With `--device cuda`
+they are seconds of the clock, each stage waiting until the GPU has ended what it was given.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 class Stopwatch:
     """Core-seconds by block and stage; what belongs to no stage of a block is its `rest`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
+        self._clock = clock
         self.blocks: dict[str, dict[str, float]] = {}
         self._block = ""
         self._inside: list[float] = []
@@ -49,11 +51,11 @@ class Stopwatch:
 
     def _timed(self, name: str, function: Callable[[], Any]) -> Any:
         self._inside.append(0.0)
-        started = time.process_time()
+        started = self._clock()
         try:
             return function()
         finally:
-            taken, others = time.process_time() - started, self._inside.pop()
+            taken, others = self._clock() - started, self._inside.pop()
             self.blocks[self._block][name] += taken - others
             if self._inside:
                 self._inside[-1] += taken
@@ -96,12 +98,27 @@ def watch(stopwatch: Stopwatch) -> None:
 def main() -> None:
     import fp4trt
 
-    stopwatch = Stopwatch()
+    on_gpu = "cuda" in sys.argv
+    stopwatch = Stopwatch(_when_the_gpu_is_done if on_gpu else time.process_time)
     watch(stopwatch)
     status = fp4trt.run(["quantize", *sys.argv[1:]])
     if status:
         sys.exit(status)
-    print(json.dumps({"blocks": stopwatch.blocks, "core_seconds": time.process_time()}))
+    answer = {"blocks": stopwatch.blocks, "core_seconds": time.process_time()}
+    print(json.dumps(answer | ({"gpu_bytes": _gpu_peak()} if on_gpu else {})))
+
+
+def _when_the_gpu_is_done() -> float:
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _gpu_peak() -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 if __name__ == "__main__":
