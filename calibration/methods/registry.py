@@ -135,7 +135,7 @@ def memory_of_block(
         return _LIBRARIES + 10 * largest
     if isinstance(options, ModelOpt):
         return _LIBRARIES + 4 * largest + 32 * max(map(weights, inside), default=0) + 8 * widest**2
-    return _LIBRARIES + 4 * largest + 32 * widest**2  # four matrices in FP64 while moments are inverted
+    return _LIBRARIES + 4 * largest + 24 * max(map(weights, inside), default=0) + 16 * widest**2
 
 
 def of_block(options: Options, family: Family) -> Method:

@@ -38,7 +38,10 @@ _PANEL: Final = 128
 """Columns whose errors reach the others in one product."""
 
 _PROBES: Final = 8
+"""Random vectors by which a triangle is held to the moments that it should give."""
+
 _CHANGED: Final = 1e-3
+"""What may be changed, relative to the least of the diagonal, which is the damping at least."""
 
 
 @dataclass(frozen=True)
@@ -103,33 +106,30 @@ class Root:
 
 
 def root(moments: torch.Tensor) -> Root:
-    """Return the root of second moments.
-
-    Computed in FP32, and in FP64, which takes 16 K^2 bytes besides, where that is found to change the least of their
-    diagonal by more than :data:`_CHANGED`.
+    """Return the root of second moments, computed in FP32, or in FP64 where FP32 would change them too much.
 
     Args:
-        moments: positive definite, FP32 [..., K, K].
+        moments: positive definite, FP32 [..., K, K]. Two more such matrices are held meanwhile, in FP64 four.
     """
-    upper = _upper(moments)
+    lower, failed = torch.linalg.cholesky_ex(_turned(moments))
+    if failed.any() or not _gives(lower, moments):
+        lower = torch.linalg.cholesky(_turned(moments).double()).to(moments.dtype)
+    upper = _turned(lower)
     weights = upper.diagonal(dim1=-2, dim2=-1).clone()
     return Root(upper.div_(weights.unsqueeze(-2)), weights)
 
 
-def _upper(moments: torch.Tensor) -> torch.Tensor:
-    """Return the upper triangle V with ``V V^T`` these moments."""
-    turned = moments.flip(-2, -1)
-    lower, failed = torch.linalg.cholesky_ex(turned)
-    if failed.any() or not _near(lower, turned):
-        lower = torch.linalg.cholesky(turned.double()).to(moments.dtype)
-    return lower.flip(-2, -1)
+def _turned(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix with its rows and columns in reverse, which makes an upper triangle of a lower one."""
+    return matrix.flip(-2, -1)
 
 
-def _near(lower: torch.Tensor, moments: torch.Tensor) -> bool:
+def _gives(lower: torch.Tensor, moments: torch.Tensor) -> bool:
+    """Whether a triangle gives the moments back, reversed, but for a small part of their least diagonal."""
     probe = torch.randn(moments.shape[-1], _PROBES, generator=torch.Generator().manual_seed(0)).to(moments.device)
-    changed = lower @ (lower.mT @ probe) - moments @ probe
+    changed = lower @ (lower.mT @ probe) - (moments @ probe.flip(0)).flip(-2)
     least = moments.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
-    return bool((changed.norm(dim=(-2, -1)) / probe.norm() <= _CHANGED * least).all())
+    return bool((changed.norm(dim=(-2, -1)) <= _CHANGED * least * probe.norm()).all())
 
 
 def round_with_feedback(weight: torch.Tensor, root: Root, scale: torch.Tensor) -> Rounded:
