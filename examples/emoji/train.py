@@ -124,7 +124,7 @@ def prompt_of(name: str, background: str) -> str:
 def describe(names: tuple[str, ...]) -> Description:
     """Return how the model is sampled: of all prompts the last ones calibrate, and the others compare."""
     backgrounds, count = list(BACKGROUNDS), len(names)
-    order = [(i % count, (i + i // count) % len(backgrounds)) for i in range(count * len(backgrounds))]
+    order = [(name, (name + turn) % len(backgrounds)) for turn in range(len(backgrounds)) for name in range(count)]
     labels = {prompt_of(names[name], backgrounds[place]): name for name, place in order}
     prompts = tuple(labels)
     kept = len(prompts) - CALIBRATION_RUNS * CALIBRATION_IMAGES
