@@ -93,27 +93,21 @@ class Emoji:
     sha256: str
 
     def batch(self, count: int, generator: torch.Generator) -> Batch:
-        """Return random emoji on random backgrounds, mirrored, moved and scaled a little."""
+        """Return random emoji on random backgrounds, moved and scaled a little."""
         return self.labelled(count, generator)[0]
 
     def labelled(self, count: int, generator: torch.Generator) -> tuple[Batch, torch.Tensor]:
         """Return a batch, and which emoji its images show, int64 [count]."""
         rows = torch.randint(len(self.names), (count,), generator=generator)
         places = torch.randint(len(self.colours), (count,), generator=generator)
-        mirrored = torch.randint(2, (count,), generator=generator) * 2 - 1
         uniform = torch.rand(3, count, generator=generator) * 2 - 1
-        scale, shift = 1.05 + 0.08 * uniform[0], 0.08 * uniform[1:]
-        images = self._composed(rows, places, mirrored * scale, scale, shift)
-        return Batch(images, self.embedded[0][rows, places], self.embedded[1][rows, places]), rows
-
-    def _composed(
-        self, rows: torch.Tensor, places: torch.Tensor, across: torch.Tensor, down: torch.Tensor, shift: torch.Tensor
-    ) -> torch.Tensor:
-        none = torch.zeros_like(down)
-        moves = torch.stack([torch.stack([across, none, shift[0]], -1), torch.stack([none, down, shift[1]], -1)], 1)
+        scale, shift = 1.05 + 0.06 * uniform[0], 0.06 * uniform[1:]
+        none = torch.zeros(count)
+        moves = torch.stack([torch.stack([scale, none, shift[0]], -1), torch.stack([none, scale, shift[1]], -1)], 1)
         grid = functional.affine_grid(moves, [len(rows), 4, SIZE, SIZE], align_corners=False)
         moved = functional.grid_sample(self.pictures[rows], grid, align_corners=False)
-        return (moved[:, :3] + (1 - moved[:, 3:]) * self.colours[places][:, :, None, None]).clamp(0, 1)
+        images = (moved[:, :3] + (1 - moved[:, 3:]) * self.colours[places][:, :, None, None]).clamp(0, 1)
+        return Batch(images, self.embedded[0][rows, places], self.embedded[1][rows, places]), rows
 
 
 def prompt_of(name: str, background: str) -> str:
@@ -264,7 +258,7 @@ def write_model(folder: Path, emoji: Emoji, plan: Plan) -> dict[str, Any]:
 @click.option("--font", type=click.Path(path_type=Path), help="NotoColorEmoji.ttf.  [default: the installed one]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--steps", type=click.IntRange(1), default=2000, show_default=True, help=f"Training steps of {BATCH} images."
+    "--steps", type=click.IntRange(1), default=4000, show_default=True, help=f"Training steps of {BATCH} images."
 )
 @click.option(
     "--emoji",
