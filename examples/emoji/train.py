@@ -141,9 +141,7 @@ def find_font(given: Path | None) -> Path:
             return path
     if given is not None:
         raise click.UsageError(f"{given} is no file; expected NotoColorEmoji.ttf")
-    raise click.UsageError(
-        "no Noto Color Emoji is installed; install fonts-noto-color-emoji, or give its file as --font"
-    )
+    raise click.UsageError("the font Noto Color Emoji is missing; install fonts-noto-color-emoji, or give --font FILE")
 
 
 def load_emoji(font: Path, count: int) -> Emoji:
@@ -153,7 +151,7 @@ def load_emoji(font: Path, count: int) -> Emoji:
         loaded = ImageFont.truetype(font, size)
     except OSError as error:
         raise click.UsageError(
-            f"{font} cannot be drawn at {size} pixels ({error}); expected NotoColorEmoji.ttf"
+            f"{font} does not draw at {size} pixels ({error}); expected NotoColorEmoji.ttf"
         ) from None
     pictures, names = [], []
     for symbol in EMOJI[:count]:

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from calibration.digits import DIRECTORY
 from fp4trt.errors import BadCheckpoint
-from fp4trt.safetensors_file import tensors_in_file
+from fp4trt.file_kind import what_it_lacks
 
 __all__ = ["FILE_NAME", "accuracy", "build_classifier", "load_classifier", "predict", "with_channels"]
 
@@ -41,13 +43,15 @@ def load_classifier(path: Path = DIRECTORY) -> nn.Sequential:
         BadCheckpoint: it is missing, or holds something else.
     """
     path = path / FILE_NAME if path.is_dir() else path
-    state = {name: tensor.tensor() for name, tensor in tensors_in_file(path).items()}
     try:
+        state = load_file(path)
         channels, classes = state["0.weight"].shape[1], state["10.weight"].shape[0]
         classifier = build_classifier(channels, 4 * math.isqrt(state["8.weight"].shape[1] // 32), classes)
         classifier.load_state_dict(state)
-    except (IndexError, KeyError, RuntimeError):
-        raise BadCheckpoint(f"{path} holds other tensors than a classifier of this project; copy it again") from None
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path} {what_it_lacks(path)}; expected the model's classifier") from None
+    except (IndexError, KeyError, RuntimeError, SafetensorError):
+        raise BadCheckpoint(f"{path} holds other tensors than a classifier; copy it again") from None
     return classifier.eval()
 
 
