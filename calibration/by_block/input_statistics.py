@@ -75,28 +75,36 @@ class Moments:
     cross: torch.Tensor | None = None
     plain: torch.Tensor | None = None
 
-    def into_covariance(self) -> torch.Tensor:
+    def into_covariance(self, centred: bool = True) -> torch.Tensor:
         """Return the mean of ``(q - mean) (q - mean)^T`` of the quantized input: the mean is what a bias takes care of.
 
-        It takes the product's place: at 15,360 channels each such matrix has a gigabyte.
+        It takes the product's place: at 15,360 channels each such matrix has a gigabyte. Where there is no bias,
+        ``centred`` is False, and it is the mean of ``q q^T``.
         """
-        return _center(self.product, self.count, self.rounded, self.rounded)
+        return _mean(self.product, self.count, self.rounded, self.rounded, centred)
 
-    def into_plain_covariances(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def into_plain_covariances(self, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same of ``x q^T`` and ``x x^T``, in the place of ``cross`` and ``plain``; once."""
         assert self.cross is not None
         assert self.plain is not None
         of_x = (self.count, self.total)
-        return _center(self.cross, *of_x, self.rounded), _center(self.plain, *of_x, self.total)
+        return (
+            _mean(self.cross, *of_x, self.rounded, centred),
+            _mean(self.plain, *of_x, self.total, centred),
+        )
 
-    def rounding_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the variance of ``x - q`` and of ``q`` by channel, FP32 [K]; ask before any ``into_``."""
+    def rounding_noise(self, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the variance of ``x - q`` and of ``q`` by channel, FP32 [K]; ask before any ``into_``.
+
+        Where ``centred`` is False, their mean squares.
+        """
         assert self.cross is not None
         assert self.plain is not None
-        mean, rounded = self.total / self.count, self.rounded / self.count
         squares = self.plain.diagonal() - 2 * self.cross.diagonal() + self.product.diagonal()
-        noise = squares / self.count - (mean - rounded).square()
-        power = self.product.diagonal() / self.count - rounded.square()
+        noise, power = squares / self.count, self.product.diagonal() / self.count
+        if centred:
+            mean, rounded = self.total / self.count, self.rounded / self.count
+            noise, power = noise - (mean - rounded).square(), power - rounded.square()
         return noise.clamp_min(0), power.clamp_min(0)
 
     def forget_plain(self) -> None:
@@ -104,8 +112,10 @@ class Moments:
         self.cross = self.plain = None
 
 
-def _center(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Turn a sum of products into a covariance, in place; ``left`` and ``right`` are the sums of the factors."""
+def _mean(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Tensor, centred: bool) -> torch.Tensor:
+    """Turn a sum of products, in place, into their mean or a covariance; the factors sum to ``left`` and ``right``."""
+    if not centred:
+        return product.div_(count)
     means = left / count, right / count
     for rows, own in zip(product.split(_TOGETHER), means[0].split(_TOGETHER), strict=True):
         rows.div_(count).sub_(torch.outer(own, means[1]))

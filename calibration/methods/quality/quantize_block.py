@@ -131,15 +131,17 @@ class _Work:
     def quantize_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
         """Quantize linears to NVFP4 that share their scales."""
         whole = {path: self.linear(path).weight.float() for path in group}
-        branches = self.branches(whole, moments) if self.options.rank else {}
+        # A linear without a bias has nothing else that could make up for the mean.
+        centred = all(self.linear(path).bias is not None for path in group)
+        branches = self.branches(whole, moments, centred) if self.options.rank else {}
         weights = {path: weight - branches[path].product() for path, weight in whole.items()} if branches else whole
         wanted = {}
         if self.options.wiener:
-            plain = moments.into_plain_covariances()
+            plain = moments.into_plain_covariances(centred)
             wanted = {path: correlate(weight, *plain) for path, weight in weights.items()}
             del plain
         moments.forget_plain()
-        covariance = moments.into_covariance()
+        covariance = moments.into_covariance(centred)
         covariance.diagonal().add_(self.options.damping * covariance.diagonal().mean())
         feedback = gptq.inverse_root(covariance)
         targets = {
@@ -158,10 +160,10 @@ class _Work:
             self.tensors[f"{path}.weight_scale_2"] = scale
             self.settle(path, weight, rounded.values, group, moments, input_scale, branches.get(path))
 
-    def branches(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, LowRank]:
+    def branches(self, weights: Mapping[str, torch.Tensor], moments: Moments, centred: bool) -> dict[str, LowRank]:
         """Return the low-rank branches of linears that read one input: they share the first factor."""
         together = torch.cat(list(weights.values()))
-        branch = low_rank(together, importance(*moments.rounding_noise()), self.options.pooled(len(weights)))
+        branch = low_rank(together, importance(*moments.rounding_noise(centred)), self.options.pooled(len(weights)))
         parts = branch.b.split([len(weight) for weight in weights.values()])
         found = {path: LowRank(branch.a, part.contiguous()) for path, part in zip(weights, parts, strict=True)}
         for path, part in found.items():
