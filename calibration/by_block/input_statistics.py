@@ -75,29 +75,36 @@ class Moments:
     product: torch.Tensor
     lost: torch.Tensor | None = None
 
-    def power_and_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the variance of ``q`` and of ``x - q`` by channel, FP32 [K]; ask before any ``into_``."""
-        mean = self.rounded / self.count
-        power = self.product.diagonal() / self.count - mean.square()
-        noise = self.noise / self.count - (self.total / self.count - mean).square()
+    def power_and_noise(self, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the variance of ``q`` and of ``x - q`` by channel, FP32 [K]; ask before any ``into_``.
+
+        Where ``centred`` is False, their mean squares.
+        """
+        power, noise = self.product.diagonal() / self.count, self.noise / self.count
+        if centred:
+            mean = self.rounded / self.count
+            power, noise = power - mean.square(), noise - (self.total / self.count - mean).square()
         return power.clamp_min(0), noise.clamp_min(0)
 
-    def into_covariance(self) -> torch.Tensor:
+    def into_covariance(self, centred: bool = True) -> torch.Tensor:
         """Return the mean of ``(q - mean) (q - mean)^T`` of the quantized input: the mean is what a bias takes care of.
 
-        It takes the product's place: at 15,360 channels each such matrix has a gigabyte.
+        It takes the product's place: at 15,360 channels each such matrix has a gigabyte. Where there is no bias,
+        ``centred`` is False, and it is the mean of ``q q^T``.
         """
-        return _center(self.product, self.count, self.rounded, self.rounded)
+        return _mean(self.product, self.count, self.rounded, self.rounded, centred)
 
-    def into_lost_covariance(self) -> torch.Tensor:
-        """Return the covariance of ``x - q`` and ``q`` in the place of ``lost``; once."""
+    def into_lost_covariance(self, centred: bool = True) -> torch.Tensor:
+        """Return the same of ``x - q`` and ``q`` in the place of ``lost``; once."""
         lost, self.lost = self.lost, None
         assert lost is not None
-        return _center(lost, self.count, self.total - self.rounded, self.rounded)
+        return _mean(lost, self.count, self.total - self.rounded, self.rounded, centred)
 
 
-def _center(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Turn a sum of products into a covariance, in place; ``left`` and ``right`` are the sums of the factors."""
+def _mean(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Tensor, centred: bool) -> torch.Tensor:
+    """Turn a sum of products, in place, into their mean or a covariance; the factors sum to ``left`` and ``right``."""
+    if not centred:
+        return product.div_(count)
     means = left / count, right / count
     for rows, own in zip(product.split(_TOGETHER), means[0].split(_TOGETHER), strict=True):
         rows.div_(count).sub_(torch.outer(own, means[1]))

@@ -1,47 +1,35 @@
-"""The built-in model's text encoder, which needs no weights: a word is the bits of its hash."""
+"""The built-in model's words, and its text encoder."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
 
 import torch
 
+from calibration.digits.description import DESCRIPTION, WORDS
+from calibration.pixel_space import prompts as encoder
+
 __all__ = ["MAX_WORDS", "WIDTH", "WORDS", "embed_prompts", "embed_word", "words_of"]
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-WIDTH = 64
-MAX_WORDS = 8
+WIDTH = DESCRIPTION.text.width
+MAX_WORDS = DESCRIPTION.text.words
 
 
 def embed_word(word: str) -> torch.Tensor:
     """Return the first 64 bits of the word's SHA-256 as FP32 [64]: +1 for a set bit, -1 for a clear one."""
-    digest = hashlib.sha256(word.encode("utf-8")).digest()
-    bits = [(digest[i // 8] >> (7 - i % 8)) & 1 for i in range(WIDTH)]
-    return torch.tensor(bits, dtype=torch.float32) * 2 - 1
+    return encoder.embed_word(word, WIDTH)
 
 
 def embed_prompts(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Embed prompts of up to eight words.
 
     Returns:
-        (tokens FP32 [B, 8, 64], pooled FP32 [B, 64]). Unused tokens hold the empty word's embedding. The
-        pooled one is the sum of the used words' over the root of their number, so its variance stays one.
+        (tokens FP32 [B, 8, 64], pooled FP32 [B, 64]), as :func:`calibration.pixel_space.prompts.embed_prompts`.
 
     Raises:
         ValueError: a prompt with no word or with more than eight.
     """
-    tokens = embed_word("").repeat(len(prompts), MAX_WORDS, 1)
-    pooled = torch.zeros(len(prompts), WIDTH)
-    for row, prompt in enumerate(prompts):
-        words = prompt.split()
-        if not 1 <= len(words) <= MAX_WORDS:
-            raise ValueError(f"the prompt {prompt!r} has {len(words)} words: expected 1 to {MAX_WORDS}")
-        embedded = torch.stack([embed_word(word) for word in words])
-        tokens[row, : len(words)] = embedded
-        pooled[row] = embedded.sum(0) / math.sqrt(len(words))
-    return tokens, pooled
+    return encoder.embed_prompts(prompts, MAX_WORDS, WIDTH)
 
 
 def words_of(labels: Sequence[int]) -> list[str]:

@@ -1,17 +1,19 @@
-"""Rectified-flow sampling with Euler steps, through anything that is called like a FLUX transformer."""
+"""Sampling of the built-in model, through anything that is called like its transformer."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from calibration.digits import latents as packing
-from calibration.digits.prompts import WORDS, embed_prompts, words_of
+from calibration.digits.description import DESCRIPTION
+from calibration.digits.prompts import WORDS, words_of
+from calibration.pixel_space import sampling
+from calibration.pixel_space.description import Run
+from calibration.pixel_space.sampling import Step
 from fp4trt.families import Transformer
-from fp4trt.progress import PATIENCE_S, tracking
+from fp4trt.families.digits import DIGITS
 
 __all__ = [
     "GUIDANCE",
@@ -26,51 +28,25 @@ __all__ = [
     "schedule",
 ]
 
-STEPS = 10
-GUIDANCE = 3.5
-_FLOAT32_INPUTS = ("img_ids", "txt_ids", "guidance")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of the transformer: its inputs, the velocity it answered, the FP32 latents after the step."""
-
-    inputs: dict[str, torch.Tensor]
-    velocity: torch.Tensor
-    latents: torch.Tensor
+STEPS = DESCRIPTION.steps
+GUIDANCE = DESCRIPTION.guidance
 
 
 def schedule(steps: int = STEPS) -> list[float]:
-    """Return ``steps`` + 1 times from 1.0 (noise) down to 0.0 (image).
-
-    They are rounded to BF16, the type of the graph's ``timestep`` input: every runtime sees the same times.
-    """
-    if steps < 1:
-        raise ValueError(f"{steps} sampling steps: expected at least 1")
-    times: list[float] = torch.linspace(1, 0, steps + 1).bfloat16().tolist()
-    return times
+    """Return ``steps`` + 1 times from 1.0 (noise) down to 0.0 (image), rounded to BF16."""
+    return sampling.schedule(steps)
 
 
 def noise(count: int, seed: int) -> torch.Tensor:
     """Return the starting latents, FP32 [count, 16, 16]: the same for the same seed and count."""
-    return torch.randn(count, packing.TOKENS, packing.CHANNELS, generator=torch.Generator().manual_seed(seed))
+    return sampling.noise(DESCRIPTION, count, seed)
 
 
 def model_inputs(
     latents: torch.Tensor, prompts: Sequence[str], time: float, guidance: float, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return the transformer's inputs in the graph's order: ids and guidance FP32, the rest in ``dtype``."""
-    tokens, pooled = embed_prompts(prompts)
-    batch = len(latents)
-    return {
-        "hidden_states": latents.to(dtype),
-        "encoder_hidden_states": tokens.to(dtype),
-        "pooled_projections": pooled.to(dtype),
-        "timestep": torch.full((batch,), time, dtype=dtype),
-        "img_ids": packing.image_ids(),
-        "txt_ids": packing.text_ids(tokens.shape[1]),
-        "guidance": torch.full((batch,), guidance),
-    }
+    return sampling.model_inputs(DIGITS, DESCRIPTION, latents, prompts, time, guidance, dtype)
 
 
 def denoise(
@@ -86,14 +62,8 @@ def denoise(
 
     The latents are carried in FP32 whatever ``dtype`` the transformer is called with.
     """
-    prompts = words_of(labels)
-    times = schedule(steps)
-    for time, following in itertools.pairwise(times):
-        inputs = model_inputs(latents, prompts, time, guidance, dtype)
-        with torch.inference_mode():
-            velocity = transformer(**inputs, return_dict=False)[0].float()
-        latents = latents + (following - time) * velocity
-        yield Step(inputs, velocity, latents)
+    settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "dtype": dtype}
+    return sampling.denoise(DIGITS, DESCRIPTION, transformer, words_of(labels), latents, **settings)
 
 
 def sample(
@@ -117,18 +87,8 @@ def sample(
         dtype: of the transformer's floating-point inputs, ids and guidance excepted (always FP32).
         batch_size: images a call; at most 4 for an engine built with the default profile.
     """
-    start = noise(len(labels), seed)
-    chunks = range(0, len(labels), batch_size)
-    results = []
-    with tracking(len(chunks) * steps, "Sampling", PATIENCE_S) as advance:
-        for first in chunks:
-            part = slice(first, first + batch_size)
-            latents = start[part]
-            for step in denoise(transformer, labels[part], latents, steps=steps, guidance=guidance, dtype=dtype):
-                latents = step.latents
-                advance()
-            results.append(latents)
-    return torch.cat(results)
+    settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "dtype": dtype, "batch_size": batch_size}
+    return sampling.sample(DIGITS, DESCRIPTION, transformer, words_of(labels), seed, **settings)
 
 
 def capture(
@@ -143,17 +103,9 @@ def capture(
     """Record what the transformer is fed over the whole schedule: calibration data.
 
     Returns:
-        One dict a call, ``len(seeds) * steps`` of them, each a batch of ``len(labels)``: in the graph's order
-        and types, BF16 with ids and guidance FP32. The whole schedule is in it, because one end alone
-        calibrates badly.
+        As :func:`calibration.pixel_space.sampling.capture`: ``len(seeds) * steps`` calls, each a batch of
+        ``len(labels)``.
     """
-    recorded = []
-    with tracking(len(seeds) * steps, "Capturing", PATIENCE_S) as advance:
-        for seed in seeds:
-            start = noise(len(labels), seed)
-            for step in denoise(transformer, labels, start, steps=steps, guidance=guidance, dtype=dtype):
-                recorded.append(
-                    {k: v.float() if k in _FLOAT32_INPUTS else v.bfloat16() for k, v in step.inputs.items()}
-                )
-                advance()
-    return recorded
+    runs = [Run(seed=seed, prompts=tuple(words_of(labels))) for seed in seeds]
+    settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "dtype": dtype}
+    return sampling.capture(DIGITS, DESCRIPTION, transformer, runs, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,9 +13,11 @@ from torch import nn
 
 from calibration.inputs.captured import Inputs, capturing
 from calibration.inputs.pictures import conditions_of
+from calibration.inputs.pixel_space import describe
+from calibration.pixel_space.description import Description, Run
+from calibration.pixel_space.sampling import capture
 from fp4trt.errors import BadInputs
 from fp4trt.families import Family
-from fp4trt.families.digits import DIGITS
 from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import PIPELINE
@@ -25,7 +27,6 @@ __all__ = [
     "SMALLEST",
     "Sampling",
     "capture_prompts",
-    "digit_labels",
     "drawing",
     "load_pipeline",
     "pipeline_of",
@@ -71,26 +72,27 @@ def capture_prompts(
         model: the transformer, loaded from ``folder``.
         folder: its checkpoint; the pipeline (text encoders, tokenizers, scheduler) is expected in the parent folder.
         family: the model's family.
-        prompts: a text file, one prompt a line; None for the built-in model's ten words.
-        sampling: of a pipeline; the built-in model has its own schedule.
+        prompts: a text file, one prompt a line; None for those that a model without a pipeline brings along.
+        sampling: of a pipeline; a model without one has its own schedule.
 
     Raises:
         BadInputs: there are no prompts, or no pipeline to run them.
     """
-    if family is DIGITS:
-        return _capture_digits(model, None if prompts is None else read_prompts(Path(prompts)))
+    described = describe(folder, family)
+    if described is not None:
+        return _capture_pixels(model, family, described, None if prompts is None else read_prompts(Path(prompts)))
     if prompts is None:
         raise _without_data(folder)
     return _capture_pipeline(model, folder, family, read_prompts(Path(prompts)), sampling)
 
 
 def refuse_no_data(folder: Path, family: Family, prompts: str | Path | None) -> None:
-    """Refuse a model without captured inputs or prompts, before it is loaded; the built-in one has its own.
+    """Refuse a model without captured inputs or prompts, before it is loaded; one without a pipeline has its own.
 
     Raises:
         BadInputs: naming the model.
     """
-    if family is not DIGITS and prompts is None:
+    if prompts is None and describe(folder, family) is None:
         raise _without_data(folder)
 
 
@@ -104,10 +106,11 @@ def refuse_sampling(folder: Path, family: Family, prompts: str | Path | None, sa
     Raises:
         BadInputs: as :func:`capture_prompts`.
     """
-    if sampling.pictures is not None and (family is DIGITS or prompts is None):
-        what = "the built-in model reads no pictures" if family is DIGITS else "pictures go with --prompts"
+    alone = describe(folder, family) is not None
+    if sampling.pictures is not None and (alone or prompts is None):
+        what = "this model reads no pictures" if alone else "pictures go with --prompts"
         raise BadInputs(f"--pictures {sampling.pictures} was given, but {what}: leave it out")
-    if family is not DIGITS and prompts is not None:
+    if not alone and prompts is not None:
         read_prompts(Path(prompts))
         conditions_of(pipeline_of(folder), load_json(folder / "config.json"), sampling.pictures)
 
@@ -135,26 +138,15 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def digit_labels(words: list[str]) -> list[int]:
-    """Return the digits that the built-in model's words ask for.
-
-    Raises:
-        BadInputs: naming a word that it does not know.
-    """
-    from calibration.digits.prompts import WORDS
-
-    unknown = sorted(set(words) - set(WORDS))
-    if unknown:
-        raise BadInputs(f"'{unknown[0]}' is not a prompt of the built-in model; it knows: {', '.join(WORDS)}")
-    return [WORDS.index(word) for word in words]
-
-
-def _capture_digits(model: nn.Module, words: list[str] | None) -> list[Inputs]:
-    from calibration.digits.sampling import capture
-
-    if words is None:
-        return capture(model, dtype=torch.bfloat16)
-    return capture(model, digit_labels(words), dtype=torch.bfloat16)
+def _capture_pixels(
+    model: nn.Module, family: Family, described: Description, prompts: list[str] | None
+) -> list[Inputs]:
+    """Draw what a model without a pipeline is calibrated on, or with the same seeds some other prompts."""
+    runs: Sequence[Run] = described.calibration
+    if prompts is not None:
+        asked = described.known(prompts)
+        runs = [run.model_copy(update={"prompts": asked}) for run in runs]
+    return capture(family, described, model, runs, dtype=torch.bfloat16)
 
 
 def pipeline_of(folder: Path) -> Path:

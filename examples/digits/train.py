@@ -1,16 +1,13 @@
-"""Train fp4trt's built-in model and its judge from scikit-learn's handwritten digits.
+"""Train fp4trt's built-in model and its judge from scikit-learn's handwritten digits, or a model like it.
 
 One seed, one thread, a fixed number of steps: the same machine and versions give the same bytes, in 6 to 7
-CPU-minutes.
+CPU-minutes, also where the run was killed and started again.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -18,36 +15,43 @@ from pathlib import Path
 from typing import Any
 
 import click
+import diffusers
 import torch
-from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional
 
-from calibration.digits.latents import IMAGE_SIZE, decode, encode, image_ids, text_ids
-from calibration.digits.model import METRICS_NAME, load_transformer
-from calibration.digits.prompts import WIDTH, WORDS, embed_prompts
-from calibration.digits.sampling import STEPS, sample
+from calibration.checkpoints.plain import load_source
+from calibration.digits.description import DESCRIPTION
+from calibration.digits.latents import IMAGE_SIZE, decode
+from calibration.digits.model import METRICS_NAME
+from calibration.digits.prompts import WIDTH, WORDS, embed_prompts, words_of
+from calibration.digits.sampling import STEPS
+from calibration.pixel_space.description import write_description
+from calibration.pixel_space.sampling import sample
+from calibration.pixel_space.training import Batch, Plan, publishing, start_as_identity, train
+from fp4trt.families import Family
+from fp4trt.families.flux import FLUX
+from fp4trt.families.flux2 import FLUX2
 from generation.comparison.digit_classifier import FILE_NAME, accuracy, build_classifier
 
-CONFIG = {
+FAMILIES = {family.name: family for family in (FLUX, FLUX2)}
+COMMON = {
     "in_channels": 16,
     "num_layers": 2,
     "num_single_layers": 4,
     "num_attention_heads": 2,
     "attention_head_dim": 64,
-    "axes_dims_rope": (16, 24, 24),
     "joint_attention_dim": WIDTH,
-    "pooled_projection_dim": WIDTH,
     "guidance_embeds": True,
 }
+CONFIGS: dict[str, dict[str, Any]] = {
+    "flux": COMMON | {"axes_dims_rope": (16, 24, 24), "pooled_projection_dim": WIDTH},
+    "flux2": COMMON | {"axes_dims_rope": (16, 16, 16, 16)},
+}
 BATCH = 64
-LEARNING_RATE = 2e-3
-WARM_UP_STEPS = 100
-FLAT_FRACTION = 0.3
-EMA_DECAY = 0.998
 CLASSIFIER_EPOCHS = 80
 EVALUATION_IMAGES = 1000
 
@@ -104,75 +108,28 @@ def train_classifier(digits: Digits, seed: int) -> nn.Sequential:
     return classifier.eval()
 
 
-def build_transformer(heads: int) -> Any:
-    """Return the untrained transformer; zero modulation and output make every block start as the identity."""
-    model: Any = FluxTransformer2DModel(**{**CONFIG, "num_attention_heads": heads})  # type: ignore[no-untyped-call]
-    for name, parameter in model.named_parameters():
-        modulation = "norm" in name and ".linear." in name
-        if modulation or name.startswith("proj_out."):
-            nn.init.zeros_(parameter)
+def build_transformer(family: Family, heads: int) -> Any:
+    """Return the untrained transformer, every block of which starts as the identity."""
+    model = getattr(diffusers, family.class_name)(**{**CONFIGS[family.name], "num_attention_heads": heads})
+    start_as_identity(model)
     return model
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: linear warm-up, flat for 30 % of the steps, cosine to zero."""
-    if step < WARM_UP_STEPS:
-        return (step + 1) / WARM_UP_STEPS
-    done = max(0.0, step / steps - FLAT_FRACTION) / (1 - FLAT_FRACTION)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def flow_loss(
-    model: Any, digits: Digits, text: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator
-) -> torch.Tensor:
-    """Return the rectified-flow loss of one random batch: target noise - image, logit-normal times."""
-    rows = torch.randint(len(digits.train_labels), (BATCH,), generator=generator)
-    clean, labels = encode(digits.train_images[rows]), digits.train_labels[rows]
-    noise = torch.randn(clean.shape, generator=generator)
-    times = torch.sigmoid(torch.randn(BATCH, generator=generator))
-    guidance = 1 + 4 * torch.rand(BATCH, generator=generator)
-    mixed = clean + times[:, None, None] * (noise - clean)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = model(
-            hidden_states=mixed,
-            encoder_hidden_states=text[0][labels],
-            pooled_projections=text[1][labels],
-            timestep=times,
-            img_ids=image_ids(),
-            txt_ids=text_ids(text[0].shape[1]),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-    return functional.mse_loss(velocity.float(), noise - clean)
-
-
-def train_transformer(digits: Digits, seed: int, steps: int, heads: int) -> Any:
+def train_transformer(digits: Digits, family: Family, plan: Plan, heads: int, folder: Path) -> Any:
     """Train the transformer and return the moving average of its weights, rounded to BF16."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = build_transformer(heads).train()
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
-    text = embed_prompts(WORDS)
-    with click.progressbar(range(steps), label="Training the transformer", file=sys.stderr) as bar:
-        for step in bar:
-            loss = flow_loss(model, digits, text, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rate.step()
-            # A smaller decay at the start: the average may not lag while the weights still move fast.
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for kept, current in zip(average.parameters(), model.parameters(), strict=True):
-                    kept.lerp_(current, 1 - decay)
-            if step % 100 == 0 or step == steps - 1:
-                click.echo(f"step {step}: loss {loss.item():.4f}", err=True)
-    for parameter in average.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return average.eval()
+    tokens, pooled = embed_prompts(WORDS)
+
+    def draw(generator: torch.Generator) -> Batch:
+        rows = torch.randint(len(digits.train_labels), (BATCH,), generator=generator)
+        labels = digits.train_labels[rows]
+        return Batch(digits.train_images[rows].unsqueeze(1), tokens[labels], pooled[labels])
+
+    def report(step: int, loss: float, _: Any) -> None:
+        if step % 100 == 1 or step == plan.steps:
+            click.echo(f"step {step}: loss {loss:.4f}", err=True)
+
+    data = hashlib.sha256(digits.train_images.numpy().tobytes()).hexdigest()
+    return train(family, lambda: build_transformer(family, heads), draw, plan, folder, data, report)
 
 
 def nearest(images: torch.Tensor, others: torch.Tensor) -> float:
@@ -180,10 +137,11 @@ def nearest(images: torch.Tensor, others: torch.Tensor) -> float:
     return torch.cdist(images.flatten(1), others.flatten(1)).min(1).values.median().item()
 
 
-def measure(directory: Path, classifier: nn.Module, digits: Digits) -> dict[str, Any]:
+def measure(directory: Path, family: Family, classifier: nn.Module, digits: Digits) -> dict[str, Any]:
     """Judge the stored BF16 weights, computed in FP32: are the digits recognised, and not mere copies?"""
     labels = torch.arange(EVALUATION_IMAGES) % 10
-    images = decode(sample(load_transformer(directory), labels.tolist(), seed=0))
+    model = load_source(directory, torch.float32)
+    images = decode(sample(family, DESCRIPTION, model, words_of(labels.tolist()), seed=0))
     return {
         "classifier_held_out_accuracy": accuracy(classifier, digits.held_out_images, digits.held_out_labels),
         "classifier_held_out_images": len(digits.held_out_labels),
@@ -196,19 +154,22 @@ def measure(directory: Path, classifier: nn.Module, digits: Digits) -> dict[str,
     }
 
 
-def write_model(directory: Path, seed: int, steps: int, heads: int) -> dict[str, Any]:
+def write_model(directory: Path, family: Family, plan: Plan, heads: int) -> dict[str, Any]:
     """Train both networks, write them with what was measured into ``directory``, and return the latter."""
     digits = load_images()
-    classifier = train_classifier(digits, seed)
-    train_transformer(digits, seed, steps, heads).save_pretrained(directory)
+    classifier = train_classifier(digits, plan.seed)
+    train_transformer(digits, family, plan, heads, directory).save_pretrained(directory)
     state = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     save_file(state, directory / FILE_NAME)
-    metrics = measure(directory, classifier, digits)
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    metrics |= {"training_seed": seed, "training_steps": steps}
-    metrics["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    metrics = measure(directory, family, classifier, digits)
+    metrics |= {"training_seed": plan.seed, "training_steps": plan.steps}
+    metrics["sha256"] = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (*sorted(directory.glob("*.safetensors")), directory / "config.json")
+    }
     text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
     (directory / METRICS_NAME).write_bytes(text.encode("utf-8"))
+    write_description(directory, DESCRIPTION)
     return metrics
 
 
@@ -217,33 +178,33 @@ def write_model(directory: Path, seed: int, steps: int, heads: int) -> dict[str,
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=1900, show_default=True, help="Training steps of 64 images.")
 @click.option(
+    "--family",
+    type=click.Choice(list(FAMILIES)),
+    default=FLUX.name,
+    show_default=True,
+    help="FLUX.1's architecture, or FLUX.2's.",
+)
+@click.option(
     "--heads",
     type=click.IntRange(1),
-    default=CONFIG["num_attention_heads"],
+    default=COMMON["num_attention_heads"],
     show_default=True,
     help="Attention heads, each 64 wide; another number makes another model, to try a recipe on.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output directory.")
-def main(output: Path, seed: int, steps: int, heads: int, force: bool) -> None:
-    """Train the digits model and its classifier into a new directory.
+def main(output: Path, seed: int, steps: int, family: str, heads: int, force: bool) -> None:
+    """Train a digits model and its classifier into a new directory.
+
+    A run that was killed resumes where the same command is given again.
 
     \b
     Example:
       python examples/digits/train.py -o build/digits
+      python examples/digits/train.py -o build/digits-flux2 --family flux2
     """
-    if output.exists() and not force:
-        raise click.UsageError(f"{output} exists: give another --output, or --force to replace it")
-    # One thread, or the order of the sums, and with it the bytes, would depend on the machine's cores.
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     started = time.process_time()
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    metrics = write_model(partial, seed, steps, heads)
-    if output.exists():
-        shutil.rmtree(output)
-    partial.replace(output)
+    with publishing(output, force) as partial:
+        metrics = write_model(partial, FAMILIES[family], Plan(steps, seed, 2e-3, lean=False), heads)
     click.echo(f"{metrics['classifier_held_out_accuracy']:.1%} of held-out digits recognised by the classifier")
     click.echo(f"{metrics['accuracy_bf16']:.1%} of {metrics['accuracy_images']} BF16 samples recognised")
     click.echo(f"{output}: written in {time.process_time() - started:.0f} CPU-seconds")

@@ -40,8 +40,8 @@ def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ..
 @click.argument("checkpoints", nargs=-1, required=True, callback=_named, metavar="NAME=CHECKPOINT...")
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write.")
 @click.option("--seeds", default="1000,1001,1002", show_default=True, callback=_numbers, help="Of the starting noise.")
-@click.option("--images", type=click.IntRange(1), help="Images of each seed.  [default: 500 digits, or one a prompt]")
-@click.option("--prompts", type=_PATH, help="A text file, one prompt a line.  [default: the built-in model's words]")
+@click.option("--images", type=click.IntRange(1), help="Images of each seed.  [default: 500, or a pipeline's prompts]")
+@click.option("--prompts", type=_PATH, help="A text file, one prompt a line.  [default: the model's own]")
 @click.option(
     "--pictures",
     type=_PATH,
@@ -65,9 +65,9 @@ def compare(
 ) -> Any:
     """Draw the same images with a BF16 model and with its quantized checkpoints, and say how far apart they are.
 
-    SOURCE is "digits" for the built-in model, or a diffusers pipeline's folder. Differences are relative to the first
-    checkpoint, paired image by image. A command that was killed resumes after its last finished pair of checkpoint and
-    seed.
+    SOURCE is "digits" for the built-in model, a diffusers pipeline's folder, or a checkpoint with a sampling.json.
+    Differences are relative to the first checkpoint, paired image by image. A command that was killed resumes after its
+    last finished pair of checkpoint and seed.
 
     \b
     Example:

@@ -16,13 +16,14 @@ import torch
 from calibration.checkpoints.plain import find_source, load_source, refuse_quantized
 from calibration.checkpoints.quantized import Checkpoint, load, plain_config, read
 from calibration.checkpoints.threads import suited_threads
-from calibration.inputs.prompts import SMALLEST, Sampling, digit_labels, read_prompts, refuse_sampling
+from calibration.inputs.pixel_space import describe
+from calibration.inputs.prompts import SMALLEST, Sampling, read_prompts, refuse_sampling
+from calibration.pixel_space.description import Description
 from fp4trt import publish
 from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family, family_of
-from fp4trt.families.digits import DIGITS
 from fp4trt.json_file import load_json
 from fp4trt.options import at_least, file_name, mapping, takes
 from fp4trt.options import seeds as whole_seeds
@@ -59,14 +60,16 @@ class _Task:
     Attributes:
         folder: the plain checkpoint.
         family: its family.
+        described: how it is sampled without a pipeline; None where it has one.
         checkpoints: name to quantized checkpoint, in the order given.
         seeds: of the noise.
         sampler: what draws.
-        dtype: to compute in: FP32 for the built-in model, BF16 for a pipeline.
+        dtype: to compute in: FP32 for a model without a pipeline, BF16 for one with.
     """
 
     folder: Path
     family: Family
+    described: Description | None
     checkpoints: Mapping[str, Checkpoint]
     seeds: tuple[int, ...]
     sampler: Sampler
@@ -139,12 +142,13 @@ def compare(
     result is written, also for a later command that names other checkpoints or seeds.
 
     Args:
-        source: the plain BF16 checkpoint (``digits``, or the transformer of a pipeline's folder).
+        source: the plain BF16 checkpoint (``digits``, the transformer of a pipeline's folder, or a checkpoint with a
+            ``sampling.json``).
         checkpoints: name to quantized checkpoint; differences are told to the first.
         output: folder of the result: compare.json, compare.html, grid.png.
         seeds: of the noise; calibration of the built-in model takes 0 to 3.
-        images: of each seed; None for 500 digits, or one image a prompt.
-        prompts: a text file, one a line; for the built-in model, its words.
+        images: of each seed; None for 500 of a model without a pipeline, or one a prompt.
+        prompts: a text file, one a line; of a model without a pipeline, of its words.
         steps: denoising steps; None for the model's own.
         resolution: of a pipeline's images, in pixels; None for its own.
         force: replace an earlier result.
@@ -194,9 +198,12 @@ def _task(
     refuse_sampling(folder, family, prompts, sampling)
     found = {name: opened(name, Path(path), config) for name, path in checkpoints.items()}
     asked = None if prompts is None else read_prompts(Path(prompts))
-    sampler = _sampler(folder, family, asked, images, sampling)
-    dtype = torch.float32 if family is DIGITS else torch.bfloat16
-    return _Task(folder, family, found, tuple(seeds), sampler, dtype)
+    described = describe(folder, family)
+    if described is None:
+        sampler, dtype = _pipeline_sampler(folder, family, asked, images, sampling), torch.bfloat16
+    else:
+        sampler, dtype = _pixel_sampler(family, described, asked, images, sampling), torch.float32
+    return _Task(folder, family, described, found, tuple(seeds), sampler, dtype)
 
 
 def opened(name: str, path: Path, config: Mapping[str, Any]) -> Checkpoint:
@@ -221,19 +228,22 @@ def opened(name: str, path: Path, config: Mapping[str, Any]) -> Checkpoint:
     return checkpoint
 
 
-def _sampler(
+def _pixel_sampler(
+    family: Family, described: Description, prompts: list[str] | None, images: int | None, sampling: Sampling
+) -> Sampler:
+    from generation.comparison.pixel_space import pixel_sampler
+
+    if sampling.resolution is not None:
+        side = described.image.size
+        raise BadInputs(f"--resolution is of a pipeline; this model draws {side} x {side} pixels: leave it out")
+    known = described.prompts if prompts is None else described.known(prompts)
+    asked = [known[index % len(known)] for index in range(images or _IMAGES)]
+    return pixel_sampler(family, described, asked, sampling.steps)
+
+
+def _pipeline_sampler(
     folder: Path, family: Family, prompts: list[str] | None, images: int | None, sampling: Sampling
 ) -> Sampler:
-    if family is DIGITS:
-        from calibration.digits.sampling import STEPS
-        from generation.comparison.digits import balanced_labels, digits_sampler
-
-        if sampling.resolution is not None:
-            raise BadInputs("--resolution is of a pipeline; the built-in model draws 16 x 16 pixels: leave it out")
-        words = None if prompts is None else digit_labels(prompts)
-        count = images or _IMAGES
-        labels = balanced_labels(count) if words is None else [words[index % len(words)] for index in range(count)]
-        return digits_sampler(labels, sampling.steps or STEPS)
     if prompts is None:
         raise BadInputs(f"{folder} needs prompts to draw; give --prompts, a text file with one a line")
     from generation.comparison.pipeline import pipeline_sampler
@@ -292,22 +302,22 @@ def _measured(task: _Task, store: Store) -> Comparison:
             lambda seed: store.drawn(key, seed),
         )
 
-    metrics, unavailable = _metrics(task.family)
+    metrics, unavailable = _metrics(task)
     found = measure(metrics, reference, {name: shown(task.key(name)) for name in task.checkpoints}, unavailable)
     for title, reason in found.unavailable.items():
         note(f"{title} is left out: {reason}")
     return found
 
 
-def _metrics(family: Family) -> tuple[list[Metric], dict[str, str]]:
-    """Return what can be measured of a family's images, and what cannot and why."""
+def _metrics(task: _Task) -> tuple[list[Metric], dict[str, str]]:
+    """Return what can be measured of a task's images, and what cannot and why."""
     near, no_ssim = known.likeness()
     further: list[Metric]
     missing: dict[str, str]
-    if family is DIGITS:
-        from generation.comparison.digits import digits_metrics
+    if task.described is not None:
+        from generation.comparison.pixel_space import classifier_metrics
 
-        further, missing = digits_metrics(), {}
+        further, missing = classifier_metrics(task.described, task.folder, task.sampler.prompts), {}
     else:
         from generation.comparison.perceptual import perceptual_metrics
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
 
-from calibration.digits.latents import decode
-from calibration.digits.prompts import WORDS, words_of
-from calibration.digits.sampling import STEPS, denoise, noise
+from calibration.digits import DIRECTORY
+from calibration.digits.description import DESCRIPTION
+from calibration.digits.prompts import words_of
+from calibration.digits.sampling import STEPS
+from fp4trt.families.digits import DIGITS
 from fp4trt.progress import PATIENCE_S, tracking
 from generation.comparison import metrics
-from generation.comparison.digit_classifier import load_classifier
-from generation.comparison.drawing import Batch, Drawn, Sampler, Transformer, follow, reference_images
+from generation.comparison.drawing import Drawn, Sampler, Transformer, follow, reference_images
 from generation.comparison.measurement import Comparison, measure
 from generation.comparison.metrics import Metric, Shown
+from generation.comparison.pixel_space import classifier_metrics, pixel_sampler
 
 __all__ = ["balanced_labels", "compare", "digits_metrics", "digits_sampler"]
 
@@ -36,34 +37,12 @@ def digits_sampler(
         dtype: of the transformer's floating-point inputs.
         batch_size: images a call; does not change the noise.
     """
-
-    def draw(transformer: Transformer, seed: int) -> Iterator[Batch]:
-        start = noise(len(labels), seed)
-        for first in range(0, len(labels), batch_size):
-            part = slice(first, first + batch_size)
-            walked = list(denoise(transformer, labels[part], start[part], steps=steps, dtype=dtype))
-            yield Batch(
-                decode(walked[-1].latents), [step.inputs for step in walked], [step.velocity for step in walked]
-            )
-
-    described = {"sampler": "digits", "steps": steps, "dtype": str(dtype).removeprefix("torch."), "batch": batch_size}
-    return Sampler(tuple(words_of(labels)), -(-len(labels) // batch_size), draw, described)
+    return pixel_sampler(DIGITS, DESCRIPTION, words_of(labels), steps, dtype, batch_size)
 
 
 def digits_metrics() -> list[Metric]:
     """Return the metrics that the built-in classifier gives: the Frechet distance, and digits recognised."""
-    classifier = load_classifier()
-    penultimate = nn.Sequential(*list(classifier)[:-1])
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return penultimate(images.unsqueeze(1))
-
-    network = "the penultimate layer of the built-in classifier"
-    return [
-        metrics.frechet("frechet", "Frechet distance", features, network),
-        metrics.recognised(classifier, WORDS.index),
-    ]
+    return classifier_metrics(DESCRIPTION, DIRECTORY, DESCRIPTION.prompts)
 
 
 def compare(

@@ -204,12 +204,19 @@ def frechet(key: str, title: str, features: Callable[[torch.Tensor], torch.Tenso
     return Metric(key, title, ".4f", "", False, meaning, scores, least=FEWEST)
 
 
-def recognised(classifier: nn.Module, label_of: Callable[[str], int]) -> Metric:
-    """Return the fraction of images that a classifier reads as their prompt."""
+def recognised(classifier: nn.Module, label_of: Callable[[str], int], title: str, judge: str) -> Metric:
+    """Return the fraction of images that a classifier reads as their prompt.
+
+    Args:
+        classifier: of images.
+        label_of: prompt to label.
+        title: of the metric.
+        judge: who reads what, as it follows on "images that".
+    """
     from generation.comparison.digit_classifier import predict
 
     def right(images: torch.Tensor, _: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         return predict(classifier, images) == torch.tensor([label_of(prompt) for prompt in prompts])
 
-    meaning = "Fraction of the images that the built-in classifier reads as the digit that was asked for."
-    return Metric("recognised", "digits recognised", ".2%", "", True, meaning, per_image(right), absolute=True)
+    meaning = f"Fraction of the images that {judge}."
+    return Metric("recognised", title, ".2%", "", True, meaning, per_image(right), absolute=True)

@@ -42,7 +42,8 @@ EXCEPTIONS = {
 # Floors of each room: a sub-package, or a file beside them, imports only what lies below it.
 FLOORS = {
     "calibration": (
-        {"digits", "formats", "recipes"},
+        {"formats", "pixel_space", "recipes"},
+        {"digits"},
         {"checkpoints", "inputs"},
         {"by_block"},
         {"methods"},

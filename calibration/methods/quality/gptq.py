@@ -22,7 +22,7 @@ from calibration.methods.quality import column_rounding
 
 __all__ = ["Root", "Rounded", "descend", "error", "plain", "root", "round_with_feedback"]
 
-_FEEDBACK_STEPS: Final = range(-6, 2)
+_FEEDBACK_STEPS: Final = range(-2, 7)
 """Scales that are tried, in steps of E4M3 (about 9 % each) from the one that holds the block's largest weight."""
 
 _DESCENT_STEPS: Final = range(-1, 2)

@@ -131,18 +131,21 @@ class _Work:
         """Quantize linears to NVFP4 that share their scales."""
         weights = [self.linear(path).weight.float() for path in group]
         whole, sizes = torch.cat(weights), [len(weight) for weight in weights]
-        (power, noise), rank = moments.power_and_noise(), self.options.pooled_rank(group)
         del weights
+        # Without a bias that is corrected nothing makes up for a mean.
+        centred = self.options.bias_correction and all(self.linear(path).bias is not None for path in group)
+        (power, noise), rank = moments.power_and_noise(centred), self.options.pooled_rank(group)
         branches = self.branches(group, whole, sizes, importance(noise, power)) if rank else {}
         wanted = whole.clone()
         for branch, rows in zip(branches.values(), wanted.split(sizes), strict=False):
             rows.sub_(branch.product())
-        covariance = moments.into_covariance()
+        covariance = moments.into_covariance(centred)
         damping = self.options.damping * float(covariance.diagonal().mean())
         covariance.diagonal().add_(damping)
         root = gptq.root(covariance)
         if self.options.wiener:
-            wanted = wiener_target(wanted, moments.into_lost_covariance(), noise, root, damping, self.options.wiener)
+            lost = moments.into_lost_covariance(centred)
+            wanted = wiener_target(wanted, lost, noise, root, damping, self.options.wiener)
         own = {path: float(part.abs().max()) for path, part in zip(group, wanted.split(sizes), strict=True)}
         amax = max(input_quantizers.checked_weights(own).values())
         self.amax |= {f"{path}.weight_quantizer": amax for path in group}

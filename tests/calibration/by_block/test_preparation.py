@@ -54,3 +54,16 @@ def test_moments_become_their_covariance_in_place() -> None:
     found = moments.into_covariance()
     assert torch.equal(found, expected)
     assert found.data_ptr() == moments.product.data_ptr()
+
+
+def test_moments_of_a_linear_without_bias_keep_their_mean() -> None:
+    rows = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)) + 1
+    rounded = rows.round()
+    sums = rows.sum(dim=0), rounded.sum(dim=0)
+    change = rows - rounded
+    moments = Moments(50, *sums, change.square().sum(dim=0), rounded.T @ rounded, change.T @ rounded)
+    power, noise = moments.power_and_noise(centred=False)
+    torch.testing.assert_close(noise, change.square().mean(dim=0))
+    torch.testing.assert_close(power, rounded.square().mean(dim=0))
+    torch.testing.assert_close(moments.into_lost_covariance(centred=False), change.T @ rounded / 50)
+    torch.testing.assert_close(moments.into_covariance(centred=False), rounded.T @ rounded / 50)

@@ -49,7 +49,7 @@ def test_words_choose_what_the_built_in_model_draws(tmp_path: Path) -> None:
     result = calibrate("digits", tmp_path / "amax.json", prompts=tmp_path / "words.txt")
     assert result["linears"] == 52
     (tmp_path / "words.txt").write_text("eleven\n")
-    with pytest.raises(BadInputs, match="'eleven' is not a prompt of the built-in model; it knows: zero"):
+    with pytest.raises(BadInputs, match="'eleven' is not a word of this model's prompts; it knows: zero"):
         calibrate("digits", tmp_path / "other.json", prompts=tmp_path / "words.txt")
 
 

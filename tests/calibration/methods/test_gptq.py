@@ -35,7 +35,7 @@ def _slowly(row: torch.Tensor, moments: torch.Tensor, scale: float) -> list[floa
         amax = left[begin : begin + 16].abs().max().float()
         usual = int(nvfp4.block_scales(amax, torch.tensor(scale)).view(torch.uint8))
         tries = []
-        for bits in (min(max(usual + step, 1), 126) for step in range(-6, 2)):
+        for bits in (min(max(usual + step, 1), 126) for step in range(-2, 7)):
             trial, values, cost = left.clone(), [], 0.0
             step = torch.tensor(float(E4M3[bits].float() * torch.tensor(scale)))
             for column in range(begin, begin + 16):
