@@ -11,7 +11,7 @@ Both minimize ``trace((Q - W) H (Q - W)^T)`` over what NVFP4 can store, H being 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +21,8 @@ from calibration.formats import nvfp4
 from calibration.methods.quality import column_rounding
 
 __all__ = ["Root", "Rounded", "descend", "error", "plain", "root", "round_with_feedback"]
+
+_SIZE: Final = nvfp4.BLOCK_SIZE
 
 _FEEDBACK_STEPS: Final = range(-2, 7)
 """Scales that are tried, in steps of E4M3 (about 9 % each) from the one that holds the block's largest weight."""
@@ -140,23 +142,27 @@ def round_with_feedback(weight: torch.Tensor, root: Root, scale: torch.Tensor) -
         root: of the moments.
         scale: the FP32 global scale, 0-d.
     """
-    size, columns = nvfp4.BLOCK_SIZE, weight.shape[1]
     error = torch.zeros_like(weight)
-    values, scales = torch.empty_like(weight), weight.new_empty((len(weight), columns // size), dtype=torch.long)
-    for panel in range(0, columns, _PANEL):
-        end = min(panel + _PANEL, columns)
-        carried = error[:, :panel] @ root.rows[:panel, panel:end]
-        for begin in range(panel, end, size):
-            inside, own = slice(begin, begin + size), slice(begin - panel, begin - panel + size)
-            block, more = weight[:, inside], carried[:, own]
+    values, scales = (
+        torch.empty_like(weight),
+        weight.new_empty((len(weight), weight.shape[1] // _SIZE), dtype=torch.long),
+    )
+    for panel in _panels(weight):
+        own, found, missed = (
+            weight[:, panel].contiguous(),
+            *torch.empty(2, *weight[:, panel].shape, device=weight.device),
+        )
+        carried = error[:, : panel.start] @ root.rows[: panel.start, panel]
+        for inside, place in _blocks(panel):
+            block, more = own[:, inside], carried[:, inside]
             usual = nvfp4.block_scales((block + more).abs().amax(dim=1), scale).view(torch.uint8).long()
             tried = _candidates(usual, _FEEDBACK_STEPS)
-            values[:, inside], best = column_rounding.feed_back(
-                block, more, _step(tried, scale), root.rows[inside, inside].T, root.weights[inside]
-            )
-            scales[:, begin // size] = tried.gather(0, best.unsqueeze(0)).squeeze(0)
-            torch.sub(block, values[:, inside], out=error[:, inside])
-            carried[:, own.stop :].addmm_(error[:, inside], root.rows[inside, begin + size : end])
+            onto, weights = root.rows[place, place].T, root.weights[place]
+            found[:, inside], best = column_rounding.feed_back(block, more, _step(tried, scale), onto, weights)
+            scales[:, place.start // _SIZE] = tried.gather(0, best.unsqueeze(0)).squeeze(0)
+            torch.sub(block, found[:, inside], out=missed[:, inside])
+            carried[:, inside.stop :].addmm_(missed[:, inside], root.rows[place, place.stop : panel.stop])
+        values[:, panel], error[:, panel] = found, missed
     return Rounded(values, scales)
 
 
@@ -170,33 +176,44 @@ def descend(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, st
         start: the weight, rounded under that scale.
         sweeps: through all blocks, at most; it ends when nothing changes any more.
     """
-    size, columns = nvfp4.BLOCK_SIZE, weight.shape[1]
     values, scales = start.values.clone(), start.scales.clone()
     error = values - weight
-    own = torch.stack([moments[i : i + size, i : i + size] for i in range(0, columns, size)])
-    inverse, rows = torch.linalg.inv(own.double()).to(own.dtype), root(own).rows
+    own = torch.stack([moments[i : i + _SIZE, i : i + _SIZE] for i in range(0, weight.shape[1], _SIZE)])
+    inverse, onto = torch.linalg.inv(own.double()).to(own.dtype), root(own).rows.mT
     for _ in range(sweeps):
         changed = False
-        for panel in range(0, columns, _PANEL):
-            end = min(panel + _PANEL, columns)
-            slope = error @ moments[:, panel:end]
-            for begin in range(panel, end, size):
-                inside, block = slice(begin, begin + size), begin // size
-                now, at = values[:, inside], slice(begin - panel, begin - panel + size)
+        for panel in _panels(weight):
+            held, change = values[:, panel].contiguous(), torch.zeros_like(values[:, panel])
+            slope = error @ moments[:, panel]
+            for inside, place in _blocks(panel):
+                block = place.start // _SIZE
                 usual = scales[:, block]
                 tried = torch.cat([_candidates(usual, _DESCENT_STEPS), usual.unsqueeze(0)])
-                found, best = column_rounding.descend(
-                    now, slope[:, at], _step(tried, scale), own[block], inverse[block], rows[block].T, _INNER_SWEEPS
-                )
+                around = own[block], inverse[block], onto[block]
+                given = held[:, inside], slope[:, inside], _step(tried, scale), *around, _INNER_SWEEPS
+                found, best = column_rounding.descend(*given)
+                torch.sub(found, held[:, inside], out=change[:, inside])
+                slope[:, inside.stop :].addmm_(change[:, inside], moments[place, place.stop : panel.stop])
                 tried = torch.cat([tried, usual.unsqueeze(0)])
-                change = found - now
-                changed = changed or bool(change.any())
-                error[:, inside] += change
-                slope[:, at.stop :].addmm_(change, moments[inside, begin + size : end])
-                values[:, inside], scales[:, block] = found, tried.gather(0, best.unsqueeze(0)).squeeze(0)
+                held[:, inside], scales[:, block] = found, tried.gather(0, best.unsqueeze(0)).squeeze(0)
+            values[:, panel] = held
+            error[:, panel] += change
+            changed = changed or bool(change.any())
         if not changed:
             break
     return Rounded(values, scales)
+
+
+def _panels(weight: torch.Tensor) -> Iterator[slice]:
+    """Yield the columns of each panel, some blocks wide; what belongs to one lies together while it is worked on."""
+    for begin in range(0, weight.shape[1], _PANEL):
+        yield slice(begin, min(begin + _PANEL, weight.shape[1]))
+
+
+def _blocks(panel: slice) -> Iterator[tuple[slice, slice]]:
+    """Yield the columns of each block of a panel: counted in the panel, and in the weight."""
+    for begin in range(0, panel.stop - panel.start, _SIZE):
+        yield slice(begin, begin + _SIZE), slice(panel.start + begin, panel.start + begin + _SIZE)
 
 
 def _candidates(usual: torch.Tensor, steps: Sequence[int] | Iterable[int]) -> torch.Tensor:
