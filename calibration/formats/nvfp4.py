@@ -56,6 +56,9 @@ E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _HUGE: Final = float(np.finfo(np.float32).max)
 """Stands in for a zero divisor: x / _HUGE rounds to a zero that keeps x's sign."""
 
+_PART: Final = 1 << 17
+"""Elements that are rounded at a time on a CPU, so that what is computed of them stays in the cache."""
+
 
 def global_scale(amax: torch.Tensor | float, largest: float = E4M3_MAX) -> torch.Tensor:
     """Return the FP32 global scale ``amax / (6 * largest)``, shape of ``amax`` (0-d for a number).
@@ -195,6 +198,16 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if not x.is_cpu or x.numel() <= _PART:
+        return _rounded_part(x, scale)
+    rows, rounded = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype)
+    count = max(1, _PART // x.shape[-1])
+    for part, into in zip(rows.split(count), rounded.view(rows.shape).split(count), strict=True):
+        into.copy_(_rounded_part(part, scale))
+    return rounded
+
+
+def _rounded_part(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     blocks = _blocks(x)
     return values_under(blocks, _block_scales(blocks, scale).float() * scale).flatten(-2).to(x.dtype)
 

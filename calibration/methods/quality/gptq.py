@@ -39,6 +39,9 @@ _INNER_SWEEPS: Final = 1
 _PANEL: Final = 128
 """Columns whose errors reach the others in one product."""
 
+_STORED: Final = 32
+"""Rows that are packed at a time, so that what is computed of them stays in the cache."""
+
 _PROBES: Final = 8
 """Random vectors by which a triangle is held to the moments that it should give."""
 
@@ -65,10 +68,14 @@ class Rounded:
             scale: the FP32 global scale under which the weight was rounded, 0-d.
         """
         s8 = self.scales.to(torch.uint8).view(torch.float8_e4m3fn)
-        step = (s8.float() * scale).unsqueeze(-1)
-        codes = nvfp4.codes_under(self.values.unflatten(-1, (-1, nvfp4.BLOCK_SIZE)), step).flatten(-2)
-        assert torch.equal(nvfp4.dequantize(codes, s8, scale), self.values), "codes do not give the values"
-        return nvfp4.pack_codes(codes), s8
+        packed = torch.empty(len(s8), self.values.shape[1] // 2, dtype=torch.uint8, device=s8.device)
+        rows = _STORED if packed.is_cpu else len(packed)
+        for values, scales, into in zip(*(each.split(rows) for each in (self.values, s8, packed)), strict=True):
+            step = (scales.float() * scale).unsqueeze(-1)
+            codes = nvfp4.codes_under(values.unflatten(-1, (-1, _SIZE)), step).flatten(-2)
+            assert torch.equal(nvfp4.dequantize(codes, scales, scale), values), "codes do not give the values"
+            into.copy_(nvfp4.pack_codes(codes))
+        return packed, s8
 
 
 def plain(weight: torch.Tensor, scale: torch.Tensor) -> Rounded:

@@ -174,6 +174,16 @@ def test_fake_quantization_keeps_dtype_and_equals_quantize_then_dequantize(dtype
     assert nvfp4.fake_quantize(x, g).dtype == dtype
 
 
+@pytest.mark.parametrize("shape", [(7, 64), (3, 5, 32), (0, 64), (2, 48)])
+def test_fake_quantization_in_parts_gives_the_same_bits(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = nvfp4.fake_quantize(x, torch.tensor(0.01))
+    monkeypatch.setattr(nvfp4, "_PART", 32)
+    assert torch.equal(nvfp4.fake_quantize(x, torch.tensor(0.01)).view(torch.int16), whole.view(torch.int16))
+
+
 @pytest.mark.gpu
 def test_cuda_gives_the_same_codes_and_scales() -> None:
     for x in CASES.values():
