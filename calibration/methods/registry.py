@@ -135,7 +135,7 @@ def memory_of_block(
         return _LIBRARIES + 10 * largest
     if isinstance(options, ModelOpt):
         return _LIBRARIES + 4 * largest + 32 * max(map(weights, inside), default=0) + 8 * widest**2
-    return _LIBRARIES + 4 * largest + 24 * max(map(weights, inside), default=0) + 16 * widest**2
+    return _LIBRARIES + 4 * largest + 24 * max(map(weights, inside), default=0) + 24 * widest**2
 
 
 def of_block(options: Options, family: Family) -> Method:
