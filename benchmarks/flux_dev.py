@@ -176,7 +176,7 @@ def environment(device: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def claimed(out: Path, decides: Mapping[str, Any]) -> Iterator[None]:
-    """Be the only command that works in a folder, which holds images of one source drawn in one way.
+    """Lock a folder for this command alone; it holds images of one source drawn in one way.
 
     Raises:
         OutputExists: it is another's, or holds images that were drawn in another way.

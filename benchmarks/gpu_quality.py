@@ -5,7 +5,7 @@
    bit.
 2. `weights`: whole weights through GPTQ and descent under the same moments. Products of matrices are added up in
    another order there, and where two codes cost nearly the same the other one may be taken: the output's error may be
-   larger by `BOUND` of itself at most; the share of values that differ is told.
+   larger by `BOUND` of itself at most; the share of values that differ is reported.
 3. `blocks`: one double and one single block of FLUX.1-dev's width through `fp4trt quantize --device cuda`, seconds by
    stage, extrapolated to all 19 + 38; peak GPU memory.
 
@@ -30,7 +30,7 @@ from calibration.formats import nvfp4
 from calibration.methods.quality import column_rounding, gptq
 
 BOUND = 1e-3
-"""Of the root mean square error of a weight's output."""
+"""Allowed relative difference of the root mean square error of a weight's output."""
 
 STAGES = ROOT / "benchmarks" / "measure" / "stages.py"
 RECIPES = ["nvfp4-quality", "nvfp4-quality-r32"]

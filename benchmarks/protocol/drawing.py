@@ -24,7 +24,7 @@ from fp4trt.progress import PATIENCE_S, note, tracking
 
 LATENTS = "latents"
 _WARM = 2
-"""Images of a model after which its pace is told; the first takes longer."""
+"""Images of a model after which its pace is reported; the first takes longer."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Settings:
 
     Attributes:
         steps: of the schedule.
-        guidance: that the transformer is told.
+        guidance: the guidance scale that the transformer reads.
         resolution: pixels of a side.
         text_tokens: length to which T5's input is padded or cut.
     """
@@ -186,7 +186,7 @@ class Painter:
             album: where the images go.
             asked: all that it is to hold.
             load: returns the transformer, in BF16 on the CPU.
-            pace: is told of each image.
+            pace: called for each image.
         """
         missing = album.missing(asked)
         if not missing:

@@ -38,7 +38,7 @@ class Asked:
 
     @property
     def seed(self) -> int:
-        """Of the noise: the polynomial hash, base 31, of the name."""
+        """Seed of the noise: the polynomial hash, base 31, of the name."""
         return functools.reduce(lambda value, letter: (value * 31 + ord(letter)) % _PRIME, self.name, 0)
 
     @property

@@ -198,7 +198,7 @@ class _Processes:
 
 
 def _work(job: Job, threads: int, way: Connection) -> None:
-    """Be one of the processes."""
+    """Work on the blocks that come through a pipe, as the main function of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)

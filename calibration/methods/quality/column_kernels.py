@@ -81,7 +81,7 @@ def _keep_cheaper(tried: Any, cost: Array, found: Array, least: Array, kept: Arr
 
 @compiled
 def feed_back(block: Array, carried: Array, step: Array, onto: Array, weights: Array, values: Array, best: Any) -> None:
-    """Be :func:`calibration.methods.quality.column_rounding.feed_back`, the last two being its results."""
+    """Compute :func:`calibration.methods.quality.column_rounding.feed_back` into the last two arguments."""
     size: Any = block.shape[1]
     buffers = np.zeros((5, size, _TOGETHER), np.float32)
     own, start, error, found, kept = buffers[0], buffers[1], buffers[2], buffers[3], buffers[4]
@@ -176,7 +176,7 @@ def descend(
     results: Array,
     best: Any,
 ) -> None:
-    """Be :func:`calibration.methods.quality.column_rounding.descend`, the last two being its results."""
+    """Compute :func:`calibration.methods.quality.column_rounding.descend` into the last two arguments."""
     size: Any = values.shape[1]
     buffers = np.zeros((6, size, _TOGETHER), np.float32)
     held, entered, wanted, error, found, kept = (

@@ -57,7 +57,7 @@ def feed_back_in_torch(
     weights: torch.Tensor,
     fuse: Callable[[Any], Any] = lambda function: function,
 ) -> Chosen:
-    """Be :func:`feed_back`; ``fuse`` turns each of :data:`FUSED` into one kernel."""
+    """Compute :func:`feed_back` in torch; ``fuse`` turns each of :data:`FUSED` into one kernel."""
     round_column, add_square = fuse(_round_column), fuse(_add_square)
     own, start = block.T, (block + carried).T
     onto, values = onto.tril(-1), step.new_empty(len(own), *step.shape)
@@ -114,7 +114,7 @@ def descend_in_torch(
     sweeps: int,
     fuse: Callable[[Any], Any] = lambda function: function,
 ) -> Chosen:
-    """Be :func:`descend`; ``fuse`` turns each of :data:`FUSED` into one kernel."""
+    """Compute :func:`descend` in torch; ``fuse`` turns each of :data:`FUSED` into one kernel."""
     round_column, move_column, add_products, add_cost = map(fuse, (_round_column, _move_column, _dot, _add_cost))
     held, slopes, onto = values.T, slope.T.contiguous(), onto.tril(-1)
     away, now = torch.empty_like(slopes), torch.zeros_like(slopes[0])

@@ -11,7 +11,7 @@ Both minimize ``trace((Q - W) H (Q - W)^T)`` over what NVFP4 can store, H being 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -150,15 +150,11 @@ def round_with_feedback(weight: torch.Tensor, root: Root, scale: torch.Tensor) -
         scale: the FP32 global scale, 0-d.
     """
     error = torch.zeros_like(weight)
-    values, scales = (
-        torch.empty_like(weight),
-        weight.new_empty((len(weight), weight.shape[1] // _SIZE), dtype=torch.long),
-    )
+    values = torch.empty_like(weight)
+    scales = weight.new_empty((len(weight), weight.shape[1] // _SIZE), dtype=torch.long)
     for panel in _panels(weight):
-        own, found, missed = (
-            weight[:, panel].contiguous(),
-            *torch.empty(2, *weight[:, panel].shape, device=weight.device),
-        )
+        own = weight[:, panel].contiguous()
+        found, missed = torch.empty_like(own), torch.empty_like(own)
         carried = error[:, : panel.start] @ root.rows[: panel.start, panel]
         for inside, place in _blocks(panel):
             block, more = own[:, inside], carried[:, inside]
@@ -195,13 +191,13 @@ def descend(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, st
             for inside, place in _blocks(panel):
                 block = place.start // _SIZE
                 usual = scales[:, block]
-                tried = torch.cat([_candidates(usual, _DESCENT_STEPS), usual.unsqueeze(0)])
+                as_it_is = usual.unsqueeze(0)
+                tried = torch.cat([_candidates(usual, _DESCENT_STEPS), as_it_is, as_it_is])
                 around = own[block], inverse[block], onto[block]
-                given = held[:, inside], slope[:, inside], _step(tried, scale), *around, _INNER_SWEEPS
+                given = held[:, inside], slope[:, inside], _step(tried[:-1], scale), *around, _INNER_SWEEPS
                 found, best = column_rounding.descend(*given)
                 torch.sub(found, held[:, inside], out=change[:, inside])
                 slope[:, inside.stop :].addmm_(change[:, inside], moments[place, place.stop : panel.stop])
-                tried = torch.cat([tried, usual.unsqueeze(0)])
                 held[:, inside], scales[:, block] = found, tried.gather(0, best.unsqueeze(0)).squeeze(0)
             values[:, panel] = held
             error[:, panel] += change
@@ -223,7 +219,7 @@ def _blocks(panel: slice) -> Iterator[tuple[slice, slice]]:
         yield slice(begin, begin + _SIZE), slice(panel.start + begin, panel.start + begin + _SIZE)
 
 
-def _candidates(usual: torch.Tensor, steps: Sequence[int] | Iterable[int]) -> torch.Tensor:
+def _candidates(usual: torch.Tensor, steps: Iterable[int]) -> torch.Tensor:
     """Return the bits of scales around those of every row [N]: [C, N]."""
     return torch.stack([(usual + step).clamp(1, _LARGEST) for step in steps])
 
