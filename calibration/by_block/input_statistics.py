@@ -16,6 +16,9 @@ __all__ = ["Channels", "Moments", "observe_channels", "observe_moments"]
 _TOGETHER: Final = 256
 """Rows of a matrix of K columns that are computed at a time."""
 
+_SLAB: Final = 512
+"""The same, of a symmetric one of which a half is computed."""
+
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -164,12 +167,22 @@ def observe_moments(
         moments.total += rows.sum(dim=0)
         moments.rounded += rounded.sum(dim=0)
         moments.noise += change.square().sum(dim=0)
-        moments.product.addmm_(rounded.T, rounded)
+        for slab in _slabs(moments.product):
+            moments.product[slab, : slab.stop].addmm_(rounded[:, slab].T, rounded[:, : slab.stop])
         if moments.lost is not None:
             moments.lost.addmm_(change.T, rounded)
 
     with _watching(modules, add):
         yield found
+    for moments in found.values():
+        for slab in _slabs(moments.product):
+            moments.product[: slab.start, slab] = moments.product[slab, : slab.start].T
+
+
+def _slabs(product: torch.Tensor) -> Iterator[slice]:
+    """Yield the rows of a symmetric matrix, some together; the upper half is the lower one's mirror image."""
+    for start in range(0, len(product), _SLAB):
+        yield slice(start, min(start + _SLAB, len(product)))
 
 
 @contextlib.contextmanager

@@ -43,11 +43,12 @@ def wiener_target(
         share: of the way from W to the Wiener estimate, 0 to 1.
     """
     gone = weight @ lost  # W E[x q^T] is W H and this
-    moved = root.solve(gone - damping * weight).mul_(share)
-    power = _power(weight, root) - damping * weight.square().sum(dim=1)  # of W q
-    crossed = (gone * weight).sum(dim=1)
-    given = power + crossed + share * (crossed - damping * weight.square().sum(dim=1))
-    given += ((gone - damping * weight) * moved).sum(dim=1)
+    by_row = torch.linalg.vecdot
+    own, crossed = by_row(weight, weight), by_row(gone, weight)
+    gone.sub_(weight, alpha=damping)
+    moved = root.solve(gone).mul_(share)
+    power = _power(weight, root) - damping * own  # of W q
+    given = power + crossed + share * (crossed - damping * own) + by_row(gone, moved)
     slope = given / (power + 2 * crossed + weight.square() @ noise)
     return moved.add_(weight).div_(slope.nan_to_num(1.0).clamp(*_SLOPES).unsqueeze(1))
 
