@@ -37,7 +37,7 @@ _INNER_SWEEPS: Final = 1
 """Through the columns of one block, for every scale that is tried."""
 
 _PANEL: Final = 256
-"""Columns whose errors reach the others in one product: fewer slow it down where the moments do not fit in the cache."""
+"""Columns whose errors reach the others in one product; of fewer, moments beyond the cache are read too slowly."""
 
 _STORED: Final = 32
 """Rows that are packed at a time, so that what is computed of them stays in the cache."""

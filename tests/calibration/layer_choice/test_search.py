@@ -17,7 +17,7 @@ import fp4trt
 from calibration.by_block.calibration import captured_from
 from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import load, read
-from calibration.layer_choice import search as room
+from calibration.layer_choice import measurement
 from calibration.layer_choice.allocation import UNITS, allocate
 from calibration.layer_choice.frontier import frontier
 from calibration.layer_choice.measurement import relative_error, spread
@@ -185,7 +185,7 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    measure, measured = room.relative_error, []
+    measure, measured = measurement.relative_error, []
     inner = "calibration.layer_choice.measurement.relative_error"
 
     def interrupt(*of: object) -> float:
