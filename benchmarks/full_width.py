@@ -3,7 +3,8 @@
 Each recipe quantizes the same checkpoint, whose weights are heavy-tailed, for the same captured inputs, in a process of
 its own: peak RSS is of that process; core-seconds are of each block and of each stage in it. Then its result is
 exported, validated on a few tokens and built for the RTX 5090. Core-seconds, since they tell the same on a busy
-machine; run it with OMP_NUM_THREADS=1, or threads that wait for each other count too.
+machine; run it with OMP_NUM_THREADS=1, or threads that wait for each other count too. How far the blocks' outputs are
+from the plain ones says what the recipe is worth on these weights (`measure/block_errors.py`).
 
 From the two blocks all of FLUX.1-dev's 19 + 38 are extrapolated for this processor. For a GPU there is an estimate,
 of which nothing is measured: multiplications and additions counted by shape, at half of an RTX 5090's peak (`RATES`),
@@ -33,6 +34,7 @@ from calibration.recipes.recipe import load_recipe
 RECIPES = ["nvfp4-ptq", "nvfp4-quality", "svdquant-r32"]
 GPU = "rtx5090"
 STAGES = ROOT / "benchmarks" / "measure" / "stages.py"
+ERRORS = ROOT / "benchmarks" / "measure" / "block_errors.py"
 FULL = {"transformer_blocks.0": 19, "single_transformer_blocks.0": 38}
 REAL = Data(50, 4096, 512)
 """What a model would be calibrated on: 50 states of pictures of 1024 x 1024."""
@@ -44,14 +46,18 @@ RATES = {"bf16": 100e12, "fp32": 50e12, "fp64": 0.8e12}
 LAUNCH = 5e-6
 
 
-def measure(recipe: str, source: Path, inputs: Path, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Take a recipe to an engine; return its row, and one for each stage of each block."""
+Row = dict[str, Any]
+
+
+def measure(recipe: str, source: Path, inputs: Path, folder: Path) -> tuple[Row, list[Row], list[Row]]:
+    """Take a recipe to an engine; return its row, one for each stage of each block, and one for each block's errors."""
     result = folder / recipe
     words = [str(source), "-o", str(result), "--recipe", recipe, "--calibration", str(inputs)]
     cost = run([sys.executable, str(STAGES), *words])
     blocks: Mapping[str, Mapping[str, float]] = cost.answer["blocks"]
     taken = {block: sum(stages.values()) for block, stages in blocks.items()}
     print(f"{recipe}: {cost.core_seconds:.0f} core-s, {cost.peak_rss / 1e9:.2f} GB", file=sys.stderr)
+    missed = run([sys.executable, str(ERRORS), str(source), str(result), str(inputs)]).answer
     export = fp4trt("export", result)
     validate = fp4trt("validate", result, "--level", "blocks", "--tokens", "64,16")
     build = fp4trt("build", result, "--gpu", GPU, "-o", folder / "rtx5090.engine")
@@ -75,10 +81,11 @@ def measure(recipe: str, source: Path, inputs: Path, folder: Path) -> tuple[dict
         for block, found in blocks.items()
         for stage, seconds in found.items()
     ]
-    return row, stages
+    errors = [{"recipe": recipe, "block": block, **found} for block, found in missed.items()]
+    return row, stages, errors
 
 
-def extrapolated(stages: list[dict[str, Any]], size: Size, data: Data) -> list[dict[str, Any]]:
+def extrapolated(stages: list[Row], size: Size, data: Data) -> list[Row]:
     """Return what all of FLUX.1-dev's blocks take: core-hours here, and by estimate minutes on a GPU."""
     rows = []
     for recipe in dict.fromkeys(stage["recipe"] for stage in stages):
@@ -121,21 +128,24 @@ def main() -> None:
     options.add_argument("--folder", type=Path, help="where everything is written, to be removed again")
     chosen = options.parse_args()
     size, data = Size.parse(chosen.size), Data(chosen.calls, *map(int, chosen.tokens.split(",")))
-    before, rows, stages = machine(), [], []
+    before, rows, stages, errors = machine(), [], [], []
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
         source, inputs = plain_with_inputs(folder, size, chosen.calls, chosen.tokens)
         for recipe in chosen.recipe or RECIPES:
-            row, found = measure(recipe, source, inputs, folder)
+            row, found, missed = measure(recipe, source, inputs, folder)
             rows.append(row)
             stages += found
-            print(row, found, file=sys.stderr)
+            errors += missed
+            print(row, found, missed, file=sys.stderr)
     for row in rows:
         row["x the first"] = row["core-s"] / rows[0]["core-s"]
         row["its RSS, x"] = row["peak RSS MB"] / rows[0]["peak RSS MB"]
     at = f"{data.calls} calls of {data.image} + {data.text} tokens, width {128 * size.heads}"
     publish("full_width", rows, [f"{at}; seconds of core for each block."], before)
     publish("full_width_stages", stages, [], before)
+    told = "L2 norm of what differs in the output, relative to what the block adds to its input"
+    publish("full_width_errors", errors, [f"{told}; one call of each kind."], before)
     notes = ["The GPU was not measured: counted work at the rates and the launch time that this script states."]
     publish("full_width_all_blocks", extrapolated(stages, size, data), notes, before)
 
