@@ -81,7 +81,10 @@ def measure(recipe: str, source: Path, inputs: Path, folder: Path) -> tuple[Row,
         for block, found in blocks.items()
         for stage, seconds in found.items()
     ]
-    errors = [{"recipe": recipe, "block": block, **found} for block, found in missed.items()]
+    errors = [
+        {"recipe": recipe, "block": block, **{f"{call}, %": 100 * error for call, error in found.items()}}
+        for block, found in missed.items()
+    ]
     return row, stages, errors
 
 
