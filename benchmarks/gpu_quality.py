@@ -124,6 +124,7 @@ def main() -> None:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no CUDA GPU; --device cpu tries the comparison on the CPU")
         return
+    size = Size.parse(chosen.size)
     before, on_gpu = machine(), chosen.device == "cuda"
     loops = same_kernels(chosen.device, 1 << 16 if on_gpu else 4096)
     publish("gpu_quality_kernels", loops, ["The same bits are expected: 0 that differ."], before)
@@ -133,7 +134,7 @@ def main() -> None:
     if on_gpu:
         publish(
             "gpu_quality",
-            *blocks(Size.parse(chosen.size), chosen.calls, chosen.tokens, chosen.recipe or RECIPES),
+            *blocks(size, chosen.calls, chosen.tokens, chosen.recipe or RECIPES),
             before,
         )
     same = all(not row["results that differ"] for row in loops)

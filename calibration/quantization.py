@@ -239,6 +239,16 @@ def _trained(
             f"{options.learn} trains those without; expected learn: branch, or a start like nvfp4-quality"
         )
     first = first.model_copy(update={"formats": plain.recipe.formats, "attention": plain.recipe.attention})
+    groups = checked(plain.folder, first).groups
+    if not groups:
+        raise BadRecipe(
+            f"the formats of {plain.recipe.name} leave no linear in nvfp4, and no other is trained; expected some"
+        )
+    if options.learn == "branch" and not registry.branched(first.method, groups):
+        raise BadRecipe(
+            f"{plain.recipe.name} trains low-rank branches (learn: branch), and its start {first.name} makes none for "
+            "the linears in NVFP4: its ranks are 0; expected a rank above 0 for some"
+        )
     captured = captured_from(plain.folder, calibration)
     recipe = {**plain.recipe.resolved(), "start": first.resolved()}
 

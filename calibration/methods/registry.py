@@ -20,6 +20,7 @@ from fp4trt.safetensors_file import TensorPlan
 __all__ = [
     "added_tensors",
     "adds_branch",
+    "branched",
     "changes_plain_linears",
     "largest_rank",
     "memory_of_block",
@@ -50,6 +51,11 @@ def adds_branch(options: Options) -> bool:
     return isinstance(options, Quality | SVDQuant) and options.rank > 0
 
 
+def branched(options: Options, groups: Iterable[Sequence[str]]) -> bool:
+    """Whether any of some groups of linears in NVFP4, by their module paths, gets a branch."""
+    return isinstance(options, Quality | SVDQuant) and any(options.pooled_rank(group) for group in groups)
+
+
 def largest_rank(group: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> int:
     """Return the largest rank that a branch of linears which read the same input can have, together."""
     return min(sum(shapes[path][0] for path in group), shapes[group[0]][1])
@@ -77,9 +83,10 @@ def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mappi
             rank = options.rank_of(group[0]) if isinstance(options, Quality) else options.rank
             said = f"method.rank is {rank}" if rank == options.rank else f"method.ranks says {rank}"
             rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
+            fitting = largest // multiple * multiple // len(group)
             raise BadRecipe(
                 f"{said}{rounded}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
-                f"expected at most {largest // multiple * multiple // len(group)}"
+                + (f"expected at most {fitting}" if fitting else f"expected a rank_multiple of at most {largest}")
             )
 
 

@@ -40,6 +40,9 @@ __all__ = ["quantize_block"]
 _ROWS: Final = 64
 """Rows of each call that factors are chosen by."""
 
+_SAME: Final = 1e-6
+"""Variance of an input, relative to its mean square, below which it is FP32's rounding."""
+
 _NOTED: Final = 256
 """Rows of a weight, evenly, at most, whose error is noted: all of them would take a third of all time."""
 
@@ -139,11 +142,16 @@ class _Work:
         wanted = whole.clone()
         for branch, rows in zip(branches.values(), wanted.split(sizes), strict=False):
             rows.sub_(branch.product())
+        square = float(moments.product.diagonal().mean()) / moments.count
         covariance = moments.into_covariance(centred)
-        damping = self.options.damping * float(covariance.diagonal().mean())
+        variance = float(covariance.diagonal().mean())
+        varies = variance > _SAME * square
+        if not varies:  # one row alone, which the bias takes care of: all channels count alike then
+            covariance.zero_()
+        damping = self.options.damping * variance if varies else 1.0
         covariance.diagonal().add_(damping)
         root = gptq.root(covariance)
-        if self.options.wiener:
+        if self.options.wiener and varies:
             lost = moments.into_lost_covariance(centred)
             wanted = wiener_target(wanted, lost, noise, root, damping, self.options.wiener)
         own = {path: float(part.abs().max()) for path, part in zip(group, wanted.split(sizes), strict=True)}

@@ -104,6 +104,7 @@ def test_ranks_that_cannot_be_searched_are_refused_in_one_line(searched: Path, d
     refused("says which linears get which format", recipe=searched / RECIPE, ranks=[8])
     refused("rank 1000 is too large for every group", ranks=[8, 1000])
     refused("ranks is .0.; expected whole numbers, 1 at least, in a list", ranks=[0])
+    refused("a launch cost is given and no rank", launch_cost=0)
     refused("the launch cost is nan", ranks=[8], launch_cost=float("nan"))
     refused("was measured with the ranks 3, 64, and not with 8", recipe=quick, ranks=[8], sensitivity=searched / DATA)
 

@@ -232,3 +232,22 @@ def test_a_start_and_what_learns_have_to_fit(digits: Path, tmp_path, capfd, firs
     assert fp4trt.run(command) == 2
     assert said in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "formats", "said"),
+    [
+        ("rank: 8, ranks: [{linears: '*', rank: 0}]", "{}", "makes none for the linears in NVFP4: its ranks are 0"),
+        ("rank: 8", "{default: fp8}", "the formats of branch leave no linear in nvfp4"),
+    ],
+)
+def test_a_start_that_leaves_no_branch_is_refused_before_it_is_made(
+    digits: Path, tmp_path, capfd, options, formats, said
+):
+    (tmp_path / "first.yaml").write_text(f"name: first\nmethod: {{name: quality, {options}}}\n")
+    (tmp_path / "recipe.yaml").write_text(RECIPE % (tmp_path / "first.yaml", "branch") + f"formats: {formats}\n")
+    command = ["quantize", str(digits), "-o", str(tmp_path / "branch"), "--recipe", str(tmp_path / "recipe.yaml")]
+    assert fp4trt.run(command) == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert "quantizing" not in error

@@ -13,6 +13,7 @@ import fp4trt
 from calibration.checkpoints.quantized import WEIGHTS, load, read
 from calibration.digits.model import load_transformer
 from calibration.digits.sampling import capture
+from calibration.inputs.captured import load_inputs, save_inputs
 from calibration.quantization import quantize
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.json_file import load_json
@@ -113,6 +114,18 @@ def test_every_linear_says_by_how_much_its_output_is_better(result: Path) -> Non
     for entry in figures:
         assert entry["changed"] > 0.01
         assert entry["error"] < entry["plain_error"]
+
+
+def test_of_one_call_a_modulation_whose_input_is_one_row_is_rounded_no_worse_than_plainly(
+    digits: Path, inputs: Path, quick: Path, tmp_path: Path
+) -> None:
+    save_inputs(tmp_path / "one.safetensors", load_inputs(inputs)[:1])
+    quantize(digits, tmp_path / "fp4", recipe=quick, calibration=tmp_path / "one.safetensors")
+    blocks = read(tmp_path / "fp4").manifest["blocks"]
+    figures = {path: entry for block in blocks.values() for path, entry in block.items() if "error" in entry}
+    modulations = [entry for path, entry in figures.items() if "norm" in path]
+    assert modulations
+    assert all(0 < entry["error"] <= entry["plain_error"] for entry in modulations)
 
 
 def test_scales_are_shared_in_a_group_and_those_of_the_manifest(result: Path) -> None:

@@ -258,6 +258,7 @@ def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             {"name": "quality", "rank": 65, "rank_multiple": 64},  # 195 of three linears become 256
             ("method.rank is 65, rounded up to a multiple of 64, and", "expected at most 42"),
         ),
+        ({"name": "quality", "rank": 8, "rank_multiple": 1000}, ("expected a rank_multiple of at most 128",)),
     ],
 )
 def test_a_rank_above_a_layers_size_ends_with_status_2_in_one_line(
