@@ -134,9 +134,7 @@ def search(
             f"the budget is {budget!r}; expected a number from 0 to {LARGEST:g}, where 1 is all linears in FP8"
         )
     if launch_cost is not None and not ranks:
-        raise BadInputs(
-            "a launch cost is given and no rank, whose branches it prices; give ranks too, or leave it out"
-        )
+        raise BadInputs("a launch cost is given and no rank, whose branches it prices; give ranks too, or leave it out")
     launch_cost = LAUNCH if launch_cost is None else launch_cost
     if not isinstance(launch_cost, Real) or not 0 <= launch_cost < math.inf:
         raise BadInputs(f"the launch cost is {launch_cost!r}; expected FLOPs, 0 at least, such as {LAUNCH:g}")
