@@ -45,6 +45,18 @@ def test_a_run_may_be_left_where_all_that_is_wanted_was_reached(
     assert len(seen) == 2
 
 
+def test_a_half_of_the_products_gives_all_of_them() -> None:
+    rows = torch.randn(2, 50, 700, generator=torch.Generator().manual_seed(0))  # more channels than one slab has
+    module = torch.nn.Linear(700, 1)
+    with observe_moments({"": module}, {"": _identity}, 50) as found, torch.no_grad():
+        for call in rows:
+            module(call)
+    product = found[""].product
+    assert torch.equal(product, product.T)
+    flat = rows.flatten(0, 1).double()
+    torch.testing.assert_close(product.double(), flat.T @ flat, atol=1e-3, rtol=1e-5)
+
+
 def test_moments_become_their_covariance_in_place() -> None:
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(50, 700, generator=random) + 1

@@ -52,7 +52,9 @@ def _slowly(row: torch.Tensor, moments: torch.Tensor, scale: float) -> list[floa
     return rounded
 
 
-def test_feedback_is_that_of_the_textbook_column_by_column() -> None:
+@pytest.mark.parametrize("panel", [32, 256])
+def test_feedback_is_that_of_the_textbook_column_by_column(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_PANEL", panel)
     weight, moments, scale = _problem(5, 48)
     found = gptq.round_with_feedback(weight, gptq.root(moments), scale)
     expected = torch.tensor([_slowly(row, moments, float(scale)) for row in weight])
@@ -73,6 +75,14 @@ def test_a_root_that_fp32_would_change_too_much_is_computed_in_fp64(monkeypatch:
     assert not torch.equal(gptq.root(moments).weights, exact)
     monkeypatch.setattr(gptq, "_CHANGED", 0)
     assert torch.equal(gptq.root(moments).weights, exact)
+
+
+def test_descent_in_several_panels_finds_what_it_finds_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments, scale = _problem(24, 96)
+    start = gptq.round_with_feedback(weight, gptq.root(moments), scale)
+    whole = gptq.descend(weight, moments, scale, start, 2)
+    monkeypatch.setattr(gptq, "_PANEL", 32)
+    assert torch.equal(gptq.descend(weight, moments, scale, start, 2).values, whole.values)
 
 
 @pytest.mark.parametrize("seed", range(3))
