@@ -83,10 +83,12 @@ def _of_quality(options: Quality, found: Sequence[Group], data: Data, run: float
     fp32 = 0.0
     for group in found:
         rows = min(group.rows, options.rows_per_call) * data.calls
-        of_rows, of_weights = 2, 1 + 2 * options.descent_sweeps
+        of_rows, of_weights = 1, 1 + 2 * options.descent_sweeps  # of the symmetric moments a half is computed
+        fp32 += group.k**3 / 3
         if options.wiener:
-            of_rows, of_weights = of_rows + 2, of_weights + 4
-        fp32 += of_rows * rows * group.k**2 + of_weights * group.n * group.k**2 + group.k**3 / 3
+            of_rows, of_weights = of_rows + 2, of_weights + 2
+            fp32 += 2 * min(group.n, group.k) * group.k**2
+        fp32 += of_rows * rows * group.k**2 + of_weights * group.n * group.k**2
     columns = sum(group.k for group in found)
     return {
         "bf16": runs * run,

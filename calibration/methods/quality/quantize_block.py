@@ -30,6 +30,7 @@ from calibration.formats.linears import branch_output
 from calibration.methods.quality import gptq
 from calibration.methods.quality.folds import fold_block
 from calibration.methods.quality.low_rank import LowRank, importance, low_rank
+from calibration.methods.quality.shrinkage import chance, shrink
 from calibration.methods.quality.wiener import wiener_target
 from calibration.recipes.recipe import Quality
 from fp4trt.families.family import Modulated
@@ -43,7 +44,7 @@ _ROWS: Final = 64
 _SAME: Final = 1e-6
 """Variance of an input, relative to its mean square, below which it is FP32's rounding."""
 
-_NOTED: Final = 256
+_NOTED: Final = 64
 """Rows of a weight, evenly, at most, whose error is noted: all of them would take a third of all time."""
 
 Group = tuple[str, ...]
@@ -144,7 +145,8 @@ class _Work:
             rows.sub_(branch.product())
         square = float(moments.product.diagonal().mean()) / moments.count
         covariance = moments.into_covariance(centred)
-        variance = float(covariance.diagonal().mean())
+        few = chance(covariance, moments.count)
+        variance = float(shrink(covariance, few).diagonal().mean())
         varies = variance > _SAME * square
         if not varies:  # one row alone, which the bias takes care of: all channels count alike then
             covariance.zero_()
@@ -152,7 +154,7 @@ class _Work:
         covariance.diagonal().add_(damping)
         root = gptq.root(covariance)
         if self.options.wiener and varies:
-            lost = moments.into_lost_covariance(centred)
+            lost = shrink(moments.into_lost_covariance(centred), few)
             wanted = wiener_target(wanted, lost, noise, root, damping, self.options.wiener)
         own = {path: float(part.abs().max()) for path, part in zip(group, wanted.split(sizes), strict=True)}
         amax = max(input_quantizers.checked_weights(own).values())

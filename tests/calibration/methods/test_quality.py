@@ -69,7 +69,7 @@ def _velocity_error(model: torch.nn.Module) -> float:
 def test_the_model_is_better_than_after_plain_rounding_on_data_that_calibration_has_not_seen(
     result: Path, quantized_digits: Path
 ) -> None:
-    plain, ours = (_velocity_error(load(path, torch.float32)) for path in (quantized_digits, result))
+    plain, ours = (_velocity_error(load(path, dtype=torch.float32)) for path in (quantized_digits, result))
     assert ours < 0.9 * plain
 
 
@@ -85,7 +85,7 @@ def test_the_modulation_in_fp8_is_as_good(
     assert (len(mixed.quantized), len(mixed.fp8)) == (44, 8)
     for path in mixed.fp8:  # the largest magnitude is the largest code's
         assert float(mixed.tensor(f"{path}.weight").float().abs().max()) == 448
-    ours, in_fp4 = (_velocity_error(load(path, torch.float32)) for path in (mixed.directory, result))
+    ours, in_fp4 = (_velocity_error(load(path, dtype=torch.float32)) for path in (mixed.directory, result))
     assert ours < 1.01 * in_fp4
 
 
@@ -103,7 +103,7 @@ def test_a_branch_of_a_low_rank_makes_it_better_and_is_shared_by_a_group(
     assert not any(checkpoint.is_smoothed(path) for path in checkpoint.quantized)
     figures = [entry for block in checkpoint.manifest["blocks"].values() for entry in block.values()]
     assert all(0 < entry["residual"] < 1 for entry in figures if "error" in entry)
-    ours, without = (_velocity_error(load(path, torch.float32)) for path in (checkpoint.directory, result))
+    ours, without = (_velocity_error(load(path, dtype=torch.float32)) for path in (checkpoint.directory, result))
     assert ours < 0.85 * without
 
 

@@ -212,7 +212,7 @@ def test_it_follows_the_model_more_closely_than_plain_rounding(
     digits: Path, svdquant_checkpoint: Path, quantized_digits: Path
 ) -> None:
     folders = {"svdquant": svdquant_checkpoint, "ptq": quantized_digits}
-    models = {name: load(folder, torch.float32) for name, folder in folders.items()}
+    models = {name: load(folder, dtype=torch.float32) for name, folder in folders.items()}
     found = compare(load_source(digits, torch.float32), models, (1000,), 20)
     assert found.difference("svdquant", "ptq", "psnr_db").low > 3
     assert found.estimate("svdquant", "velocity_error").mean < 0.75 * found.estimate("ptq", "velocity_error").mean
