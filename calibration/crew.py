@@ -12,7 +12,7 @@ from calibration.by_block.workers import OpenCrew, cores, in_processes, in_this_
 from calibration.inputs.captured import Inputs
 from calibration.methods import registry
 from calibration.methods.plan import Plain
-from calibration.recipes.recipe import QAT, Recipe, load_recipe
+from calibration.recipes.recipe import QAT, Recipe, load_start
 from calibration.results.write import readable_size
 from fp4trt.errors import BadEnvironment, BadOption
 from fp4trt.free_memory import available_memory
@@ -45,7 +45,7 @@ class Crewed:
         if self.workers is None and self.ray is None:
             return
         asked = f"workers is {self.workers}" if self.ray is None else f"ray is {self.ray!r}"
-        start = load_recipe(recipe.method.start) if recipe and isinstance(recipe.method, QAT) else recipe
+        start = load_start(recipe) if recipe and isinstance(recipe.method, QAT) else recipe
         if start is None or not registry.quantizes_by_block(start.method):
             what = f"{start.name} has no such work" if start else "a state of ModelOpt's has no such work"
             raise BadOption(

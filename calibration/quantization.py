@@ -19,7 +19,7 @@ from calibration.crew import Crewed
 from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
-from calibration.recipes.recipe import QAT, Recipe, load_recipe
+from calibration.recipes.recipe import QAT, Recipe, load_recipe, load_start
 from calibration.results.by_block import ResultByBlock
 from calibration.results.write import Given, write_result
 from fp4trt import publish
@@ -225,9 +225,7 @@ def _trained(
     """Quantize a plain checkpoint by the recipe to start from, and train what comes of it."""
     from calibration.methods.qat.distillation import trained
 
-    first = load_recipe(options.start)
-    if isinstance(first.method, QAT):
-        raise BadRecipe(f"{plain.recipe.name} starts from {first.name}, which trains too; expected one that does not")
+    first = load_start(plain.recipe)
     if options.learn == "branch" and not registry.adds_branch(first.method):
         raise BadRecipe(
             f"{plain.recipe.name} trains low-rank branches (learn: branch), and its start {first.name} makes none; "

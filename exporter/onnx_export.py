@@ -12,7 +12,6 @@ from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from calibration.checkpoints.plain import BUILT_IN, find_source
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING, Checkpoint, read
 from exporter import external_weights, plain_checkpoint
 from exporter.existing_results import refuse_existing_results
@@ -26,6 +25,7 @@ from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
 from exporter.trace import OPSET, other_linears, trace, translate
+from fp4trt.built_in import path_of
 from fp4trt.errors import BadGraph, WrongPrecision
 from fp4trt.file_output import check_writable
 from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4, counted_by_format
@@ -194,15 +194,12 @@ def graph_path(output: str | Path) -> Path:
 def _open(source: str | Path, precision: Precision) -> Checkpoint:
     if precision == "bf16":
         return plain_checkpoint.read(source)
-    name = source
-    if str(source) == BUILT_IN and not Path(source).exists():
-        source = find_source(source)
-    source = transformer_folder(Path(source))
-    if plain_checkpoint.is_plain(source):
+    folder = transformer_folder(path_of(source))
+    if plain_checkpoint.is_plain(folder):
         raise WrongPrecision(
-            f"{name} holds no NVFP4 weights: run fp4trt quantize first, or export it as it is with --precision bf16"
+            f"{source} holds no NVFP4 weights: run fp4trt quantize first, or export it as it is with --precision bf16"
         )
-    return read(source)
+    return read(folder)
 
 
 def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:

@@ -287,7 +287,8 @@ def _foreseen_errors() -> Iterator[None]:
     except (KeyboardInterrupt, EOFError, click.Abort) as error:
         raise _Failure("interrupted", _BAD_INPUT) from error
     except click.ClickException as error:
-        raise _Failure(error.format_message(), error.exit_code) from error
+        said = error.format_message().replace("is not a valid integer range", "is not a whole number")
+        raise _Failure(said, error.exit_code) from error
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from calibration.checkpoints.plain import BUILT_IN, find_source, load_source
+from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import load
 from fp4trt.account import is_quantized_checkpoint
+from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import UnknownArtifact
 from fp4trt.families import Transformer
@@ -36,7 +37,7 @@ def open_transformer(artifact: str | Path, device: str = "cpu") -> Transformer:
         return GraphTransformer(path)
     if path.suffix == ".engine":
         raise UnknownArtifact(f"{path} is an engine, which is not run here; expected the checkpoint or graph it is of")
-    folder = find_source(artifact) if str(artifact) == BUILT_IN else transformer_folder(path)
+    folder = transformer_folder(path_of(path))
     quantized = is_quantized_checkpoint(load_json(folder / "config.json"), tensors_in_folder(folder))
     model: Any = load(folder) if quantized else load_source(folder)
     return model.to(device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.resources
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from calibration.formats.bfloat16 import bits_of, refuse_other_types, why_unusable
+from fp4trt.built_in import BUILT_IN, path_of
 from fp4trt.checkpoint_folder import files_of, metadata_in_folder, tensors_in_folder
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
@@ -38,9 +38,6 @@ __all__ = [
     "source_hashes",
     "weights_fingerprint",
 ]
-
-BUILT_IN: Final = "digits"
-"""What a user types for the model that comes with the package."""
 
 _SAMPLED: Final = 2048
 """Values of each tensor that a fingerprint is of."""
@@ -73,7 +70,7 @@ def find_source(source: str | Path) -> Path:
         kind = what_it_is(folder) or "is a single file"
         raise BadCheckpoint(f"{folder} {kind}; expected the folder of a diffusers checkpoint")
     if str(source) == BUILT_IN:
-        return Path(str(importlib.resources.files("calibration") / "digits"))
+        return path_of(source)
     if str(source).count("/") == 1 and not folder.is_absolute():
         return _download(str(source))
     raise BadCheckpoint(f"{source} is not a folder; expected a diffusers checkpoint, a hub name or '{BUILT_IN}'")

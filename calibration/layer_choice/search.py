@@ -21,7 +21,7 @@ from calibration.layer_choice.measurement import spread
 from calibration.layer_choice.search_task import ALONE, FORMAT, SearchTask, fits, measured, sized
 from calibration.layer_choice.sensitivity import BITS, LAUNCH, Sensitivity, ranked
 from calibration.methods.plan import Plain, checked
-from calibration.recipes.recipe import QAT, FormatRules, Quality, Recipe, load_recipe
+from calibration.recipes.recipe import QAT, FormatRules, Quality, Recipe, load_recipe, load_start
 from fp4trt import publish
 from fp4trt.errors import BadCheckpoint, BadInputs, BadRecipe
 from fp4trt.json_file import load_json
@@ -210,7 +210,7 @@ def _without_training(recipe: Recipe) -> Recipe:
     if recipe.formats != FormatRules():
         raise BadRecipe(f"{recipe.name} says which linears get which format; expected a recipe that leaves that open")
     if isinstance(recipe.method, QAT):
-        start = load_recipe(recipe.method.start)
+        start = load_start(recipe)
         return start.model_copy(update={"formats": FormatRules(), "attention": BF16})
     return recipe.model_copy(update={"attention": BF16})
 

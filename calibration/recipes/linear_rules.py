@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StrictInt
 
 from calibration.recipes.method_options import Patterns, Quality, Strict, listed
 from fp4trt.errors import BadRecipe
@@ -45,7 +45,7 @@ class FormatRules(Strict):
     """
 
     default: Format = NVFP4.name
-    min_size: int = Field(default=0, ge=0)
+    min_size: StrictInt = Field(default=0, ge=0)
     rules: tuple[Rule, ...] = ()
 
     def by_pattern(self) -> Iterator[tuple[str, str]]:

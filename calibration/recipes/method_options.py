@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
 __all__ = [
     "METHODS",
@@ -27,6 +27,17 @@ __all__ = [
 
 Patterns = str | Annotated[tuple[str, ...], Field(min_length=1)]
 """A shell pattern, such as ``*.norm*.linear``, held against the whole module path; or a list of them."""
+
+
+def _no_switch(value: object) -> object:
+    """Refuse true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
+"""YAML takes 1e-4, without a point, for a string, so that a string that is a number counts as one."""
 
 
 class Strict(BaseModel):
@@ -55,7 +66,7 @@ class RankRule(Strict):
     """
 
     linears: Patterns
-    rank: int = Field(ge=0)
+    rank: StrictInt = Field(ge=0)
 
 
 class PTQ(Strict):
@@ -92,17 +103,17 @@ class QAT(Strict):
     name: Literal["qat"]
     start: str = "nvfp4-quality"
     learn: Learn = "all"
-    steps: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    batch: int = Field(default=64, gt=0)
-    warm_up: int = Field(default=20, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    block_loss: float = Field(default=0.0, ge=0)
+    steps: StrictInt = Field(gt=0)
+    learning_rate: Number = Field(gt=0)
+    batch: StrictInt = Field(default=64, gt=0)
+    warm_up: StrictInt = Field(default=20, ge=0)
+    weight_decay: Number = Field(default=0.0, ge=0)
+    clip: Number = Field(default=1.0, gt=0)
+    block_loss: Number = Field(default=0.0, ge=0)
     data: Literal["trajectories", "captured"] = "trajectories"
-    visits: int = Field(default=10, gt=0)
-    gradient_checkpointing: bool = False
-    seed: int = Field(default=0, ge=0)
+    visits: StrictInt = Field(default=10, gt=0)
+    gradient_checkpointing: StrictBool = False
+    seed: StrictInt = Field(default=0, ge=0)
 
 
 class Quality(Strict):
@@ -128,19 +139,19 @@ class Quality(Strict):
     """
 
     name: Literal["quality"]
-    shift_fold: bool = True
-    smooth_fold: bool = True
-    gptq: bool = True
-    descent_sweeps: int = Field(default=1, ge=0)
-    wiener: float = Field(default=0.3, ge=0, le=1)
-    bias_correction: bool = True
-    sequential: bool = True
-    damping: float = Field(default=0.01, gt=0, lt=1)
-    input_headroom: float = Field(default=1.5, ge=1, le=64)
-    rows_per_call: int = Field(default=1024, ge=1)
-    rank: int = Field(default=0, ge=0)
+    shift_fold: StrictBool = True
+    smooth_fold: StrictBool = True
+    gptq: StrictBool = True
+    descent_sweeps: StrictInt = Field(default=1, ge=0)
+    wiener: Number = Field(default=0.3, ge=0, le=1)
+    bias_correction: StrictBool = True
+    sequential: StrictBool = True
+    damping: Number = Field(default=0.01, gt=0, lt=1)
+    input_headroom: Number = Field(default=1.5, ge=1, le=64)
+    rows_per_call: StrictInt = Field(default=1024, ge=1)
+    rank: StrictInt = Field(default=0, ge=0)
     ranks: tuple[RankRule, ...] = ()
-    rank_multiple: int = Field(default=1, ge=1)
+    rank_multiple: StrictInt = Field(default=1, ge=1)
 
     def pooled(self, members: int, rank: int | None = None) -> int:
         """Return the rank of the branch that a group of so many linears shares, each having ``rank`` or the default."""
@@ -170,9 +181,9 @@ class SVDQuant(Strict):
     """
 
     name: Literal["svdquant"]
-    rank: int = Field(default=32, ge=1)
-    smoothing: bool = True
-    alpha_step: float = Field(default=0.1, ge=0.01, le=1)
+    rank: StrictInt = Field(default=32, ge=1)
+    smoothing: StrictBool = True
+    alpha_step: Number = Field(default=0.1, ge=0.01, le=1)
 
     def pooled(self, members: int) -> int:
         """Return the rank of the branch that a group of so many linears shares."""

@@ -44,6 +44,7 @@ __all__ = [
     "SVDQuant",
     "linear_formats",
     "load_recipe",
+    "load_start",
     "preset_names",
     "require_ranks",
 ]
@@ -94,6 +95,30 @@ def load_recipe(recipe: str | Path) -> Recipe:
     Raises:
         BadRecipe: there is none, or it says what no recipe can say; in one line, naming the key.
     """
+    found = _read(recipe)
+    if isinstance(found.method, QAT):
+        load_start(found)
+    return found
+
+
+def load_start(recipe: Recipe) -> Recipe:
+    """Return the recipe that one that trains starts from.
+
+    Raises:
+        BadRecipe: there is none, or it trains too.
+    """
+    assert isinstance(recipe.method, QAT)
+    try:
+        start = _read(recipe.method.start)
+    except BadRecipe as error:
+        raise BadRecipe(f"{recipe.name}: method.start: {error}") from None
+    if isinstance(start.method, QAT):
+        raise BadRecipe(f"{recipe.name} starts from {start.name}, which trains too; expected one that does not")
+    return start
+
+
+def _read(recipe: str | Path) -> Recipe:
+    """Return a recipe without a look at where it starts from."""
     if not isinstance(recipe, str | Path):
         raise BadRecipe(f"the recipe is {recipe!r}; expected a name of fp4trt recipes, or a YAML file")
     path = _FOLDER / f"{recipe}.yaml" if str(recipe) in preset_names() else Path(recipe)
@@ -137,6 +162,8 @@ _EXPECTED: Final = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
+    "finite_number": "a number",
+    "value_error": "a number",
     "float_type": "a number",
     "float_parsing": "a number",
     "bool_type": "true or false",
@@ -153,14 +180,25 @@ _EXPECTED: Final = {
 
 def _first(error: ValidationError) -> str:
     """Return the first thing that is wrong with a recipe, in a line that says where and what was expected."""
-    problem = error.errors(include_url=False)[0]
-    # A key that takes two kinds of values is followed by the name of the kind.
-    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("str", "tuple[", "constrained")))
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    where = _where(problem)
     if problem["type"] == "extra_forbidden":
         return f"there is no key {where}; {_known(problem['loc'])}"
-    if problem["type"] in ("missing", "union_tag_not_found"):
-        return f"{where}{'.name' * (problem['type'] != 'missing')} is missing"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where}.name is missing"
+    missing = [_where(each) for each in problems if each["type"] == "missing"]
+    if problem["type"] == "missing":
+        return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
     return f"{where or 'the recipe'} is {problem['input']!r}; expected {_expected(problem)}"
+
+
+def _where(problem: Any) -> str:
+    """Return the key that is wrong, as a recipe has it: without the kinds that pydantic puts behind it."""
+    location = [str(part) for part in problem["loc"] if not str(part).startswith(("str", "tuple[", "constrained"))]
+    if location[0] == "method" and len(location) > 1:
+        del location[1]
+    return ".".join(location)
 
 
 def _expected(problem: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp4trt.account import is_quantized_checkpoint
+from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
@@ -63,7 +64,7 @@ def inspect(
     """Say what an artifact is.
 
     Args:
-        artifact: a checkpoint folder, an ONNX file, an engine or the JSON beside it.
+        artifact: a checkpoint folder, `digits`, an ONNX file, an engine or the JSON beside it.
         against: the 16-bit checkpoint that it was made of, a folder or a ``.safetensors`` file: prove in which layout
             its NVFP4 and FP8 weights are, as :func:`onnx_functions.layouts.detection.detect` does.
         progress: called with each step.
@@ -84,7 +85,7 @@ def describe(artifact: str | Path) -> dict[str, Any]:
     """Return what an artifact is, as JSON holds it.
 
     Args:
-        artifact: a checkpoint folder, an ONNX file, an engine or the JSON beside it.
+        artifact: a checkpoint folder, `digits`, an ONNX file, an engine or the JSON beside it.
 
     Returns:
         `kind` (`quantized checkpoint`, `checkpoint`, `onnx`, `engine`), `path`, and what there is to say of
@@ -98,7 +99,7 @@ def describe(artifact: str | Path) -> dict[str, Any]:
         BadCheckpoint: a tensor of a quantized checkpoint has no meaning, or is missing.
         BadGraph: an ONNX file, the checkpoint's own too, that cannot be read.
     """
-    path = Path(artifact)
+    path = path_of(artifact)
     if path.is_dir():
         return _checkpoint(path)
     if not path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from fp4trt.built_in import BUILT_IN, path_of
 from fp4trt.checkpoint_folder import STEM, metadata_in_folder, tensors_in_folder
 from fp4trt.errors import UnknownArtifact
 from fp4trt.file_kind import what_it_lacks
@@ -20,9 +20,6 @@ from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_f
 from onnx_functions.layouts.readings import FP8_CODES, Floats, StoredLinear, Tile, floats_of
 
 __all__ = ["BUILT_IN", "OpenCheckpoint", "QuantizedLinear", "open_checkpoint", "quantized_linears"]
-
-BUILT_IN: Final = "digits"
-"""What a user types for the model that comes with the package."""
 
 _WHOLE: Final = f"{STEM}.safetensors"
 _CODES: Final = ("weight", "weight_packed")
@@ -78,9 +75,7 @@ def open_checkpoint(artifact: str | Path) -> OpenCheckpoint:
     Raises:
         UnknownArtifact: it is none of these, or damaged.
     """
-    path = Path(artifact)
-    if str(artifact) == BUILT_IN and not path.exists():
-        path = _built_in()
+    path = path_of(artifact)
     if path.is_file():
         tensors = tensors_in_file(path)  # which says if the file is damaged
         return OpenCheckpoint(path, {}, metadata_in_file(path), tensors)
@@ -108,12 +103,6 @@ def _in_folder(folder: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
             tensors[name] = tensor
         metadata |= metadata_in_file(file)
     return metadata, tensors
-
-
-def _built_in() -> Path:
-    spec = importlib.util.find_spec("calibration")
-    places = spec.submodule_search_locations if spec is not None else None
-    return Path(next(iter(places or ["."]))) / BUILT_IN
 
 
 def quantized_linears(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, QuantizedLinear], dict[str, str]]:

@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from calibration.by_block.runner import BlockRunner, Outputs
-from calibration.checkpoints.plain import BUILT_IN, find_source, open_plain
+from calibration.checkpoints.plain import open_plain
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING, Checkpoint, empty_model, read, reader
 from calibration.formats import fp8
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.fp8_attention import MODULE as FP8_ATTENTION
 from calibration.formats.fp8_attention import FP8Attention
 from fp4trt.account import SCALE_LEAVES
+from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, BadGraph, BadReference
@@ -193,11 +194,8 @@ def _folder_of(reference: str | Path | None, model: Path) -> Path:
                 "--copy-weights; expected config.json there, or the checkpoint in --reference CHECKPOINT"
             )
         return model.parent
-    folder = Path(reference)
-    if str(reference) == BUILT_IN and not folder.exists():
-        return find_source(BUILT_IN)
     try:
-        return transformer_folder(folder)
+        return transformer_folder(path_of(reference))
     except BadCheckpoint as error:
         raise BadReference(f"the reference cannot be used: {error}") from None
 

@@ -32,8 +32,8 @@ def test_a_quantized_checkpoint_is_described(quantized_digits: Path) -> None:
     )
 
 
-def test_a_16_bit_checkpoint_is_described(digits: Path) -> None:
-    found = describe(digits)
+def test_a_16_bit_checkpoint_is_described() -> None:
+    found = describe("digits")
     assert found["kind"] == "checkpoint"
     assert found["formats"].keys() == {"bf16"}
     assert found["fp4_coverage"] == 0
