@@ -90,13 +90,19 @@ def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) 
 
 
 def _required(name: str, value: ir.Value, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
-    """Return the checkpoint's tensor for an initializer, which must have its type and size."""
+    """Return the checkpoint's tensor for an initializer, of its shape, and of its type or one that is rounded."""
     assert value.dtype is not None
-    stored = tensors.get(name)
-    wanted = (_ELEMENT_TYPES.get(value.dtype), _nbytes(value))
-    found = (stored.dtype, stored.nbytes) if stored else ("nothing", 0)
-    if stored is None or wanted != found:
-        raise BadGraph(f"the graph needs {name} as {wanted[0]} of {wanted[1]} bytes, the checkpoint has {found}")
+    assert value.shape is not None
+    stored, shape = tensors.get(name), [int(size) for size in value.shape.numpy()]
+    if value.dtype == ir.DataType.FLOAT4E2M1:  # two codes a byte
+        shape[-1] //= 2
+    kind = _ELEMENT_TYPES.get(value.dtype)
+    if stored is None:
+        raise BadGraph(f"the graph needs {name} as {kind} {shape}, and the checkpoint has no such tensor")
+    if list(stored.shape) != shape or (stored.dtype != kind and not _is_rounded(stored, value)):
+        raise BadGraph(
+            f"the graph needs {name} as {kind} {shape}, the checkpoint has {stored.dtype} {list(stored.shape)}"
+        )
     return stored
 
 
@@ -117,8 +123,8 @@ def _point(value: ir.Value, file: Path, offset: int, directory: Path) -> None:
 
 
 def _weights(model: ir.Model) -> dict[str, ir.Value]:
-    """Return the initializers that stand for a checkpoint's tensors: their names are state-dict names, with a dot."""
-    return {name: value for name, value in model.graph.initializers.items() if "." in name}
+    """Return the initializers that stand for a checkpoint's tensors, by their state-dict names: they have no values."""
+    return {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
 
 
 def _nbytes(value: ir.Value) -> int:
@@ -191,12 +197,14 @@ def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path:
     """
     contents: dict[str, Chunks] = {}
     for name, value in _weights(model).items():
-        stored = tensors.get(name)
-        if stored and stored.dtype in ("F16", "F32") and value.dtype == ir.DataType.BFLOAT16:
-            contents[name] = functools.partial(_rounded, name, stored)
-        else:
-            contents[name] = functools.partial(_whole, _required(name, value, tensors))
+        stored = _required(name, value, tensors)
+        write = functools.partial(_rounded, name) if _is_rounded(stored, value) else _whole
+        contents[name] = functools.partial(write, stored)
     save_self_contained(model, contents, path, accept)
+
+
+def _is_rounded(stored: StoredTensor, value: ir.Value) -> bool:
+    return stored.dtype in ("F16", "F32") and value.dtype == ir.DataType.BFLOAT16
 
 
 def _rounded(name: str, stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:

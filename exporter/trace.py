@@ -74,6 +74,9 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
             verbose=False,
         )
     assert exported is not None
+    for value in exported.model.graph.initializers.values():
+        if getattr(getattr(value.const_value, "raw", None), "is_meta", False):
+            value.const_value = None
     family = checkpoint.family
     _name_interface(exported.model.graph, family.input_shapes(checkpoint.config), list(family.outputs))
     return exported.model

@@ -19,7 +19,7 @@ def name_nodes(model: ir.Model) -> None:
     1. A node is called ``module path/OpType``, so that a linear's product is ``transformer_blocks.0.attn.to_q/MatMul``
        and a profile of the engine can be read; a second one of that name gets ``_1``.
     2. A node that another pass named after a module keeps its name.
-    3. A constant is called ``constants/N``; weights are recognised by the dot in a state-dict name.
+    3. A constant is called ``constants/N``; a weight, which has no value yet, keeps its state-dict name.
     4. A tensor is called after its node: ``NODE_output_0``. Inputs, outputs and initializers keep theirs.
     """
     graph = model.graph
@@ -33,7 +33,7 @@ def name_nodes(model: ir.Model) -> None:
                     output.name = f"{node.name}_output_{index}"
         node.metadata_props.clear()
         node.doc_string = None
-    constants = [value for value in graph.initializers.values() if "." not in (value.name or "")]
+    constants = [value for value in graph.initializers.values() if value.const_value is not None]
     for index, value in enumerate(constants):
         _rename_initializer(graph, value, f"constants/{index}")
     for value in [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]:

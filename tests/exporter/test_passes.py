@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from exporter.external_weights import bind
 from exporter.passes.double_dequantize import double_dequantize
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.remove_no_op_slices import remove_no_op_slices
 from fp4trt.errors import BadGraph
+from fp4trt.safetensors_file import StoredTensor
 
 
 def _value(name: str, shape: list[int | str], dtype: ir.DataType = ir.DataType.BFLOAT16) -> ir.Value:
@@ -126,3 +130,28 @@ def test_nodes_are_named_after_their_module_and_the_tracers_notes_go() -> None:
         "latent",
     ]
     assert all(not node.metadata_props for node in model.graph)
+
+
+def test_a_weight_of_the_model_itself_keeps_its_name_and_a_constant_does_not() -> None:
+    pad = _value("x_pad_token", [1, 64])
+    start = _constant("start", 3)
+    last = ir.node("Gather", [pad, start])
+    name_nodes(model := _model([], [last.outputs[0]], [last], [pad, start]))
+    assert list(model.graph.initializers) == ["x_pad_token", "constants/0"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, r"needs block.to_q.weight as U8 \[32, 8\], and the checkpoint has no such tensor"),
+        ({"U8": [16, 16]}, r"needs block.to_q.weight as U8 \[32, 8\], the checkpoint has U8 \[16, 16\]"),
+        ({"F8_E4M3": [32, 8]}, r"needs block.to_q.weight as U8 \[32, 8\], the checkpoint has F8_E4M3 \[32, 8\]"),
+    ],
+)
+def test_a_tensor_of_another_shape_or_type_is_refused_at_equal_bytes(
+    tensors: dict[str, list[int]], message: str, tmp_path: Path
+) -> None:
+    codes = _value("block.to_q.weight", [32, 16], ir.DataType.FLOAT4E2M1)
+    stored = {str(codes.name): StoredTensor(tmp_path, kind, tuple(shape), 0, 256) for kind, shape in tensors.items()}
+    with pytest.raises(BadGraph, match=message):
+        bind(_model([], [codes], [], [codes]), stored, tmp_path)
