@@ -86,10 +86,10 @@ def table(points: Sequence[Point], chosen: float, ranks: Sequence[int] = (), wit
     Args:
         points: the frontier.
         chosen: the budget that was asked for, which a star marks.
-        ranks: that there was a choice of; how many of the linears in NVFP4 have each.
+        ranks: that there was a choice of; how many of the linears in NVFP4 have a branch of each.
         without: the frontier without branches, for the same budgets; none where there are no ranks.
     """
-    head: tuple[str, ...] = ("budget", "NVFP4", *(f"r{rank}" for rank in ranks), "FP8", "BF16", "FLOPs", "bytes")
+    head: tuple[str, ...] = ("budget", "NVFP4", *(f"with r{rank}" for rank in ranks), "FP8", "BF16", "FLOPs", "bytes")
     head = (*head, "weights", "predicted", "measured")
     rows = [head, *(_row(point, point.budget == chosen, ranks) for point in points)]
     if without:
