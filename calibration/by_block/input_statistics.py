@@ -115,18 +115,22 @@ def _mean(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Te
 
 
 @contextlib.contextmanager
-def observe_channels(modules: Mapping[str, nn.Module], kept: int) -> Iterator[dict[str, Channels]]:
+def observe_channels(
+    modules: Mapping[str, nn.Module], kept: int, most: int | None = None
+) -> Iterator[dict[str, Channels]]:
     """Add up what enters some modules while the ``with`` statement runs them.
 
     Args:
         modules: name to module, called with one tensor [..., K].
         kept: rows to keep of each call.
+        most: rows of each call that sums are of, those of :func:`observe_moments`; None for all. ``amax`` is of all.
     """
     found: dict[str, Channels] = {}
 
     def add(name: str, rows: torch.Tensor) -> None:
-        some = rows[torch.linspace(0, len(rows) - 1, min(kept, len(rows)), device=rows.device).long()]
-        total, square, amax = rows.sum(dim=0), rows.square().sum(dim=0), rows.abs().amax(dim=0)
+        some, amax = _spread(rows, kept), rows.abs().amax(dim=0)
+        rows = rows if most is None else _spread(rows, most)
+        total, square = rows.sum(dim=0), rows.square().sum(dim=0)
         if name not in found:
             found[name] = Channels(len(rows), total, square, amax, [some])
             return
@@ -156,7 +160,7 @@ def observe_moments(
     found: dict[str, Moments] = {}
 
     def add(name: str, rows: torch.Tensor) -> None:
-        rows = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]
+        rows = _spread(rows, most)
         rounded = quantize[name](rows)
         if name not in found:
             sums = [rows.new_zeros(rows.shape[1]) for _ in range(3)]
@@ -177,6 +181,11 @@ def observe_moments(
     for moments in found.values():
         for slab in _slabs(moments.product):
             moments.product[: slab.start, slab] = moments.product[slab, : slab.start].T
+
+
+def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """Return so many of the rows at most, evenly spread."""
+    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]
 
 
 def _slabs(product: torch.Tensor) -> Iterator[slice]:

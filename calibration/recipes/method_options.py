@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Final, Literal
@@ -29,14 +30,14 @@ Patterns = str | Annotated[tuple[str, ...], Field(min_length=1)]
 """A shell pattern, such as ``*.norm*.linear``, held against the whole module path; or a list of them."""
 
 
-def _no_switch(value: object) -> object:
-    """Refuse true and false, which pydantic takes for 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")
+def _number(value: object) -> object:
+    """Refuse true and false, which pydantic takes for 1 and 0, and what is not finite before bounds are looked at."""
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{value} is no finite number")
     return value
 
 
-Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 """YAML takes 1e-4, without a point, for a string, so that a string that is a number counts as one."""
 
 

@@ -26,7 +26,7 @@ from calibration.recipes.method_options import (
     SVDQuant,
 )
 from fp4trt.errors import BadRecipe
-from fp4trt.file_kind import is_file, what_it_lacks
+from fp4trt.file_kind import is_file, shortened, what_it_lacks
 from fp4trt.json_file import kind_of
 
 __all__ = [
@@ -125,12 +125,12 @@ def _read(recipe: str | Path) -> Recipe:
     if path.suffix not in (".yaml", ".yml"):
         known = ", ".join(preset_names())
         raise BadRecipe(f"there is no recipe '{recipe}'; choose one of: {known}, or give a .yaml file")
+    if not is_file(path):
+        raise BadRecipe(f"{path} {what_it_lacks(path)}; expected a recipe: fp4trt recipes lists some")
     try:
         given = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except OSError:
-        if is_file(path):  # which cannot be read
-            raise
-        raise BadRecipe(f"{path} {what_it_lacks(path)}; expected a recipe: fp4trt recipes lists some") from None
+    except RecursionError:
+        raise BadRecipe(f"{path} is nested too deeply; expected name, method and formats") from None
     except (ValueError, yaml.YAMLError) as error:  # no UTF-8, or no such date or number
         raise BadRecipe(f"{path} is not YAML ({' '.join(str(error).split())}); see fp4trt recipes NAME") from None
     if not isinstance(given, dict):
@@ -157,15 +157,15 @@ _EXPECTED: Final = {
     "model_attributes_type": "a mapping of keys",
     "dict_type": "a mapping of keys",
     "string_type": "a string",
-    "string_pattern_mismatch": "small letters, digits, and . _ - behind the first",
+    "string_pattern_mismatch": "small letters and digits, and behind the first also . _ and -",
     "tuple_type": "a list",
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
-    "finite_number": "a number",
-    "value_error": "a number",
-    "float_type": "a number",
-    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "value_error": "a finite number",
+    "float_type": "a finite number",
+    "float_parsing": "a finite number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "literal_error": "{expected}",
@@ -186,17 +186,24 @@ def _first(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         return f"there is no key {where}; {_known(problem['loc'])}"
     if problem["type"] == "union_tag_not_found":
-        return f"{where}.name is missing"
+        return f"{where}.name is missing; expected one of: {', '.join(METHODS)}"
     missing = [_where(each) for each in problems if each["type"] == "missing"]
     if problem["type"] == "missing":
         return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
-    return f"{where or 'the recipe'} is {problem['input']!r}; expected {_expected(problem)}"
+    return f"{where or 'the recipe'} is {_said(problem['input'])}; expected {_expected(problem)}"
+
+
+def _said(value: Any) -> str:
+    """Return a value as a recipe says it."""
+    words = {"True": "true", "False": "false", "None": "null"}
+    return shortened(words.get(repr(value), repr(value)))
 
 
 def _where(problem: Any) -> str:
     """Return the key that is wrong, as a recipe has it: without the kinds that pydantic puts behind it."""
-    location = [str(part) for part in problem["loc"] if not str(part).startswith(("str", "tuple[", "constrained"))]
-    if location[0] == "method" and len(location) > 1:
+    behind = zip((None, *problem["loc"]), problem["loc"], strict=False)
+    location = [str(part) for before, part in behind if before != "linears"]
+    if location and location[0] == "method" and len(location) > 1:
         del location[1]
     return ".".join(location)
 

@@ -3,9 +3,10 @@
 1. Folds (:mod:`calibration.methods.quality.folds`) move constants and factors of channels out of the activations.
 2. With a rank, a low-rank branch in BF16 (``low_rank.py``) takes the largest directions out of the weight; what follows
    is for what it leaves.
-3. The weight goes a part of the way to the one that makes the best of a rounded input (``wiener.py``); GPTQ with a
-   search of the block scales, then coordinate descent (``gptq.py``), choose codes and scales for the activations that
-   will be there: quantized ones. In any other format they are rounded to nearest.
+3. Covariances of the input are shrunk where there are few rows (``shrinkage.py``). By them the weight goes a part of
+   the way to the one that makes the best of a rounded input (``wiener.py``); GPTQ with a search of the block scales,
+   then coordinate descent (``gptq.py``), choose codes and scales for the activations that will be there: quantized
+   ones. In any other format they are rounded to nearest.
 4. The bias takes up what the mean of the output has lost.
 
 Every linear is looked at in the order of the graph, behind those that are quantized already (``sequential``), or all of
@@ -100,9 +101,12 @@ class _Work:
                     self.tensors[f"{self.task.path}.{path}.{leaf}"] = value
 
     def measure(self) -> None:
-        """Measure what enters each group while nothing is quantized: its largest magnitude, and its mean."""
+        """Measure what enters each group while nothing is quantized: its largest magnitude, and its mean.
+
+        The mean is of the rows that moments are of, so that what a bias takes up is no difference between rows.
+        """
         watched = {group[0]: self.linear(group[0]) for group in self.task.groups}
-        with observe_channels(watched, 0) as self.channels:
+        with observe_channels(watched, 0, self.options.rows_per_call) as self.channels:
             self.task.run(watched.values())
 
     def stages(self) -> Iterator[tuple[Group, ...]]:
@@ -208,10 +212,9 @@ class _Work:
         if FORMATS[self.task.linears[path]].needs_input_amax:
             self.tensors[f"{path}.input_scale"] = input_scale
         if self.options.bias_correction and linear.bias is not None:
-            mean = self.channels[group[0]].mean
-            lost = weight @ mean - values @ (moments.rounded / moments.count)
+            lost = weight @ self.channels[group[0]].mean - values @ (moments.rounded / moments.count)
             if branch is not None:
-                lost -= branch.product() @ mean
+                lost -= branch.product() @ (moments.total / moments.count)
             linear.bias.copy_(linear.bias.float() + lost)
             self.tensors[f"{path}.bias"] = linear.bias
         linear.weight.copy_(values)
@@ -237,11 +240,16 @@ class _Work:
         wanted, found, plain = weight[some], values[some], gptq.plain(weight[some], scale).values
         power = gptq.error(torch.zeros_like(wanted), wanted, moments)
         figures = {
-            "error": (gptq.error(found, wanted, moments) / power) ** 0.5,
-            "plain_error": (gptq.error(plain, wanted, moments) / power) ** 0.5,
+            "error": _relative(gptq.error(found, wanted, moments), power),
+            "plain_error": _relative(gptq.error(plain, wanted, moments), power),
             "changed": float((found != plain).float().mean()),
         }
         self.figures[path] = {**self.figures.get(path, {}), **figures}
+
+
+def _relative(error: float, power: float) -> float:
+    """Return the root of their ratio, 0 where rows of zeros have no power."""
+    return max(error / power, 0.0) ** 0.5 if power > 0 else 0.0
 
 
 @dataclass(frozen=True)

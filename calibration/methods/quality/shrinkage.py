@@ -25,9 +25,9 @@ def chance(covariance: torch.Tensor, count: int) -> float:
         covariance: FP32 [K, K].
         count: rows that it was measured on.
     """
-    own = covariance.diagonal()
+    own = covariance.diagonal().double()
     squares = float(own.square().sum())
-    between = float(torch.linalg.vector_norm(covariance)) ** 2 - squares
+    between = float(torch.linalg.vector_norm(covariance, dtype=torch.float64)) ** 2 - squares
     if between <= 0:
         return 1.0
     variance = (float(own.sum()) ** 2 - squares + between) / (_INDEPENDENT * count)

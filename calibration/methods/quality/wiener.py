@@ -8,8 +8,8 @@ the weak directions of the signal, and in every call of the model the same way, 
 that differs from call to call. We therefore move only the fraction ``share`` of the way, then rescale each row so that
 regressing its output on what is wanted gives slope 1.
 
-A row's slope is its distance from 1 that matters, a few hundredths: the moments of its output are measured on some
-random inputs, and the noise of one channel taken to be none of the others' noise.
+Of a row's slope only the distance from 1 matters, a few hundredths: the moments of its output are measured on some
+random inputs, and the noise of one channel is taken to be independent of the others'.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def wiener_target(
     inputs = root.rows @ (root.weights.unsqueeze(1) * random)
     given, change = weight @ inputs, moved @ inputs
     by_row = torch.linalg.vecdot
-    power = given.square().mean(dim=1) - damping * by_row(weight, weight)  # of W q
+    damped = damping * by_row(weight, weight)
+    power = given.square().mean(dim=1) - damped  # of W q
     crossed = (given * change).mean(dim=1) / share  # of W (x - q) and W q
     meant = power + (1 + share) * crossed + change.square().mean(dim=1) / share - damping * by_row(weight, moved)
     slope = meant / (power + 2 * crossed + weight.square() @ noise)
+    slope = torch.where(power > damped, slope, 1.0)  # else the damping's share of the measured power hides the row's
     return moved.add_(weight).div_(slope.nan_to_num(1.0).clamp(*_SLOPES).unsqueeze(1))

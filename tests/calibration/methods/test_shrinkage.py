@@ -1,16 +1,11 @@
-"""Shrunk covariances: nearer to the truth, and what is chosen by them holds for rows that were not seen."""
+"""Shrunk covariances: nearer to the truth."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from calibration.by_block.quantize_blocks import BlockTask
-from calibration.formats import nvfp4
-from calibration.methods.quality.quantize_block import quantize_block
 from calibration.methods.quality.shrinkage import chance, shrink
-from calibration.recipes.recipe import Quality
 
 K = 64
 
@@ -43,27 +38,3 @@ def test_the_diagonal_stays() -> None:
 def test_what_depends_on_nothing_is_all_chance() -> None:
     assert chance(torch.eye(K), 1000) == 1
     assert chance(torch.zeros(K, K), 1) == 1
-
-
-def test_rows_unlike_those_of_calibration_are_served_no_worse_than_by_rounding() -> None:
-    """No channel depends on another, and there are fewer rows than channels: nothing is to be learned of them."""
-    random = torch.Generator().manual_seed(3)
-    plain = nn.Linear(256, 48).bfloat16()
-    seen, fresh = (torch.randn(rows, 256, generator=random).bfloat16() for rows in (160, 2000))
-    block = nn.ModuleDict({"alone": nn.Linear(256, 48).bfloat16()})
-    block.load_state_dict({f"alone.{name}": value for name, value in plain.state_dict().items()})
-
-    def run(*_: object) -> None:
-        with torch.no_grad():
-            block["alone"](seen)
-
-    quantize_block(
-        BlockTask("block", block, {"block.alone": "nvfp4"}, (("block.alone",),), run), Quality(name="quality"), ()
-    )
-    with torch.no_grad():
-        wanted, given = plain(fresh).float(), block["alone"](fresh).float()
-        scale = nvfp4.global_scale(plain.weight.float().abs().max())
-        rounded = nvfp4.fake_quantize(plain.weight.float(), scale)
-        inputs = nvfp4.fake_quantize(fresh.float(), nvfp4.global_scale(fresh.float().abs().max()))
-        usual = inputs @ rounded.T + plain.bias.float()
-    assert (given - wanted).norm() <= (usual - wanted).norm()

@@ -49,11 +49,16 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
         ({"method": {}}, "method.name is missing"),
         ({"method": {"name": "svdquant", "rank": 0}}, "rank is 0; expected 1 at least"),
         ({"method": {"name": "svdquant", "rank": "x"}}, "rank is 'x'; expected a whole number"),
-        ({"method": {"name": "quality", "rank": True}}, "method.rank is True; expected a whole number"),
+        ({"method": {"name": "quality", "rank": True}}, "method.rank is true; expected a whole number"),
         ({"method": {"name": "quality", "rank": "8"}}, "method.rank is '8'; expected a whole number"),
         ({"method": {"name": "quality", "gptq": 1}}, "method.gptq is 1; expected true or false"),
-        ({"method": {"name": "quality", "wiener": True}}, "method.wiener is True; expected a number"),
+        ({"method": {"name": "quality", "wiener": True}}, "method.wiener is true; expected a finite number"),
         ({"method": {"name": "qat", "steps": 1, "learning_rate": float("inf")}}, "learning_rate is inf; expected a"),
+        ({"str": 3}, "there is no key str; expected one of: name, description"),
+        ({"method": {"name": "quality", "strange": 1}}, "there is no key method.strange; expected one of: name, shift"),
+        ({"method": {"name": "quality", "wiener": float("nan")}}, "method.wiener is nan; expected a finite number"),
+        ({"description": None}, "description is null; expected a string"),
+        ({"name": "!" * 5000}, "name is '!!!"),
         ({"method": {"name": "qat"}}, "method.steps and method.learning_rate are missing"),
         (
             {"method": {"name": "qat", "steps": 1, "learning_rate": "1e-4", "start": "nvfp4"}},
@@ -97,9 +102,10 @@ def test_a_recipe_with_a_mistake_is_refused_in_one_line_that_names_the_key(
         load_recipe(_written(tmp_path, **changes))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
 
 
-@pytest.mark.parametrize("text", ["- a list", "{", "\x00"])
+@pytest.mark.parametrize("text", ["- a list", "{", "\x00", "name: " + "[" * 3000 + "]" * 3000])
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
