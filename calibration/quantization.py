@@ -226,16 +226,6 @@ def _trained(
     from calibration.methods.qat.distillation import trained
 
     first = load_start(plain.recipe)
-    if options.learn == "branch" and not registry.adds_branch(first.method):
-        raise BadRecipe(
-            f"{plain.recipe.name} trains low-rank branches (learn: branch), and its start {first.name} makes none; "
-            "expected one like nvfp4-quality-r8"
-        )
-    if options.learn != "branch" and registry.adds_branch(first.method):
-        raise BadRecipe(
-            f"{plain.recipe.name} starts from {first.name}, whose linears have a low-rank branch, and learn: "
-            f"{options.learn} trains those without; expected learn: branch, or a start like nvfp4-quality"
-        )
     first = first.model_copy(update={"formats": plain.recipe.formats, "attention": plain.recipe.attention})
     groups = checked(plain.folder, first).groups
     if not groups:

@@ -19,7 +19,6 @@ from fp4trt.safetensors_file import TensorPlan
 
 __all__ = [
     "added_tensors",
-    "adds_branch",
     "branched",
     "changes_plain_linears",
     "largest_rank",
@@ -42,13 +41,6 @@ def needs_activations(options: Options) -> bool:
 def changes_plain_linears(options: Options) -> bool:
     """Whether a method changes linears that stay in 16 bit too, as folds do."""
     return isinstance(options, Quality) and (options.shift_fold or options.smooth_fold)
-
-
-def adds_branch(options: Options) -> bool:
-    """Whether a method puts a low-rank branch beside some linears in NVFP4."""
-    if isinstance(options, Quality) and any(rule.rank for rule in options.ranks):
-        return True
-    return isinstance(options, Quality | SVDQuant) and options.rank > 0
 
 
 def branched(options: Options, groups: Iterable[Sequence[str]]) -> bool:

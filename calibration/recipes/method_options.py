@@ -125,8 +125,8 @@ class Quality(Strict):
         smooth_fold: scale channels there so that weights and inputs share the burden.
         gptq: round with feedback and a search of the block scales.
         descent_sweeps: of coordinate descent afterwards, at most; 0 for none.
-        wiener: share of the way from a weight to the one that makes the best of an input rounded to FP4, which is gone
-            before it is rounded itself (see :mod:`calibration.methods.quality.wiener`).
+        wiener: how far a weight moves, before it is rounded, to the one that makes the best of an input rounded to FP4:
+            0 not at all, 1 all the way (see :mod:`calibration.methods.quality.wiener`).
         bias_correction: let the biases take up what the mean of the output has lost.
         sequential: quantize each group of linears for what the quantized ones before it in its block give; one run over
             the calibration data for every group, in place of one for all.

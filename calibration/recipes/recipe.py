@@ -105,16 +105,34 @@ def load_start(recipe: Recipe) -> Recipe:
     """Return the recipe that one that trains starts from.
 
     Raises:
-        BadRecipe: there is none, or it trains too.
+        BadRecipe: there is none, it trains too, or it has a branch where none is trained, or none where one is.
     """
     assert isinstance(recipe.method, QAT)
+    learn = recipe.method.learn
     try:
         start = _read(recipe.method.start)
     except BadRecipe as error:
         raise BadRecipe(f"{recipe.name}: method.start: {error}") from None
     if isinstance(start.method, QAT):
         raise BadRecipe(f"{recipe.name} starts from {start.name}, which trains too; expected one that does not")
+    if learn == "branch" and not _adds_branch(start.method):
+        raise BadRecipe(
+            f"{recipe.name} trains low-rank branches (learn: branch), and its start {start.name} makes none; "
+            "expected one like nvfp4-quality-r8"
+        )
+    if learn != "branch" and _adds_branch(start.method):
+        raise BadRecipe(
+            f"{recipe.name} starts from {start.name}, whose linears have a low-rank branch, and learn: {learn} "
+            "trains those without; expected learn: branch, or a start like nvfp4-quality"
+        )
     return start
+
+
+def _adds_branch(options: object) -> bool:
+    """Whether a method puts a low-rank branch beside some linears in NVFP4."""
+    if isinstance(options, Quality) and any(rule.rank for rule in options.ranks):
+        return True
+    return isinstance(options, Quality | SVDQuant) and options.rank > 0
 
 
 def _read(recipe: str | Path) -> Recipe:

@@ -68,6 +68,10 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
             {"method": {"name": "qat", "steps": 1, "learning_rate": "1e-4", "start": "nvfp4-qat"}},
             "mine starts from nvfp4-qat, which trains too; expected one that does not",
         ),
+        (
+            {"method": {"name": "qat", "steps": 1, "learning_rate": 1, "start": "nvfp4-ptq", "learn": "branch"}},
+            "its start nvfp4-ptq makes none; expected one like nvfp4-quality-r8",
+        ),
         ({"description": 3}, "description is 3; expected a string"),
         ({"formats": {"defalt": "bf16"}}, "there is no key formats.defalt; expected one of: default, min_size, rules"),
         ({"formats": {"default": "int3"}}, "formats.default is 'int3'; expected 'nvfp4', "),
