@@ -345,5 +345,5 @@ def test_an_unknown_algorithm_ends_with_status_2_in_one_line(
     assert fp4trt.run(["recipes", str(recipe)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "method.modelopt.algorithm is 'awq'" in error
+    assert "method.algorithm is 'awq'" in error
     assert "awq_lite" in error
