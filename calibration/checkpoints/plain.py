@@ -53,7 +53,7 @@ def find_source(source: str | Path) -> Path:
     Raises:
         BadCheckpoint: there is none.
     """
-    folder = Path(source)
+    folder = path_of(source)
     if folder.is_dir():
         found = transformer_folder(folder)
         config = found / "config.json"
@@ -69,8 +69,6 @@ def find_source(source: str | Path) -> Path:
     if folder.is_file():
         kind = what_it_is(folder) or "is a single file"
         raise BadCheckpoint(f"{folder} {kind}; expected the folder of a diffusers checkpoint")
-    if str(source) == BUILT_IN:
-        return path_of(source)
     if str(source).count("/") == 1 and not folder.is_absolute():
         return _download(str(source))
     raise BadCheckpoint(f"{source} is not a folder; expected a diffusers checkpoint, a hub name or '{BUILT_IN}'")

@@ -10,7 +10,7 @@ from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import input_quantizers
 from calibration.methods.quality import quantize_block
-from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant
+from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant, adds_branch
 from calibration.recipes.recipe import Method as Options
 from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
@@ -19,6 +19,7 @@ from fp4trt.safetensors_file import TensorPlan
 
 __all__ = [
     "added_tensors",
+    "adds_branch",
     "branched",
     "changes_plain_linears",
     "largest_rank",

@@ -42,6 +42,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "SVDQuant",
+    "adds_branch",
     "linear_formats",
     "load_recipe",
     "load_start",
@@ -115,12 +116,12 @@ def load_start(recipe: Recipe) -> Recipe:
         raise BadRecipe(f"{recipe.name}: method.start: {error}") from None
     if isinstance(start.method, QAT):
         raise BadRecipe(f"{recipe.name} starts from {start.name}, which trains too; expected one that does not")
-    if learn == "branch" and not _adds_branch(start.method):
+    if learn == "branch" and not adds_branch(start.method):
         raise BadRecipe(
             f"{recipe.name} trains low-rank branches (learn: branch), and its start {start.name} makes none; "
             "expected one like nvfp4-quality-r8"
         )
-    if learn != "branch" and _adds_branch(start.method):
+    if learn != "branch" and adds_branch(start.method):
         raise BadRecipe(
             f"{recipe.name} starts from {start.name}, whose linears have a low-rank branch, and learn: {learn} "
             "trains those without; expected learn: branch, or a start like nvfp4-quality"
@@ -128,7 +129,7 @@ def load_start(recipe: Recipe) -> Recipe:
     return start
 
 
-def _adds_branch(options: object) -> bool:
+def adds_branch(options: object) -> bool:
     """Whether a method puts a low-rank branch beside some linears in NVFP4."""
     if isinstance(options, Quality) and any(rule.rank for rule in options.ranks):
         return True

@@ -17,6 +17,9 @@ __all__ = ["chance", "shrink"]
 _INDEPENDENT: Final = 0.1
 """Share of the rows that count: the tokens of a picture resemble each other, and so do the steps of a trajectory."""
 
+_TOGETHER: Final = 512
+"""Rows of a matrix that are held in FP64 at a time."""
+
 
 def chance(covariance: torch.Tensor, count: int) -> float:
     """Return the share, 0 to 1, of a sample covariance's off-diagonal entries that is best taken for chance.
@@ -27,7 +30,7 @@ def chance(covariance: torch.Tensor, count: int) -> float:
     """
     own = covariance.diagonal().double()
     squares = float(own.square().sum())
-    between = float(torch.linalg.vector_norm(covariance, dtype=torch.float64)) ** 2 - squares
+    between = sum(float(rows.double().square().sum()) for rows in covariance.split(_TOGETHER)) - squares
     if between <= 0:
         return 1.0
     variance = (float(own.sum()) ** 2 - squares + between) / (_INDEPENDENT * count)

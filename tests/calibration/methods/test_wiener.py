@@ -91,10 +91,9 @@ def test_a_direction_that_no_row_had_keeps_its_weight(x: torch.Tensor, weight: t
     assert slopes.min() > 0.95
 
 
-@pytest.mark.parametrize("rows", [N, 3 * K])
-def test_few_rows_and_many_are_moved_alike(rows: int, x: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> None:
+def test_few_rows_and_many_are_moved_alike(x: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> None:
     many = weight.repeat(3 * K // N, 1)
-    torch.testing.assert_close(_target(many[:rows], x, q, 0.3, 0.01)[:N], _target(many, x, q, 0.3, 0.01)[:N])
+    torch.testing.assert_close(_target(weight, x, q, 0.3, 0.01), _target(many, x, q, 0.3, 0.01)[:N])
 
 
 def test_a_channel_that_is_always_zero_harms_nothing(x: torch.Tensor, weight: torch.Tensor) -> None:
