@@ -164,6 +164,10 @@ def quantize(
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration machine-1.json --calibration machine-2.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration inputs.safetensors --workers 4
     """
+    if workers and workers > 1 and ray is None:
+        from calibration.by_block import fork_server
+
+        fork_server.start_early()  # what is imported here takes seconds
     from calibration.quantization import quantize as run
     from fp4trt.number_formats import linears_in_words
 

@@ -89,28 +89,33 @@ class Moments:
             power, noise = power - mean.square(), noise - (self.total / self.count - mean).square()
         return power.clamp_min(0), noise.clamp_min(0)
 
-    def into_covariance(self, centred: bool = True) -> torch.Tensor:
-        """Return the mean of ``(q - mean) (q - mean)^T`` of the quantized input: the mean is what a bias takes care of.
+    def into_covariance(self) -> torch.Tensor:
+        """Return the mean of ``(q - mean) (q - mean)^T`` of the quantized input, in the place of ``product``.
 
-        It takes the product's place: at 15,360 channels each such matrix has a gigabyte. Where there is no bias,
-        ``centred`` is False, and it is the mean of ``q q^T``.
+        At 15,360 channels each such matrix has a gigabyte.
         """
-        return _mean(self.product, self.count, self.rounded, self.rounded, centred)
+        return _covariance(self.product, self.count, *self.means())
 
-    def into_lost_covariance(self, centred: bool = True) -> torch.Tensor:
+    def into_lost_covariance(self) -> torch.Tensor:
         """Return the same of ``x - q`` and ``q`` in the place of ``lost``; once."""
         lost, self.lost = self.lost, None
         assert lost is not None
-        return _mean(lost, self.count, self.total - self.rounded, self.rounded, centred)
+        return _covariance(lost, self.count, *self.lost_means())
+
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean of ``q`` twice: their outer product and the covariance are the mean of ``q q^T``."""
+        mean = self.rounded / self.count
+        return mean, mean
+
+    def lost_means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the means of ``x - q`` and ``q``, likewise."""
+        return (self.total - self.rounded) / self.count, self.rounded / self.count
 
 
-def _mean(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Turn a sum of products, in place, into their mean or a covariance; the factors sum to ``left`` and ``right``."""
-    if not centred:
-        return product.div_(count)
-    means = left / count, right / count
-    for rows, own in zip(product.split(_TOGETHER), means[0].split(_TOGETHER), strict=True):
-        rows.div_(count).sub_(torch.outer(own, means[1]))
+def _covariance(product: torch.Tensor, count: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Turn a sum of products, in place, into a covariance; ``left`` and ``right`` are the factors' means."""
+    for rows, own in zip(product.split(_TOGETHER), left.split(_TOGETHER), strict=True):
+        rows.div_(count).sub_(torch.outer(own, right))
     return product
 
 

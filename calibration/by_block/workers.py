@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from calibration.by_block import fork_server
 from calibration.by_block.one_block import Finished, Job, Order, Ran, Worker
 from calibration.checkpoints.plain import PlainCheckpoint
 from calibration.checkpoints.threads import suited_threads
@@ -93,12 +94,12 @@ class _Here:
 
 
 @contextlib.contextmanager
-def in_processes(count: int, job: Job, source: PlainCheckpoint, _: Sequence[Inputs]) -> Iterator[Crew]:
+def in_processes(count: int, job: Job, _source: PlainCheckpoint, _calls: Sequence[Inputs]) -> Iterator[Crew]:
     """Give some processes of this machine, which share its cores, and its GPUs in turn.
 
     They end with this process, however that ends; Ctrl-C is this process's to hear.
     """
-    crew = _Processes(count, job, type(source.model).__module__)
+    crew = _Processes(count, job)
     try:
         yield crew
     finally:
@@ -124,17 +125,14 @@ class _Process:
 class _Processes:
     """Some processes, each in a place of its own, where another follows when it dies.
 
-    They are forked from a process that has imported the libraries and computed nothing, where the system can fork.
+    Where the system can fork, :mod:`calibration.by_block.fork_server` says what from.
     """
 
-    def __init__(self, count: int, job: Job, model_module: str) -> None:
+    def __init__(self, count: int, job: Job) -> None:
         self.size, self._job = count, job
         self._threads = max(1, min(torch.get_num_threads(), cores() // count))
         self._gpus = torch.cuda.device_count() if job.device == "cuda" else 0
-        forks = "forkserver" in multiprocessing.get_all_start_methods()
-        self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
-        if forks:
-            self._context.set_forkserver_preload([__name__, model_module])
+        fork_server.start_early()
         self._places: list[_Process | None] = [None] * count
 
     def start(self, order: Order) -> None:
@@ -178,8 +176,9 @@ class _Processes:
 
     def _begin(self, place: int) -> _Process:
         job = replace(self._job, device=f"cuda:{place % self._gpus}") if self._gpus else self._job
-        ours, its = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(job, self._threads, its), daemon=True)
+        context = fork_server.context()
+        ours, its = context.Pipe()
+        process = context.Process(target=_work, args=(job, self._threads, its), daemon=True)
         process.start()
         its.close()
         return _Process(process, ours)

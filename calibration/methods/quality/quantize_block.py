@@ -148,9 +148,12 @@ class _Work:
         for branch, rows in zip(branches.values(), wanted.split(sizes), strict=False):
             rows.sub_(branch.product())
         square = float(moments.product.diagonal().mean()) / moments.count
-        covariance = moments.into_covariance(centred)
+        covariance = moments.into_covariance()
         few = chance(covariance, moments.count)
-        variance = float(shrink(covariance, few).diagonal().mean())
+        shrink(covariance, few)
+        if not centred:
+            covariance.addr_(*moments.means())
+        variance = float(covariance.diagonal().mean())
         varies = variance > _SAME * square
         if not varies:  # one row alone, which the bias takes care of: all channels count alike then
             covariance.zero_()
@@ -158,7 +161,9 @@ class _Work:
         covariance.diagonal().add_(damping)
         root = gptq.root(covariance)
         if self.options.wiener and varies:
-            lost = shrink(moments.into_lost_covariance(centred), few)
+            lost = shrink(moments.into_lost_covariance(), few)
+            if not centred:
+                lost.addr_(*moments.lost_means())
             wanted = wiener_target(wanted, lost, noise, root, damping, self.options.wiener)
         own = {path: float(part.abs().max()) for path, part in zip(group, wanted.split(sizes), strict=True)}
         amax = max(input_quantizers.checked_weights(own).values())

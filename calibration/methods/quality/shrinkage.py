@@ -3,7 +3,7 @@
 Where an input has not many more rows than directions, channels seem to depend on each other by chance, and what GPTQ
 and the Wiener estimate make of that is wrong for every other input. So each covariance is shrunk towards its diagonal,
 by the share that has the least expected squared error (Schäfer and Strimmer, "A shrinkage approach to large-scale
-covariance matrix estimation", 2005), with the variance that entries have for Gaussian rows.
+covariance matrix estimation", 2005), found from correlations, with the variance that those of Gaussian rows have.
 """
 
 from __future__ import annotations
@@ -24,16 +24,25 @@ _TOGETHER: Final = 512
 def chance(covariance: torch.Tensor, count: int) -> float:
     """Return the share, 0 to 1, of a sample covariance's off-diagonal entries that is best taken for chance.
 
+    It goes by correlations, in which channels count alike, however large their values are; constant ones do not count.
+
     Args:
         covariance: FP32 [K, K].
         count: rows that it was measured on.
     """
-    own = covariance.diagonal().double()
-    squares = float(own.square().sum())
-    between = sum(float(rows.double().square().sum()) for rows in covariance.split(_TOGETHER)) - squares
+    varies = covariance.diagonal() > 0
+    own = torch.where(varies, covariance.diagonal().double().rsqrt(), 0.0)
+    squares = fourths = 0.0
+    for rows, left in zip(covariance.split(_TOGETHER), own.split(_TOGETHER), strict=True):
+        found = (rows.double() * left[:, None] * own).square_().clamp_(max=1.0)
+        squares += float(found.sum())
+        fourths += float(found.square_().sum())
+    alone = int(varies.sum())
+    between = squares - alone
     if between <= 0:
         return 1.0
-    variance = (float(own.sum()) ** 2 - squares + between) / (_INDEPENDENT * count)
+    # the sum over pairs of (1 - r^2)^2, the variance of a correlation r between Gaussian channels
+    variance = (alone * (alone - 1) - 2 * between + fourths - alone) / (_INDEPENDENT * count)
     return min(1.0, variance / between)
 
 

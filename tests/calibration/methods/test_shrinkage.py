@@ -18,7 +18,7 @@ def _rows(count: int, directions: int, seed: int) -> torch.Tensor:
     return rows.repeat(10, 1)
 
 
-@pytest.mark.parametrize(("count", "directions"), [(20, K), (60, K), (60, 4), (4000, 4)])
+@pytest.mark.parametrize(("count", "directions"), [(40, K), (60, K), (60, 4), (4000, 4)])
 def test_the_share_is_nearly_the_one_that_is_nearest_to_the_truth(count: int, directions: int) -> None:
     truth = torch.cov(_rows(40_000, directions, 1).T)
     sample = torch.cov(_rows(count, directions, 2).T)
@@ -33,6 +33,15 @@ def test_the_diagonal_stays() -> None:
     sample = torch.cov(_rows(20, K, 2).T)
     assert torch.equal(shrink(sample.clone(), 0.7).diagonal(), sample.diagonal())
     assert torch.equal(shrink(sample.clone(), 1.0), torch.diag(sample.diagonal()))
+
+
+def test_large_and_constant_channels_do_not_decide() -> None:
+    rows = _rows(60, K, 2)
+    share = chance(torch.cov(rows.T), len(rows))
+    rows[:, :2] *= 1000
+    assert chance(torch.cov(rows.T), len(rows)) == pytest.approx(share)
+    constant = torch.cat([rows, torch.zeros(len(rows), K)], dim=1)
+    assert chance(torch.cov(constant.T), len(rows)) == pytest.approx(share)
 
 
 def test_what_depends_on_nothing_is_all_chance() -> None:
