@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["chance", "shrink"]
 
-_INDEPENDENT: Final = 0.1
+_INDEPENDENT: Final = 0.15
 """Share of the rows that count: the tokens of a picture resemble each other, and so do the steps of a trajectory."""
 
 _TOGETHER: Final = 512

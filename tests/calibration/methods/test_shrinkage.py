@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.methods.quality.shrinkage import chance, shrink
+from calibration.methods.quality.shrinkage import _INDEPENDENT, chance, shrink
 
 K = 64
 
 
 def _rows(count: int, directions: int, seed: int) -> torch.Tensor:
-    """Rows that depend on each other as those of a model do not: tenfold, which counts as independent."""
+    """Independent rows with so many directions among their channels."""
     random = torch.Generator().manual_seed(seed)
     onto = torch.randn(directions, K, generator=torch.Generator().manual_seed(0)) / directions**0.5
-    rows = torch.randn(count, directions, generator=random) @ onto + 0.01 * torch.randn(count, K, generator=random)
-    return rows.repeat(10, 1)
+    return torch.randn(count, directions, generator=random) @ onto + 0.01 * torch.randn(count, K, generator=random)
 
 
 @pytest.mark.parametrize(("count", "directions"), [(40, K), (60, K), (60, 4), (4000, 4)])
@@ -24,7 +23,7 @@ def test_the_share_is_nearly_the_one_that_is_nearest_to_the_truth(count: int, di
     sample = torch.cov(_rows(count, directions, 2).T)
     shares = torch.linspace(0, 1, 101).tolist()
     errors = [float((shrink(sample.clone(), share) - truth).norm()) for share in shares]
-    found = chance(sample, 10 * count)
+    found = chance(sample, round(count / _INDEPENDENT))
     assert float((shrink(sample.clone(), found) - truth).norm()) <= 1.02 * min(errors)
     assert found == pytest.approx(shares[errors.index(min(errors))], abs=0.12)
 
