@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property, reduce
 from typing import Any, Final
 
 import torch
@@ -22,14 +23,16 @@ __all__ = ["decompose"]
 _aten = torch.ops.aten
 
 _TRANSLATED: Final = frozenset({
-    operator.add, operator.getitem,
+    operator.add, operator.getitem, operator.mul,
     _aten._assert_tensor_metadata.default, _aten.add.Tensor, _aten.arange.start, _aten.arange.start_step,
-    _aten.cat.default, _aten.cos.default, _aten.div.Tensor, _aten.exp.default, _aten.gelu.default,
-    _aten.layer_norm.default, _aten.mul.Tensor, _aten.neg.default, _aten.permute.default,
-    _aten.pow.Scalar, _aten.reciprocal.default, _aten.repeat_interleave.self_int, _aten.rms_norm.default,
-    _aten.scaled_dot_product_attention.default, _aten.select.int, _aten.silu.default, _aten.sin.default,
-    _aten.slice.Tensor, _aten.split_with_sizes.default, _aten.stack.default, _aten.sym_size.int, _aten.unbind.int,
-    _aten.unsqueeze.default,
+    _aten.cat.default, _aten.cos.default, _aten.div.Tensor, _aten.exp.default, _aten.expand.default,
+    _aten.gelu.default, _aten.layer_norm.default, _aten.mean.dim, _aten.mul.Tensor, _aten.neg.default,
+    _aten.permute.default, _aten.pow.Scalar, _aten.pow.Tensor_Scalar, _aten.reciprocal.default,
+    _aten.repeat_interleave.self_int, _aten.rms_norm.default, _aten.rsqrt.default,
+    _aten.scaled_dot_product_attention.default, _aten.select.int, _aten.sigmoid.default, _aten.silu.default,
+    _aten.sin.default, _aten.slice.Tensor, _aten.split_with_sizes.default, _aten.squeeze.dim, _aten.stack.default,
+    _aten.sub.Tensor, _aten.sym_size.int, _aten.tanh.default, _aten.unbind.int, _aten.unsqueeze.default,
+    _aten.where.self,
 })  # fmt: skip
 """What torch leaves as it is, besides what we translate ourselves."""
 
@@ -42,11 +45,14 @@ class _Decomposed(ExportedProgram):
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
-    """Return a program whose decomposition is itself, and equals node by node what torch's would be.
+    """Return a program whose decomposition is itself, and equals what torch's would be, for FLUX node by node.
 
-    1. ``to`` is a copy of another type, or nothing; ``contiguous`` and, in eval mode, ``dropout`` are copies.
-    2. ``flatten``, ``unflatten`` and ``reshape`` are views; ``chunk`` is a split; ``outer`` is a product.
-    3. A sum of symbolic sizes that a view needs is computed where torch does: at the first slice along it.
+    1. ``to`` and ``type_as`` are copies of another type, or nothing; ``contiguous`` and, in eval mode, ``dropout`` are
+       copies.
+    2. ``flatten``, ``unflatten`` and ``reshape`` are views; ``chunk`` is a split; ``outer`` is a product; ``new_ones``
+       and ``new_zeros`` are filled.
+    3. A sum of symbolic sizes that a view needs is computed where torch does: at the first slice along it. What no node
+       has computed so far is computed of the inputs' sizes.
 
     Args:
         program: traced in eval mode; used up.
@@ -56,10 +62,9 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     """
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     known = _TRANSLATED | _RULES.keys() | translations().keys()
-    sums = _slices_along_sums(nodes)
-    if sums is None or any(node.target not in known for node in nodes):
+    rewrite = _Rewrite(program.graph, _slices_along_sums(nodes))
+    if any(node.target not in known or not rewrite.knows_sizes_of(node) for node in nodes):
         return program
-    rewrite = _Rewrite(program.graph, sums)
     for node in nodes:
         rewrite.note_sizes(node)
         if node.target in _RULES:
@@ -76,8 +81,8 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     )
 
 
-def _slices_along_sums(nodes: Iterable[Node]) -> set[Node] | None:
-    """Return the slices that have a sum of earlier sizes as theirs, each sum once; None if one has another new size."""
+def _slices_along_sums(nodes: Iterable[Node]) -> set[Node]:
+    """Return the slices that have a sum of earlier sizes as theirs, each sum once."""
     computed: set[Any] = set()
     found: set[Node] = set()
     for node in nodes:
@@ -86,9 +91,9 @@ def _slices_along_sums(nodes: Iterable[Node]) -> set[Node] | None:
             computed.add(value.node.expr)
         elif node.target is _aten.slice.Tensor:
             size = node.meta["val"].shape[_axis(node, 1)]
-            if isinstance(size, torch.SymInt) and size.node.expr not in computed:
-                if not (size.node.expr.is_Add and computed.issuperset(size.node.expr.args)):
-                    return None
+            if not isinstance(size, torch.SymInt) or size.node.expr in computed:
+                continue
+            if size.node.expr.is_Add and computed.issuperset(size.node.expr.args):
                 computed.add(size.node.expr)
                 found.add(node)
     return found
@@ -101,11 +106,33 @@ class _Rewrite:
     Attributes:
         sums: slices that the sum of sizes along them is to follow.
         sizes: a symbolic size to the node that computes it.
+        of_inputs: likewise, of those that were computed of the inputs' sizes at the graph's beginning.
     """
 
     graph: Graph
     sums: Container[Node]
     sizes: dict[Any, Node] = field(default_factory=dict)
+    of_inputs: dict[Any, Node] = field(default_factory=dict)
+
+    @cached_property
+    def axes(self) -> dict[Any, tuple[Node, int]]:
+        """Symbol to an input and its axis of that size."""
+        found: dict[Any, tuple[Node, int]] = {}
+        for node in self.graph.find_nodes(op="placeholder"):
+            for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+                if isinstance(size, torch.SymInt):
+                    found.setdefault(size.node.expr, (node, axis))
+        return found
+
+    def knows_sizes_of(self, node: Node) -> bool:
+        """Return whether all sizes of a node's result can be computed of the inputs' sizes."""
+        sizes = getattr(node.meta.get("val"), "shape", ())
+        return all(self._is_known(size.node.expr) for size in sizes if isinstance(size, torch.SymInt))
+
+    def _is_known(self, expression: Any) -> bool:
+        if expression.is_Add or expression.is_Mul:
+            return all(self._is_known(part) for part in expression.args)
+        return bool(expression.is_Integer) or expression in self.axes
 
     def note_sizes(self, node: Node) -> None:
         """Learn what computes a size; let a slice along a sum of sizes be followed by that sum."""
@@ -123,7 +150,37 @@ class _Rewrite:
             self.sizes[size.node.expr] = total
 
     def size(self, size: int | torch.SymInt) -> int | Node:
-        return self.sizes[size.node.expr] if isinstance(size, torch.SymInt) else size
+        if not isinstance(size, torch.SymInt):
+            return size
+        return self.sizes.get(size.node.expr) or self._of_inputs(size.node.expr)
+
+    def _of_inputs(self, expression: Any) -> Node | int:
+        """Compute a size of the inputs' sizes, at the graph's beginning."""
+        if expression.is_Integer:
+            return int(expression)
+        if expression in self.of_inputs:
+            return self.of_inputs[expression]
+        parts = [self._of_inputs(part) for part in expression.args]
+        before = [*self.graph.find_nodes(op="placeholder"), *self.of_inputs.values()][-1]
+        if not parts:
+            node, axis = self.axes[expression]
+            with self.graph.inserting_after(before):
+                made = self.graph.call_function(_aten.sym_size.int, (node, axis))
+            made.meta = {"val": node.meta["val"].shape[axis]}
+        else:
+            function = operator.add if expression.is_Add else operator.mul
+            made = reduce(  # type: ignore[assignment]
+                lambda one, other: self._combined(function, one, other, before), parts
+            )
+        self.of_inputs[expression] = made
+        return made
+
+    def _combined(self, function: Callable[..., Any], one: Node | int, other: Node | int, before: Node) -> Node:
+        """Add, or multiply, two sizes behind a node, or behind the first size where that is computed later."""
+        with self.graph.inserting_after(one if isinstance(one, Node) and before < one else before):
+            made = self.graph.call_function(function, (one, other))
+        made.meta = {"val": function(*(part.meta["val"] if isinstance(part, Node) else part for part in (one, other)))}
+        return made
 
     def to(self, node: Node) -> None:
         source = node.args[0]
@@ -134,6 +191,15 @@ class _Rewrite:
             self.graph.erase_node(node)
         else:
             _become(node, _aten._to_copy.default, source, dtype=dtype)
+
+    def fill(self, node: Node) -> None:
+        """Make a tensor of ones, or of zeros."""
+        value = node.meta["val"]
+        sizes, number = [self.size(size) for size in value.shape], int(node.target is _aten.new_ones.default)
+        _become(node, _aten.full.default, sizes, number, dtype=value.dtype, device=value.device, pin_memory=False)
+
+    def count(self, node: Node) -> None:
+        _become(node, _aten.arange.start_step, 0, node.args[0], 1, **node.kwargs)
 
     def clone(self, node: Node) -> None:
         _become(node, _aten.clone.default, node.args[0])
@@ -183,6 +249,10 @@ def _become(node: Node, target: Any, *args: Any, **kwargs: Any) -> None:
 _RULES: Final[dict[Any, Callable[[_Rewrite, Node], None]]] = {
     _aten.to.dtype: _Rewrite.to,
     _aten.to.dtype_layout: _Rewrite.to,
+    _aten.type_as.default: _Rewrite.to,
+    _aten.new_ones.default: _Rewrite.fill,
+    _aten.new_zeros.default: _Rewrite.fill,
+    _aten.arange.default: _Rewrite.count,
     _aten.contiguous.default: _Rewrite.clone,
     _aten.dropout.default: _Rewrite.clone,
     _aten.flatten.using_ints: _Rewrite.view,

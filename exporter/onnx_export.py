@@ -24,6 +24,7 @@ from exporter.passes.fp8_attention import fp8_attention
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
+from exporter.passes.widen_weights import widen_weights
 from exporter.trace import OPSET, other_linears, trace, translate
 from fp4trt.built_in import path_of
 from fp4trt.errors import BadGraph, WrongPrecision
@@ -175,6 +176,7 @@ def graph_of(
         rewrite = pkgutil.resolve_name(kind.rewrite)
         rewrite(model, {path: leaders.get(path, path) for path in checkpoint.of_format(name)}, scale_dtype)
     fp8_attention(model, {path: checkpoint.rounds_output(path) for path in checkpoint.fp8_attentions})
+    widen_weights(model)
     order_initializers(model)
     name_nodes(model)
     _describe(model, checkpoint, scale_dtype)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from calibration.checkpoints.plain import model_class
+from calibration.checkpoints.plain import model_class, stays_fp32
 from calibration.checkpoints.quantized import Checkpoint, plain_config
 from exporter.decompose import decompose
 from exporter.passes.stamp_blocks import TRACED_BLOCKS
@@ -83,16 +83,19 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
 
 
 def other_linears(checkpoint: Checkpoint) -> list[str]:
-    """Return the module paths of the linears that stay in 16 bit."""
+    """Return the module paths of the linears that stay in 16 bit and that the graph has."""
     model = _meta_model(checkpoint.family, plain_config(checkpoint.config))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if name not in checkpoint.formats]
+    family, config = checkpoint.family, checkpoint.config
+    return [name for name in linears if name not in checkpoint.formats and not family.is_unused(config, name)]
 
 
 def _meta_model(family: Family, config: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"), _alone():
         model: nn.Module = model_class(family).from_config(config)
-        nn.Module.to(model, torch.bfloat16)  # not diffusers' own, which warns of FP32 modules that there are none of
+        nn.Module.to(model, torch.bfloat16)  # not diffusers' own, which warns of what stays in FP32
+        for name, value in model.named_parameters():
+            value.data = value.data.float() if stays_fp32(model, name) else value.data
     return model.eval()
 
 

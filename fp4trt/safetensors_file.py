@@ -68,6 +68,7 @@ DTYPE_BYTES: Final = {
     "I8": 1,
     "I32": 4,
     "I64": 8,
+    "BOOL": 1,
 }
 READABLE: Final = tuple(DTYPE_BYTES)
 """The dtypes that can be read; files may hold tensors of others."""
@@ -108,6 +109,7 @@ def _torch_dtypes() -> dict[str, torch.dtype]:
         "I8": torch.int8,
         "I32": torch.int32,
         "I64": torch.int64,
+        "BOOL": torch.bool,
     }
 
 
@@ -171,6 +173,8 @@ class StoredTensor:
             )
         if not self.nbytes:  # of no elements; torch views only what has a stride
             return torch.empty(self.shape, dtype=_torch_dtypes()[self.dtype])
+        if self.dtype == "BOOL":  # torch has 0 and 1 alone
+            return torch.from_numpy(self.bytes() != 0).reshape(self.shape)
         return torch.from_numpy(self.bytes()).view(_torch_dtypes()[self.dtype]).reshape(self.shape)
 
     def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:

@@ -59,7 +59,7 @@ def measured_by_block(
     source = open_plain(folder)
     config, family = source.config, source.family
     blocks, paths, attentions = family.blocks(config), family.quantized(config), family.attentions(config)
-    runner = BlockRunner(source.model, blocks, source.tensor, device)
+    runner = BlockRunner(source.model, blocks, source.tensor, device, source.family.read_by)
     outside = tuple(path for group in family.outside for path in group.linears)
     length = (len(blocks) + bool(outside)) * len(calls)
     identity = identity_of(folder, config, calls, device)

@@ -208,7 +208,9 @@ class Worker:
         self._reader = job.reader(source)
         self.config, family = source.config, source.family
         self._groups = [group for group in family.groups(self.config) if job.formats[group[0]] != BF16]
-        self._runner = BlockRunner(source.model, family.blocks(self.config), self._reader.tensor, job.device)
+        self._runner = BlockRunner(
+            source.model, family.blocks(self.config), self._reader.tensor, job.device, family.read_by
+        )
 
     @classmethod
     def of(cls, job: Job) -> Worker:

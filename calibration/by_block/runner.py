@@ -6,9 +6,9 @@ for every call, and goes.
 
 The model's own forward does all that lies between the blocks: it is run from its beginning for every block and call,
 where the blocks that are done answer at once, and it is left behind the block that is wanted. Blocks of the stack that
-ran last answer what its last one had answered; those of earlier stacks, which nothing reads any more, answer NaN of the
-right shapes, so that a model for which this is not true is found out. What is computed again is what comes before the
-first block: for FLUX.1 about 1 % of a block.
+ran last answer what its last one had answered, and so do those of an earlier stack whose result a later one is still to
+read; those that nothing reads any more answer NaN of the right shapes, so that a model for which this is not true is
+found out. What is computed again is what comes before the first block: for FLUX.1 about 1 % of a block.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from calibration.checkpoints.plain import stays_fp32
 from calibration.inputs.captured import Inputs
 from fp4trt.errors import UnsupportedModel
 
 __all__ = ["BlockRunner", "Outputs", "fill"]
 
 Outputs = tuple[torch.Tensor, ...]
-"""What a block returned, on the CPU."""
+"""What a block returned, on the CPU; before it, what other stacks gave that later ones are still to read."""
 
 
 class _Reached(Exception):
@@ -60,10 +61,20 @@ class BlockRunner:
     """A model that runs one block at a time.
 
     The blocks of a stack return the same kinds of tensors; those of different stacks need not.
+
+    Attributes:
+        kept: how many of the tensors that were returned last are other stacks'.
     """
 
+    kept = 0
+
     def __init__(
-        self, model: nn.Module, blocks: Sequence[str], tensor: Callable[[str], torch.Tensor], device: str = "cpu"
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        tensor: Callable[[str], torch.Tensor],
+        device: str = "cpu",
+        read_by: Mapping[str, str] | None = None,
     ) -> None:
         """Load what lies outside the blocks.
 
@@ -72,21 +83,31 @@ class BlockRunner:
             blocks: module paths, in the order in which the model runs them.
             tensor: full name to value, in the dtype to compute in.
             device: where to compute.
+            read_by: stack to the later stack that reads what it gives, where others run in between.
         """
         self._model, self._blocks = model.eval().requires_grad_(False), blocks
-        self._tensor, self._device = tensor, device
+        self._device = device
+
+        def in_its_type(name: str) -> torch.Tensor:
+            value = tensor(name)
+            return value.float() if stays_fp32(model, name) else value
+
+        self._tensor = in_its_type
         inside = tuple(f"{block}." for block in blocks)
-        fill(model, [name for name in model.state_dict() if not name.startswith(inside)], tensor, "", device)
+        fill(model, [name for name in model.state_dict() if not name.startswith(inside)], self._tensor, "", device)
         # One block of each stack that nobody loads or changes, to be asked for shapes.
-        dtype = next(value.dtype for value in model.state_dict().values() if not value.is_meta)
+        filled = {name: value.dtype for name, value in model.state_dict().items() if not value.is_meta}
+        dtype = next(dtype for name, dtype in filled.items() if not stays_fp32(model, name))
         first = {_stack_of(block): block for block in reversed(blocks)}
-        self._empty = {stack: copy.deepcopy(model.get_submodule(block)).to(dtype) for stack, block in first.items()}
+        self._empty = {stack: _like(model, block, dtype) for stack, block in first.items()}
         for index, block in enumerate(blocks):
             module = model.get_submodule(block)
             module.forward = partial(self._forward, index, module.forward)
+        starts = {stack: blocks.index(block) for stack, block in first.items()}
+        self._kept_until = {stack: starts[reader] for stack, reader in (read_by or {}).items() if stack in starts}
         self._wanted, self._leave = 0, True
         self._before: Outputs = ()
-        self._of_earlier_stacks: dict[str, Any] = {}
+        self._answers: dict[str, Any] = {}
         self._shapes: dict[str, Any] = {}
 
     @contextlib.contextmanager
@@ -115,11 +136,18 @@ class BlockRunner:
         else:
             raise AssertionError(f"the model never ran {block}")
         first = not self._wanted or _stack_of(self._blocks[self._wanted - 1]) != _stack_of(block)
-        if not first and [(v.shape, v.dtype) for v in before] != [(v.shape, v.dtype) for v in outputs]:
-            raise UnsupportedModel(f"{block} returns other tensors than the block before it in its stack")
         if first and any(value.isnan().any() for value in outputs):
             raise UnsupportedModel(f"{block} gives NaN: a weight, an input, or something that an earlier stack gave is")
-        return outputs
+        if first:
+            still_read = (stack for stack in self._answers if self._kept_until.get(stack, 0) > self._wanted)
+            others = tuple(value.cpu() for stack in still_read for value in _as_tuple(self._answers[stack]))
+            self.kept = len(others)
+            return (*others, *outputs)
+        kept, own = before[: -len(outputs)], before[-len(outputs) :]
+        if [(v.shape, v.dtype) for v in own] != [(v.shape, v.dtype) for v in outputs]:
+            raise UnsupportedModel(f"{block} returns other tensors than the block before it in its stack")
+        self.kept = len(kept)
+        return (*kept, *outputs)
 
     def finish(self, call: Inputs, before: Outputs, block: str | None = None) -> torch.Tensor:
         """Return what the model makes of the last block's outputs.
@@ -136,7 +164,7 @@ class BlockRunner:
         return output
 
     def _call(self, call: Inputs) -> Any:
-        self._of_earlier_stacks.clear()
+        self._answers.clear()
         on_device = {name: value.to(self._device) for name, value in call.items()}
         return self._model(**on_device, return_dict=False)
 
@@ -146,15 +174,29 @@ class BlockRunner:
     def _forward(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if index < self._wanted:
             stack = _stack_of(self._blocks[index])
-            if stack == _stack_of(self._blocks[self._wanted - 1]):
-                return self._before if len(self._before) > 1 else self._before[0]
-            if stack not in self._of_earlier_stacks:
-                self._of_earlier_stacks[stack] = self._nan_like_what_it_gives(stack, args, kwargs)
-            return self._of_earlier_stacks[stack]
+            if stack not in self._answers:
+                self._answers[stack] = self._answer(stack, args, kwargs)
+            return self._answers[stack]
         result = forward(*args, **kwargs)
         if not self._leave:
             return result
-        raise _Reached(result if isinstance(result, tuple) else (result,))
+        raise _Reached(_as_tuple(result))
+
+    def _answer(self, stack: str, args: Any, kwargs: Any) -> Any:
+        """Return what a stack gave: as it was where that is still read, NaN where it is not."""
+        taken = sum(len(_as_tuple(self._answers[other])) for other in self._answers if self._is_kept(other))
+        if stack == _stack_of(self._blocks[self._wanted - 1]):
+            own = self._before[taken:]
+            return own if len(own) > 1 else own[0]
+        given = self._nan_like_what_it_gives(stack, args, kwargs)
+        if not self._is_kept(stack):
+            return given
+        if not isinstance(given, tuple):
+            return self._before[taken]
+        return self._before[taken : taken + len(given)]
+
+    def _is_kept(self, stack: str) -> bool:
+        return self._kept_until.get(stack, -1) >= self._wanted
 
     def _nan_like_what_it_gives(self, stack: str, args: Any, kwargs: Any) -> Any:
         """Return what a block of a stack would give, with NaN in place of numbers."""
@@ -167,6 +209,18 @@ class BlockRunner:
             return torch.full((), math.nan, dtype=value.dtype, device=self._device).expand(value.shape)
 
         return _each_tensor(self._shapes[key], nan)
+
+
+def _like(model: nn.Module, block: str, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a block, on the meta device, in the types that it is computed in."""
+    made = copy.deepcopy(model.get_submodule(block)).to(dtype)
+    for name, value in made.named_parameters():
+        value.data = value.data.float() if stays_fp32(model, name) else value.data
+    return made
+
+
+def _as_tuple(result: Any) -> Outputs:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _stack_of(block: str) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "refuse_other_shapes",
     "refuse_quantized",
     "source_hashes",
+    "stays_fp32",
     "weights_fingerprint",
 ]
 
@@ -96,6 +97,11 @@ def model_class(family: Family) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def stays_fp32(model: nn.Module, name: str) -> bool:
+    """Whether diffusers computes with a tensor of a model in FP32 where the rest is loaded in BF16."""
+    return not set(getattr(model, "_keep_in_fp32_modules", None) or ()).isdisjoint(name.split("."))
+
+
 @dataclass(frozen=True)
 class PlainCheckpoint:
     """A plain checkpoint whose headers fit its config.
@@ -115,12 +121,13 @@ class PlainCheckpoint:
     stored: Mapping[str, StoredTensor]
 
     def tensor(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Read a tensor.
+        """Read a tensor, rounded; one that stays in FP32 is held so.
 
         Raises:
             BadCheckpoint: as :func:`finite_tensor`.
         """
-        return finite_tensor(self.folder, name, self.stored[name]).to(dtype)
+        value = finite_tensor(self.folder, name, self.stored[name]).to(dtype)
+        return value.float() if stays_fp32(self.model, name) else value
 
 
 def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from calibration.checkpoints.plain import model_class
+from calibration.checkpoints.plain import model_class, stays_fp32
 from calibration.formats import fp8, fp8_attention
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.linears import QuantizedLinear
@@ -295,6 +295,7 @@ def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Call
             value = checkpoint.tensor(name)
         else:
             value = checkpoint.tensor(name).to(dtype)
+            value = value.float() if stays_fp32(model, name) else value
         if not value.isfinite().all():
             raise BadCheckpoint(
                 f"{name} in {checkpoint.directory} holds values that are no finite {_name_of(dtype)} numbers; quantize "

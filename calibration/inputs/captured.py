@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -140,7 +140,13 @@ class _Expected:
         import torch
 
         shapes = family.input_shapes(config)
-        dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        dtypes = {
+            "bf16": torch.bfloat16,
+            "fp32": torch.float32,
+            "bool": torch.bool,
+            "int32": torch.int32,
+            "int64": torch.int64,
+        }
         kinds = {name: dim.kind for name, dim in family.dims.items()}
         return cls(shapes, {name: dtypes[family.inputs[name].dtype] for name in shapes}, kinds)
 
@@ -193,6 +199,8 @@ class _Expected:
         import torch
 
         wanted, given = self.dtypes[name], value.dtype
+        if not wanted.is_floating_point:
+            return _as_whole(index, name, value, wanted)
         # Ids count; whoever captured them as integers lost nothing. A latent in whole numbers is not a latent.
         countable = wanted == torch.float32 and not given.is_complex and given != torch.bool
         if not (given.is_floating_point or countable):
@@ -206,6 +214,14 @@ class _Expected:
             largest = float(value.double().abs().max())
             raise BadInputs(f"call {index}: {name} holds {largest:.3g}, which is beyond the range of {_named(wanted)}")
         return rounded
+
+
+def _as_whole(index: int, name: str, value: torch.Tensor, wanted: torch.dtype) -> torch.Tensor:
+    """Return whole numbers, or truth values, in another type that has them all."""
+    found = value if value.is_complex() else value.to(wanted)
+    if value.is_complex() or not (found == value).all():
+        raise BadInputs(f"call {index}: {name} holds other values than {_named(wanted)} has; capture it again")
+    return found
 
 
 def _named(dtype: torch.dtype) -> str:
@@ -264,6 +280,8 @@ class _Capture:
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
-    def _record(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+    def _record(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._calls.append({name: given[name].detach().cpu().clone() for name in self._names})  # type: ignore[attr-defined]
+        if hasattr(model, "inputs_of") and not given.keys() >= set(self._names):
+            given = model.inputs_of(*args, **{name: value for name, value in kwargs.items() if name != "return_dict"})
+        self._calls.append({name: given[name].detach().cpu().clone() for name in self._names})

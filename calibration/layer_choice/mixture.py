@@ -60,7 +60,7 @@ class Mixture:
         def tensor(name: str) -> torch.Tensor:
             return changed[name].tensor().to(torch.bfloat16) if name in changed else source.tensor(name)
 
-        self._runner = BlockRunner(self._model, self.blocks, tensor, device)
+        self._runner = BlockRunner(self._model, self.blocks, tensor, device, source.family.read_by)
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:

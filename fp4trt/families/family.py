@@ -24,8 +24,14 @@ Sizes = Mapping[str, int]
 Transformer = Callable[..., Any]
 """Called with the family's inputs by name and ``return_dict=False``; returns a tuple, the velocity first."""
 
-Role = Literal["normal", "time", "guidance", "positions"]
-"""What example values of an input are: normal numbers, timesteps in (0, 1], guidance in [1, 5), or positions."""
+Role = Literal["normal", "time", "guidance", "positions", "mask", "padding", "choice"]
+"""What example values of an input are: normal numbers, timesteps in (0, 1], guidance in [1, 5), positions, which tokens
+are no padding, which are (some at the end), or 0 and 1."""
+
+Size = str | int | Callable[[Config], int]
+"""Of an axis: name of a symbolic dimension, key of the config, a number, or what the config makes of it."""
+
+Dtype = Literal["bf16", "fp32", "bool", "int32", "int64"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,15 @@ class Input:
     """An input of the model, and of the graph.
 
     Attributes:
-        shape: sizes: names of symbolic dimensions, keys of the config, or numbers.
+        shape: sizes of its axes.
         role: what its values are.
-        dtype: ``bf16`` for the dtype that is computed in, or ``fp32``.
+        dtype: ``bf16`` stands for the dtype that is computed in.
         given_by: key of the config that says whether the model has it; None where all of the family have.
     """
 
-    shape: tuple[str | int, ...]
+    shape: tuple[Size, ...]
     role: Role = "normal"
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Dtype = "bf16"
     given_by: str | None = None
 
 
@@ -86,6 +92,8 @@ class Stack:
         groups: the linears to quantize of a block, in graph order, by paths in the block.
         attentions: paths in the block.
         modulated: linears of a block behind an adaptive norm of the block's own.
+        read_by: path of the stack that reads what this one gives, where others run in between.
+        unused_in_last: modules of the last block whose result nothing reads: in the checkpoint, but not in a graph.
     """
 
     path: str
@@ -93,6 +101,8 @@ class Stack:
     groups: tuple[Group, ...]
     attentions: tuple[str, ...] = ("attn",)
     modulated: tuple[Modulated, ...] = ()
+    read_by: str | None = None
+    unused_in_last: tuple[str, ...] = ()
 
     def blocks(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of its blocks, in the order in which they run."""
@@ -121,6 +131,8 @@ class Family:
         state: name to shape of every tensor of a config's plain checkpoint, in the order of the model's own state.
         outside: linears to quantize that lie in no block.
         adapter: ``module:class`` of what is run and exported in place of the diffusers class; None for that class.
+        lookups: modules with a matrix that is no linear's: embeddings, whose rows are looked up.
+        unused: modules that are in every checkpoint, and for whose inputs a graph has no place.
         special: whether its configs are some of another family's, which is tried after it.
     """
 
@@ -136,6 +148,8 @@ class Family:
     state: Callable[[Config], dict[str, tuple[int, ...]]]
     outside: tuple[Group, ...] = ()
     adapter: str | None = None
+    lookups: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     special: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -148,15 +162,29 @@ class Family:
         """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""
         return tuple(block for stack in self.stacks for block in stack.blocks(config))
 
+    @property
+    def read_by(self) -> dict[str, str]:
+        """Path of a stack to that of the one that reads what it gives, where others run in between."""
+        return {stack.path: stack.read_by for stack in self.stacks if stack.read_by is not None}
+
     def groups(self, config: Config) -> tuple[tuple[str, ...], ...]:
         """Return the linears to quantize, in graph order, as groups whose members read the same input."""
         inside = (
-            tuple(f"{block}.{path}" for path in group.linears)
+            tuple(path for path in (f"{block}.{leaf}" for leaf in group.linears) if not self.is_unused(config, path))
             for stack in self.stacks
             for block in stack.blocks(config)
             for group in stack.groups
         )
-        return (*(group.linears for group in self.outside), *inside)
+        return (*(group.linears for group in self.outside), *(group for group in inside if group))
+
+    def is_unused(self, config: Config, name: str) -> bool:
+        """Return whether a module, or a tensor, is of a part whose result nothing reads, so that no graph has it."""
+        last = (
+            f"{stack.blocks(config)[-1]}.{path}."
+            for stack in self.stacks
+            for path in (stack.unused_in_last if config[stack.count] else ())
+        )
+        return f"{name}.".startswith((*(f"{path}." for path in self.unused), *last))
 
     def quantized(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the linears to quantize, in graph order."""
@@ -193,11 +221,13 @@ class Family:
         return sum(self.dims[name].tokens for name in names) if names != [""] else 1
 
     def linears(self, config: Config) -> dict[str, tuple[int, int]]:
-        """Return module path to [N, K] of every linear, the ones to quantize first and in graph order.
-
-        In these models linears alone have matrices.
-        """
-        matrices = {name: shape for name, shape in self.state(config).items() if len(shape) == 2}
+        """Return module path to [N, K] of every linear, the ones to quantize first and in graph order."""
+        others = {f"{path}.weight" for path in self.lookups}
+        matrices = {
+            name: shape
+            for name, shape in self.state(config).items()
+            if len(shape) == 2 and name.endswith(".weight") and name not in others
+        }
         first = [f"{path}.weight" for path in self.quantized(config)]
         ordered = (*first, *(name for name in matrices if name not in set(first)))
         return {name.removesuffix(".weight"): (matrices[name][0], matrices[name][1]) for name in ordered}
@@ -211,8 +241,14 @@ class Family:
 
     def input_shapes(self, config: Config) -> dict[str, tuple[str | int, ...]]:
         """Return each input's symbolic shape, in graph order."""
+
+        def known(size: Size) -> str | int:
+            if isinstance(size, str):
+                return size if size in self.dims else int(config[size])
+            return size if isinstance(size, int) else size(config)
+
         return {
-            name: tuple(size if size in self.dims or isinstance(size, int) else config[size] for size in each.shape)
+            name: tuple(known(size) for size in each.shape)
             for name, each in self.inputs.items()
             if each.given_by is None or config.get(each.given_by)
         }
@@ -251,5 +287,13 @@ class Family:
                     value = 1 + 4 * torch.rand(shape, generator=random)
                 case "positions":
                     value = torch.from_numpy(positions[name])
-            found[name] = value.to(dtype) if self.inputs[name].dtype == "bf16" else value
+                case "mask" | "padding":
+                    value = torch.arange(shape[-1]).expand(shape) < max(1, shape[-1] - shape[-1] // 4)
+                    value = ~value if self.inputs[name].role == "padding" else value
+                case "choice":
+                    value = torch.randint(0, 2, shape, generator=random)
+            kinds = {"bool": torch.bool, "int32": torch.int32, "int64": torch.int64}
+            found[name] = value.to(kinds.get(self.inputs[name].dtype, dtype))
+            if self.inputs[name].dtype == "fp32":
+                found[name] = value
         return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnx import TensorProto, ValueInfoProto
 
 from fp4trt.families import family_named
+from fp4trt.families.family import Size
 from fp4trt.number_formats import FORMATS, NVFP4, NumberFormat
 from onnx_functions.graph.external_data import type_name
 from onnx_functions.graph.index import CASTS, PRODUCTS, name_of
@@ -33,10 +34,16 @@ def contract_of(family: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | 
     found = family_named(family)
     if found is None:
         return None
-    types = {"bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}
+    types = {
+        "bf16": TensorProto.BFLOAT16,
+        "fp32": TensorProto.FLOAT,
+        "bool": TensorProto.BOOL,
+        "int32": TensorProto.INT32,
+        "int64": TensorProto.INT64,
+    }
 
-    def own(size: str | int | None) -> str | int | None:
-        return size if isinstance(size, int) or size in found.dims else None
+    def own(size: Size | None) -> str | int | None:
+        return size if isinstance(size, int) or (isinstance(size, str) and size in found.dims) else None
 
     inputs = (
         Tensor(name, types[each.dtype], tuple(own(size) for size in each.shape), optional=each.given_by is not None)

@@ -27,8 +27,9 @@ def stored_unread(subject: Subject) -> Iterator[Hit]:
     beside = subject.checkpoint
     if beside is None or not subject.promises:
         return
-    for name in beside.account.meanings:
-        if not _is_read(subject, beside, name):
+    account = beside.account
+    for name in account.meanings:
+        if not account.family.is_unused(account.config, name) and not _is_read(subject, beside, name):
             yield Hit(f"is stored in {beside.tensors[name].file.name}, and no node reads it", tensor=name)
 
 

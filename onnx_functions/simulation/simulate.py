@@ -263,7 +263,20 @@ def _translated(node: NodeProto, state: _Rewrite) -> Iterator[NodeProto]:
         if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == TensorProto.BFLOAT16:
             values = numpy_helper.to_array(attribute.t).astype("float32")
             attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))
+    if copy.op_type == "Attention" and len(copy.input) > 3 and copy.input[3]:
+        yield from _expand_mask(copy)
     yield copy
+
+
+def _expand_mask(attention: NodeProto) -> Iterator[NodeProto]:
+    """Give an attention's mask a row for each query: ONNX Runtime does not take one row for all, as ONNX does."""
+    query, mask = attention.input[0], attention.input[3]
+    rows, shape, expanded = (f"{attention.name}/mask_{part}" for part in ("rows", "shape", "expanded"))
+    yield helper.make_node("Constant", [], [f"{shape}/1"], f"{shape}/1", value_ints=[1])
+    yield helper.make_node("Shape", [query], [rows], rows, start=-2, end=-1)
+    yield helper.make_node("Concat", [rows, f"{shape}/1"], [shape], shape, axis=0)
+    yield helper.make_node("Expand", [mask, shape], [expanded], expanded)
+    attention.input[3] = expanded
 
 
 def _dequantize(node: NodeProto, state: _Rewrite) -> Iterator[NodeProto]:

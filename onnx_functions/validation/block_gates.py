@@ -22,7 +22,7 @@ from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Linear
 from onnx_functions.validation import teacher_gates
 from onnx_functions.validation.attention_gates import AttentionForced, compare_attention
-from onnx_functions.validation.block_structure import block_structure, entering, output_key
+from onnx_functions.validation.block_structure import block_structure, entering
 from onnx_functions.validation.structure_gates import Run
 from onnx_functions.validation.teacher_gates import TeacherForced, block_of
 from onnx_functions.validation.torch_reference import (
@@ -92,13 +92,18 @@ class Task:
     def _attentions(self) -> tuple[Attention, ...]:
         return find_attentions(Index(self.graph))
 
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """All blocks of the reference."""
+        return frozenset(self.held.blocks)
+
     def attentions(self, block: str) -> list[Attention]:
         """Return the attentions of a block that are written out."""
         return [attention for attention in self._attentions if block and attention.path.startswith(f"{block}.")]
 
     def members(self, block: str) -> list[Linear]:
         """Return the linears of a block."""
-        return [linear for linear in self.linears if block_of(linear.path) == block]
+        return [linear for linear in self.linears if block_of(linear.path, self.known) == block]
 
 
 def check_by_block(task: Task, work: Path, identity: Mapping[str, Any]) -> ByBlock:
@@ -179,12 +184,12 @@ class _Checker:
             if fed is None:
                 return
             runs = []
-            for shape, call, entered, (values, after) in zip(task.structure, self._calls, before, ran, strict=True):
+            for shape, call, entered, (values, _) in zip(task.structure, self._calls, before, ran, strict=True):
                 inputs = arrays_of(call) | {name: entered[place].float().numpy() for place, name in fed.items()}
-                given = {output_key(block, place): value.float().numpy() for place, value in enumerate(after)}
-                runs.append(Run(name_of(shape), inputs, values | given))
-            checked = block_structure(task.graph, task.folder, block, task.members(block), runs, task.limit)
-            found.update(errors=checked.errors, leaving=checked.leaving)
+                runs.append(Run(name_of(shape), inputs, values))
+            checked = block_structure(task.graph, task.folder, block, task.members(block), runs, task.limit, task.known)
+            given = sum(path == block and what.startswith("output ") for path, what in values)
+            found.update(errors=checked.errors, leaving=checked.leaving, outputs=given)
             yield checked.gate
 
         for gate in guarded("structure", gates):
@@ -192,16 +197,35 @@ class _Checker:
         return None
 
     def _fed(self, block: str) -> dict[int, str] | None:
-        """Return the graph's tensors that stand for what the block before gave; None where they are not known."""
-        if not self._finished.results:
-            return {}
-        checked, result = list(self._finished.results.items())[-1]
-        if not result["structure"] or not result["structure"]["leaving"]:
-            return None
-        blocks = self._task.held.blocks
-        last = blocks[blocks.index(block) - 1] if block else blocks[-1]
-        leaving = {int(place): name for place, name in result["structure"]["leaving"].items()}
-        return entering(self._task.graph, leaving, checked, last)
+        """Return the graph's tensors that stand for what blocks gave that is still read; None where one is not known.
+
+        They are numbered as the outputs of :class:`calibration.by_block.runner.BlockRunner` are.
+        """
+        fed: dict[int, str] = {}
+        first = 0
+        for last in self._read_blocks(block):
+            checked = next((one for one in reversed(self._finished.results) if _stack(one) == _stack(last)), None)
+            structure = self._finished.results[checked]["structure"] if checked is not None else None
+            if checked is None or not structure or not structure["leaving"]:
+                return None
+            leaving = {int(place): name for place, name in structure["leaving"].items()}
+            found = entering(self._task.graph, leaving, checked, last, self._task.known)
+            fed |= {first + place: name for place, name in found.items()}
+            first += structure["outputs"]
+        return fed
+
+    def _read_blocks(self, block: str) -> list[str]:
+        """Return the blocks whose outputs are read by one or behind it: the one before, and the last of kept stacks."""
+        held = self._task.held
+        blocks, read_by = held.blocks, held.checkpoint.family.read_by
+        position = blocks.index(block) if block else len(blocks)
+        last = {_stack(one): one for one in blocks[:position]}
+        behind = {_stack(one) for one in blocks[position:]} - ({_stack(blocks[position - 1])} if position else set())
+        return [one for stack, one in last.items() if one == blocks[position - 1] or read_by.get(stack) in behind]
+
+
+def _stack(block: str) -> str:
+    return block.rpartition(".")[0]
 
 
 def _run(walk: Walk, block: str, calls: Sequence[tuple[Inputs, Outputs]]) -> Iterator[tuple[Values, Outputs]]:

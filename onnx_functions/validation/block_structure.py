@@ -9,7 +9,7 @@ tensor that is fed is one that was found equal, and a block that takes something
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def block_structure(
     linears: Sequence[Linear],
     runs: Sequence[Run],
     limit: float,
+    blocks: Collection[str],
 ) -> BlockStructure:
     """Compare the piece of the graph that is one block with the reference's block.
 
@@ -68,17 +69,18 @@ def block_structure(
         runs: the reference's block at each shape. `inputs` are the graph's inputs and the tensors that enter the block;
             `values` those of its modules and, by :func:`output_key`, of its outputs.
         limit: relative L2 of each tensor.
+        blocks: all that there are.
 
     Raises:
         BadGraph, or what ONNX Runtime raises: the piece cannot be cut out or run.
     """
     index = Index(model)
     outputs = [] if block else [value.name for value in model.graph.output]
-    candidates = _leaving(model, index, block) if block else []
+    candidates = _leaving(model, index, block, blocks) if block else []
     fed = runs[0].inputs
     taps = [tap.tensor for tap in taps_of(model, linears) if tap.tensor in index.producer and tap.tensor not in fed]
     piece = cut(model, {name: name for name in fed}, list(dict.fromkeys((*outputs, *candidates, *taps))))
-    stray = _stray(piece, block)
+    stray = _stray(piece, block, blocks)
     if stray:
         detail = f"{block or 'the end of the graph'} depends on {stray}: it takes from a block what that does not give"
         return BlockStructure(Gate("structure", False, float("inf"), limit, detail, (stray,)))
@@ -93,7 +95,9 @@ def block_structure(
     return BlockStructure(gate, errors, leaving)
 
 
-def entering(model: onnx.ModelProto, leaving: Mapping[int, str], checked: str, before: str) -> dict[int, str]:
+def entering(
+    model: onnx.ModelProto, leaving: Mapping[int, str], checked: str, before: str, blocks: Collection[str]
+) -> dict[int, str]:
     """Return the tensors that leave the block before, given those that leave the last block that was checked.
 
     The two are blocks of one stack, and what was found by its values in the one is found by its place in the other: it
@@ -106,7 +110,7 @@ def entering(model: onnx.ModelProto, leaving: Mapping[int, str], checked: str, b
     if before == checked:
         return dict(leaving)
     index = Index(model)
-    places, others = (_by_modules(model, index, block) for block in (checked, before))
+    places, others = (_by_modules(model, index, block, blocks) for block in (checked, before))
     names: dict[int, str] = {}
     for place, name in leaving.items():
         modules = next(modules for modules, tensors in places.items() if name in tensors)
@@ -120,10 +124,12 @@ def entering(model: onnx.ModelProto, leaving: Mapping[int, str], checked: str, b
     return names
 
 
-def _by_modules(model: onnx.ModelProto, index: Index, block: str) -> dict[frozenset[str], list[str]]:
+def _by_modules(
+    model: onnx.ModelProto, index: Index, block: str, blocks: Collection[str]
+) -> dict[frozenset[str], list[str]]:
     """Return the tensors that leave a block, in graph order, by the block's modules that they depend on."""
     found: dict[frozenset[str], list[str]] = {}
-    for name in _leaving(model, index, block):
+    for name in _leaving(model, index, block, blocks):
         found.setdefault(_modules_above(index, name, block), []).append(name)
     return found
 
@@ -135,22 +141,22 @@ def _modules_above(index: Index, tensor: str, block: str) -> frozenset[str]:
     return frozenset(name.removeprefix(f"{block}.").removesuffix(".weight") for name in weights)
 
 
-def _leaving(model: onnx.ModelProto, index: Index, block: str) -> list[str]:
+def _leaving(model: onnx.ModelProto, index: Index, block: str, blocks: Collection[str]) -> list[str]:
     """Return the floating-point tensors that the block's nodes make and other nodes read."""
     types = element_types(model)
-    inside = [node for node in model.graph.node if _block(node) == block]
+    inside = [node for node in model.graph.node if _block(node, blocks) == block]
     made = [name for node in inside for name in node.output if types[name] in _FLOATS]
-    return [name for name in made if any(_block(reader) != block for reader in index.consumers.get(name, ()))]
+    return [name for name in made if any(_block(reader, blocks) != block for reader in index.consumers.get(name, ()))]
 
 
-def _block(node: onnx.NodeProto) -> str:
-    return block_of(f"{node.name.rpartition('/')[0]}.")
+def _block(node: onnx.NodeProto, blocks: Collection[str]) -> str:
+    return block_of(f"{node.name.rpartition('/')[0]}.", blocks)
 
 
-def _stray(piece: onnx.ModelProto, block: str) -> str | None:
+def _stray(piece: onnx.ModelProto, block: str, blocks: Collection[str]) -> str | None:
     """Return a weight of another block that the piece reads."""
     matrices = (tensor.name for tensor in piece.graph.initializer if len(tensor.dims) == 2)
-    return next((name for name in matrices if block_of(name) not in ("", block)), None)
+    return next((name for name in matrices if block_of(name, blocks) not in ("", block)), None)
 
 
 def _nearest(found: Mapping[str, FloatArray], run: Run, block: str, candidates: Sequence[str]) -> Mapping[int, str]:

@@ -179,7 +179,7 @@ def validate(
         except (MemoryError, RuntimeError) as error:  # of torch, outside the gates
             refuse_environment(error, f"what comes after {gates[-1].name}" if gates else "the reference")
             raise
-    rows = tuple(Figures(name, block_of(name), **values) for name, values in figures.items())
+    rows = tuple(Figures(name, block_of(name, set(held.blocks)), **values) for name, values in figures.items())
     kind = "quantized" if held.quantized else "plain"
     note = LAYOUT_NOTE if held.quantized else ""
     report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows, note)
@@ -229,7 +229,8 @@ def _all_gates(subject: _Subject, work: Path) -> Iterator[Gate]:
     yield from guarded("attention promise", lambda: _attention_promise(subject))
     yield from guarded("stored tensors", lambda: [weight_gates.stored_tensors_gate(graph, folder, held)])
     try:
-        linears = tuple(linear for linear in Graph(graph).linears() if block_of(linear.path) in ("", *subject.blocks))
+        known, wanted = set(held.blocks), {"", *subject.blocks}
+        linears = tuple(linear for linear in Graph(graph).linears() if block_of(linear.path, known) in wanted)
     except BadGraph as error:
         yield failed_to_run("linears", error)
         return

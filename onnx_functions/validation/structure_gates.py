@@ -17,6 +17,7 @@ from onnx_functions.graph.cut import cut
 from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Linear
 from onnx_functions.simulation.simulate import runtime_session, simulate
+from onnx_functions.validation.example_inputs import other_values
 from onnx_functions.validation.verdict import (
     FloatArray,
     Gate,
@@ -318,8 +319,12 @@ def inputs_gate(model: onnx.ModelProto, directory: Path, inputs: Mapping[str, Fl
     rng = np.random.default_rng(0)
     without, changes = [], {}
     for value in model.graph.input:
-        changed = inputs[value.name] * 0.5 + rng.uniform(0.5, 1.5, inputs[value.name].shape)
-        found = session.run(None, {**inputs, value.name: changed.astype(np.float32)})[0]
+        given = inputs[value.name]
+        if given.dtype == np.float32:
+            changed = (given * 0.5 + rng.uniform(0.5, 1.5, given.shape)).astype(np.float32)
+        else:
+            changed = next(other_values(given))
+        found = session.run(None, {**inputs, value.name: changed})[0]
         changes[value.name] = relative_l2(found, base)
         if not changes[value.name] > INPUT_CHANGE:
             without.append(value.name)

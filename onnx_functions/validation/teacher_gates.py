@@ -6,7 +6,7 @@ whole step. Fed with the same input they must agree: quantizers exactly, product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -80,13 +80,10 @@ class TeacherForced:
     module_error: float
 
 
-def block_of(path: str) -> str:
-    """Return the block of a module path, such as `transformer_blocks.3`; empty outside the blocks."""
-    parts = path.split(".")
-    for index, part in enumerate(parts[:-1]):
-        if part.isdigit():
-            return ".".join(parts[: index + 1])
-    return ""
+def block_of(path: str, blocks: Collection[str]) -> str:
+    """Return which of some blocks a path lies in, such as `transformer_blocks.3`; empty outside them."""
+    ends = (index for index, letter in enumerate(path) if letter == ".")
+    return next((path[:end] for end in ends if path[:end] in blocks), "")
 
 
 def compare_block(

@@ -40,6 +40,7 @@ from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Linear, metadata_of, promised_linears
 from onnx_functions.validation.attention_gates import AttentionTeacher
+from onnx_functions.validation.block_structure import output_key
 from onnx_functions.validation.reference_sizes import refuse_other_sizes
 from onnx_functions.validation.structure_gates import Run
 from onnx_functions.validation.teacher_gates import Teacher
@@ -101,9 +102,11 @@ class Reference:
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
-        """All its linears: they alone have matrices."""
+        """All its linears that a graph has: matrices whose rows are not just looked up, and whose result is read."""
         matrices = (name.rpartition(".") for name, tensor in self.checkpoint.tensors.items() if len(tensor.shape) == 2)
-        return tuple(path for path, _, leaf in matrices if leaf == "weight")
+        family, config = self.checkpoint.family, self.checkpoint.config
+        linears = (path for path, _, leaf in matrices if leaf == "weight" and path not in family.lookups)
+        return tuple(path for path in linears if not family.is_unused(config, path))
 
     def raw(self, name: str) -> npt.NDArray[Any]:
         """Return a tensor as it is stored."""
@@ -173,7 +176,8 @@ def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | 
     if reference is not None:  # with the checkpoint beside it, other sizes are the gates' to tell
         refuse_other_sizes(graph, folder, checkpoint.family, config)
     made = set[str]() if quantized else {f"{path}.weight" for kind in FORMATS for path in promised.get(kind, [])}
-    names = tuple(name for name in checkpoint.tensors if name not in made)
+    family = checkpoint.family
+    names = tuple(name for name in checkpoint.tensors if name not in made and not family.is_unused(config, name))
     # A 16-bit reference says what the linears are; which of them are quantized is then the graph's word and that of the
     # manifest beside it.
     words = [manifest, None if quantized else beside]
@@ -214,7 +218,7 @@ class Walk:
             source = open_plain(folder)
             self._model, tensor = source.model, partial(source.tensor, dtype=dtype)
         self._held, self._dtype = held, dtype
-        self._runner = BlockRunner(self._model, held.blocks, tensor)
+        self._runner = BlockRunner(self._model, held.blocks, tensor, read_by=held.checkpoint.family.read_by)
 
     def block(self, path: str, calls: Sequence[tuple[Inputs, Outputs]]) -> Iterator[tuple[Values, Outputs]]:
         """Load a block, run every call from what the block before it gave; yield values inside and outputs."""
@@ -222,7 +226,7 @@ class Walk:
             for call, before in calls:
                 with _recording(self._model, f"{path}.", ()) as kept:
                     outputs = self._runner.run(path, call, before)
-                yield kept, outputs
+                yield {**kept, **_of_block(path, outputs[self._runner.kept :])}, outputs
 
     def finish(self, call: Inputs, before: Outputs) -> Values:
         """Run what lies outside the blocks; return the values there and the model's output."""
@@ -242,6 +246,10 @@ class Walk:
         return Run(name_of(shape), arrays_of(call), values)
 
 
+def _of_block(block: str, outputs: Outputs) -> Values:
+    return {output_key(block, place): value.float().numpy() for place, value in enumerate(outputs)}
+
+
 def _as_in_graph(name: str, stored: Mapping[str, StoredTensor], value: torch.Tensor) -> torch.Tensor:
     """Return a tensor as a graph has it: what is stored in FP16 or FP32 and is no scale is rounded to BF16."""
     if name.rpartition(".")[2] in SCALE_LEAVES or stored[name].dtype not in ("F16", "F32"):
@@ -255,18 +263,22 @@ def name_of(shape: Shape) -> str:
 
 
 def arrays_of(call: Inputs) -> dict[str, FloatArray]:
-    """Return a model's inputs as FP32."""
-    return {name: value.float().numpy() for name, value in call.items()}
+    """Return a model's inputs, numbers with a fraction as FP32."""
+    return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in call.items()}
 
 
 @contextlib.contextmanager
 def _recording(model: nn.Module, prefix: str, but: tuple[str, ...]) -> Iterator[Values]:
-    """Keep inputs and outputs of the innermost modules whose path starts with `prefix`, and with none of `but`."""
+    """Keep inputs and outputs of the innermost modules whose path starts with `prefix`, and with none of `but`.
+
+    Of a module that is called more than once they are the first call's, as its nodes in a graph that bear its name.
+    """
     kept: Values = {}
 
     def hook(path: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if len(args) == 1 and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-            kept[path, "input"], kept[path, "output"] = args[0].float().numpy(), output.float().numpy()
+            kept.setdefault((path, "input"), args[0].float().numpy())
+            kept.setdefault((path, "output"), output.float().numpy())
 
     def attended(path: str, _module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         for name, value in zip((*ATTENDED, "attended"), (*args[:3], output), strict=True):

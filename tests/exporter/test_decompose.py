@@ -29,17 +29,33 @@ def test_a_graph_equals_that_of_torchs_decomposition(
     assert ours.SerializeToString(deterministic=True) == theirs.SerializeToString(deterministic=True)
 
 
-class _Tanh(nn.Module):
+class _Erf(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x.flatten())
+        return torch.erf(x.flatten())
 
 
-class _Rest(nn.Module):
+class _Half(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[2:].flatten()
+        return x[::2].flatten()
 
 
-@pytest.mark.parametrize("module", [_Tanh(), _Rest()], ids=["an operator", "a size that is no sum of sizes"])
+class _Sizes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.new_ones(x.shape), x[2:].tanh()]).flatten().unflatten(0, (-1, 3)).sub(x.new_zeros(3))
+
+
+def test_sizes_are_computed_of_the_inputs() -> None:
+    module, rows = _Sizes(), torch.export.Dim("rows", min=4)
+    program = torch.export.export(module, (torch.zeros(8, 3),), dynamic_shapes=({0: rows},))
+    found = decompose(program)
+    assert found is not program
+    found.graph.lint()
+    for count in (5, 9):
+        x = torch.randn(count, 3)
+        assert torch.equal(found.graph_module(x)[0], module(x))
+
+
+@pytest.mark.parametrize("module", [_Erf(), _Half()], ids=["an operator", "a size that is half of another"])
 def test_a_program_with_something_that_we_do_not_know_is_left_to_torch(module: nn.Module) -> None:
     rows = torch.export.Dim("rows", min=4)
     program = torch.export.export(module, (torch.zeros(8, 3),), dynamic_shapes=({0: rows},))

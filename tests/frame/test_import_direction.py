@@ -42,7 +42,7 @@ EXCEPTIONS = {
 # Floors of each room: a sub-package, or a file beside them, imports only what lies below it.
 FLOORS = {
     "calibration": (
-        {"formats", "pixel_space", "recipes"},
+        {"adapters", "formats", "pixel_space", "recipes"},
         {"digits"},
         {"checkpoints", "inputs"},
         {"by_block"},

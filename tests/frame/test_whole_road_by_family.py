@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import exporter
 import fp4trt.families
@@ -15,17 +16,15 @@ import onnx_functions
 import trt_build
 from calibration import calibrate, quantize
 from calibration.by_block.runner import BlockRunner
-from calibration.checkpoints.plain import empty_source, load_source
-from calibration.inputs.captured import save_inputs
+from calibration.checkpoints.plain import empty_source, load_source, model_class
+from calibration.inputs.captured import capturing, save_inputs
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.families import FAMILIES, Family, family_of
 from fp4trt.json_file import load_json
+from onnx_functions.simulation.simulate import session
+from tests.frame.diffusers_models import MODELS
 from tests.frame.made_up import MADE_UP, MadeUpTransformer
 
-FLUX2 = {
-    "in_channels": 64, "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16,
-    "axes_dims_rope": (4, 4, 4, 4), "joint_attention_dim": 32, "timestep_guidance_channels": 32,
-}  # fmt: skip
 SIZES = ((1, 36, 8), (1, 16, 8), (2, 16, 5))
 
 
@@ -37,13 +36,12 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from diffusers import Flux2Transformer2DModel
-
     folder = tmp_path_factory.mktemp("sources")
+    for name, model in MODELS.items():
+        model.save(folder / name)
     torch.manual_seed(0)
-    for name, model in (("flux2", Flux2Transformer2DModel(**FLUX2)), ("made-up", MadeUpTransformer())):
-        model.bfloat16().save_pretrained(folder / name)
-    return {name: folder / name for name in ("flux2", "made-up")}
+    MadeUpTransformer().bfloat16().save_pretrained(folder / "made-up")
+    return {name: folder / name for name in (*MODELS, "made-up")}
 
 
 def _calls(source: Path) -> tuple[Family, dict[str, Any], list[dict[str, torch.Tensor]]]:
@@ -52,19 +50,22 @@ def _calls(source: Path) -> tuple[Family, dict[str, Any], list[dict[str, torch.T
     return family, config, [family.example_inputs(config, size, 7, torch.bfloat16) for size in SIZES]
 
 
-@pytest.mark.parametrize("name", ["flux2", "made-up"])
+@pytest.mark.parametrize("name", [*MODELS, "made-up"])
 def test_the_data_are_those_of_the_model(name: str, sources: dict[str, Path]) -> None:
     family, config, _ = _calls(sources[name])
-    state = {key: tuple(value.shape) for key, value in load_source(sources[name]).state_dict().items()}
+    model = load_source(sources[name])
+    state = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     assert list(family.state(config).items()) == list(state.items())
-    assert set(family.quantized(config)) <= family.linears(config).keys()
+    linears = {path: tuple(m.weight.shape) for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert family.linears(config) == linears
+    assert list(family.linears(config))[: len(family.quantized(config))] == list(family.quantized(config))
 
 
-@pytest.mark.parametrize("name", ["flux2", "made-up"])
+@pytest.mark.parametrize("name", ["flux2", "flux3", "z-image", "krea2", "made-up"])
 def test_block_by_block_equals_the_whole_model(name: str, sources: dict[str, Path]) -> None:
     family, config, calls = _calls(sources[name])
     model, stored = empty_source(sources[name])
-    runner = BlockRunner(model, family.blocks(config), lambda key: stored[key].tensor())
+    runner = BlockRunner(model, family.blocks(config), lambda key: stored[key].tensor(), read_by=family.read_by)
     whole = load_source(sources[name])
     with torch.no_grad():
         for call in calls:
@@ -75,8 +76,57 @@ def test_block_by_block_equals_the_whole_model(name: str, sources: dict[str, Pat
             assert torch.equal(runner.finish(call, before), whole(**call, return_dict=False)[0])
 
 
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if not model.same])
+def test_an_adapter_computes_what_diffusers_class_does(name: str, sources: dict[str, Path]) -> None:
+    model = MODELS[name]
+    stock, family = model.make(torch.float32), _calls(sources[name])[0]
+    adapter: Any = model_class(family)(**model.config)
+    adapter.load_state_dict(stock.state_dict())
+    for sizes in ((2, 8, 8), (1, 12, 5)):
+        call = model.call(model.config, sizes)
+        with torch.no_grad():
+            wanted = call.tokens(stock(*call.args, **call.kwargs, return_dict=False)[0])
+            with capturing(adapter, family, dict(model.config)) as captured:
+                driven = call.tokens(adapter(*call.args, **call.kwargs, return_dict=False)[0])
+            (inputs,) = captured
+            assert list(inputs) == list(family.input_shapes(model.config))
+            found = adapter(**inputs, return_dict=False)[0]
+        assert _difference(driven, wanted) < 1e-6
+        assert _difference(found[:, : wanted.shape[1]], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
+def test_a_graph_computes_what_diffusers_class_does(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    model = MODELS[name]
+    graph = exporter.export(sources[name], tmp_path / "plain.onnx", precision="bf16").onnx
+    run = session(graph, float32=True)
+    stock = nn.Module.float(model.make())
+    family = _calls(sources[name])[0]
+    adapter = model_class(family)(**model.config)
+    for sizes in ((1, 12, 5), (2, 8, 8), (3, 10, 40)):
+        call = model.call(model.config, sizes)
+        with torch.no_grad():
+            wanted = call.tokens(stock(*call.args, **call.kwargs, return_dict=False)[0])
+        inputs = dict(call.kwargs) if model.same else adapter.inputs_of(*call.args, **call.kwargs)
+        (found,) = run.run(None, {key: value.numpy() for key, value in inputs.items()})
+        assert _difference(torch.from_numpy(found)[:, : wanted.shape[1]], wanted) < 1e-4
+
+
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
 @pytest.mark.parametrize(
-    ("name", "recipe"), [("flux2", "nvfp4-quality"), ("flux2", "svdquant-r8"), ("made-up", "nvfp4-ptq")]
+    ("name", "recipe"),
+    [
+        ("flux2", "svdquant-r8"),
+        ("flux3", "nvfp4-quality"),
+        ("qwen-image", "nvfp4-quality-r8"),
+        ("z-image", "nvfp4-quality"),
+        ("krea2", "nvfp4-quality"),
+        ("made-up", "nvfp4-ptq"),
+    ],
 )
 @pytest.mark.slow
 def test_a_family_goes_all_the_way_to_an_engine(
@@ -86,6 +136,8 @@ def test_a_family_goes_all_the_way_to_an_engine(
     engine = walk_to_engine(sources[name], recipe, tmp_path)
     assert engine["quantized_linears"] == engine["fp4_linears"] == len(family.quantized(config))
     assert engine["lost"] == []
+    if name in MODELS:
+        assert engine["fp4_gemms"] == MODELS[name].gemms
 
 
 @pytest.fixture
@@ -106,6 +158,9 @@ def walk_to_engine() -> Callable[..., dict[str, Any]]:
         report = onnx_functions.validate(checkpoint)
         assert report.passed, [gate.line for gate in report.failures]
         assert [gate.name for gate in report.gates if gate.was_skipped] == []
+        if family.read_by:
+            by_block = onnx_functions.validate(checkpoint, level="blocks")
+            assert by_block.passed, [gate.line for gate in by_block.failures]
         return trt_build.build(checkpoint, output=folder / "x.engine")
 
     return walk
