@@ -19,7 +19,7 @@ __all__ = ["QwenImage"]
 
 Inputs = dict[str, torch.Tensor]
 Shapes = Sequence[Any]
-"""Of each sequence in a batch: frames, rows and columns of its picture, or of its pictures."""
+"""Frames, rows and columns of the picture, or of the pictures, of each sequence in a batch."""
 
 
 class _Processor:

@@ -283,6 +283,8 @@ def _linear_like(checkpoint: Checkpoint, path: str, linear: Any) -> QuantizedLin
 def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
     """Return what reads a tensor of the model's state, a quantized weight dequantized, rounded to ``dtype``.
 
+    One that diffusers keeps in FP32 is rounded likewise, and held in FP32.
+
     It raises BadCheckpoint for a tensor that is missing or of another shape than the model's.
     """
     shapes = {name: value.shape for name, value in model.state_dict().items()}

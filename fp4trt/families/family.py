@@ -29,7 +29,7 @@ Role = Literal["normal", "time", "guidance", "positions", "mask", "padding", "ch
 are no padding, which are (some at the end), or 0 and 1."""
 
 Size = str | int | Callable[[Config], int]
-"""Of an axis: name of a symbolic dimension, key of the config, a number, or what the config makes of it."""
+"""Size of an axis: a symbolic dimension's name, a key of the config, a number, or a function of the config."""
 
 Dtype = Literal["bf16", "fp32", "bool", "int32", "int64"]
 

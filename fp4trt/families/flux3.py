@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from fp4trt.families.config import problem_of_blocks
-from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Group, Input, Stack
-from fp4trt.families.flux2 import positions
+from fp4trt.families.flux2 import FLUX2
 from fp4trt.families.shapes import Shapes
 
 __all__ = ["FLUX3"]
@@ -75,11 +74,7 @@ FLUX3: Final = Family(
     matches=lambda config: config.get("_class_name") == "Flux3Transformer2DModel",
     problem=problem,
     stacks=(TEXT, IMAGE, JOINT),
-    dims={
-        "B": Dim("batch", min=1, max=4, default=1),
-        "L": Dim("image_tokens", pixels_per_token=16, min_resolution=256, max_resolution=2048, default_resolution=1024),
-        "T": Dim("text_tokens", min=1, max=512, default=512),
-    },
+    dims=FLUX2.dims,
     # diffusers' names and order, without the tokens of reference pictures
     inputs={
         "hidden_states": Input(("B", "L", "in_channels")),
@@ -90,7 +85,7 @@ FLUX3: Final = Family(
         "target_timestep": Input(("B",), "time", given_by="flow_map"),
     },
     outputs={"latent": ("B", "L", None)},
-    positions=positions,
+    positions=FLUX2.positions,
     state=state,
     unused=(
         "mode_blocks.image_cond",

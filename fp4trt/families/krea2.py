@@ -27,7 +27,7 @@ BLOCKS: Final = Stack(
     ),
 )
 """8 linears of a block, 5 GEMMs: TensorRT-RTX does not merge ``gate`` and ``up``, whose product is a SwiGLU. All blocks
-share one modulation, which stays in BF16, and so does what makes the text's features, 4 % of the parameters."""
+share one modulation, which stays in BF16, and so does what makes the text's features, 3 % of the parameters."""
 
 
 def problem(config: Config) -> str | None:
