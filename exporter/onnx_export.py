@@ -169,7 +169,9 @@ def graph_of(
     model = translate(checkpoint, program)
     advance(60)
     fold_constants(model)
-    stamp_blocks(model, _stacks(checkpoint))
+    equal = [stack for stack in checkpoint.family.stacks if stack.equal]
+    heights = {stack.path: checkpoint.config[stack.count] for stack in equal}
+    stamp_blocks(model, heights, [stack.path for stack in equal if stack.tail])
     add_branches(model, branches(checkpoint))
     drop_placeholders(model, checkpoint.formats)
     for name, kind in reversed(list(FORMATS.items())):  # NVFP4's pass takes all placeholders that are left
@@ -181,10 +183,6 @@ def graph_of(
     name_nodes(model)
     _describe(model, checkpoint, scale_dtype)
     return model
-
-
-def _stacks(checkpoint: Checkpoint) -> dict[str, int]:
-    return {stack.path: checkpoint.config[stack.count] for stack in checkpoint.family.stacks}
 
 
 def graph_path(output: str | Path) -> Path:

@@ -20,7 +20,7 @@ from exporter.quiet import quiet
 from exporter.trt_ops import TracedLinear, translations
 from fp4trt.families import Family
 
-__all__ = ["OPSET", "other_linears", "trace", "translate"]
+__all__ = ["OPSET", "other_linears", "trace", "traced_config", "translate"]
 
 OPSET = 23
 """The first ONNX opset with FLOAT4E2M1 and DequantizeLinear's ``output_dtype``."""
@@ -34,13 +34,12 @@ _BATCH, _IMAGE_TOKENS, _TEXT_TOKENS = 2, 16, 8
 def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
     """Return the checkpoint's model as torch.export sees it, with a TracedLinear for every linear.
 
-    Its weights are on the meta device: nothing of the checkpoint's data is read. Stacks of equal blocks are traced at
-    most :data:`~exporter.passes.stamp_blocks.TRACED_BLOCKS` high; what format this checkpoint has the linears in makes
-    no difference yet, because a stack's blocks have to be equal.
+    Its weights are on the meta device: nothing of the checkpoint's data is read. It is the model of
+    :func:`traced_config`; what format this checkpoint has the linears in makes no difference yet, because a stack's
+    blocks have to be equal.
     """
     family = checkpoint.family
-    config = plain_config(checkpoint.config)
-    config |= {stack.count: min(config[stack.count], TRACED_BLOCKS) for stack in family.stacks}
+    config = traced_config(family, plain_config(checkpoint.config))
     with _alone():
         model = _meta_model(family, config)
         with torch.device("meta"):
@@ -56,6 +55,12 @@ def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
             dynamic_shapes={**_dynamic_shapes(family.input_shapes(config)), "return_dict": None},
             strict=False,
         )
+
+
+def traced_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose stacks of equal blocks are :data:`~exporter.passes.stamp_blocks.TRACED_BLOCKS` high."""
+    equal = {stack.count: TRACED_BLOCKS + stack.tail for stack in family.stacks if stack.equal}
+    return {**config, **{count: min(config[count], height) for count, height in equal.items()}}
 
 
 def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> ir.Model:

@@ -48,7 +48,7 @@ def _translated(checkpoint: Any) -> Any:
     if checkpoint.family not in FAMILIES or trace.decompose is not decompose:  # a test's own
         return trace.translate(checkpoint, trace.trace(checkpoint))
     config = {key: value for key, value in checkpoint.config.items() if key[0] != "_" and value is not None}
-    config |= {stack.count: min(config[stack.count], trace.TRACED_BLOCKS) for stack in checkpoint.family.stacks}
+    config = trace.traced_config(checkpoint.family, config)
     config.pop("quantization_config", None)
     key = json.dumps([checkpoint.family.name, config, trace.TRACED_BLOCKS], sort_keys=True)
     digests = [hashlib.sha256(each).hexdigest()[:12] for each in (sources(), key.encode())]

@@ -134,6 +134,8 @@ def build(
     resolution: Pixels | None = None,
     batch: Count | None = None,
     text: Count | None = None,
+    frames: Count | None = None,
+    audio: Count | None = None,
     shapes: str | Sequence[str] = (),
     reference_images: Count | None = None,
     # the result
@@ -151,7 +153,7 @@ def build(
     Args:
         model: an ONNX file, or a directory that holds model.onnx.
         gpu: one GPU, or several in one engine: a sequence, or "rtx5090,gb10" (see fp4trt.targets).
-        resolution, batch, text, shapes, reference_images: see trt_build.profiles.make_profile.
+        resolution, batch, text, frames, audio, shapes, reference_images: see trt_build.profiles.make_profile.
         output: the engine file, DIRECTORY/GPU.engine unless given; its manifest NAME.json goes beside it.
         force: replace a file at `output` that fp4trt did not build, or a build script that was edited.
         allow_slow: build what the lint finds slow, and publish an engine that lost FP4 where the graph promises it.
@@ -166,7 +168,7 @@ def build(
     """
     started = time.monotonic()
     options = {"resolution": resolution, "batch": batch, "text": text, "shapes": shapes}
-    options["reference_images"] = reference_images
+    options |= {"frames": frames, "audio": audio, "reference_images": reference_images}
     plan = _validate(
         model, gpu if isinstance(gpu, str) else ",".join(gpu), options, output, weight_streaming, allow_slow=allow_slow
     )

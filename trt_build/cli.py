@@ -39,6 +39,8 @@ Example:
 )
 @click.option("--batch", metavar="N", help="Images: 1 or MIN:OPT:MAX.  [default: all allowed]")
 @click.option("--text", metavar="N", help="Text tokens: 512 or MIN:OPT:MAX.  [default: all allowed]")
+@click.option("--frames", metavar="N", help="Frames of a video: 81 or MIN:OPT:MAX.  [default: all allowed]")
+@click.option("--audio", metavar="N", help="Audio tokens: 126 or MIN:OPT:MAX.  [default: all allowed]")
 @click.option(
     "--shape",
     "shapes",

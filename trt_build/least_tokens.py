@@ -74,7 +74,7 @@ def _tokens(symbols: Symbols) -> list[str]:
 
 def _enough(symbol: Mapping[str, Any], tokens: int) -> tuple[int, str]:
     """Return the least value of a symbol that is so many tokens or more, and the option that gives it."""
-    option = OPTIONS[symbol["kind"]]
+    option = OPTIONS[symbol["kind"]][0]
     if symbol["kind"] == "text_tokens":
         return tokens, f"{option} {tokens}"
     side = math.isqrt(tokens - 1) + 1

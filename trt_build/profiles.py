@@ -42,6 +42,8 @@ def make_profile(
     resolution: Pixels | None = None,
     batch: Count | None = None,
     text: Count | None = None,
+    frames: Count | None = None,
+    audio: Count | None = None,
     shapes: str | Sequence[str] = (),
     fp8_attention: bool = False,
     reference_images: Count | None = None,
@@ -55,6 +57,8 @@ def make_profile(
             of the pixels that a token spans. As the command line has it "1024", "768x1360" or "512:1024:1360".
         batch: images: 1 or (1, 1, 4); "1" or "1:1:4".
         text: tokens: 512 or (1, 512, 512); "512" or "1:512:512".
+        frames: of a video, the first one more than a multiple of those that a token spans: 81 or (33, 81, 121).
+        audio: tokens: 126 or (32, 126, 512).
         shapes: "NAME=MIN:OPT:MAX" or several of them, NAME a symbol (numbers) or an input (shapes such as 1x256x64).
         fp8_attention: the graph wants 32 tokens or more: minima that no option names are raised to that.
         reference_images: pictures that the model reads as further image tokens, as Kontext does, each of the size that
@@ -68,18 +72,19 @@ def make_profile(
     """
     for name, symbol in symbols.items():
         _check_symbol(name, symbol)
-    options = {"--resolution": _pixels_as_text(resolution), "--batch": batch, "--text": text}
-    given = {option: None if value is None else _as_text(value) for option, value in options.items()}
-    kinds = {OPTIONS[symbol["kind"]] for symbol in symbols.values()}
+    options = {"--resolution": _pixels_as_text(resolution), "--frames": frames, "--audio": audio}
+    options |= {"--batch": batch, "--text": text}
+    given = {option: _as_text(value) for option, value in options.items() if value is not None}
+    known = {option for symbol in symbols.values() for option in OPTIONS[symbol["kind"]]}
     for option, value in given.items():
-        if value is not None and option not in kinds:
+        if option not in known:
             raise BadProfileError(
                 f"{option} {value}: the model declares no such dimension; give --shape NAME=MIN:OPT:MAX"
             )
-    extents = {name: _symbol_extent(symbol, given[OPTIONS[symbol["kind"]]]) for name, symbol in symbols.items()}
+    extents = {name: _symbol_extent(symbol, given) for name, symbol in symbols.items()}
     if reference_images is not None:
         extents |= _with_references(extents, symbols, _as_text(reference_images))
-    named = {name for name, symbol in symbols.items() if given[OPTIONS[symbol["kind"]]] is not None}
+    named = {name for name, symbol in symbols.items() if given.keys() & set(OPTIONS[symbol["kind"]])}
     whole: dict[str, tuple[tuple[int, ...], ...]] = {}
     for shape in (shapes,) if isinstance(shapes, str) else shapes:
         name, _, value = shape.partition("=")
@@ -90,8 +95,8 @@ def make_profile(
             extents[name] = _extent(f"--shape {shape}", value, _declared(symbols.get(name)))
             named.add(name)
         else:
-            known = ", ".join([*_free_symbols(input_shapes), *input_shapes])
-            raise BadProfileError(f"--shape {shape}: the graph has no input or symbol {name!r}; it has {known}")
+            there = ", ".join([*_free_symbols(input_shapes), *input_shapes])
+            raise BadProfileError(f"--shape {shape}: the graph has no input or symbol {name!r}; it has {there}")
     extents, notes = raised(extents, symbols, named) if fp8_attention else (extents, ())
     notes = (*notes, *_beyond_a_picture(extents, symbols))
     inputs = {
@@ -116,12 +121,12 @@ def _pixels_as_text(value: Any) -> Any:
 def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:
     """Raise BadModelError unless a symbol has a kind of ours, and with it an ordered range of positive numbers."""
     kind = symbol.get("kind")
-    keys = BOUNDS.get(kind) if isinstance(kind, str) else None
-    if keys is None:
+    if not isinstance(kind, str) or kind not in BOUNDS:
         raise BadModelError(
             f"the graph's symbol {name!r} has the kind {kind!r}; expected {', '.join(BOUNDS)}: export it again"
         )
-    if out_of_order(symbol, keys):
+    if out_of_order(symbol, kind):
+        keys = [key for keys in BOUNDS[kind] for key in keys]
         declared = ", ".join(repr(symbol.get(key)) for key in keys)
         raise BadModelError(
             f"the graph's symbol {name!r} declares {declared} as its {', '.join(keys)}; "
@@ -129,13 +134,34 @@ def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:
         )
 
 
-def _symbol_extent(symbol: Mapping[str, Any], value: str | None) -> Extent:
-    if symbol["kind"] == "image_tokens":
-        return _image_tokens(symbol, value)
-    low, high = int(symbol["min"]), int(symbol["max"])
-    if value is None:
-        return low, int(symbol["default"]), high
-    return _extent(f"{OPTIONS[symbol['kind']]} {value}", value, (low, high))
+def _symbol_extent(symbol: Mapping[str, Any], given: Mapping[str, str]) -> Extent:
+    option, *others = OPTIONS[symbol["kind"]]
+    if "min_resolution" in symbol:
+        low, best, high = _image_tokens(symbol, given.get(option))
+        for other in others:
+            least, usual, most = _latent_frames(symbol, given.get(other))
+            low, best, high = low * least, best * usual, high * most
+        return low, best, high
+    return _range(symbol, option, given, ("min", "default", "max"))
+
+
+def _range(symbol: Mapping[str, Any], option: str, given: Mapping[str, str], keys: Sequence[str]) -> Extent:
+    low, usual, high = (int(symbol[key]) for key in keys)
+    if option not in given:
+        return low, usual, high
+    return _extent(f"{option} {given[option]}", given[option], (low, high))
+
+
+def _latent_frames(symbol: Mapping[str, Any], value: str | None) -> Extent:
+    """Return how many times a video has the tokens of a picture."""
+    given = {} if value is None else {"--frames": value}
+    extent = _range(symbol, "--frames", given, ("min_frames", "default_frames", "max_frames"))
+    step = int(symbol["frames_per_token"])
+    for frames in extent:
+        if (frames - 1) % step:
+            raise BadProfileError(f"--frames {value}: {frames} is not 1 more than a multiple of {step}")
+    low, best, high = (1 + (frames - 1) // step for frames in extent)
+    return low, best, high
 
 
 def _image_tokens(symbol: Mapping[str, Any], value: str | None) -> Extent:
@@ -186,8 +212,11 @@ def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
         raise BadProfileError(f"--resolution {given}: expected 1024, 768x1360 or MIN:OPT:MAX of such")
     width, height = int(sides[0]), int(sides[-1])
     step, low, high = (int(symbol[key]) for key in ("pixels_per_token", "min_resolution", "max_resolution"))
+    if symbol["kind"] == "video_tokens" and not low * low <= width * height <= high * high:
+        between = f"{low}x{low} to {high}x{high} pixels of a frame"
+        raise BadProfileError(f"--resolution {given}: {width}x{height} is outside the model's {between}")
     for side in (width, height):
-        if not low <= side <= high:
+        if symbol["kind"] == "image_tokens" and not low <= side <= high:
             raise BadProfileError(f"--resolution {given}: {side} is outside the model's {low} to {high} pixels")
         if side % step:
             raise BadProfileError(f"--resolution {given}: {side} is not a multiple of {step} pixels")
@@ -195,10 +224,10 @@ def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
 
 
 def _declared(symbol: Mapping[str, Any] | None) -> tuple[int, int | None] | None:
-    """Return the range of a symbol; that of image tokens is open, because pictures to refer to are tokens too."""
+    """Return the range of a symbol; that of a picture's tokens is open, because pictures to refer to are tokens too."""
     if symbol is None:
         return None
-    if symbol["kind"] == "image_tokens":
+    if "min_resolution" in symbol:
         return (int(symbol["min_resolution"]) // int(symbol["pixels_per_token"])) ** 2, None
     return int(symbol["min"]), int(symbol["max"])
 

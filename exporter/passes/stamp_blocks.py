@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import collections
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,7 +19,7 @@ TRACED_BLOCKS: Final = 2
 """The first, which is repeated, and the last: ends differ by what is shared or unused."""
 
 
-def stamp_blocks(model: ir.Model, stacks: Mapping[str, int]) -> None:
+def stamp_blocks(model: ir.Model, stacks: Mapping[str, int], tails: Collection[str] = ()) -> None:
     """Rewrite in place a graph that was traced with at most :data:`TRACED_BLOCKS` blocks of every stack.
 
     Between the two blocks of a stack the first is written out again, as nodes with names of their own, until the stack
@@ -31,13 +31,14 @@ def stamp_blocks(model: ir.Model, stacks: Mapping[str, int]) -> None:
         model: constants folded, equal nodes merged, nodes still with the tracer's scopes.
         stacks: path of a module list, such as ``transformer_blocks``, to how many blocks it has. A block reads nothing
             of its list but what the one before it gives.
+        tails: paths of those whose last block is of another kind; it was traced besides, and stays as it is.
 
     Raises:
         AssertionError: the blocks are not the same, so that the family must not declare them as a stack.
     """
     for path, count in stacks.items():
-        if count > TRACED_BLOCKS:
-            _Stack(model.graph, path, count).stamp()
+        if count > TRACED_BLOCKS + (path in tails):
+            _Stack(model.graph, path, count, int(path in tails)).stamp()
 
 
 @dataclass
@@ -45,6 +46,7 @@ class _Stack:
     """One module list.
 
     Attributes:
+        tail: how many blocks of another kind end it.
         following: a value that the first block reads or makes to the one that plays its part in the last.
         repeated: the nodes of the first block that every block has, except that the last may lack what nothing reads.
     """
@@ -52,16 +54,20 @@ class _Stack:
     graph: ir.Graph
     path: str
     count: int
+    tail: int = 0
     following: dict[ir.Value, ir.Value] = field(default_factory=dict)
     repeated: list[ir.Node] = field(default_factory=list)
 
     def stamp(self) -> None:
-        first, last = self._blocks()
+        first, last, *tail = self._blocks()
         self._compare(first, last)
         carried = self._carried(first, last)
-        self._become_last(last)
+        equal = self.count - self.tail
+        for block in tail:
+            self._become(block, TRACED_BLOCKS, equal)
+        self._become(last, TRACED_BLOCKS - 1, equal - 1)
         newest: dict[ir.Value, ir.Value] = {}
-        for index in range(1, self.count - 1):
+        for index in range(1, equal - 1):
             taken = {value: newest.get(given, given) for value, given in carried.items()}
             newest = self._copy(index, taken, before=last[0])
         for node in last:
@@ -80,8 +86,9 @@ class _Stack:
             for index in {self._index(scope) for scope in _scopes(node)} - {None}:
                 assert index is not None
                 spans[index] = (spans.get(index, (position, 0))[0], position + 1)
-        assert sorted(spans) == list(range(TRACED_BLOCKS)), f"{self.path}: found blocks {sorted(spans)}"
-        ordered = [spans[index] for index in range(TRACED_BLOCKS)]
+        traced = range(TRACED_BLOCKS + self.tail)
+        assert sorted(spans) == list(traced), f"{self.path}: found blocks {sorted(spans)}"
+        ordered = [spans[index] for index in traced]
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ordered)), f"{self.path}: blocks overlap"
         return [nodes[start:end] for start, end in ordered]
 
@@ -176,9 +183,8 @@ class _Stack:
             self.graph.initializers[name] = ir.Value(name=name, type=value.type, shape=value.shape)
         return self.graph.initializers[name]
 
-    def _become_last(self, block: Sequence[ir.Node]) -> None:
-        """Give the traced last block the place of the model's last: its weights, attributes and scopes."""
-        traced, last = TRACED_BLOCKS - 1, self.count - 1
+    def _become(self, block: Sequence[ir.Node], traced: int, last: int) -> None:
+        """Give a traced block the place of one of the model's: its weights, attributes and scopes."""
         for value in [value for node in block for value in node.inputs if value is not None and value.is_initializer()]:
             name = self._moved(str(value.name), traced, last)
             if name != value.name:

@@ -8,19 +8,31 @@ from typing import Any, Final, Literal
 
 __all__ = ["BOUNDS", "OPTIONS", "TOKENS", "Dim", "Kind", "out_of_order"]
 
-Kind = Literal["batch", "image_tokens", "text_tokens"]
+Kind = Literal["batch", "image_tokens", "text_tokens", "video_tokens", "audio_tokens"]
 
-BOUNDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "batch": ("min", "default", "max"),
-    "text_tokens": ("min", "default", "max"),
-    "image_tokens": ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token"),
+_COUNT: Final = ("min", "default", "max")
+_PICTURE: Final = ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token")
+_LENGTH: Final = ("min_frames", "default_frames", "max_frames", "frames_per_token")
+
+BOUNDS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
+    "batch": (_COUNT,),
+    "text_tokens": (_COUNT,),
+    "image_tokens": (_PICTURE,),
+    "video_tokens": (_PICTURE, _LENGTH),
+    "audio_tokens": (_COUNT,),
 }
-"""What bounds a dimension of each kind: the range in order, then what it is counted in."""
+"""What bounds a dimension of each kind: ranges in order, each followed by what it is counted in."""
 
-OPTIONS: Final[Mapping[str, str]] = {"batch": "--batch", "image_tokens": "--resolution", "text_tokens": "--text"}
-"""The option of ``fp4trt build`` that sets a dimension of each kind."""
+OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "batch": ("--batch",),
+    "image_tokens": ("--resolution",),
+    "text_tokens": ("--text",),
+    "video_tokens": ("--resolution", "--frames"),
+    "audio_tokens": ("--audio",),
+}
+"""The options of ``fp4trt build`` that set a dimension of each kind."""
 
-TOKENS: Final = ("image_tokens", "text_tokens")
+TOKENS: Final = ("image_tokens", "video_tokens", "text_tokens")
 """The kinds that an attention's sequence consists of."""
 
 
@@ -28,8 +40,10 @@ TOKENS: Final = ("image_tokens", "text_tokens")
 class Dim:
     """One symbolic dimension of the graph, with the bounds that an optimization profile may take.
 
-    A ``batch`` or ``text_tokens`` dimension is bounded directly; an ``image_tokens`` dimension through the resolution
-    in pixels: a picture of H x W pixels has (H / pixels_per_token) * (W / pixels_per_token) tokens.
+    A ``batch``, ``text_tokens`` or ``audio_tokens`` dimension is bounded directly; an ``image_tokens`` dimension
+    through the resolution in pixels: a picture of H x W pixels has (H / pixels_per_token) * (W / pixels_per_token)
+    tokens. A ``video_tokens`` dimension has such a picture's tokens 1 + (frames - 1) / frames_per_token times; its
+    least and largest resolution bound the area of a frame, not its sides.
     """
 
     kind: Kind
@@ -40,21 +54,31 @@ class Dim:
     min_resolution: int | None = None
     max_resolution: int | None = None
     default_resolution: int | None = None
+    frames_per_token: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    default_frames: int | None = None
 
     @property
     def tokens(self) -> int:
         """Number of tokens by default."""
         if self.default_resolution is None or self.pixels_per_token is None:
             return self.default or 1
-        return (self.default_resolution // self.pixels_per_token) ** 2
+        picture = (self.default_resolution // self.pixels_per_token) ** 2
+        if self.default_frames is None or self.frames_per_token is None:
+            return picture
+        return picture * (1 + (self.default_frames - 1) // self.frames_per_token)
 
     def as_dict(self) -> dict[str, int | str]:
         """Return the fields that this kind of dimension has, as they stand in the graph's metadata."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def out_of_order(values: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
-    """Return whether some of a dimension's bounds are no positive numbers, or its range is not in order."""
-    numbers = [values.get(key) for key in keys]
-    whole = [value for value in numbers if type(value) is int and value > 0]
-    return len(whole) < len(numbers) or whole[:3] != sorted(whole[:3])
+def out_of_order(values: Mapping[str, Any], kind: str) -> bool:
+    """Return whether some of a dimension's bounds are no positive numbers, or a range is not in order."""
+    for keys in BOUNDS[kind]:
+        numbers = [values.get(key) for key in keys]
+        whole = [value for value in numbers if type(value) is int and value > 0]
+        if len(whole) < len(numbers) or whole[:3] != sorted(whole[:3]):
+            return True
+    return False

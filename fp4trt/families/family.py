@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from fp4trt.families.dim import Dim
+from fp4trt.families.dim import Dim, Kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,6 +94,9 @@ class Stack:
         modulated: linears of a block behind an adaptive norm of the block's own.
         read_by: path of the stack that reads what this one gives, where others run in between.
         unused_in_last: modules of the last block whose result nothing reads: in the checkpoint, but not in a graph.
+        lacks: (config, index of a block) to the modules that this block does not have.
+        equal: whether its blocks compute alike, so that a graph of the first is repeated; else all are traced.
+        tail: whether the last block is of another kind than the equal ones before it.
     """
 
     path: str
@@ -103,6 +106,9 @@ class Stack:
     modulated: tuple[Modulated, ...] = ()
     read_by: str | None = None
     unused_in_last: tuple[str, ...] = ()
+    lacks: Callable[[Config, int], tuple[str, ...]] = lambda _config, _index: ()
+    equal: bool = True
+    tail: bool = False
 
     def blocks(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of its blocks, in the order in which they run."""
@@ -170,21 +176,30 @@ class Family:
     def groups(self, config: Config) -> tuple[tuple[str, ...], ...]:
         """Return the linears to quantize, in graph order, as groups whose members read the same input."""
         inside = (
-            tuple(path for path in (f"{block}.{leaf}" for leaf in group.linears) if not self.is_unused(config, path))
-            for stack in self.stacks
-            for block in stack.blocks(config)
+            tuple(
+                path
+                for path in (f"{block}.{leaf}" for leaf in group.linears if not _is_in(leaf, lacks))
+                if not self.is_unused(config, path)
+            )
+            for block, stack, lacks in self._blocks(config)
             for group in stack.groups
         )
         return (*(group.linears for group in self.outside), *(group for group in inside if group))
 
+    def _blocks(self, config: Config) -> Iterator[tuple[str, Stack, tuple[str, ...]]]:
+        """Yield each block's path, its stack, and the modules that it lacks."""
+        for stack in self.stacks:
+            for index, block in enumerate(stack.blocks(config)):
+                yield block, stack, stack.lacks(config, index)
+
     def is_unused(self, config: Config, name: str) -> bool:
         """Return whether a module, or a tensor, is of a part whose result nothing reads, so that no graph has it."""
         last = (
-            f"{stack.blocks(config)[-1]}.{path}."
+            f"{stack.blocks(config)[-1]}.{path}"
             for stack in self.stacks
             for path in (stack.unused_in_last if config[stack.count] else ())
         )
-        return f"{name}.".startswith((*(f"{path}." for path in self.unused), *last))
+        return _is_in(name, (*self.unused, *last))
 
     def quantized(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the linears to quantize, in graph order."""
@@ -193,7 +208,10 @@ class Family:
     def attentions(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the attentions, in graph order."""
         return tuple(
-            f"{block}.{path}" for stack in self.stacks for block in stack.blocks(config) for path in stack.attentions
+            f"{block}.{path}"
+            for block, stack, lacks in self._blocks(config)
+            for path in stack.attentions
+            if not _is_in(path, lacks)
         )
 
     def stream(self, path: str) -> str:
@@ -254,8 +272,9 @@ class Family:
         }
 
     def sizes(self, batch: int, image_tokens: int, text_tokens: int) -> dict[str, int]:
-        """Return the symbolic dimensions' sizes by what they count."""
-        counts = {"batch": batch, "image_tokens": image_tokens, "text_tokens": text_tokens}
+        """Return the symbolic dimensions' sizes by what they count: a video's as an image's, audio's 4 above text's."""
+        counts: dict[Kind, int] = {"batch": batch, "image_tokens": image_tokens, "text_tokens": text_tokens}
+        counts |= {"video_tokens": image_tokens, "audio_tokens": text_tokens + 4}
         return {name: counts[dim.kind] for name, dim in self.dims.items()}
 
     def example_inputs(
@@ -297,3 +316,8 @@ class Family:
             if self.inputs[name].dtype == "fp32":
                 found[name] = value
         return found
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    """Return whether a module, or a tensor, is one of some modules, or of a part of one."""
+    return f"{name}.".startswith(tuple(f"{path}." for path in modules))

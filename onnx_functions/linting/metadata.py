@@ -172,14 +172,14 @@ def _symbol(name: str, symbol: Mapping[str, Any], expected: str | None) -> Itera
     if not isinstance(kind, str):
         yield f"the symbol {name!r} has no kind"
         return
-    if kind not in BOUNDS:
-        yield f"the symbol {name!r} is of the kind {kind!r}; known are {', '.join(BOUNDS)}"
     if expected not in (None, kind):
         yield f"the symbol {name!r} is of the kind {kind!r}; expected {expected!r}"
-    keys = BOUNDS.get(kind, ())
-    if out_of_order(symbol, keys):
-        shown = ", ".join(f"{key} {symbol.get(key)!r}" for key in keys)
-        yield f"the symbol {name!r} has {shown}; expected positive numbers, the first three in order"
+    if kind not in BOUNDS:
+        yield f"the symbol {name!r} is of the kind {kind!r}; known are {', '.join(BOUNDS)}"
+        return
+    if out_of_order(symbol, kind):
+        shown = ", ".join(f"{key} {symbol.get(key)!r}" for keys in BOUNDS[kind] for key in keys)
+        yield f"the symbol {name!r} has {shown}; expected positive numbers, each range in order"
 
 
 _CHECKS: Final[Mapping[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,9 @@ def test_a_stamped_graph_equals_a_fully_traced_one(
     assert stamped.SerializeToString(deterministic=True) == traced.SerializeToString(deterministic=True)
 
 
-def _block_model(*, other: str = "Relu", read_by_others: bool = False, useless_at_the_end: bool = False) -> ir.Model:
+def _block_model(
+    *, other: str = "Relu", read_by_others: bool = False, useless_at_the_end: bool = False, tail: bool = False
+) -> ir.Model:
     """Two blocks ``x -> Relu -> Add(x) * Exp(c)``; the first computes Exp(c) for both.
 
     Args:
@@ -52,6 +55,7 @@ def _block_model(*, other: str = "Relu", read_by_others: bool = False, useless_a
         read_by_others: what follows the blocks reads the first one's result too.
         useless_at_the_end: the blocks also give Neg(x), which the first reads of x and the last of the first one's;
             nobody reads the last one's, so that the tracer has dropped it.
+        tail: a third block has a Tanh alone.
     """
     kind, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([4])
     x, c, y = (ir.Value(name=name, type=kind, shape=shape) for name in "xcy")
@@ -68,6 +72,8 @@ def _block_model(*, other: str = "Relu", read_by_others: bool = False, useless_a
         value = add(index, "Mul", add(index, "Add", add(index, op_type, value), extra), factor)
         if useless_at_the_end and index == 0:
             extra = add(index, "Neg", extra)
+    if tail:
+        value = add(2, "Tanh", value)
     if read_by_others:
         value = add(None, "Sub", value, nodes[3].outputs[0])
     graph = ir.Graph([x, c, y], [value], nodes=nodes, opset_imports={"": 23}, name="g")
@@ -96,6 +102,16 @@ def test_the_last_block_lacks_what_nothing_reads_of_it() -> None:
     for before, add, neg in zip(nodes[3::4], nodes[5::4], [*nodes[7::4], None], strict=True):
         assert add.inputs[1] is before.outputs[0]
         assert neg is None or neg.inputs[0] is before.outputs[0]
+
+
+def test_a_last_block_of_another_kind_stays_as_it_is() -> None:
+    model = _block_model(tail=True)
+    stamp_blocks.stamp_blocks(model, {"blocks": 5}, ["blocks"])
+    _, *nodes = list(model.graph)
+    assert [node.op_type for node in nodes] == [*["Relu", "Add", "Mul"] * 4, "Tanh"]
+    assert nodes[-1].inputs[0] is nodes[-2].outputs[0]
+    scopes = [ast.literal_eval(node.metadata_props[SCOPES])[1] for node in nodes[::3]]
+    assert scopes == [f"blocks.{index}" for index in range(5)]
 
 
 def test_blocks_that_differ_are_no_stack() -> None:

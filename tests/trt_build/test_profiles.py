@@ -105,6 +105,30 @@ def test_a_profile_outside_the_model_is_refused_in_one_line(options: dict[str, A
     assert caught.value.exit_code == 2
 
 
+def test_a_video_has_the_tokens_of_its_frames() -> None:
+    picture = {"pixels_per_token": 16, "min_resolution": 256, "default_resolution": 640, "max_resolution": 960}
+    length = {"frames_per_token": 4, "min_frames": 1, "default_frames": 81, "max_frames": 121}
+    symbols: dict[str, Any] = {
+        "L": {"kind": "video_tokens", **picture, **length},
+        "A": {"kind": "audio_tokens", "min": 1, "default": 126, "max": 512},
+    }
+    inputs = {"video": ("L", 16), "audio": ("A", 16)}
+    assert make_profile(inputs, symbols).symbols == {"L": (256, 1600 * 21, 3600 * 31), "A": (1, 126, 512)}
+    made = make_profile(inputs, symbols, resolution="1280x720", frames="33:81:121", audio=(32, 126, 200))
+    assert made.symbols == {"L": (3600 * 9, 3600 * 21, 3600 * 31), "A": (32, 126, 200)}
+    for options, said in (
+        ({"frames": 80}, "--frames 80: 80 is not 1 more than a multiple of 4"),
+        ({"frames": "1:81:125"}, "--frames 1:81:125: outside the model's range 1 to 121"),
+        ({"resolution": "1280x1280"}, "1280x1280 is outside the model's 256x256 to 960x960 pixels of a frame"),
+        ({"resolution": "648x640"}, "--resolution 648x640: 648 is not a multiple of 16 pixels"),
+        ({"text": 1}, "--text 1: the model declares no such dimension"),
+    ):
+        with pytest.raises(BadProfileError, match=said):
+            make_profile(inputs, symbols, **options)
+    with pytest.raises(BadProfileError, match="--frames 81: the model declares no such dimension"):
+        profile(frames=81)
+
+
 def test_reference_images_are_further_image_tokens() -> None:
     made = profile(resolution="1024", reference_images="2")
     assert made.symbols["L"] == (12288, 12288, 12288)
