@@ -164,10 +164,10 @@ def quantize(
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration machine-1.json --calibration machine-2.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration inputs.safetensors --workers 4
     """
-    if workers and workers > 1 and ray is None:
-        from calibration.by_block import fork_server
+    if ray == "local" or (ray is None and workers and workers > 1):
+        from calibration.by_block import fork_server, ray_cluster
 
-        fork_server.start_early()  # what is imported here takes seconds
+        (ray_cluster if ray else fork_server).start_early()  # what is imported here takes seconds
     from calibration.quantization import quantize as run
     from fp4trt.number_formats import linears_in_words
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from calibration.by_block.cores import cores
 from calibration.by_block.ray_workers import on_ray
-from calibration.by_block.workers import OpenCrew, cores, in_processes, in_this_process
+from calibration.by_block.workers import OpenCrew, in_processes, in_this_process
 from calibration.inputs.captured import Inputs
 from calibration.methods import registry
 from calibration.methods.plan import Plain

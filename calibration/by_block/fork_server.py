@@ -7,9 +7,10 @@ import signal
 from multiprocessing import forkserver
 from typing import Any, Final
 
-__all__ = ["context", "start_early"]
+__all__ = ["PRELOADED", "context", "start_early"]
 
-_PRELOADED: Final = ["calibration.by_block.workers", "diffusers.models.transformers"]
+PRELOADED: Final = ["calibration.by_block.workers", "diffusers.models.transformers"]
+"""Modules that every worker needs, and that take seconds to import."""
 
 
 def context() -> Any:
@@ -23,7 +24,7 @@ def start_early() -> None:
     chosen = context()
     if chosen.get_start_method() != "forkserver":
         return
-    chosen.set_forkserver_preload(_PRELOADED)
+    chosen.set_forkserver_preload(PRELOADED)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which is this process's to hear
     try:
         forkserver.ensure_running()

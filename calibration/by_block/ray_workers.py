@@ -7,9 +7,7 @@ folder, and what a block became comes back as the task's result.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,23 +18,19 @@ import torch
 
 from calibration.by_block.one_block import Finished, Job, Order, Ran, Worker
 from calibration.by_block.progress import STATE
-from calibration.by_block.workers import OUT_OF_MEMORY, Crew, Died, cores, said_by
+from calibration.by_block.ray_cluster import LOCAL, connect, joined, library
+from calibration.by_block.workers import OUT_OF_MEMORY, Crew, Died, said_by
 from calibration.checkpoints.plain import PlainCheckpoint
 from calibration.inputs.captured import Inputs
 from fp4trt.errors import BadEnvironment
 
-__all__ = ["LOCAL", "on_ray"]
-
-LOCAL: Final = "local"
-"""The address that stands for a Ray of this machine alone, which is started and ended here."""
+__all__ = ["on_ray"]
 
 _ALIKE: Final = ("torch", "numpy", "nvidia-modelopt", "diffusers")
 """Packages whose versions decide about bytes."""
 
 _PATIENCE_S: Final = 120
 """Seconds that a machine of the cluster has to answer."""
-
-_CONNECTING_S: Final = 10
 
 
 @contextlib.contextmanager
@@ -46,7 +40,7 @@ def on_ray(
     """Give workers of a Ray cluster.
 
     Args:
-        address: of the cluster, or :data:`LOCAL`.
+        address: of the cluster, or :data:`~calibration.by_block.ray_cluster.LOCAL`.
         count: of blocks that are worked on at a time; None for as many as the cluster has cores and memory for.
         memory: bytes that one of them takes, about.
         job: of the run; its folders have to be at the same place on every machine.
@@ -55,50 +49,18 @@ def on_ray(
     Raises:
         BadEnvironment: there is no such cluster, or a machine of it sees other files, or has other packages.
     """
-    ray = _library()
-    ours = not ray.is_initialized()
-    if ours:
-        _connect(address)
+    ray = library()
+    ours = joined() or not ray.is_initialized()
+    if not ray.is_initialized():
+        connect(address)
     try:
         size, threads = _divided(count, memory, job.device != "cpu", len(source.family.blocks(source.config)) + 1)
-        _require_alike([*{one.file for one in source.stored.values()}, job.work / STATE])
+        if address != LOCAL:
+            _require_alike([*{one.file for one in source.stored.values()}, job.work / STATE])
         yield _Ray(job, size, threads, memory)
     finally:
         if ours:
             ray.shutdown()
-
-
-def _library() -> Any:
-    """Return Ray; some of its functions have no types."""
-    import ray
-
-    return ray
-
-
-def _connect(address: str) -> None:
-    """Connect to a cluster, or start one.
-
-    Raises:
-        BadEnvironment: nobody answers there.
-    """
-    ray = _library()
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of workers that are started here; Ray's own is 15
-    try:
-        if address == LOCAL:
-            ray.init(num_cpus=cores(), include_dashboard=False, **quiet)
-            return
-        host, colon, port = address.rpartition("://")[2].rpartition(":")
-        if colon and port.isdecimal():  # Ray itself tries for minutes
-            socket.create_connection((host, int(port)), _CONNECTING_S).close()
-        ray.init(address=address, **quiet)
-    except Exception as error:  # Ray raises bare ones too, where a start takes it too long
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadEnvironment(
-            f"cannot connect to Ray at {address} ({reason}); start it with `ray start --head`, and give its HOST:PORT, "
-            "auto for that of this machine, or no address"
-        ) from None
 
 
 def _divided(count: int | None, memory: int, on_gpu: bool, most: int) -> tuple[int, int]:
@@ -107,7 +69,7 @@ def _divided(count: int | None, memory: int, on_gpu: bool, most: int) -> tuple[i
     Raises:
         BadEnvironment: the cluster has no room for them.
     """
-    ray = _library()
+    ray = library()
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = [
         int(min(one.get("CPU", 0), one.get("memory", 0) // memory, one.get("GPU", 0) if on_gpu else most))
@@ -135,7 +97,7 @@ def _require_alike(seen: Sequence[Path]) -> None:
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-    ray = _library()
+    ray = library()
     answer, given = _asked(), ([str(file) for file in sorted(seen)], _ALIKE)
     ask = ray.remote(num_cpus=0, max_retries=0)(answer)
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
@@ -203,7 +165,7 @@ class _Ray:
     """A task for each block; what it says are the items of its generator."""
 
     def __init__(self, job: Job, size: int, threads: int, memory: int) -> None:
-        ray = _library()
+        ray = library()
         self.size, self._run = size, uuid4().hex
         self._job = ray.put(job)
         resources: Mapping[str, Any] = {
@@ -217,7 +179,7 @@ class _Ray:
         self._running[order.index] = self._task.remote(self._job, self._run, self._threads, order)
 
     def wait(self) -> tuple[int, Ran | Finished | Died]:
-        ray = _library()
+        ray = library()
         ready = ray.wait(list(self._running.values()), num_returns=1)[0][0]
         index = next(index for index, items in self._running.items() if items is ready)
         try:

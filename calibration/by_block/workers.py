@@ -23,12 +23,13 @@ from typing import Any, Final, Protocol
 import torch
 
 from calibration.by_block import fork_server
+from calibration.by_block.cores import cores
 from calibration.by_block.one_block import Finished, Job, Order, Ran, Worker
 from calibration.checkpoints.plain import PlainCheckpoint
 from calibration.checkpoints.threads import suited_threads
 from calibration.inputs.captured import Inputs
 
-__all__ = ["OUT_OF_MEMORY", "Crew", "Died", "OpenCrew", "cores", "in_processes", "in_this_process", "said_by"]
+__all__ = ["OUT_OF_MEMORY", "Crew", "Died", "OpenCrew", "in_processes", "in_this_process", "said_by"]
 
 OUT_OF_MEMORY: Final = "most likely because memory ran out: take fewer workers, or a machine with more memory"
 
@@ -104,12 +105,6 @@ def in_processes(count: int, job: Job, _source: PlainCheckpoint, _calls: Sequenc
         yield crew
     finally:
         crew.close()
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    ask: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # neither Windows nor macOS has it
-    return len(ask(0)) if ask else os.cpu_count() or 1
 
 
 @dataclass

@@ -20,7 +20,8 @@ import torch
 import fp4trt
 from calibration.by_block.one_block import BlockResult, BlockTask
 from calibration.by_block.quantize_blocks import DEATHS, prepared_by_block
-from calibration.by_block.ray_workers import LOCAL, on_ray
+from calibration.by_block.ray_cluster import LOCAL
+from calibration.by_block.ray_workers import on_ray
 from calibration.by_block.workers import OpenCrew, in_processes, in_this_process
 from calibration.checkpoints.quantized import WEIGHTS
 from calibration.inputs.captured import load_inputs, save_inputs
