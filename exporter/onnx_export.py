@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,6 +21,7 @@ from exporter.passes.double_dequantize import ScaleDtype
 from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
 from exporter.passes.fp8_attention import fp8_attention
+from exporter.passes.join_gated import join_gated
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.order_initializers import order_initializers
 from exporter.passes.stamp_blocks import stamp_blocks
@@ -172,6 +173,7 @@ def graph_of(
     equal = [stack for stack in checkpoint.family.stacks if stack.equal]
     heights = {stack.path: checkpoint.config[stack.count] for stack in equal}
     stamp_blocks(model, heights, [stack.path for stack in equal if stack.tail])
+    join_gated(model, _gated(checkpoint, leaders))
     add_branches(model, branches(checkpoint))
     drop_placeholders(model, checkpoint.formats)
     for name, kind in reversed(list(FORMATS.items())):  # NVFP4's pass takes all placeholders that are left
@@ -183,6 +185,14 @@ def graph_of(
     name_nodes(model)
     _describe(model, checkpoint, scale_dtype)
     return model
+
+
+def _gated(checkpoint: Checkpoint, leaders: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of a gated feed-forward that TensorRT can merge: both in NVFP4, under one input scale."""
+    for first, second in checkpoint.family.gated(checkpoint.config):
+        both = {checkpoint.formats.get(path) for path in (first, second)}
+        if both == {NVFP4.name} and leaders.get(second) == leaders.get(first, first):
+            yield first, second
 
 
 def graph_path(output: str | Path) -> Path:

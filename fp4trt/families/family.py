@@ -58,10 +58,12 @@ class Group:
     Attributes:
         reads: whose tokens they read, as symbolic dimensions joined by ``+``, such as ``L+T``; empty for one vector.
         linears: their module paths, in graph order.
+        gated: whether these are two whose results are multiplied, one of them behind an activation.
     """
 
     reads: str
     linears: tuple[str, ...]
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,15 @@ class Family:
             for group in stack.groups
         )
         return (*(group.linears for group in self.outside), *(group for group in inside if group))
+
+    def gated(self, config: Config) -> tuple[tuple[str, str], ...]:
+        """Return the linears to quantize whose results are multiplied in pairs, one of them behind an activation."""
+        return tuple(
+            (f"{block}.{group.linears[0]}", f"{block}.{group.linears[1]}")
+            for block, stack, _ in self._blocks(config)
+            for group in stack.groups
+            if group.gated
+        )
 
     def _blocks(self, config: Config) -> Iterator[tuple[str, Stack, tuple[str, ...]]]:
         """Yield each block's path, its stack, and the modules that it lacks."""

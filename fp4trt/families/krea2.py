@@ -22,7 +22,7 @@ BLOCKS: Final = Stack(
     groups=(
         Group("T+L", ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate")),
         Group("T+L", ("attn.to_out.0",)),
-        Group("T+L", ("ff.gate", "ff.up")),
+        Group("T+L", ("ff.gate", "ff.up"), gated=True),
         Group("T+L", ("ff.down",)),
     ),
 )

@@ -27,7 +27,7 @@ def _of_block(reads: str) -> tuple[Group, ...]:
     return (
         Group(reads, ("attention.to_q", "attention.to_k", "attention.to_v")),
         Group(reads, ("attention.to_out.0",)),
-        Group(reads, ("feed_forward.w1", "feed_forward.w3")),
+        Group(reads, ("feed_forward.w1", "feed_forward.w3"), gated=True),
         Group(reads, ("feed_forward.w2",)),
     )
 

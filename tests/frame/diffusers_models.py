@@ -181,7 +181,7 @@ MODELS: dict[str, Model] = {
             "in_channels": 4, "dim": 96, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 2,
             "cap_feat_dim": 32, "axes_dims": [16, 16, 16], "axes_lens": [512, 64, 64],
         },
-        _z_image, same=False, gemms=40,
+        _z_image, same=False, gemms=33,
     ),
     "krea2": Model(
         "Krea2Transformer2DModel",
@@ -192,6 +192,6 @@ MODELS: dict[str, Model] = {
             "text_intermediate_size": 64, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
             "axes_dims_rope": (4, 6, 6),
         },
-        _krea, same=False, gemms=15,
+        _krea, same=False, gemms=12,
     ),
 }  # fmt: skip
