@@ -85,6 +85,9 @@ _PIPE_CLOSED: Final = 141
 
 _BAD_INPUT: Final = 2
 
+_WITHOUT_MODELS: Final = ("recipes", "demo")
+"""Commands that read no model of the user's."""
+
 _SOON_S: Final = 0.05
 
 
@@ -199,7 +202,7 @@ def _forget_stdout() -> None:
 
 
 def _with_json(command: click.Command, name: str) -> click.Command:
-    """Return a copy of a room's command that also takes `--json` and returns an exit status."""
+    """Return a copy of a room's command that also takes `--json` and `--module`, and returns an exit status."""
     wrapped = copy.copy(command)
     option = click.Option(
         ["--json", "as_json"],
@@ -207,9 +210,26 @@ def _with_json(command: click.Command, name: str) -> click.Command:
         help="Print the result as one JSON object on stdout; human lines go to stderr.",
     )
     wrapped.name = name
-    wrapped.params = [*map(_named, command.params), option]
+    own = [] if name in _WITHOUT_MODELS else [_module_option()]
+    wrapped.params = [*map(_named, command.params), *own, option]
     wrapped.callback = _with_status(command.callback)
     return wrapped
+
+
+def _module_option() -> click.Option:
+    def use(_: click.Context, __: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            from fp4trt.families.custom import use_module
+
+            use_module(value)
+
+    return click.Option(
+        ["--module"],
+        metavar="FILE:FUNCTION",
+        expose_value=False,
+        callback=use,
+        help="A model of your own, as a function of package.file describes it (docs/adding-a-model.md).",
+    )
 
 
 class _Named(click.Path):

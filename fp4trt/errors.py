@@ -72,6 +72,12 @@ class UnknownFamily(ValueError):
     exit_code = 2
 
 
+class BadModule(ValueError):
+    """A model of the user's own file that cannot be loaded, or does not fit its description."""
+
+    exit_code = 2
+
+
 class UnsupportedModel(ValueError):
     """A model whose blocks cannot be run one at a time."""
 

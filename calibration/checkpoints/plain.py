@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -92,7 +93,12 @@ def _download(repository: str) -> Path:
 
 
 def model_class(family: Family) -> Any:
-    """Return the class that is run and exported for a family: its adapter's, or the diffusers class."""
+    """Return the class that is run and exported for a family: its adapter's, or the diffusers class.
+
+    That of a family that makes its model itself has but ``from_config``.
+    """
+    if family.make is not None:
+        return SimpleNamespace(from_config=family.make)
     module, _, name = (family.adapter or f"diffusers:{family.class_name}").partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from fp4trt.errors import BadCheckpoint, UnknownFamily
+from fp4trt.families.custom import custom_families
 from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Transformer
 
@@ -43,7 +44,7 @@ def family_of(config: Config, folder: str | Path | None = None) -> Family:
         BadCheckpoint: the config contradicts itself.
     """
     name = Path(folder) / "config.json" if folder is not None else "config.json"
-    for family in FAMILIES:
+    for family in (*custom_families(), *FAMILIES):
         if family.matches(config):
             wrong = family.problem(config)
             if wrong is not None:
@@ -52,10 +53,10 @@ def family_of(config: Config, folder: str | Path | None = None) -> Family:
     known = ", ".join(sorted({family.class_name for family in FAMILIES}))
     raise UnknownFamily(
         f"{name} describes a {config.get('_class_name', 'model without _class_name')}; "
-        f"expected one of: {known}; give the folder of a diffusers transformer"
+        f"expected one of: {known}; give the folder of a diffusers transformer, or --module for a model of your own"
     )
 
 
 def family_named(name: str) -> Family | None:
     """Return the family that a manifest or a graph names, None where there is none of that name."""
-    return next((family for family in FAMILIES if family.name == name), None)
+    return next((family for family in (*custom_families(), *FAMILIES) if family.name == name), None)

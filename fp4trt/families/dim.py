@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 __all__ = ["BOUNDS", "OPTIONS", "TOKENS", "Dim", "Kind", "out_of_order"]
 
-Kind = Literal["batch", "image_tokens", "text_tokens", "video_tokens", "audio_tokens"]
+Kind = Literal["batch", "image_tokens", "text_tokens", "video_tokens", "audio_tokens", "size"]
 
 _COUNT: Final = ("min", "default", "max")
 _PICTURE: Final = ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token")
@@ -20,6 +20,7 @@ BOUNDS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "image_tokens": (_PICTURE,),
     "video_tokens": (_PICTURE, _LENGTH),
     "audio_tokens": (_COUNT,),
+    "size": (_COUNT,),
 }
 """What bounds a dimension of each kind: ranges in order, each followed by what it is counted in."""
 
@@ -29,6 +30,7 @@ OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "text_tokens": ("--text",),
     "video_tokens": ("--resolution", "--frames"),
     "audio_tokens": ("--audio",),
+    "size": ("--shape",),
 }
 """The options of ``fp4trt build`` that set a dimension of each kind."""
 
@@ -40,10 +42,10 @@ TOKENS: Final = ("image_tokens", "video_tokens", "text_tokens")
 class Dim:
     """One symbolic dimension of the graph, with the bounds that an optimization profile may take.
 
-    A ``batch``, ``text_tokens`` or ``audio_tokens`` dimension is bounded directly; an ``image_tokens`` dimension
-    through the resolution in pixels: a picture of H x W pixels has (H / pixels_per_token) * (W / pixels_per_token)
-    tokens. A ``video_tokens`` dimension has such a picture's tokens 1 + (frames - 1) / frames_per_token times; its
-    least and largest resolution bound the area of a frame, not its sides.
+    A dimension of the kind ``batch``, ``text_tokens``, ``audio_tokens`` or ``size`` is bounded directly; one of
+    ``image_tokens`` through the resolution in pixels: a picture of H x W pixels has (H / pixels_per_token) *
+    (W / pixels_per_token) tokens. One of ``video_tokens`` has such a picture's tokens 1 + (frames - 1) /
+    frames_per_token times; its least and largest resolution bound the area of a frame, not its sides.
     """
 
     kind: Kind

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["Config", "Family", "Group", "Input", "Modulated", "Sizes", "Stack", "Transformer"]
+__all__ = ["Config", "Dtype", "Family", "Group", "Input", "Modulated", "Role", "Sizes", "Stack", "Transformer"]
 
 Config = Mapping[str, Any]
 
@@ -139,6 +139,7 @@ class Family:
         state: name to shape of every tensor of a config's plain checkpoint, in the order of the model's own state.
         outside: linears to quantize that lie in no block.
         adapter: ``module:class`` of what is run and exported in place of the diffusers class; None for that class.
+        make: (config) to the empty model, in place of such a class.
         lookups: modules with a matrix that is no linear's: embeddings, whose rows are looked up.
         unused: modules that are in every checkpoint, and for whose inputs a graph has no place.
         special: whether its configs are some of another family's, which is tried after it.
@@ -156,6 +157,7 @@ class Family:
     state: Callable[[Config], dict[str, tuple[int, ...]]]
     outside: tuple[Group, ...] = ()
     adapter: str | None = None
+    make: Callable[[Config], torch.nn.Module] | None = None
     lookups: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     special: bool = False
@@ -285,7 +287,7 @@ class Family:
     def sizes(self, batch: int, image_tokens: int, text_tokens: int) -> dict[str, int]:
         """Return the symbolic dimensions' sizes by what they count: a video's as an image's, audio's 4 above text's."""
         counts: dict[Kind, int] = {"batch": batch, "image_tokens": image_tokens, "text_tokens": text_tokens}
-        counts |= {"video_tokens": image_tokens, "audio_tokens": text_tokens + 4}
+        counts |= {"video_tokens": image_tokens, "audio_tokens": text_tokens + 4, "size": image_tokens}
         return {name: counts[dim.kind] for name, dim in self.dims.items()}
 
     def example_inputs(

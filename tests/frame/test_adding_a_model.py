@@ -1,0 +1,150 @@
+"""docs/adding-a-model.md, followed word for word; and what is said of a description that is wrong."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fp4trt
+from fp4trt import cli
+from fp4trt.custom_model import CustomModel, save_checkpoint
+from fp4trt.errors import BadModule
+from fp4trt.families import custom, family_of
+from fp4trt.json_file import load_json
+
+GUIDE = Path(fp4trt.__file__).parents[1] / "docs" / "adding-a-model.md"
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in a folder of its own, and forget the module again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(custom.VARIABLE, "")
+    monkeypatch.setenv("PYTHONPATH", str(Path(fp4trt.__file__).parents[1]))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    custom._loaded.cache_clear()
+    sys.modules.pop("my_model", None)
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def _written() -> None:
+    (source,) = _blocks("python")
+    Path("my_model.py").write_text(source, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_guide_leads_to_an_engine(capfd: pytest.CaptureFixture[str]) -> None:
+    _written()
+    save, road = _blocks("bash")
+    subprocess.run([sys.executable, *shlex.split(save)[1:]], check=True)
+    for line in road.splitlines():
+        command, *words = shlex.split(line)
+        assert command == "fp4trt"
+        assert cli.run(words) == 0, line
+    (built,) = re.findall(r"`(\d+ FP4 GEMMs cover \d+ of \d+ quantized linears)`", GUIDE.read_text(encoding="utf-8"))
+    assert built in capfd.readouterr().out
+    assert Path("denoiser-fp4/rtx5090.engine").stat().st_size > 1_000_000
+
+
+def test_without_the_module_the_model_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    _written()
+    subprocess.run([sys.executable, "my_model.py"], check=True)
+    words = ["quantize", "denoiser", "-o", "out", "--calibration", "inputs.safetensors"]
+    assert cli.run(words) == 2
+    assert "or --module for a model of your own" in capsys.readouterr().err
+    assert cli.run([*words, "--module", "my_model.py:denoiser", "--recipe", "nvfp4-ptq"]) == 0
+    assert family_of(load_json(Path("denoiser/config.json"))).name == "denoiser"
+
+
+WRONG = {
+    "my_model": "the module is 'my_model'; expected package.file:function, such as my_model:denoiser",
+    "nowhere:denoiser": "nowhere cannot be imported (ModuleNotFoundError: No module named 'nowhere')",
+    "nowhere.py:denoiser": "nowhere.py cannot be imported (FileNotFoundError: there is no ",
+    "my_model:nothing": "my_model has no function nothing",
+    "my_model:Denoiser": "my_model:Denoiser returns a Denoiser; expected a fp4trt.custom_model.CustomModel",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_module_that_cannot_be_used_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _written()
+    assert cli.run(["inspect", "denoiser", "--module", name]) == 2
+    said = capsys.readouterr().err
+    assert WRONG[name] in said
+    assert said.count("\n") == 1
+
+
+class _Two(nn.Module):
+    """Runs one linear twice, and never another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.never, self.once = (nn.Linear(16, 16) for _ in range(3))
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 16))])
+        self.bare = nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bare[0](self.blocks[0](self.once(self.twice(self.twice(x)))))
+
+
+def _model(**changed: Any) -> CustomModel:
+    x = torch.zeros(2, 5, 16, dtype=torch.bfloat16)
+    usual: dict[str, Any] = {
+        "name": "two", "make": _Two, "inputs": {"x": x}, "axes": {"x": ("B", "L", None)},
+        "outputs": {"y": ("B", "L", None)}, "sizes": {"B": (1, 1, 4), "L": (1, 5, 9)}, "linears": ["once", "blocks.*"],
+    }  # fmt: skip
+    return CustomModel(**{**usual, **changed})
+
+
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "name": ({"name": "a model"}, "the model's name is 'a model'; expected letters"),
+    "axes": ({"axes": {}}, "x is not in both inputs and axes"),
+    "unknown axis": ({"axes": {"x": ("B", "S", None)}}, "x has an axis 'S'; expected one of B, L"),
+    "rank": ({"axes": {"x": ("B", "L")}}, r"x has 2 axes, and its example the shape \[2, 5, 16\]"),
+    "range": ({"sizes": {"B": (1, 1, 4), "L": (9, 5, 1)}}, "L is .9, 5, 1.; expected minimum, default and maximum"),
+    "type": ({"inputs": {"x": torch.zeros(2, 5, 16, dtype=torch.int8)}}, "x is torch.int8; expected one of bfloat16"),
+    "no run": (
+        {"inputs": {"y": torch.zeros(2, 5, 16)}, "axes": {"y": ("B", "L", None)}},
+        "does not run on its example",
+    ),
+    "no linear": ({"linears": ["nothing.*"]}, r"has no linear that nothing\.\* matches"),
+    "twice": ({"linears": ["twice"]}, "twice runs 2 times in a call; expected once"),
+    "never": ({"linears": ["never"]}, "never does not run in a call; expected once"),
+    "blocks": ({"blocks": ["layers"]}, "has no module layers, which blocks names"),
+    "bare": ({"blocks": ["bare"], "linears": ["bare.*"]}, r"bare\.0 is a linear itself"),
+    "no list": ({"blocks": ["once"]}, "once is a Linear; expected a ModuleList"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_a_description_that_does_not_fit_is_refused(what: str) -> None:
+    changed, said = MISFITS[what]
+    with pytest.raises(BadModule, match=said):
+        _model(**changed).family()
+
+
+def test_weights_of_another_module_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(BadModule, match=r"of the module to save is not that of what make\(\) makes"):
+        save_checkpoint(_model(), nn.Linear(3, 3), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_linears_are_grouped_by_what_they_read() -> None:
+    family = _model(blocks=["blocks"]).family()
+    config = {"blocks": 1}
+    assert family.groups(config) == (("once",), ("blocks.0.0",))
+    assert [family.stream(path) for path in family.quantized(config)] == ["L", "L"]
+    assert family.problem({"blocks": 2}) == "its blocks are {'blocks': 2}, expected {'blocks': 1}, as make() makes them"
