@@ -26,13 +26,13 @@ _TRANSLATED: Final = frozenset({
     operator.add, operator.getitem, operator.mul,
     _aten._assert_tensor_metadata.default, _aten.add.Tensor, _aten.arange.start, _aten.arange.start_step,
     _aten.cat.default, _aten.cos.default, _aten.div.Tensor, _aten.exp.default, _aten.expand.default,
-    _aten.gelu.default, _aten.layer_norm.default, _aten.mean.dim, _aten.mul.Tensor, _aten.neg.default,
-    _aten.permute.default, _aten.pow.Scalar, _aten.pow.Tensor_Scalar, _aten.reciprocal.default,
+    _aten.gelu.default, _aten.index_select.default, _aten.layer_norm.default, _aten.mean.dim, _aten.mul.Tensor,
+    _aten.neg.default, _aten.permute.default, _aten.pow.Scalar, _aten.pow.Tensor_Scalar, _aten.reciprocal.default,
     _aten.repeat_interleave.self_int, _aten.rms_norm.default, _aten.rsqrt.default,
     _aten.scaled_dot_product_attention.default, _aten.select.int, _aten.sigmoid.default, _aten.silu.default,
     _aten.sin.default, _aten.slice.Tensor, _aten.split_with_sizes.default, _aten.squeeze.dim, _aten.stack.default,
     _aten.sub.Tensor, _aten.sym_size.int, _aten.tanh.default, _aten.unbind.int, _aten.unsqueeze.default,
-    _aten.where.self,
+    _aten.view.default, _aten.where.self,
 })  # fmt: skip
 """What torch leaves as it is, besides what we translate ourselves."""
 
@@ -47,10 +47,10 @@ class _Decomposed(ExportedProgram):
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """Return a program whose decomposition is itself, and equals what torch's would be, for FLUX node by node.
 
-    1. ``to`` and ``type_as`` are copies of another type, or nothing; ``contiguous`` and, in eval mode, ``dropout`` are
-       copies.
-    2. ``flatten``, ``unflatten`` and ``reshape`` are views; ``chunk`` is a split; ``outer`` is a product; ``new_ones``
-       and ``new_zeros`` are filled.
+    1. ``to`` and ``type_as`` are copies of another type or device, or nothing; ``contiguous`` and, in eval mode,
+       ``dropout`` are copies.
+    2. ``flatten``, ``unflatten`` and ``reshape`` are views; ``transpose`` is a permutation; ``chunk`` is a split;
+       ``outer`` is a product; ``new_ones`` and ``new_zeros`` are filled.
     3. A sum of symbolic sizes that a view needs is computed where torch does: at the first slice along it. What no node
        has computed so far is computed of the inputs' sizes.
 
@@ -185,12 +185,12 @@ class _Rewrite:
     def to(self, node: Node) -> None:
         source = node.args[0]
         assert isinstance(source, Node)
-        dtype = node.meta["val"].dtype
-        if source.meta["val"].dtype == dtype:
+        given, wanted = ((each.meta["val"].dtype, each.meta["val"].device) for each in (source, node))
+        if given == wanted:
             node.replace_all_uses_with(source)
             self.graph.erase_node(node)
         else:
-            _become(node, _aten._to_copy.default, source, dtype=dtype)
+            _become(node, _aten._to_copy.default, source, dtype=wanted[0], device=wanted[1])
 
     def fill(self, node: Node) -> None:
         """Make a tensor of ones, or of zeros."""
@@ -221,6 +221,13 @@ class _Rewrite:
         copy.meta = {**node.meta, "val": node.args[0].meta["val"]}  # type: ignore[union-attr]
         _become(node, _aten.view.default, copy, sizes)
 
+    def transpose(self, node: Node) -> None:
+        source, *exchanged = node.args
+        axes = list(range(node.meta["val"].dim()))
+        one, other = (axes[axis] for axis in exchanged)  # type: ignore[index]
+        axes[one], axes[other] = other, one
+        _become(node, _aten.permute.default, source, axes)
+
     def split(self, node: Node) -> None:
         axis = _axis(node, 2)
         _become(node, _aten.split.Tensor, node.args[0], self.size(node.meta["val"][0].shape[axis]), axis)
@@ -247,6 +254,7 @@ def _become(node: Node, target: Any, *args: Any, **kwargs: Any) -> None:
 
 
 _RULES: Final[dict[Any, Callable[[_Rewrite, Node], None]]] = {
+    _aten.to.device: _Rewrite.to,
     _aten.to.dtype: _Rewrite.to,
     _aten.to.dtype_layout: _Rewrite.to,
     _aten.type_as.default: _Rewrite.to,
@@ -258,6 +266,7 @@ _RULES: Final[dict[Any, Callable[[_Rewrite, Node], None]]] = {
     _aten.flatten.using_ints: _Rewrite.view,
     _aten.unflatten.int: _Rewrite.view,
     _aten.reshape.default: _Rewrite.reshape,
+    _aten.transpose.int: _Rewrite.transpose,
     _aten.chunk.default: _Rewrite.split,
     _aten.outer.default: _Rewrite.product,
 }

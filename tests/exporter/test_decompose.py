@@ -44,8 +44,15 @@ class _Sizes(nn.Module):
         return torch.cat([x.new_ones(x.shape), x[2:].tanh()]).flatten().unflatten(0, (-1, 3)).sub(x.new_zeros(3))
 
 
-def test_sizes_are_computed_of_the_inputs() -> None:
-    module, rows = _Sizes(), torch.export.Dim("rows", min=4)
+class _Axes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        picked = x.to(x.device, torch.float64).index_select(1, torch.arange(2))
+        return picked.transpose(0, -1).contiguous().view(2, -1, 1).transpose(-2, 2)
+
+
+@pytest.mark.parametrize("module", [_Sizes(), _Axes()], ids=["sizes", "axes"])
+def test_a_rewritten_program_computes_the_same(module: nn.Module) -> None:
+    rows = torch.export.Dim("rows", min=4)
     program = torch.export.export(module, (torch.zeros(8, 3),), dynamic_shapes=({0: rows},))
     found = decompose(program)
     assert found is not program
