@@ -306,7 +306,7 @@ def _captured(
     if save_inputs_to is not None and processes.is_main():
         save_inputs(save_inputs_to, calls)
     described |= {"calls": len(calls), "family": family.name}
-    if warning := partial_schedule(calls):
+    if warning := partial_schedule(calls, family):
         note(f"warning: {warning}")
         described["warnings"] = [warning]
     return Calibration({}, described, calls)

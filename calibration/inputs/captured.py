@@ -129,11 +129,16 @@ def check_inputs(calls: Sequence[Inputs], family: Family, config: dict[str, obje
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a model takes: input name to symbolic shape, and to the type that it computes in; symbol to its kind."""
+    """What a model takes: input name to symbolic shape, and to the type that it computes in; symbol to its kind.
+
+    Attributes:
+        noise_at: the timestep of pure noise.
+    """
 
     shapes: Mapping[str, tuple[str | int, ...]]
     dtypes: Mapping[str, torch.dtype]
     symbols: Mapping[str, str]
+    noise_at: int
 
     @classmethod
     def of(cls, family: Family, config: dict[str, object]) -> _Expected:
@@ -148,7 +153,8 @@ class _Expected:
             "int64": torch.int64,
         }
         kinds = {name: dim.kind for name, dim in family.dims.items()}
-        return cls(shapes, {name: dtypes[family.inputs[name].dtype] for name in shapes}, kinds)
+        types = {name: dtypes[family.inputs[name].dtype] for name in shapes}
+        return cls(shapes, types, kinds, _noise_at(family))
 
     def converted(self, index: int, call: Inputs) -> Inputs:
         """Return a call as the model takes it."""
@@ -159,7 +165,7 @@ class _Expected:
         call = {name: self._without_batch(index, name, call[name]) for name in self.shapes}
         self._refuse_other_shapes(index, call)
         if _TIME in call:
-            _refuse_other_times(index, call[_TIME])
+            _refuse_other_times(index, call[_TIME], self.noise_at)
         return {name: self._rounded(index, name, value) for name, value in call.items()}
 
     def _without_batch(self, index: int, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -228,34 +234,43 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse_other_times(index: int, times: torch.Tensor) -> None:
-    """Refuse times outside 0 (picture) to 1 (noise)."""
-    outside = [float(time) for time in times if not 0 <= float(time) <= 1 and math.isfinite(time)]
+def _noise_at(family: Family) -> int:
+    """Return the timestep of pure noise."""
+    return family.inputs[_TIME].noise_at if _TIME in family.inputs else 1
+
+
+def _refuse_other_times(index: int, times: torch.Tensor, noise_at: int) -> None:
+    """Refuse times outside 0 (picture) to that of noise."""
+    outside = [float(time) for time in times if not 0 <= float(time) <= noise_at and math.isfinite(time)]
     if not outside:
         return
     advice = "capture it again"
-    if min(outside) > 1 and max(outside) <= _TRAIN_STEPS:
+    if noise_at == 1 and min(outside) > 1 and max(outside) <= _TRAIN_STEPS:
         advice = (
             f"a scheduler counts {_TRAIN_STEPS} steps, and the pipeline divides by {_TRAIN_STEPS} before it calls the "
             "transformer; divide yours too"
         )
-    raise BadInputs(f"call {index}: {_TIME} holds {outside[0]:g}; this model takes 0 (picture) to 1 (noise): {advice}")
+    raise BadInputs(
+        f"call {index}: {_TIME} holds {outside[0]:g}; this model takes 0 (picture) to {noise_at} (noise): {advice}"
+    )
 
 
-def partial_schedule(calls: Sequence[Inputs]) -> str | None:
+def partial_schedule(calls: Sequence[Inputs], family: Family) -> str | None:
     """Return, in one line, which part of the denoising schedule no captured call is from; None where none is missing.
 
     Args:
-        calls: of a model that reads a ``timestep`` from 1 (noise) to 0 (picture).
+        calls: of a model that may read a ``timestep`` from noise to 0 (picture).
+        family: of the model.
     """
-    times = sorted(float(time) for call in calls for time in call.get(_TIME, ()))
+    noise_at = _noise_at(family)
+    times = sorted(float(time) / noise_at for call in calls for time in call.get(_TIME, ()))
     if not times:
         return None
     for begin, end in itertools.pairwise([0.0, *times, 1.0]):
         if end - begin > WIDEST_GAP:
             return (
-                f"the calibration data have no step between timestep {begin:.2f} and {end:.2f}, of 1 to "
-                "0; layers may be scaled wrongly there: capture whole trajectories"
+                f"the calibration data have no step between timestep {begin * noise_at:.2f} and {end * noise_at:.2f}, "
+                f"of {noise_at} to 0; layers may be scaled wrongly there: capture whole trajectories"
             )
     return None
 

@@ -25,8 +25,8 @@ Transformer = Callable[..., Any]
 """Called with the family's inputs by name and ``return_dict=False``; returns a tuple, the velocity first."""
 
 Role = Literal["normal", "time", "guidance", "positions", "mask", "padding", "choice"]
-"""What example values of an input are: normal numbers, timesteps in (0, 1], guidance in [1, 5), positions, which tokens
-are no padding, which are (some at the end), or 0 and 1."""
+"""What example values of an input are: normal numbers, timesteps, guidance in [1, 5), positions, which tokens are no
+padding, which are (some at the end), or 0 and 1."""
 
 Size = str | int | Callable[[Config], int]
 """Size of an axis: a symbolic dimension's name, a key of the config, a number, or a function of the config."""
@@ -43,12 +43,14 @@ class Input:
         role: what its values are.
         dtype: ``bf16`` stands for the dtype that is computed in.
         given_by: key of the config that says whether the model has it; None where all of the family have.
+        noise_at: of timesteps, that of pure noise; that of a picture is 0.
     """
 
     shape: tuple[Size, ...]
     role: Role = "normal"
     dtype: Dtype = "bf16"
     given_by: str | None = None
+    noise_at: int = 1
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,7 @@ class Family:
                 case "normal":
                     value = torch.randn(shape, generator=random)
                 case "time":
-                    value = 1 - 0.9 * torch.rand(shape, generator=random)
+                    value = self.inputs[name].noise_at * (1 - 0.9 * torch.rand(shape, generator=random))
                 case "guidance":
                     value = 1 + 4 * torch.rand(shape, generator=random)
                 case "positions":
