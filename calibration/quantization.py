@@ -205,7 +205,7 @@ def _by_block(
     """Run a plain checkpoint on captured inputs, and let the recipe's method quantize each block on its own."""
     with suited_threads(plain.config):
         captured = captured_from(plain.folder, calibration)
-        method = registry.of_block(plain.recipe.method, plain.family)
+        method = registry.of_block(plain.recipe.method, plain.family, plain.config)
         result = ResultByBlock(plain, captured, directory, force, device)
         task = (plain.folder, captured.calls, plain.formats, method, plain.recipe.resolved(), work, device)
         workers = crew.opened(plain, captured.calls, device)

@@ -160,7 +160,7 @@ def _folded(task: SearchTask, work: Path) -> Iterator[Mapping[str, StoredTensor]
     if not registry.changes_plain_linears(options):
         yield {}
         return
-    method = registry.of_block(options, task.plain.family)
+    method = registry.of_block(options, task.plain.family, task.plain.config)
     formats = dict.fromkeys(task.plain.formats, BF16)
     recipe = task.plain.recipe.resolved()
     with prepared_by_block(task.plain.folder, task.calls, formats, method, recipe, work, task.device) as prepared:

@@ -14,6 +14,7 @@ from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant, adds_br
 from calibration.recipes.recipe import Method as Options
 from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
+from fp4trt.families.family import Config
 from fp4trt.number_formats import FORMATS
 from fp4trt.safetensors_file import TensorPlan
 
@@ -138,17 +139,17 @@ def memory_of_block(
     return _LIBRARIES + 4 * largest + 24 * max(map(weights, inside), default=0) + 24 * widest**2
 
 
-def of_block(options: Options, family: Family) -> Method:
-    """Return what quantizes a block of a family's models, here or in another process."""
-    return functools.partial(_quantize, options, family)
+def of_block(options: Options, family: Family, config: Config) -> Method:
+    """Return what quantizes a block of a model of a family, here or in another process."""
+    return functools.partial(_quantize, options, family, config)
 
 
-def _quantize(options: Options, family: Family, task: BlockTask) -> BlockResult:
+def _quantize(options: Options, family: Family, config: Config, task: BlockTask) -> BlockResult:
     match options:
         case PTQ():
             return _measure(task)
         case Quality():
-            return quantize_block.quantize_block(task, options, family.modulated(task.path))
+            return quantize_block.quantize_block(task, options, family.modulated(config, task.path))
         case SVDQuant():
             from calibration.methods.modelopt.svdquant import svdquant
 

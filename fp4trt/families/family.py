@@ -95,7 +95,7 @@ class Stack:
         count: key of the config that holds the number of its blocks.
         groups: the linears to quantize of a block, in graph order, by paths in the block.
         attentions: paths in the block.
-        modulated: linears of a block behind an adaptive norm of the block's own.
+        modulated: linears of a block behind an adaptive norm of the block's own; of all kinds of its blocks.
         read_by: path of the stack that reads what this one gives, where others run in between.
         unused_in_last: modules of the last block whose result nothing reads: in the checkpoint, but not in a graph.
         lacks: (config, index of a block) to the modules that this block does not have.
@@ -237,9 +237,15 @@ class Family:
         stack, inside = self._place(path)
         return stack.reads[inside]
 
-    def modulated(self, block: str) -> tuple[Modulated, ...]:
-        """Return a block's linears behind an adaptive norm."""
-        return self._place(f"{block}.")[0].modulated
+    def modulated(self, config: Config, block: str) -> tuple[Modulated, ...]:
+        """Return a block's linears behind an adaptive norm: those whose modulation has as many parts in this block."""
+        state = self.state(config)
+
+        def is_here(place: Modulated) -> bool:
+            modulation, consumer = (f"{block}.{path}.weight" for path in (place.modulation, place.consumers[0]))
+            return consumer in state and state[modulation][0] == place.chunks * state[consumer][1]
+
+        return tuple(place for place in self._place(f"{block}.")[0].modulated if is_here(place))
 
     def _place(self, path: str) -> tuple[Stack, str]:
         """Return the stack that a path lies in, and the path in its block."""

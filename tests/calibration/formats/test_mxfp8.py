@@ -78,5 +78,6 @@ def test_an_input_of_zeros_needs_no_scale(method: str, digits: Path) -> None:
     if method == "quality":
         result = quantize_block(task, Quality(name="quality"), ())
     else:
-        result = registry.of_block(PTQ(name="ptq"), family_of(load_json(digits / "config.json")))(task)
+        config = load_json(digits / "config.json")
+        result = registry.of_block(PTQ(name="ptq"), family_of(config), config)(task)
     assert "block.alone.input_quantizer" not in result.amax

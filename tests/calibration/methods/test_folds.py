@@ -24,7 +24,7 @@ def _places(model: nn.Module, digits: Path) -> Iterator[tuple[nn.Module, tuple[M
     config = load_json(digits / "config.json")
     family = family_of(config)
     for block in family.blocks(config):
-        yield model.get_submodule(block), family.modulated(block)
+        yield model.get_submodule(block), family.modulated(config, block)
 
 
 def _run(model: nn.Module, calls: list[Inputs], dtype: torch.dtype) -> torch.Tensor:
