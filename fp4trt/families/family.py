@@ -137,7 +137,7 @@ class Family:
         dims: name of a symbolic dimension to its bounds.
         inputs: name to input, in graph order.
         outputs: name of each output to its shape, as that of an input; None for a size that belongs to the model.
-        positions: (sizes) to the values of the inputs whose role is ``positions``, FP32.
+        positions: (sizes) to the values of the inputs whose role is ``positions``, FP32 whatever their dtype.
         state: name to shape of every tensor of a config's plain checkpoint, in the order of the model's own state.
         outside: linears to quantize that lie in no block.
         adapter: ``module:class`` of what is run and exported in place of the diffusers class; None for that class.

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import pytest
 
+import exporter
+import fp4trt.families
 from exporter import trace
 from exporter.passes import stamp_blocks
 from exporter.passes.name_nodes import SCOPES
+from fp4trt.errors import BadGraph
+from fp4trt.families.sd3 import SD35_MEDIUM
+from tests.frame.diffusers_models import MODELS
 
 
 @pytest.fixture
@@ -122,3 +129,18 @@ def test_blocks_that_differ_are_no_stack() -> None:
 def test_a_block_that_is_read_beyond_the_one_after_it_is_no_stack() -> None:
     with pytest.raises(AssertionError, match="of a block that is not the one before"):
         stamp_blocks.stamp_blocks(_block_model(read_by_others=True), {"blocks": 7})
+
+
+@pytest.mark.slow
+def test_a_stack_of_unlike_blocks_that_is_declared_equal_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODELS["sd3.5-medium"]
+    replace(model, config={**model.config, "num_layers": 4, "dual_attention_layers": (0, 1)}).save(tmp_path)
+    (stack,) = SD35_MEDIUM.stacks
+    wrong = replace(SD35_MEDIUM, stacks=(replace(stack, equal=True, tail=True),))
+    monkeypatch.setattr(fp4trt.families, "FAMILIES", (wrong,))
+    needed = r"the graph needs transformer_blocks\.2\.\S+ as BF16 \[\d+(, \d+)?\], (and )?the checkpoint has"
+    with pytest.raises(BadGraph, match=needed):
+        exporter.export(tmp_path, tmp_path / "plain.onnx", precision="bf16")
+    assert not (tmp_path / "plain.onnx").exists()

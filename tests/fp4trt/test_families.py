@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from calibration.checkpoints.plain import find_source
+from fp4trt.errors import BadCheckpoint
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 
@@ -43,3 +44,41 @@ def test_the_state_of_flux_is_that_of_diffusers_in_names_shapes_and_order(change
 def test_the_built_in_model_is_known_by_all_of_its_config_but_its_depth(changes: dict[str, object], name: str) -> None:
     config = load_json(find_source("digits") / "config.json")
     assert family_of({**config, **changes}).name == name
+
+
+_SD3 = {
+    "_class_name": "SD3Transformer2DModel", "in_channels": 16, "patch_size": 2, "pos_embed_max_size": 96,
+    "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32,
+    "joint_attention_dim": 48, "pooled_projection_dim": 16, "dual_attention_layers": (), "qk_norm": "rms_norm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (_SD3, "sd3"),
+        ({**_SD3, "qk_norm": None, "dual_attention_layers": []}, "sd3"),
+        ({**_SD3, "dual_attention_layers": [0]}, "sd3.5-medium"),
+    ],
+)
+def test_a_config_has_its_family(config: dict[str, object], name: str) -> None:
+    assert family_of(config).name == name
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({**_SD3, "qk_norm": "layer_norm"}, "qk_norm is 'layer_norm', expected null or 'rms_norm'"),
+        ({**_SD3, "pos_embed_max_size": None}, "pos_embed_max_size is None, expected a whole number"),
+        ({**_SD3, "caption_projection_dim": 64}, "caption_projection_dim is 64, expected the blocks' width, 32"),
+        (
+            {**_SD3, "dual_attention_layers": [1, 3]},
+            r"dual_attention_layers is \[1, 3\], expected numbers of blocks, 0",
+        ),
+        ({**_SD3, "dual_attention_layers": 1}, "dual_attention_layers is 1, expected numbers of blocks"),
+        ({**_SD3, "num_layers": 0}, "num_layers is 0, expected a whole number above 0"),
+    ],
+)
+def test_a_config_of_an_unknown_kind_is_refused_by_its_key(config: dict[str, object], words: str) -> None:
+    with pytest.raises(BadCheckpoint, match=words):
+        family_of(config)

@@ -140,6 +140,28 @@ def _krea(config: Mapping[str, Any], sizes: Sizes) -> Call:
     return Call((), given)
 
 
+def _sd3(config: Mapping[str, Any], sizes: Sizes) -> Call:
+    batch, rows, text = sizes
+    given = {
+        "hidden_states": _normal(batch, config["in_channels"], 2 * rows, 8),
+        "encoder_hidden_states": _normal(batch, text, config["joint_attention_dim"]),
+        "pooled_projections": _normal(batch, config["pooled_projection_dim"]),
+        "timestep": 1000 * _time(batch),
+    }
+
+    def tokens(result: torch.Tensor) -> torch.Tensor:
+        patches = result.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+        return patches.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+
+    return Call((), given, tokens)
+
+
+_SD3 = {
+    "sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 4, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 48, "caption_projection_dim": 32, "pooled_projection_dim": 16,
+    "patch_size": 2, "pos_embed_max_size": 25,
+}  # fmt: skip
+
 _QWEN = {
     "in_channels": 16, "out_channels": 4, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16,
     "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
@@ -193,5 +215,11 @@ MODELS: dict[str, Model] = {
             "axes_dims_rope": (4, 6, 6),
         },
         _krea, same=False, gemms=12,
+    ),
+    "sd3": Model("SD3Transformer2DModel", _SD3, _sd3, same=False, gemms=37),
+    "sd3.5-large": Model("SD3Transformer2DModel", {**_SD3, "qk_norm": "rms_norm"}, _sd3, same=False, gemms=37),
+    "sd3.5-medium": Model(
+        "SD3Transformer2DModel", {**_SD3, "num_layers": 3, "dual_attention_layers": (0, 2), "qk_norm": "rms_norm"},
+        _sd3, same=False, gemms=31,
     ),
 }  # fmt: skip

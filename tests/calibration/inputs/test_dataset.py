@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from calibration.by_block.calibration import METADATA, calibrate
-from calibration.inputs.captured import Inputs, check_inputs, load_inputs, save_inputs
+from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
 from fp4trt.errors import BadInputs
 from fp4trt.families import family_of
 
@@ -99,6 +99,22 @@ def test_an_input_that_is_not_the_models_is_named_with_its_call(change: Inputs, 
     told = refusal(call_of() | change)
     assert "call 1" in told
     assert words in told
+
+
+def test_a_model_may_count_the_steps_of_a_scheduler() -> None:
+    sizes = {"in_channels": 4, "patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    sizes |= {"joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 16}
+    config: dict[str, object] = {"_class_name": "SD3Transformer2DModel", "pos_embed_max_size": 8, **sizes}
+    family = family_of(config)
+    call = family.example_inputs(config, (2, 9, 5), 0, torch.bfloat16)
+    assert call["timestep"].max() > 1
+    whole = [{**call, "timestep": torch.tensor([time, time])} for time in (1000.0, 700.0, 400.0, 100.0)]
+    assert partial_schedule(check_inputs(whole, family, config), family) is None
+    told = partial_schedule(whole[2:], family)
+    assert told is not None
+    assert "no step between timestep 400.00 and 1000.00, of 1000 to 0" in told
+    with pytest.raises(BadInputs, match=r"holds 1001; this model takes 0 \(picture\) to 1000 \(noise\): capture it"):
+        check_inputs([{**call, "timestep": torch.tensor([1001.0, 1.0])}], family, config)
 
 
 def test_a_missing_input_is_named() -> None:
