@@ -51,6 +51,12 @@ _SD3 = {
     "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32,
     "joint_attention_dim": 48, "pooled_projection_dim": 16, "dual_attention_layers": (), "qk_norm": "rms_norm",
 }  # fmt: skip
+_CHROMA = {
+    "_class_name": "ChromaTransformer2DModel", "in_channels": 16, "patch_size": 1, "num_layers": 1,
+    "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6),
+    "joint_attention_dim": 48, "approximator_num_channels": 64, "approximator_hidden_dim": 32,
+    "approximator_layers": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,7 @@ _SD3 = {
         (_SD3, "sd3"),
         ({**_SD3, "qk_norm": None, "dual_attention_layers": []}, "sd3"),
         ({**_SD3, "dual_attention_layers": [0]}, "sd3.5-medium"),
+        (_CHROMA, "chroma"),
     ],
 )
 def test_a_config_has_its_family(config: dict[str, object], name: str) -> None:
@@ -77,6 +84,9 @@ def test_a_config_has_its_family(config: dict[str, object], name: str) -> None:
         ),
         ({**_SD3, "dual_attention_layers": 1}, "dual_attention_layers is 1, expected numbers of blocks"),
         ({**_SD3, "num_layers": 0}, "num_layers is 0, expected a whole number above 0"),
+        ({**_CHROMA, "approximator_num_channels": 66}, "approximator_num_channels is 66, expected a multiple of 4"),
+        ({**_CHROMA, "approximator_layers": None}, "approximator_layers is None, expected a whole number"),
+        ({**_CHROMA, "axes_dims_rope": (8, 8)}, r"axes_dims_rope is \(8, 8\), expected three even numbers"),
     ],
 )
 def test_a_config_of_an_unknown_kind_is_refused_by_its_key(config: dict[str, object], words: str) -> None:

@@ -156,6 +156,19 @@ def _sd3(config: Mapping[str, Any], sizes: Sizes) -> Call:
     return Call((), given, tokens)
 
 
+def _chroma(config: Mapping[str, Any], sizes: Sizes) -> Call:
+    batch, rows, text = sizes
+    given = {
+        "hidden_states": _normal(batch, 4 * rows, config["in_channels"]),
+        "encoder_hidden_states": _normal(batch, text, config["joint_attention_dim"]),
+        "timestep": _time(batch),
+        "img_ids": _grid(rows, 3),
+        "txt_ids": torch.zeros(text, 3),
+        "attention_mask": torch.cat([_mask(batch, text), torch.ones(batch, 4 * rows, dtype=torch.bool)], dim=1),
+    }
+    return Call((), given)
+
+
 _SD3 = {
     "sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 4, "attention_head_dim": 16,
     "num_attention_heads": 2, "joint_attention_dim": 48, "caption_projection_dim": 32, "pooled_projection_dim": 16,
@@ -221,5 +234,14 @@ MODELS: dict[str, Model] = {
     "sd3.5-medium": Model(
         "SD3Transformer2DModel", {**_SD3, "num_layers": 3, "dual_attention_layers": (0, 2), "qk_norm": "rms_norm"},
         _sd3, same=False, gemms=31,
+    ),
+    "chroma": Model(
+        "ChromaTransformer2DModel",
+        {
+            "in_channels": 16, "num_layers": 3, "num_single_layers": 3, "num_attention_heads": 2,
+            "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 48,
+            "approximator_num_channels": 64, "approximator_hidden_dim": 96, "approximator_layers": 2,
+        },
+        _chroma, same=False, gemms=30,
     ),
 }  # fmt: skip
