@@ -18,7 +18,7 @@ from calibration.by_block.runner import BlockRunner
 from calibration.checkpoints.plain import empty_source, load_source, model_class
 from calibration.inputs.captured import capturing, save_inputs
 from fp4trt.checkpoint_folder import tensors_in_folder
-from fp4trt.families import FAMILIES, Family, family_of
+from fp4trt.families import FAMILIES, Family, family_named, family_of
 from fp4trt.json_file import load_json
 from onnx_functions.simulation.simulate import session
 from tests.frame.diffusers_models import MODELS
@@ -94,6 +94,36 @@ def test_an_adapter_computes_what_diffusers_class_does(name: str, sources: dict[
             found = adapter(**inputs, return_dict=False)[0]
         assert _difference(driven, wanted) < 1e-6
         assert _difference(found[:, : wanted.shape[1]], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd3.5-large", "sd3.5-medium", "chroma"])
+def test_in_bf16_an_adapter_rounds_where_diffusers_class_does(name: str, sources: dict[str, Path]) -> None:
+    model, adapter = MODELS[name], load_source(sources[name])
+    family = _calls(sources[name])[0]
+    call = model.call(model.config, (2, 8, 8))
+    inputs = adapter.inputs_of(*call.args, **call.kwargs)
+    inputs = {key: value.bfloat16() if family.inputs[key].dtype == "bf16" else value for key, value in inputs.items()}
+    given = {key: inputs.get(key, value) for key, value in call.kwargs.items()}
+    given["hidden_states"] = call.kwargs["hidden_states"].bfloat16()
+    with torch.no_grad():
+        wanted = call.tokens(model.make()(**given, return_dict=False)[0])
+        assert torch.equal(adapter(**inputs, return_dict=False)[0], wanted)
+
+
+def test_chromas_mask_of_numbers_hides_text_in_a_graphs_inputs_alone() -> None:
+    model = MODELS["chroma"]
+    call = dict(model.call(model.config, (2, 8, 8)).kwargs)
+    numbers = {**call, "attention_mask": call["attention_mask"].float()}
+    stock, adapter = model.make(torch.float32), model_class(family_named("chroma"))(**model.config)
+    adapter.load_state_dict(stock.state_dict())
+    with torch.no_grad():
+        hidden, dimmed = (stock(**each, return_dict=False)[0] for each in (call, numbers))
+        assert _difference(dimmed, hidden) > 1e-3
+        assert _difference(adapter(**numbers, return_dict=False)[0], dimmed) < 1e-6
+        assert _difference(adapter(**adapter.inputs_of(**numbers), return_dict=False)[0], hidden) < 1e-5
+        del call["attention_mask"]
+        seen = adapter(**adapter.inputs_of(**call), return_dict=False)[0]
+        assert _difference(seen, stock(**call, return_dict=False)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
