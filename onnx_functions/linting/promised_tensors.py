@@ -11,7 +11,7 @@ from onnx import NodeProto
 from fp4trt.errors import BadGraph
 from fp4trt.number_formats import FORMATS
 from onnx_functions.graph.branches import BRANCH_ADD, FACTORS, SMOOTHING, find_branch, find_smoothing
-from onnx_functions.graph.index import ALIASES, PRODUCTS
+from onnx_functions.graph.index import CASTS, PRODUCTS
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import FP8Product, Product, Subject
 
@@ -48,7 +48,7 @@ def promised_bias(subject: Subject) -> Iterator[Hit]:
     """
     yield from _strangers(subject, ("bias",))
     for path in dict.fromkeys(path for paths in subject.promised.values() for path in paths):
-        if (count := sum(1 for _ in subject.graph.readers(f"{path}.bias", ALIASES))) > 1:
+        if (count := sum(1 for _ in subject.graph.readers(f"{path}.bias", CASTS))) > 1:
             yield Hit(f"{path}.bias is read {count} times; expected once", f"{path}/Add", f"{path}.bias")
 
 
@@ -193,14 +193,14 @@ def _parts_of(product: Product | FP8Product) -> dict[str, str]:
 
 
 def _bias(subject: Subject, node: NodeProto) -> str:
-    """Return the constant that is added to a product, "" where none is."""
+    """Return the constant that is added to a product, cast or not, "" where none is."""
     if node.op_type == "Gemm" and len(node.input) > 2:
-        return subject.constant(node.input[2])
+        return subject.constant(subject.graph.through_casts(node.input[2]))
     tensors = [node.output[0]]
     for tensor in tensors:
         for reader in subject.graph.consumers.get(tensor, ()):
             other = [name for name in reader.input if name != tensor] if reader.op_type == "Add" else []
-            if other and (constant := subject.constant(other[0])):
+            if other and (constant := subject.constant(subject.graph.through_casts(other[0]))):
                 return constant
             if other and reader.name.endswith(BRANCH_ADD):
                 tensors.append(reader.output[0])

@@ -107,6 +107,13 @@ def test_a_cast_to_another_wide_type_and_back_is_legal(kind: int, damaged: Damag
     assert lint(damaged.save()).findings == ()
 
 
+def test_a_bias_that_is_cast_is_added(damaged: Damaged) -> None:
+    """As that of a linear that computes in FP32 is."""
+    index = list(damaged.node(f"{OUT}/Add").input).index(f"{OUT}.bias")
+    damaged.between(f"{OUT}/Add", index, "Cast", to=onnx.TensorProto.BFLOAT16)
+    assert lint(damaged.save()).findings == ()
+
+
 def test_a_linear_that_only_a_subgraph_reads_is_alive(damaged: Damaged) -> None:
     name = damaged.node(f"{OUT}/Add").output[0]
     inner = helper.make_node("Identity", [name], ["inner"], "inner")

@@ -132,6 +132,12 @@ def the_biases_of_two_linears_exchanged(graph: Damaged) -> None:
 
 
 @mutation("promised-bias", f"{OUT}/MatMul", "accepted")
+def the_bias_of_another_linear_through_a_cast(graph: Damaged) -> None:
+    index = list(graph.node(f"{OUT}/Add").input).index(f"{OUT}.bias")
+    graph.between(f"{OUT}/Add", index, "Cast", to=TensorProto.BFLOAT16).input[0] = f"{DEEP}.bias"
+
+
+@mutation("promised-bias", f"{OUT}/MatMul", "accepted")
 def a_bias_that_is_not_added(graph: Damaged) -> None:
     node = graph.node(f"{OUT}/Add")
     node.op_type = "Identity"
