@@ -161,19 +161,20 @@ def teacher_forced(model: onnx.ModelProto, linears: Sequence[Linear]) -> onnx.Mo
     """Return a simulation of some linears alone, each fed by a graph input of its own.
 
     Inputs, FP32 [..., K]: `NODE:x` for every quantizer NODE of the linears (for a linear without one its
-    MatMul). Outputs, FP32: every quantizer's codes [..., K] as E2M1 or E4M3 values and, in NVFP4, its
-    block scales [..., K / 16], then every linear's product [..., N] with branch and bias, which is not rounded to BF16
-    while its operands are.
+    MatMul), rounded to BF16 where the graph does not compute it in FP32. Outputs, FP32: every quantizer's
+    codes [..., K] as E2M1 or E4M3 values and, in NVFP4, its block scales [..., K / 16], then every linear's
+    product [..., N] with branch and bias, which is not rounded to BF16 while its operands are.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    nodes = {node.name: node for node in copy.graph.node}
+    nodes, types = {node.name: node for node in copy.graph.node}, element_types(model)
     inputs, codes = {}, {}
     for linear in linears:
         head = linear.head
         if head not in inputs:
             inputs[head] = f"{head}:x"
-            copy.graph.input.append(helper.make_tensor_value_info(inputs[head], TensorProto.BFLOAT16, None))
+            kind = TensorProto.FLOAT if types[linear.input] == TensorProto.FLOAT else TensorProto.BFLOAT16
+            copy.graph.input.append(helper.make_tensor_value_info(inputs[head], kind, None))
         for name in linear.entries:
             nodes[name].input[0] = inputs[head]
         if linear.quantizer:

@@ -48,7 +48,8 @@ class Teacher:
     """What the reference says of one block's linears.
 
     Attributes:
-        inputs: module path to the input [..., K] that the reference's linear had, FP32 that BF16 can hold.
+        inputs: module path to the input [..., K] that the reference's linear had, as FP32: values that BF16 can hold,
+            but for a linear that is computed in FP32.
         quantize: (path, input) to E2M1 values [..., K] and block scales [..., K / 16], or to E4M3 values [..., K]
             alone, all FP32.
         product: (path, input) to the linear's FP32 output [..., N], bias included, not rounded.

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from calibration.formats import nvfp4
 from fp4trt.errors import BadGraph
@@ -108,6 +108,21 @@ def test_a_linear_can_be_fed_on_its_own(small_graph) -> None:
     activation = operand(wanted_codes, wanted_scales, small_graph.input_scales["third"], small_graph.scale_dtype)
     y = activation @ weight.T + small_graph.biases["third"]
     assert np.linalg.norm(product - y) < 1e-6 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.BFLOAT16])
+def test_a_linear_that_computes_in_fp32_is_fed_what_is_not_rounded(kind: int, tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "out.weight")
+    nodes = [
+        helper.make_node("Cast", ["out.weight"], ["w"], "weight", to=kind),
+        helper.make_node("MatMul", ["x", "w"], ["y"], "out/MatMul"),
+    ]
+    given, found = (helper.make_tensor_value_info(name, kind, ["N", 4]) for name in ("x", "y"))
+    graph = helper.make_graph(nodes, "linear", [given], [found], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    run = runtime_session(teacher_forced(model, [Graph(model).linear("out")]), tmp_path)
+    x = np.full((1, 4), 1 + 2**-12, np.float32)
+    np.testing.assert_array_equal(run.run(None, {"out/MatMul:x": x})[0], x if kind == TensorProto.FLOAT else x // 1)
 
 
 def test_element_types_are_those_of_the_chain(small_graph) -> None:
