@@ -154,7 +154,7 @@ class _Expected:
         }
         kinds = {name: dim.kind for name, dim in family.dims.items()}
         types = {name: dtypes[family.inputs[name].dtype] for name in shapes}
-        return cls(shapes, types, kinds, _noise_at(family))
+        return cls(shapes, types, kinds, family.noise_at)
 
     def converted(self, index: int, call: Inputs) -> Inputs:
         """Return a call as the model takes it."""
@@ -234,14 +234,9 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _noise_at(family: Family) -> int:
-    """Return the timestep of pure noise."""
-    return family.inputs[_TIME].noise_at if _TIME in family.inputs else 1
-
-
 def _refuse_other_times(index: int, times: torch.Tensor, noise_at: int) -> None:
     """Refuse times outside 0 (picture) to that of noise."""
-    outside = [float(time) for time in times if not 0 <= float(time) <= noise_at and math.isfinite(time)]
+    outside = [time for time in times.flatten().tolist() if not 0 <= time <= noise_at and math.isfinite(time)]
     if not outside:
         return
     advice = "capture it again"
@@ -259,11 +254,12 @@ def partial_schedule(calls: Sequence[Inputs], family: Family) -> str | None:
     """Return, in one line, which part of the denoising schedule no captured call is from; None where none is missing.
 
     Args:
-        calls: of a model that may read a ``timestep`` from noise to 0 (picture).
+        calls: of a model that may read a ``timestep`` from noise to 0 (picture); where each token has one, the largest
+            of them counts: tokens of a picture that is given are at 0 throughout.
         family: of the model.
     """
-    noise_at = _noise_at(family)
-    times = sorted(float(time) / noise_at for call in calls for time in call.get(_TIME, ()))
+    noise_at = family.noise_at
+    times = sorted(float(time.max()) / noise_at for call in calls for time in call.get(_TIME, ()))
     if not times:
         return None
     for begin, end in itertools.pairwise([0.0, *times, 1.0]):

@@ -170,6 +170,11 @@ class Family:
 
         return family_named, (self.name,)
 
+    @property
+    def noise_at(self) -> int:
+        """The timestep of pure noise; that of a picture is 0."""
+        return max((each.noise_at for each in self.inputs.values() if each.role == "time"), default=1)
+
     def blocks(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the blocks of all stacks, in the order in which the model runs them."""
         return tuple(block for stack in self.stacks for block in stack.blocks(config))

@@ -71,7 +71,7 @@ class Trajectories:
         """
         self._teacher, self._calls = teacher, calls
         self._batched = [name for name, shape in family.input_shapes(config).items() if shape[0] == "B"]
-        self._first = calls[0]
+        self._first, self._noise_at = calls[0], family.noise_at
         alike = ((index, call) for index, call in enumerate(calls) if self._is_alike(call))
         self._rows = [(index, row) for index, call in alike for row in range(len(call[_TIME]))]
         self._times = captured_times(calls)
@@ -118,7 +118,8 @@ class Trajectories:
             visited.append(States(now, answers))
             if visit + 1 < self._visits:
                 shape = (-1, *[1] * (state.ndim - 1))
-                state = state + (times[visit + 1] - times[visit]).reshape(shape) * answers.float()
+                step = (times[visit + 1] - times[visit]) / self._noise_at
+                state = state + step.reshape(shape) * answers.float()
         return visited
 
     def _captured(self, random: torch.Generator) -> list[States]:
