@@ -145,6 +145,7 @@ class Family:
         lookups: modules with a matrix that is no linear's: embeddings, whose rows are looked up.
         unused: modules that are in every checkpoint, and for whose inputs a graph has no place.
         special: whether its configs are some of another family's, which is tried after it.
+        reorders: whether a token's channels come out in another order than they go in.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Family:
     lookups: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     special: bool = False
+    reorders: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process find the family by its name: what it is made of are functions."""

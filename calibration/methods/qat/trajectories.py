@@ -66,8 +66,8 @@ class Trajectories:
             synthesise: False takes captured states as they are.
 
         Raises:
-            BadInputs: the model's state is more than what it denoises, as that of a model for filling in is, and states
-                were to be synthesised.
+            BadInputs: the model's state is more than what it denoises, as that of a model for filling in is, or ordered
+                otherwise, and states were to be synthesised.
         """
         self._teacher, self._calls = teacher, calls
         self._batched = [name for name, shape in family.input_shapes(config).items() if shape[0] == "B"]
@@ -78,6 +78,11 @@ class Trajectories:
         self._batch, self._visits, self._seed, self._synthesise = batch, visits, tuple(seed), synthesise
         self._round: tuple[int, States] | None = None
         channels = config.get("out_channels") or config["in_channels"]
+        if synthesise and family.reorders:
+            raise BadInputs(
+                "this model answers a token's channels in another order than it takes them: its answer is no step from "
+                "one state to the next; expected data: captured in the recipe"
+            )
         if synthesise and channels != config["in_channels"]:
             raise BadInputs(
                 f"this model takes {config['in_channels']} channels and answers {channels}: noise alone is not a state "
