@@ -180,6 +180,7 @@ def _family(name: str, stack: Stack, special: bool) -> Family:
         positions=positions,
         state=state,
         adapter="calibration.adapters.sd3:SD3",
+        reorders=True,
         special=special,
     )
 

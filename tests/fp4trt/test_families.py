@@ -92,3 +92,47 @@ def test_a_config_has_its_family(config: dict[str, object], name: str) -> None:
 def test_a_config_of_an_unknown_kind_is_refused_by_its_key(config: dict[str, object], words: str) -> None:
     with pytest.raises(BadCheckpoint, match=words):
         family_of(config)
+
+
+WAN = {
+    "_class_name": "WanTransformer3DModel",
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "wan"),
+        ({"in_channels": 36, "image_dim": None, "added_kv_proj_dim": None}, "wan"),
+        ({"in_channels": 48, "out_channels": 48}, "wan-ti2v"),
+        ({"in_channels": 48}, "wan"),
+    ],
+)
+def test_a_wan_whose_tokens_have_timesteps_is_known_by_its_channels(changes: dict[str, object], name: str) -> None:
+    assert family_of({**WAN, **changes}).name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_dim": 1280}, "image_dim is 1280, expected none: Wan 2.1 from image to video"),
+        ({"added_kv_proj_dim": 5120}, "added_kv_proj_dim is 5120, expected none"),
+        ({"patch_size": [1, 4, 4]}, "patch_size is [1, 4, 4], expected [1, 2, 2]"),
+        ({"patch_size": 2}, "patch_size is 2, expected [1, 2, 2]"),
+        ({"num_layers": 0}, "num_layers is 0, expected a whole number above 0"),
+        ({"ffn_dim": None}, "ffn_dim is None, expected a whole number above 0"),
+        ({"attention_head_dim": 127}, "attention_head_dim is 127, expected an even number"),
+        ({"attention_head_dim": "128"}, "attention_head_dim is '128', expected a whole number above 0"),
+    ],
+)
+def test_a_wan_that_no_graph_is_made_of_is_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(BadCheckpoint) as refused:
+        family_of({**WAN, **changes})
+    assert words in str(refused.value)

@@ -57,7 +57,9 @@ class Model:
         for name, value in model.named_parameters():
             if value.ndim < 2 or not name.endswith(("weight", "bias")):
                 nn.init.normal_(value, 0.5 if name.endswith("weight") else 0.0, 0.1)
-        return nn.Module.to(model, dtype).eval()
+        for value in model.state_dict(keep_vars=True).values():  # not tables that no checkpoint has
+            value.data = value.data.to(dtype)
+        return model.eval()
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint in BF16."""
@@ -81,6 +83,12 @@ def _grid(rows: int, axes: int) -> torch.Tensor:
     ids = torch.zeros(4 * rows, axes)
     ids[:, 1], ids[:, 2] = torch.arange(4 * rows) // 4, torch.arange(4 * rows) % 4
     return ids
+
+
+def _patches(latents: torch.Tensor) -> torch.Tensor:
+    """Return latents [B, C, F, H, W] as tokens [B, F * H / 2 * W / 2, 4 * C], (row, column, channel) in each."""
+    patches = latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    return patches.permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3).flatten(2)
 
 
 def _flux(config: Mapping[str, Any], sizes: Sizes) -> Call:
@@ -121,11 +129,7 @@ def _z_image(config: Mapping[str, Any], sizes: Sizes) -> Call:
     latents = _normal(batch, config["in_channels"], 1, 2 * rows, 8)
     captions = _normal(batch, text, config["cap_feat_dim"])
 
-    def tokens(result: list[torch.Tensor]) -> torch.Tensor:
-        patches = torch.stack(result).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
-        return patches.permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3).flatten(2)
-
-    return Call((list(latents), _time(batch), list(captions)), {}, tokens)
+    return Call((list(latents), _time(batch), list(captions)), {}, lambda result: _patches(torch.stack(result)))
 
 
 def _krea(config: Mapping[str, Any], sizes: Sizes) -> Call:
@@ -169,6 +173,18 @@ def _chroma(config: Mapping[str, Any], sizes: Sizes) -> Call:
     return Call((), given)
 
 
+def _wan(config: Mapping[str, Any], sizes: Sizes) -> Call:
+    batch, rows, text = sizes
+    given = {
+        "hidden_states": _normal(batch, config["in_channels"], 2, rows, 8),  # two frames of half as many rows
+        "timestep": 1000 - 300 * torch.arange(batch),
+        "encoder_hidden_states": _normal(batch, text, config["text_dim"]),
+    }
+    if config["in_channels"] == config["out_channels"] == 48:  # the first frame is given
+        given["timestep"] = given["timestep"][:, None] * (torch.arange(4 * rows) >= 2 * rows)
+    return Call((), given, _patches)
+
+
 _SD3 = {
     "sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 4, "attention_head_dim": 16,
     "num_attention_heads": 2, "joint_attention_dim": 48, "caption_projection_dim": 32, "pooled_projection_dim": 16,
@@ -178,6 +194,11 @@ _SD3 = {
 _QWEN = {
     "in_channels": 16, "out_channels": 4, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16,
     "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+
+_WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 32,
+    "freq_dim": 32, "ffn_dim": 64, "num_layers": 3,
 }  # fmt: skip
 
 MODELS: dict[str, Model] = {
@@ -243,5 +264,10 @@ MODELS: dict[str, Model] = {
             "approximator_num_channels": 64, "approximator_hidden_dim": 96, "approximator_layers": 2,
         },
         _chroma, same=False, gemms=30,
+    ),
+    "wan": Model("WanTransformer3DModel", _WAN, _wan, same=False, gemms=21),
+    "wan-i2v": Model("WanTransformer3DModel", {**_WAN, "in_channels": 9}, _wan, same=False, gemms=21),
+    "wan-ti2v": Model(
+        "WanTransformer3DModel", {**_WAN, "in_channels": 48, "out_channels": 48}, _wan, same=False, gemms=21
     ),
 }  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -61,7 +62,7 @@ def test_the_data_are_those_of_the_model(name: str, sources: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["flux2", "flux3", "z-image", "krea2", "sd3.5-large", "sd3.5-medium", "chroma", "made-up"]
+    "name", ["flux2", "flux3", "z-image", "krea2", "sd3.5-large", "sd3.5-medium", "chroma", "wan-ti2v", "made-up"]
 )
 def test_block_by_block_equals_the_whole_model(name: str, sources: dict[str, Path]) -> None:
     family, config, calls = _calls(sources[name])
@@ -96,18 +97,26 @@ def test_an_adapter_computes_what_diffusers_class_does(name: str, sources: dict[
         assert _difference(found[:, : wanted.shape[1]], wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sd3.5-large", "sd3.5-medium", "chroma"])
-def test_in_bf16_an_adapter_rounds_where_diffusers_class_does(name: str, sources: dict[str, Path]) -> None:
-    model, adapter = MODELS[name], load_source(sources[name])
-    family = _calls(sources[name])[0]
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if not model.same])
+def test_an_adapter_rounds_to_bf16_where_diffusers_class_does(name: str, sources: dict[str, Path]) -> None:
+    model = MODELS[name]
+    stock = getattr(diffusers, model.class_name).from_pretrained(sources[name], torch_dtype=torch.bfloat16).eval()
     call = model.call(model.config, (2, 8, 8))
-    inputs = adapter.inputs_of(*call.args, **call.kwargs)
-    inputs = {key: value.bfloat16() if family.inputs[key].dtype == "bf16" else value for key, value in inputs.items()}
-    given = {key: inputs.get(key, value) for key, value in call.kwargs.items()}
-    given["hidden_states"] = call.kwargs["hidden_states"].bfloat16()
+    adapter = load_source(sources[name])
+    args, kwargs = [_in_bf16(value) for value in call.args], {key: _in_bf16(v) for key, v in call.kwargs.items()}
     with torch.no_grad():
-        wanted = call.tokens(model.make()(**given, return_dict=False)[0])
-        assert torch.equal(adapter(**inputs, return_dict=False)[0], wanted)
+        wanted, driven = (call.tokens(m(*args, **kwargs, return_dict=False)[0]) for m in (stock, adapter))
+        found = adapter(**adapter.inputs_of(*args, **kwargs), return_dict=False)[0]
+    assert _difference(driven, wanted) < 1e-3
+    assert _difference(found[:, : wanted.shape[1]], wanted) < 1e-3
+
+
+def _in_bf16(value: Any) -> Any:
+    """Return latents and texts, alone or as a list, in BF16; all else as it is."""
+    if isinstance(value, list) and isinstance(value[0], torch.Tensor):
+        return [one.bfloat16() for one in value]
+    is_rounded = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 2
+    return value.bfloat16() if is_rounded else value
 
 
 def test_chromas_mask_of_numbers_hides_text_in_a_graphs_inputs_alone() -> None:
@@ -160,6 +169,7 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
         ("sd3.5-large", "nvfp4-quality"),
         ("sd3.5-medium", "nvfp4-quality"),
         ("chroma", "nvfp4-quality"),
+        ("wan", "nvfp4-quality"),
         ("made-up", "nvfp4-ptq"),
     ],
 )
@@ -193,7 +203,7 @@ def walk_to_engine() -> Callable[..., dict[str, Any]]:
         report = onnx_functions.validate(checkpoint)
         assert report.passed, [gate.line for gate in report.failures]
         assert [gate.name for gate in report.gates if gate.was_skipped] == []
-        if family.read_by or any(stack.tail or not stack.equal for stack in family.stacks):
+        if family.read_by or family.noise_at > 1 or any(stack.tail or not stack.equal for stack in family.stacks):
             by_block = onnx_functions.validate(checkpoint, level="blocks")
             assert by_block.passed, [gate.line for gate in by_block.failures]
         return trt_build.build(checkpoint, output=folder / "x.engine")

@@ -117,6 +117,60 @@ def test_a_model_may_count_the_steps_of_a_scheduler() -> None:
         check_inputs([{**call, "timestep": torch.tensor([1001.0, 1.0])}], family, config)
 
 
+WAN = {
+    "_class_name": "WanTransformer3DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 48,
+    "out_channels": 48,
+    "text_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 1,
+}
+
+
+def steps(changes: dict[str, int], times: torch.Tensor) -> torch.Tensor:
+    """Return the timesteps that a call of a Wan becomes."""
+    config = {**WAN, **changes}
+    family = family_of(config)
+    call = family.example_inputs(config, (2, 4, 3), 0, torch.bfloat16)
+    return check_inputs([call | {"timestep": times}], family, config)[0]["timestep"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "times"),
+    [({"in_channels": 36}, torch.tensor([1000, 0])), ({}, torch.tensor([[0, 0, 875, 875]] * 2))],
+    ids=["of each video", "of each token"],
+)
+def test_timesteps_may_be_those_of_any_scheduler(changes: dict[str, int], times: torch.Tensor) -> None:
+    """Whole ones of UniPC, and fractions of others."""
+    for given in (times, times + 0.0, times * 0.987654):
+        found = steps(changes, given)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, given.float())
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ([1001.0, 5.0], "timestep holds 1001; this model takes 0 (picture) to 1000 (noise): capture it again"),
+        ([5.0, -1.0], "timestep holds -1; this model takes 0 (picture) to 1000"),
+    ],
+)
+def test_another_timestep_than_a_schedulers_is_refused(times: list[float], words: str) -> None:
+    with pytest.raises(BadInputs) as refused:
+        steps({"in_channels": 16}, torch.tensor(times))
+    assert words in str(refused.value)
+
+
+def test_a_part_of_the_schedule_is_missed_in_a_schedulers_steps_too() -> None:
+    """Where each token has a timestep, those of a given picture are 0 throughout."""
+    calls = [{"timestep": torch.tensor([[0, time], [0, time]])} for time in (1000, 700, 400)]
+    family = family_of(WAN)
+    assert "between timestep 0.00 and 400.00, of 1000 to 0" in (partial_schedule(calls, family) or "")
+    assert partial_schedule([*calls, {"timestep": torch.tensor([200])}], family) is None
+
+
 def test_a_missing_input_is_named() -> None:
     call = call_of()
     del call["guidance"]

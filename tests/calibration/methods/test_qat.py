@@ -33,6 +33,7 @@ from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from generation.comparison.digits import compare
 from tests import warm_python
+from tests.frame.diffusers_models import MODELS
 
 ROOT = Path(fp4trt.__file__).parents[1]
 RECIPE = """
@@ -368,6 +369,14 @@ def test_a_model_whose_state_is_more_than_noise_is_refused(digits, calls):
     config = {**load_json(digits / "config.json"), "out_channels": 8}
     with pytest.raises(BadInputs, match="takes 16 channels and answers 8"):
         walker(calls, config)
+
+
+def test_a_model_that_reorders_channels_is_asked_of_captured_states_alone():
+    config = {**MODELS["wan"].config, "_class_name": MODELS["wan"].class_name}
+    calls = [family_of(config).example_inputs(config, (2, 4, 3), 0, torch.bfloat16)]
+    with pytest.raises(BadInputs, match=r"channels in another order.*expected data: captured"):
+        walker(calls, config)
+    assert walker(calls, config, synthesise=False).states(0).inputs["timestep"].max() > 1
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
