@@ -9,7 +9,8 @@ calibrated in memory. Peak RSS is that of the whole process.
 Sizes are DOUBLE+SINGLE blocks x heads of attention; FLUX.1-dev is 19+38x24. The export reads no weights, so its growth
 with depth is measured on a narrow model (`--depth`). ModelOpt's export of `--against 1+3x8`, `2+3x12` and `1+4x24`
 (100 M, 300 M and 1 B parameters) takes 1, 2 and 6 GB of memory. `--checkpoint DIR` adds a quantized checkpoint that is
-there; its model.onnx is written anew.
+there; its model.onnx is written anew. `--real wan-14b` exports, in BF16, a model of its published config, whose weights
+are zeros that take no disk.
 """
 
 from __future__ import annotations
@@ -25,12 +26,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from measure.checkpoints import Size, plain, quantized, tensor_bytes  # noqa: E402
+from measure.checkpoints import Size, of_zeros, plain, quantized, tensor_bytes  # noqa: E402
 from measure.child import Cost, fp4trt, itself  # noqa: E402
 from measure.result import machine, publish  # noqa: E402
 
 DEPTHS = ["1+1x4", "4+8x4", "19+38x4"]
 AGAINST = ["1+3x8"]
+REAL: dict[str, dict[str, Any]] = {
+    "wan-14b": {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "ffn_dim": 13824,
+        "num_layers": 40,
+    }
+}
+"""Published configs, by a name for people."""
 
 
 def row_of(size: str, program: str, cost: Cost, written: int, ratio: float | None = None) -> dict[str, Any]:
@@ -58,6 +72,14 @@ def depth_row(size: str, folder: Path) -> dict[str, Any]:
 def checkpoint_row(name: str, checkpoint: Path) -> dict[str, Any]:
     cost = fp4trt("export", checkpoint, "--force")
     return row_of(name, "fp4trt export", cost, cost.answer["onnx_bytes"])
+
+
+def real_row(name: str, folder: Path) -> dict[str, Any]:
+    """Export a model of a published config in BF16."""
+    source = of_zeros(folder, REAL[name])
+    cost = fp4trt("export", source, "-o", folder / "real.onnx", "--precision", "bf16")
+    shutil.rmtree(source)
+    return row_of(name, "fp4trt export, BF16", cost, cost.answer["onnx_bytes"])
 
 
 def rows_against_modelopt(size: str, folder: Path) -> list[dict[str, Any]]:
@@ -100,6 +122,9 @@ def main() -> None:
     options.add_argument("--depth", action="append", help="a size to export with fp4trt alone")
     options.add_argument("--against", action="append", help="a size to export with ModelOpt too")
     options.add_argument("--checkpoint", type=Path, help="a quantized checkpoint to export after the synthetic ones")
+    options.add_argument(
+        "--real", action="append", choices=REAL, help="a model to export, in BF16, by its config alone"
+    )
     options.add_argument("--folder", type=Path, help="where everything is written, to be removed again")
     options.add_argument("--modelopt", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
@@ -108,15 +133,16 @@ def main() -> None:
 
         print(json.dumps(export(*chosen.modelopt)))
         return
-    some = chosen.depth or chosen.against or chosen.checkpoint
+    some = chosen.depth or chosen.against or chosen.checkpoint or chosen.real
     before = machine()
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
         depths = [depth_row(size, folder) for size in chosen.depth or ([] if some else DEPTHS)]
         if chosen.checkpoint:
             depths.append(checkpoint_row(chosen.checkpoint.name, chosen.checkpoint))
+        real = [real_row(name, folder) for name in chosen.real or []]
         against = [rows_against_modelopt(size, folder) for size in chosen.against or ([] if some else AGAINST)]
-    rows = depths + [row for rival in against for row in rival]
+    rows = depths + real + [row for rival in against for row in rival]
     publish("export", rows, notes_on(depths, against), before)
 
 
