@@ -103,7 +103,7 @@ def test_an_adapter_rounds_to_bf16_where_diffusers_class_does(name: str, sources
     stock = getattr(diffusers, model.class_name).from_pretrained(sources[name], torch_dtype=torch.bfloat16).eval()
     call = model.call(model.config, (2, 8, 8))
     adapter = load_source(sources[name])
-    args, kwargs = [_in_bf16(value) for value in call.args], {key: _in_bf16(v) for key, v in call.kwargs.items()}
+    args, kwargs = [_in_bf16(value) for value in call.args], {key: _in_bf16(v, key) for key, v in call.kwargs.items()}
     with torch.no_grad():
         wanted, driven = (call.tokens(m(*args, **kwargs, return_dict=False)[0]) for m in (stock, adapter))
         found = adapter(**adapter.inputs_of(*args, **kwargs), return_dict=False)[0]
@@ -111,11 +111,13 @@ def test_an_adapter_rounds_to_bf16_where_diffusers_class_does(name: str, sources
     assert _difference(found[:, : wanted.shape[1]], wanted) < 1e-3
 
 
-def _in_bf16(value: Any) -> Any:
+def _in_bf16(value: Any, name: str = "") -> Any:
     """Return latents and texts, alone or as a list, in BF16; all else as it is."""
     if isinstance(value, list) and isinstance(value[0], torch.Tensor):
         return [one.bfloat16() for one in value]
-    is_rounded = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 2
+    is_rounded = (
+        isinstance(value, torch.Tensor) and value.is_floating_point() and (value.ndim > 2 or name.startswith("pooled"))
+    )
     return value.bfloat16() if is_rounded else value
 
 
