@@ -91,6 +91,20 @@ def _patches(latents: torch.Tensor) -> torch.Tensor:
     return patches.permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3).flatten(2)
 
 
+def _flux1(config: Mapping[str, Any], sizes: Sizes) -> Call:
+    batch, rows, text = sizes
+    given = {
+        "hidden_states": _normal(batch, 4 * rows, config["in_channels"]),
+        "encoder_hidden_states": _normal(batch, text, config["joint_attention_dim"]),
+        "pooled_projections": _normal(batch, config["pooled_projection_dim"]),
+        "timestep": _time(batch),
+        "img_ids": _grid(rows, 3),
+        "txt_ids": torch.zeros(text, 3),
+        "guidance": 1 + _time(batch),
+    }
+    return Call((), given)
+
+
 def _flux(config: Mapping[str, Any], sizes: Sizes) -> Call:
     batch, rows, text = sizes
     words = torch.zeros(text, 4)
@@ -202,6 +216,15 @@ _WAN = {
 }  # fmt: skip
 
 MODELS: dict[str, Model] = {
+    "flux": Model(
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 16, "num_layers": 3, "num_single_layers": 4, "num_attention_heads": 2,
+            "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 32,
+            "pooled_projection_dim": 32, "guidance_embeds": True,
+        },
+        _flux1, same=True, gemms=42,
+    ),
     "flux2": Model(
         "Flux2Transformer2DModel",
         {
