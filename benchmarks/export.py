@@ -29,22 +29,10 @@ sys.path.insert(0, str(ROOT))
 from measure.checkpoints import Size, of_zeros, plain, quantized, tensor_bytes  # noqa: E402
 from measure.child import Cost, fp4trt, itself  # noqa: E402
 from measure.result import machine, publish  # noqa: E402
+from synthetic.published import PUBLISHED  # noqa: E402
 
 DEPTHS = ["1+1x4", "4+8x4", "19+38x4"]
 AGAINST = ["1+3x8"]
-REAL: dict[str, dict[str, Any]] = {
-    "wan-14b": {
-        "_class_name": "WanTransformer3DModel",
-        "num_attention_heads": 40,
-        "attention_head_dim": 128,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": 4096,
-        "ffn_dim": 13824,
-        "num_layers": 40,
-    }
-}
-"""Published configs, by a name for people."""
 
 
 def row_of(size: str, program: str, cost: Cost, written: int, ratio: float | None = None) -> dict[str, Any]:
@@ -76,7 +64,7 @@ def checkpoint_row(name: str, checkpoint: Path) -> dict[str, Any]:
 
 def real_row(name: str, folder: Path) -> dict[str, Any]:
     """Export a model of a published config in BF16."""
-    source = of_zeros(folder, REAL[name])
+    source = of_zeros(folder, PUBLISHED[name])
     cost = fp4trt("export", source, "-o", folder / "real.onnx", "--precision", "bf16")
     shutil.rmtree(source)
     return row_of(name, "fp4trt export, BF16", cost, cost.answer["onnx_bytes"])
@@ -123,7 +111,7 @@ def main() -> None:
     options.add_argument("--against", action="append", help="a size to export with ModelOpt too")
     options.add_argument("--checkpoint", type=Path, help="a quantized checkpoint to export after the synthetic ones")
     options.add_argument(
-        "--real", action="append", choices=REAL, help="a model to export, in BF16, by its config alone"
+        "--real", action="append", choices=PUBLISHED, help="a model to export, in BF16, by its config alone"
     )
     options.add_argument("--folder", type=Path, help="where everything is written, to be removed again")
     options.add_argument("--modelopt", nargs=2, type=Path, help=argparse.SUPPRESS)

@@ -3,7 +3,8 @@
 `python benchmarks/synthetic/flux.py FOLDER --double 19 --single 38` writes FLUX.1-dev's 23.8 GB in three shards, as on
 the hub, and `FOLDER/../amax.json`; with `--calls 4` also `inputs.safetensors`, the inputs of as many calls over the
 schedule. Every weight is normal with a standard deviation of its own, and one value in ten thousand is an outlier of up
-to thirty times that, so that no two layers have one amax and no table is hit twice alike.
+to thirty times that, so that no two layers have one amax and no table is hit twice alike. `--model klein-4b` takes a
+published config of another family.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import numpy.typing as npt
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from synthetic.published import PUBLISHED  # noqa: E402
 
 from calibration.checkpoints.plain import model_class  # noqa: E402
 from calibration.inputs.captured import save_inputs  # noqa: E402
@@ -124,10 +127,12 @@ if __name__ == "__main__":
     parser.add_argument("--double", type=int, default=19)
     parser.add_argument("--single", type=int, default=38)
     parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--model", choices=PUBLISHED, help="a published config, in place of a size")
     parser.add_argument("--calls", type=int, default=0, help="captured inputs to write too")
     parser.add_argument("--tokens", default="1024,512", help="IMAGE,TEXT of each")
     arguments = parser.parse_args()
-    chosen = config_of(arguments.double, arguments.single, arguments.heads)
+    size = arguments.double, arguments.single, arguments.heads
+    chosen = PUBLISHED[arguments.model] if arguments.model else config_of(*size)
     parameters = write_checkpoint(arguments.folder, chosen)
     write_amax(arguments.folder.parent / "amax.json", chosen)
     if arguments.calls:
