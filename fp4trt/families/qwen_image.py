@@ -47,6 +47,8 @@ BLOCKS: Final = Stack(
 
 def problem(config: Config) -> str | None:
     """Return what is wrong with a config, in one sentence, or None."""
+    if config.get("guidance_embeds"):
+        return "guidance_embeds is true, expected false: diffusers' class has no embedding of guidance"
     sizes = ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
     return problem_of_blocks(config, sizes, BLOCKS.count, axes=config.get("axes_dims_rope", (16, 56, 56)))
 

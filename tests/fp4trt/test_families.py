@@ -75,6 +75,10 @@ def test_a_config_has_its_family(config: dict[str, object], name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
+        (
+            {"_class_name": "QwenImageTransformer2DModel", "guidance_embeds": True},
+            "guidance_embeds is true, expected false",
+        ),
         ({**_SD3, "qk_norm": "layer_norm"}, "qk_norm is 'layer_norm', expected null or 'rms_norm'"),
         ({**_SD3, "pos_embed_max_size": None}, "pos_embed_max_size is None, expected a whole number"),
         ({**_SD3, "caption_projection_dim": 64}, "caption_projection_dim is 64, expected the blocks' width, 32"),
