@@ -23,16 +23,16 @@ __all__ = ["decompose"]
 _aten = torch.ops.aten
 
 _TRANSLATED: Final = frozenset({
-    operator.add, operator.getitem, operator.mul,
-    _aten._assert_tensor_metadata.default, _aten.add.Tensor, _aten.arange.start, _aten.arange.start_step,
-    _aten.cat.default, _aten.cos.default, _aten.div.Tensor, _aten.exp.default, _aten.expand.default,
-    _aten.gelu.default, _aten.index_select.default, _aten.layer_norm.default, _aten.mean.dim, _aten.mul.Tensor,
-    _aten.neg.default, _aten.permute.default, _aten.pow.Scalar, _aten.pow.Tensor_Scalar, _aten.reciprocal.default,
+    operator.add, operator.getitem, operator.mul, _aten._assert_tensor_metadata.default, _aten.add.Tensor,
+    _aten.arange.start, _aten.arange.start_step, _aten.cat.default, _aten.cos.default, _aten.div.Tensor,
+    _aten.exp.default, _aten.expand.default, _aten.gelu.default, _aten.index_select.default, _aten.layer_norm.default,
+    _aten.linspace.default, _aten.mean.dim, _aten.mul.Tensor, _aten.neg.default, _aten.ones_like.default,
+    _aten.permute.default, _aten.pow.Scalar, _aten.pow.Tensor_Scalar, _aten.reciprocal.default,
     _aten.repeat_interleave.self_int, _aten.rms_norm.default, _aten.rsqrt.default,
     _aten.scaled_dot_product_attention.default, _aten.select.int, _aten.sigmoid.default, _aten.silu.default,
-    _aten.sin.default, _aten.slice.Tensor, _aten.split_with_sizes.default, _aten.squeeze.dim, _aten.stack.default,
+    _aten.sin.default, _aten.slice.Tensor, _aten.split_with_sizes.default, _aten.stack.default,
     _aten.sub.Tensor, _aten.sym_size.int, _aten.tanh.default, _aten.unbind.int, _aten.unsqueeze.default,
-    _aten.view.default, _aten.where.self,
+    _aten.view.default, _aten.where.self, _aten.zeros_like.default,
 })  # fmt: skip
 """What torch leaves as it is, besides what we translate ourselves."""
 
@@ -49,8 +49,9 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
     1. ``to`` and ``type_as`` are copies of another type or device, or nothing; ``contiguous`` and, in eval mode,
        ``dropout`` are copies.
-    2. ``flatten``, ``unflatten`` and ``reshape`` are views; ``transpose`` is a permutation; ``chunk`` is a split;
-       ``outer`` is a product; ``new_ones`` and ``new_zeros`` are filled.
+    2. ``flatten``, ``unflatten`` and ``reshape`` are views; ``transpose`` and ``swapaxes`` are permutations; ``chunk``
+       is a split; ``concatenate`` is a ``cat``; ``outer`` is a product and ``rsub`` a sum; ``new_ones`` and
+       ``new_zeros`` are filled. A ``squeeze`` of an axis that is not 1 long, which ONNX does not have, is a copy.
     3. A sum of symbolic sizes that a view needs is computed where torch does: at the first slice along it. What no node
        has computed so far is computed of the inputs' sizes.
 
@@ -201,6 +202,25 @@ class _Rewrite:
     def count(self, node: Node) -> None:
         _become(node, _aten.arange.start_step, 0, node.args[0], 1, **node.kwargs)
 
+    def join(self, node: Node) -> None:
+        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        _become(node, _aten.cat.default, node.args[0], axis)
+
+    def squeeze(self, node: Node) -> None:
+        """Copy where nothing changes."""
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if source.meta["val"].dim() == node.meta["val"].dim():
+            self.clone(node)
+
+    def subtract_from(self, node: Node) -> None:
+        """Write ``number - x`` as ``-x + number``, which is the same to the bit."""
+        x, number = node.args
+        with self.graph.inserting_before(node):
+            negative = self.graph.call_function(_aten.neg.default, (x,))
+        negative.meta = {**node.meta}
+        _become(node, _aten.add.Tensor, negative, number)
+
     def clone(self, node: Node) -> None:
         _become(node, _aten.clone.default, node.args[0])
 
@@ -268,5 +288,9 @@ _RULES: Final[dict[Any, Callable[[_Rewrite, Node], None]]] = {
     _aten.reshape.default: _Rewrite.reshape,
     _aten.transpose.int: _Rewrite.transpose,
     _aten.chunk.default: _Rewrite.split,
+    _aten.concatenate.default: _Rewrite.join,
+    _aten.swapaxes.default: _Rewrite.transpose,
+    _aten.squeeze.dim: _Rewrite.squeeze,
     _aten.outer.default: _Rewrite.product,
+    _aten.rsub.Scalar: _Rewrite.subtract_from,
 }

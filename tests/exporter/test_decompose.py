@@ -50,7 +50,14 @@ class _Axes(nn.Module):
         return picked.transpose(0, -1).contiguous().view(2, -1, 1).transpose(-2, 2)
 
 
-@pytest.mark.parametrize("module", [_Sizes(), _Axes()], ids=["sizes", "axes"])
+class _Forms(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.concatenate([x, 1 - x], axis=-1).squeeze(1).swapaxes(0, 1).squeeze(-2)
+
+
+@pytest.mark.parametrize(
+    "module", [_Sizes(), _Axes(), _Forms()], ids=["sizes", "axes", "other names, and what changes nothing"]
+)
 def test_a_rewritten_program_computes_the_same(module: nn.Module) -> None:
     rows = torch.export.Dim("rows", min=4)
     program = torch.export.export(module, (torch.zeros(8, 3),), dynamic_shapes=({0: rows},))
