@@ -149,8 +149,8 @@ class BlockRunner:
         self.kept = len(kept)
         return (*kept, *outputs)
 
-    def finish(self, call: Inputs, before: Outputs, block: str | None = None) -> torch.Tensor:
-        """Return what the model makes of the last block's outputs.
+    def finish(self, call: Inputs, before: Outputs, block: str | None = None) -> Outputs:
+        """Return the model's outputs, which it makes of the last block's.
 
         Args:
             call: the model's inputs.
@@ -160,8 +160,7 @@ class BlockRunner:
         """
         self._wanted = len(self._blocks) if block is None else self._blocks.index(block)
         self._leave, self._before = False, self._on_device(before)
-        output: torch.Tensor = self._call(call)[0].cpu()
-        return output
+        return tuple(value.cpu() for value in self._call(call))
 
     def _call(self, call: Inputs) -> Any:
         self._answers.clear()

@@ -18,7 +18,7 @@ from calibration.layer_choice.mixture import Mixture
 __all__ = ["Choices", "Errors", "measure_groups", "relative_error", "runs_of", "spread"]
 
 Errors = dict[str, dict[str, float]]
-"""First linear of a group to choice to squared relative error of the model's output."""
+"""First linear of a group to choice to squared relative error of the model's outputs."""
 
 
 Choices = Mapping[tuple[str, ...], Sequence[str]]
@@ -32,9 +32,10 @@ def spread(calls: Sequence[Inputs], most: int) -> list[Inputs]:
     return [calls[order[index]] for index in picked]
 
 
-def relative_error(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """Return the mean over all calls of the squared error, relative to the wanted output's square."""
-    pairs = [(found.double(), right.double()) for found, right in zip(outputs, wanted, strict=True)]
+def relative_error(outputs: Sequence[Outputs], wanted: Sequence[Outputs]) -> float:
+    """Return the mean over all calls, and a model's outputs, of the squared error relative to the wanted output's."""
+    calls = zip(outputs, wanted, strict=True)
+    pairs = [(f.double(), r.double()) for found, right in calls for f, r in zip(found, right, strict=True)]
     return sum(float((f - r).square().sum() / r.square().sum()) for f, r in pairs) / len(pairs)
 
 
@@ -47,7 +48,7 @@ def measure_groups(
     model: Mixture,
     groups: Choices,
     calls: Sequence[Inputs],
-    wanted: Sequence[torch.Tensor],
+    wanted: Sequence[Outputs],
     finished: Mapping[str, Mapping[str, float]],
     keep: Callable[[Errors], object],
     tell: Callable[[int], object],

@@ -89,8 +89,8 @@ class Mixture:
 
     def outputs(
         self, calls: Sequence[Inputs], formats: Mapping[str, str], tell: Callable[[int], object]
-    ) -> list[torch.Tensor]:
-        """Return what the model gives for every call, on the CPU, under choices.
+    ) -> list[Outputs]:
+        """Return the model's outputs for every call, on the CPU, under choices.
 
         One block after another runs on all calls, so that no more than its linears are there twice.
 
@@ -112,8 +112,8 @@ class Mixture:
 
     def rest(
         self, block: str, calls: Sequence[Inputs], before: Sequence[Outputs], tell: Callable[[int], object]
-    ) -> list[torch.Tensor]:
-        """Return what the model gives for every call, from what the block before a block returned."""
+    ) -> list[Outputs]:
+        """Return the model's outputs for every call, from what the block before a block returned."""
         found = []
         for call, outputs in zip(calls, before, strict=True):
             found.append(self._runner.finish(call, outputs, block))

@@ -21,11 +21,11 @@ from onnx_functions.graph.cut import cut
 from onnx_functions.graph.element_types import element_types
 from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Linear
-from onnx_functions.validation.structure_gates import Run, Tap, structure_gate, taps_of
+from onnx_functions.validation.structure_gates import Run, Tap, output_key, structure_gate, taps_of
 from onnx_functions.validation.teacher_gates import block_of
 from onnx_functions.validation.verdict import FloatArray, Gate, relative_l2
 
-__all__ = ["BlockStructure", "block_structure", "entering", "output_key"]
+__all__ = ["BlockStructure", "block_structure", "entering"]
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.BFLOAT16)
 
@@ -43,11 +43,6 @@ class BlockStructure:
     gate: Gate
     errors: Mapping[str, float] = field(default_factory=dict)
     leaving: Mapping[int, str] = field(default_factory=dict)
-
-
-def output_key(block: str, index: int) -> tuple[str, str]:
-    """Return what :class:`Run` calls an output of a block."""
-    return block, f"output {index}"
 
 
 def block_structure(

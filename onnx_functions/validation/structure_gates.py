@@ -37,6 +37,7 @@ __all__ = [
     "Tap",
     "end_to_end_gate",
     "inputs_gate",
+    "output_key",
     "structure_gate",
     "taps_of",
     "witness_gate",
@@ -63,7 +64,7 @@ class Tap:
     Attributes:
         tensor: its name in the graph.
         label: what it is, for people.
-        key: (module path or "", "input" or "output"), the reference's name for it.
+        key: (module path, "input" or "output"), or an :func:`output_key`: the reference's name for it.
     """
 
     tensor: str
@@ -86,6 +87,11 @@ class Run:
     values: Mapping[tuple[str, str], FloatArray]
 
 
+def output_key(block: str, index: int) -> tuple[str, str]:
+    """Return what :class:`Run` calls an output of a block, or, where that is empty, of the model."""
+    return block, f"output {index}"
+
+
 FoundTaps = Callable[[Mapping[str, FloatArray], Run], Sequence[Tap]]
 
 
@@ -95,7 +101,7 @@ def taps_of(model: onnx.ModelProto, linears: Sequence[Linear], outputs: Sequence
     for linear in linears:
         taps.append(Tap(linear.input, f"input of {linear.path}", (linear.path, "input")))
         taps.append(Tap(linear.output, f"output of {linear.path}", (linear.path, "output")))
-    taps += [Tap(name, f"graph output {name}", ("", "output")) for name in outputs]
+    taps += [Tap(name, f"graph output {name}", output_key("", place)) for place, name in enumerate(outputs)]
     return _in_order(model, taps)
 
 
@@ -165,7 +171,7 @@ def structure_gate(
         linears: of the graph.
         runs: the reference's values.
         limit: relative L2 of each tensor.
-        outputs: those of the graph that are the reference's output; None for all.
+        outputs: those of the graph that are the reference's outputs; None for all.
         found_taps: (values by tensor, run) to more taps, which only values can tell.
 
     Returns:
@@ -311,11 +317,11 @@ def _reads_constant_alone(graph: Index, name: str) -> bool:
 
 
 def inputs_gate(model: onnx.ModelProto, directory: Path, inputs: Mapping[str, FloatArray]) -> Gate:
-    """Check that each graph input, changed alone, changes the output (FP32, activations unquantized)."""
+    """Check that each graph input, changed alone, changes an output (FP32, activations unquantized)."""
     if not model.graph.input:
         return Gate("inputs", False, 0, 0, "the graph has no input: it computes a constant")
     session = float32_session(model, directory)
-    base = session.run(None, dict(inputs))[0]
+    base = session.run(None, dict(inputs))
     rng = np.random.default_rng(0)
     without, changes = [], {}
     for value in model.graph.input:
@@ -324,8 +330,8 @@ def inputs_gate(model: onnx.ModelProto, directory: Path, inputs: Mapping[str, Fl
             changed = (given * 0.5 + rng.uniform(0.5, 1.5, given.shape)).astype(np.float32)
         else:
             changed = next(other_values(given))
-        found = session.run(None, {**inputs, value.name: changed})[0]
-        changes[value.name] = relative_l2(found, base)
+        found = session.run(None, {**inputs, value.name: changed})
+        changes[value.name] = max(map(relative_l2, found, base))
         if not changes[value.name] > INPUT_CHANGE:
             without.append(value.name)
     smallest = min(changes, key=lambda name: changes[name])
@@ -340,10 +346,11 @@ def end_to_end_gate(
     model: onnx.ModelProto, session: ort.InferenceSession, run: Run, limit: float = END_TO_END_LIMIT
 ) -> Gate:
     """Compare the graph, in BF16 with quantized activations (`session`), with the reference's fake quantization."""
-    found = session.run(None, dict(run.inputs))[0]
-    error = relative_l2(found, run.values["", "output"])
+    found = session.run(None, dict(run.inputs))
+    errors = [relative_l2(values, run.values[output_key("", place)]) for place, values in enumerate(found)]
+    error = max(errors)
     detail = f"relative L2 {error:.3g} between ONNX Runtime and torch at {run.shape}"
-    name = model.graph.output[0].name
+    name = model.graph.output[errors.index(error)].name
     node = Index(model).producer[name].name
     if error <= limit:
         return Gate("end to end", True, error, limit, detail)
@@ -368,8 +375,7 @@ def witness_gate(path: Path, model: onnx.ModelProto, session: ort.InferenceSessi
     except Exception as refusal:  # the evaluator raises whatever numpy does
         refuse_environment(refusal, "second witness")
         return failed_to_run("second witness", refusal)
-    witness = outputs[0].astype(np.float32)
-    found = session.run(None, dict(run.inputs))[0]
-    error = relative_l2(found, witness)
+    found = session.run(None, dict(run.inputs))
+    error = max(relative_l2(values, other.astype(np.float32)) for values, other in zip(found, outputs, strict=True))
     detail = f"relative L2 {error:.3g} between ONNX Runtime and the ReferenceEvaluator at {run.shape}"
     return Gate("second witness", error <= END_TO_END_LIMIT, error, END_TO_END_LIMIT, detail)

@@ -40,9 +40,8 @@ from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Linear, metadata_of, promised_linears
 from onnx_functions.validation.attention_gates import AttentionTeacher
-from onnx_functions.validation.block_structure import output_key
 from onnx_functions.validation.reference_sizes import refuse_other_sizes
-from onnx_functions.validation.structure_gates import Run
+from onnx_functions.validation.structure_gates import Run, output_key
 from onnx_functions.validation.teacher_gates import Teacher
 from onnx_functions.validation.verdict import FloatArray
 
@@ -229,14 +228,14 @@ class Walk:
                 yield {**kept, **_of_block(path, outputs[self._runner.kept :])}, outputs
 
     def finish(self, call: Inputs, before: Outputs) -> Values:
-        """Run what lies outside the blocks; return the values there and the model's output."""
+        """Run what lies outside the blocks; return the values there and the model's outputs."""
         outside = tuple(f"{block}." for block in self._held.blocks)
         with torch.inference_mode(), _recording(self._model, "", outside) as kept:
-            kept["", "output"] = self._runner.finish(call, before).float().numpy()
+            kept.update(_of_block("", self._runner.finish(call, before)))
         return kept
 
     def whole(self, shape: Shape, keep_modules: bool) -> Run:
-        """Run the whole model once on seeded inputs, keeping the values of its innermost modules, or its output."""
+        """Run the whole model once on seeded inputs, keeping the values of its innermost modules, or its outputs."""
         call, outputs, values = self._held.example(shape, self._dtype), Outputs(), Values()
         for path in self._held.blocks:
             for kept, after in self.block(path, [(call, outputs)]):

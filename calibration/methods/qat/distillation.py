@@ -21,7 +21,8 @@ from calibration.methods.qat.loss_curve import write_losses
 from calibration.methods.qat.student import make_student, student_tensors
 from calibration.methods.qat.training import train
 from calibration.recipes.recipe import QAT
-from fp4trt.errors import BadCheckpoint
+from fp4trt.errors import BadCheckpoint, BadRecipe
+from fp4trt.families import Family, family_of
 from fp4trt.json_file import load_json
 from fp4trt.safetensors_file import DTYPE_BYTES, StoredTensor, bytes_of, plan_of, tensors_in_file, write
 from fp4trt.work_folder import work_folder, write_mark
@@ -81,6 +82,7 @@ def trained(
     """
     require_device(device)
     config = load_json(folder / "config.json")
+    _refuse_several_outputs(family_of(config))
     identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "processes": processes.count()}
     with _kept(work, identity, device):
         if _missing(work / _START, device):
@@ -93,6 +95,19 @@ def trained(
         files = {path.name: path for path in (work / "loss.json", work / "loss.png") if path.is_file()}
         tensors = {**start.tensors, **tensors_in_file(work / _RESULT)}
         yield Trained(tensors, start.manifest["amax"], files, figures)
+
+
+def _refuse_several_outputs(family: Family) -> None:
+    """Refuse a model with several outputs: the loss, and the way from noise to image, are of one.
+
+    Raises:
+        BadRecipe: saying what to take instead.
+    """
+    if len(family.outputs) > 1:
+        raise BadRecipe(
+            f"qat trains a model with one output, and {family.name} has {' and '.join(family.outputs)}; "
+            "expected another method, such as quality"
+        )
 
 
 def _train(
