@@ -292,7 +292,9 @@ class _Capture:
         self._handle.remove()
 
     def _record(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if hasattr(model, "inputs_of") and not given.keys() >= set(self._names):
-            given = model.inputs_of(*args, **{name: value for name, value in kwargs.items() if name != "return_dict"})
+        named = {name: value for name, value in kwargs.items() if name != "return_dict"}
+        given = {**dict(zip(self._names, args, strict=False)), **named}
+        # More than the family's inputs may ask for what no graph computes.
+        if hasattr(model, "inputs_of") and {key for key in given if given[key] is not None} != set(self._names):
+            given = model.inputs_of(*args, **named)
         self._calls.append({name: given[name].detach().cpu().clone() for name in self._names})
