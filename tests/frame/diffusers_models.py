@@ -22,7 +22,7 @@ class Call:
 
     Attributes:
         args, kwargs: of the transformer.
-        tokens: (result) as the graph gives it, [B, tokens, channels], without what is cut off.
+        tokens: (an output) as the graph gives it, [B, tokens, channels], without what is cut off.
     """
 
     args: tuple[Any, ...]
@@ -199,10 +199,41 @@ def _wan(config: Mapping[str, Any], sizes: Sizes) -> Call:
     return Call((), given, _patches)
 
 
+def _ltx(config: Mapping[str, Any], sizes: Sizes) -> Call:
+    batch, rows, text = sizes
+    widths = {"": "cross_attention_dim", "audio_": "audio_cross_attention_dim"}
+    if config.get("use_prompt_embeddings", True):
+        widths = dict.fromkeys(widths, "caption_channels")
+    given = {
+        "hidden_states": _normal(batch, 4 * rows, config["in_channels"]),
+        "audio_hidden_states": _normal(batch, rows + 1, config["audio_in_channels"]),
+        **{f"{of}encoder_hidden_states": _normal(batch, text, config[width]) for of, width in widths.items()},
+        **{f"{of}encoder_attention_mask": _mask(batch, text).long() for of in widths},
+        "timestep": 1000 * _time(batch),
+        "sigma": 1000 * _time(batch),
+        "num_frames": 2,
+        "height": rows // 2,
+        "width": 4,
+        "fps": 25.0,
+        "audio_num_frames": rows + 1,
+        "use_cross_timestep": True,
+    }
+    if config.get("cross_attn_mod"):
+        given |= dict.fromkeys(("audio_timestep", "audio_sigma"), 900 * _time(batch))
+    return Call((), given)
+
+
 _SD3 = {
     "sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 4, "attention_head_dim": 16,
     "num_attention_heads": 2, "joint_attention_dim": 48, "caption_projection_dim": 32, "pooled_projection_dim": 16,
     "patch_size": 2, "pos_embed_max_size": 25,
+}  # fmt: skip
+
+_LTX = {
+    "in_channels": 16, "out_channels": 16, "num_attention_heads": 4, "attention_head_dim": 16,
+    "cross_attention_dim": 64, "audio_in_channels": 16, "audio_out_channels": 16, "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 16, "audio_cross_attention_dim": 32, "num_layers": 3, "caption_channels": 32,
+    "rope_type": "split",
 }  # fmt: skip
 
 _QWEN = {
@@ -261,6 +292,15 @@ MODELS: dict[str, Model] = {
             "cap_feat_dim": 32, "axes_dims": [16, 16, 16], "axes_lens": [512, 64, 64],
         },
         _z_image, same=False, gemms=33,
+    ),
+    "ltx2": Model("LTX2VideoTransformer3DModel", _LTX, _ltx, same=False, gemms=60),
+    "ltx2.3": Model(
+        "LTX2VideoTransformer3DModel",
+        {
+            **_LTX, "rope_type": "interleaved", "use_prompt_embeddings": False, "perturbed_attn": True,
+            **dict.fromkeys(("gated_attn", "audio_gated_attn", "cross_attn_mod", "audio_cross_attn_mod"), True),
+        },
+        _ltx, same=False, gemms=60,
     ),
     "krea2": Model(
         "Krea2Transformer2DModel",

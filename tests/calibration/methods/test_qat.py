@@ -401,3 +401,13 @@ def test_where_the_biases_alone_learn_every_code_and_scale_stays(digits, start, 
 
 def _bits(value):
     return value.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_a_model_with_several_outputs_is_refused(tmp_path: Path) -> None:
+    model = MODELS["ltx2"]
+    model.save(tmp_path / "source")
+    config = load_json(tmp_path / "source" / "config.json")
+    save_inputs(tmp_path / "in.safetensors", [family_of(config).example_inputs(config, (1, 16, 8), 0, torch.bfloat16)])
+    with pytest.raises(BadRecipe, match="one output, and ltx2 has video and audio; expected another method"):
+        quantize(tmp_path / "source", tmp_path / "out", recipe="nvfp4-qat", calibration=tmp_path / "in.safetensors")
+    assert not (tmp_path / "out").exists()
