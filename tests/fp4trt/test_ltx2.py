@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import yaml
 
-import fp4trt
-from calibration.recipes.recipe import Recipe, linear_formats
 from fp4trt.errors import BadCheckpoint
 from fp4trt.families import family_of
 from tests.frame.diffusers_models import MODELS
@@ -34,14 +29,3 @@ CONFIG = {**MODELS["ltx2"].config, "_class_name": MODELS["ltx2"].class_name}
 def test_a_config_that_is_not_of_ltx2_is_refused(changes: dict[str, object], words: str) -> None:
     with pytest.raises(BadCheckpoint, match=words):
         family_of({**CONFIG, **changes})
-
-
-def test_the_recipe_in_the_documents_keeps_the_first_and_last_three_blocks() -> None:
-    text = (Path(fp4trt.__file__).parents[1] / "docs" / "models.md").read_text()
-    recipe = Recipe.model_validate(yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0]))
-    config = {**CONFIG, "num_layers": 48}
-    family = family_of(config)
-    formats = linear_formats(recipe.formats, family, config, family.linears(config))
-    kept = {int(path.split(".")[1]) for path, kind in formats.items() if kind == "bf16"}
-    assert kept == {0, 1, 2, 45, 46, 47}
-    assert sum(kind == "bf16" for kind in formats.values()) == 6 * 28
