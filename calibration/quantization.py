@@ -205,7 +205,7 @@ def _by_block(
     """Run a plain checkpoint on captured inputs, and let the recipe's method quantize each block on its own."""
     with suited_threads(plain.config):
         captured = captured_from(plain.folder, calibration)
-        method = registry.of_block(plain.recipe.method, plain.family, plain.config)
+        method = registry.of_block(plain.method, plain.family, plain.config)
         result = ResultByBlock(plain, captured, directory, force, device)
         task = (plain.folder, captured.calls, plain.formats, method, plain.recipe.resolved(), work, device)
         workers = crew.opened(plain, captured.calls, device)
@@ -227,12 +227,12 @@ def _trained(
 
     first = load_start(plain.recipe)
     first = first.model_copy(update={"formats": plain.recipe.formats, "attention": plain.recipe.attention})
-    groups = checked(plain.folder, first).groups
-    if not groups:
+    start = checked(plain.folder, first)
+    if not start.groups:
         raise BadRecipe(
             f"the formats of {plain.recipe.name} leave no linear in nvfp4, and no other is trained; expected some"
         )
-    if options.learn == "branch" and not registry.branched(first.method, groups):
+    if options.learn == "branch" and not registry.branched(start.method, start.groups):
         raise BadRecipe(
             f"{plain.recipe.name} trains low-rank branches (learn: branch), and its start {first.name} makes none for "
             "the linears in NVFP4: its ranks are 0; expected a rank above 0 for some"

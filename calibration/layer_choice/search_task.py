@@ -156,7 +156,7 @@ def _uniform(task: SearchTask, directory: Path, kind: str) -> Checkpoint:
 @contextlib.contextmanager
 def _folded(task: SearchTask, work: Path) -> Iterator[Mapping[str, StoredTensor]]:
     """Give what the method makes of linears that stay in 16 bit, by name."""
-    options = task.plain.recipe.method
+    options = task.plain.method
     if not registry.changes_plain_linears(options):
         yield {}
         return

@@ -11,7 +11,7 @@ from torch import nn
 
 from calibration.checkpoints.plain import open_plain
 from calibration.methods import registry
-from calibration.recipes.recipe import Quality, Recipe, linear_formats, require_ranks
+from calibration.recipes.recipe import Method, Quality, Recipe, linear_formats, with_ranks_placed
 from fp4trt.errors import UnsupportedLinear
 from fp4trt.families import Family
 from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
@@ -46,6 +46,16 @@ class Plain:
     formats: Mapping[str, str]
     own_groups: tuple[tuple[str, ...], ...] | None = None
     own_attentions: tuple[str, ...] | None = None
+
+    @property
+    def method(self) -> Method:
+        """The recipe's method, whose rules for ranks hold for this model.
+
+        Raises:
+            BadRecipe: they do not.
+        """
+        method = self.recipe.method
+        return with_ranks_placed(method, self.family, self.config) if isinstance(method, Quality) else method
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -102,9 +112,7 @@ def checked(folder: Path, recipe: Recipe) -> Plain:
             require_whole_blocks(path, shapes[path][1], kind)
     ordered = {name: stored[name] for name in source.model.state_dict()}
     plain = Plain(folder, config, family, source.model, ordered, recipe, formats)
-    if isinstance(recipe.method, Quality):
-        require_ranks(recipe.method, family, config)
-    registry.require_fit(recipe.method, plain.groups, shapes)
+    registry.require_fit(plain.method, plain.groups, shapes)
     return plain
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, StrictInt
 
-from calibration.recipes.method_options import Patterns, Quality, Strict, listed
+from calibration.recipes.method_options import Quality, RankRule
+from calibration.recipes.selection import Selection, Strict
 from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
 from fp4trt.number_formats import BF16, NAMES, NVFP4
 
-__all__ = ["FormatRules", "Rule", "linear_formats", "require_ranks"]
+__all__ = ["FormatRules", "Rule", "linear_formats", "with_ranks_placed"]
 
 if TYPE_CHECKING:
     Format = str
@@ -22,15 +22,13 @@ else:
 """What a linear is stored and computed in."""
 
 
-class Rule(Strict):
-    """One format for the linears whose module path a pattern matches.
+class Rule(Selection):
+    """One format for some linears.
 
     Attributes:
-        linears: a shell pattern, such as ``*.norm*.linear``, held against the whole path; or a list of them.
         format: for them.
     """
 
-    linears: Patterns
     format: Format
 
 
@@ -48,12 +46,6 @@ class FormatRules(Strict):
     min_size: StrictInt = Field(default=0, ge=0)
     rules: tuple[Rule, ...] = ()
 
-    def by_pattern(self) -> Iterator[tuple[str, str]]:
-        """Yield each pattern with its format."""
-        for rule in self.rules:
-            for pattern in listed(rule.linears):
-                yield pattern, rule.format
-
 
 def linear_formats(
     rules: FormatRules, family: Family, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
@@ -67,11 +59,11 @@ def linear_formats(
         shapes: of the linears' weights, [out-features, in-features].
 
     Raises:
-        BadRecipe: a pattern matches nothing, two rules name one linear, a group of linears that one GEMM computes would
-            get several formats, or nothing would be quantized.
+        BadRecipe: a rule picks nothing or more blocks than there are, two rules name one linear, a group of linears
+            that one GEMM computes would get several formats, or nothing would be quantized.
     """
     paths = family.quantized(config)
-    chosen = _named(rules.by_pattern(), family, paths)
+    chosen = _named(((rule, rule.format) for rule in rules.rules), family, config)
     small = {path for path in paths if min(*shapes[path], family.rows(path)) < rules.min_size}
     usual = {path: BF16 if path in small else rules.default for path in paths}
     formats = {path: chosen.get(path, usual[path]) for path in paths}
@@ -84,40 +76,45 @@ def linear_formats(
     return formats
 
 
-def require_ranks(options: Quality, family: Family, config: Mapping[str, Any]) -> None:
-    """Refuse rules for ranks that do not fit the linears that the family can quantize.
+def with_ranks_placed(options: Quality, family: Family, config: Mapping[str, Any]) -> Quality:
+    """Return options whose rules for ranks hold for one model: those that name blocks name their linears instead.
 
     Raises:
-        BadRecipe: a pattern matches nothing, two rules name one linear, or linears that share a branch would get
-            several ranks.
+        BadRecipe: a rule picks nothing or more blocks than there are, two rules name one linear, or linears that share
+            a branch would get several ranks.
     """
-    rules = ((pattern, rule.rank) for rule in options.ranks for pattern in listed(rule.linears))
-    _named(((pattern, f"rank {rank}") for pattern, rank in rules), family, family.quantized(config))
+    _named(((rule, f"rank {rule.rank}") for rule in options.ranks), family, config)
+    placed = options.model_copy(update={"ranks": tuple(_placed(rule, family, config) for rule in options.ranks)})
     for group in family.groups(config):
-        if len({options.rank_of(path) for path in group}) > 1:
-            members = ", ".join(f"{path} {options.rank_of(path)}" for path in group)
+        if len({placed.rank_of(path) for path in group}) > 1:
+            members = ", ".join(f"{path} {placed.rank_of(path)}" for path in group)
             raise BadRecipe(f"linears that share a branch get several ranks ({members}); name all of them in a rule")
+    return placed
 
 
-def _named(rules: Iterable[tuple[str, str]], family: Family, paths: Sequence[str]) -> dict[str, str]:
-    """Return what rules say of the linears that they name, from each pattern with what it says.
+def _placed(rule: RankRule, family: Family, config: Mapping[str, Any]) -> RankRule:
+    """Return a rule that names its linears by path if it names blocks, which tell nothing without a model."""
+    if rule.blocks is None:
+        return rule
+    linears = dict.fromkeys(path for _, matching in rule.matching(family, config) for path in matching)
+    return RankRule(linears=tuple(linears), rank=rule.rank)
+
+
+def _named(rules: Iterable[tuple[Selection, str]], family: Family, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what rules say of the linears that they name, from each rule with what it says.
 
     Raises:
-        BadRecipe: a pattern matches nothing, or two rules name one linear.
+        BadRecipe: a rule picks nothing or more blocks than there are, or two name one linear.
     """
     chosen: dict[str, tuple[str, str]] = {}
-    for pattern, said in rules:
-        matching = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
-        if not matching:
+    picked = (
+        (name, path, said) for rule, said in rules for name, paths in rule.matching(family, config) for path in paths
+    )
+    for name, path, said in picked:
+        if path in chosen:
             raise BadRecipe(
-                f"the rule for {pattern!r} matches no linear that {family.name} can quantize; "
-                f"expected a pattern such as {paths[0]!r}: fp4trt inspect lists them"
+                f"two rules name {path}: {chosen[path][0]} ({chosen[path][1]}) and {name} ({said}); "
+                "expected one rule for a linear"
             )
-        for path in matching:
-            if path in chosen:
-                raise BadRecipe(
-                    f"two rules name {path}: {chosen[path][0]!r} ({chosen[path][1]}) and {pattern!r} "
-                    f"({said}); expected one rule for a linear"
-                )
-            chosen[path] = (pattern, said)
+        chosen[path] = (name, said)
     return {path: said for path, (_, said) in chosen.items()}

@@ -1,4 +1,4 @@
-"""What each method of a recipe can be told, and the patterns that name linears."""
+"""What each method of a recipe can be told."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt
+
+from calibration.recipes.selection import Selection, Strict, listed
 
 __all__ = [
     "METHODS",
@@ -18,38 +20,21 @@ __all__ = [
     "Learn",
     "Method",
     "ModelOpt",
-    "Patterns",
     "Quality",
     "RankRule",
     "SVDQuant",
-    "Strict",
-    "listed",
 ]
-
-Patterns = str | Annotated[tuple[str, ...], Field(min_length=1)]
-"""A shell pattern, such as ``*.norm*.linear``, held against the whole module path; or a list of them."""
 
 
 def _number(value: object) -> object:
     """Refuse true and false, which pydantic takes for 1 and 0, and what is not finite before bounds are looked at."""
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{value} is no finite number")
+        raise ValueError("a finite number")
     return value
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 """YAML takes 1e-4, without a point, for a string, so that a string that is a number counts as one."""
-
-
-class Strict(BaseModel):
-    """Takes no key that it does not know, and never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def listed(linears: Patterns) -> tuple[str, ...]:
-    """Return patterns as a tuple."""
-    return (linears,) if isinstance(linears, str) else linears
 
 
 @functools.lru_cache
@@ -58,15 +43,13 @@ def _matching(patterns: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(fnmatch.translate, patterns)))
 
 
-class RankRule(Strict):
-    """One rank of a low-rank branch for the linears whose module path a pattern matches.
+class RankRule(Selection):
+    """One rank of a low-rank branch for some linears.
 
     Attributes:
-        linears: as those of :class:`calibration.recipes.linear_rules.Rule`.
         rank: of the branch for each of them that is in NVFP4; 0 for none.
     """
 
-    linears: Patterns
     rank: StrictInt = Field(ge=0)
 
 
@@ -160,7 +143,8 @@ class Quality(Strict):
         return -(-own * members // self.rank_multiple) * self.rank_multiple
 
     def rank_of(self, path: str) -> int:
-        """Return the rank that a linear brings to the branch of its group."""
+        """Return the rank that a linear brings to the branch of its group, by rules that name no blocks."""
+        assert all(rule.blocks is None for rule in self.ranks), "see linear_rules.with_ranks_placed"
         named = (rule.rank for rule in self.ranks if _matching(listed(rule.linears)).match(path))
         return next(named, self.rank)
 

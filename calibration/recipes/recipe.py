@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from calibration.recipes.linear_rules import FormatRules, Rule, linear_formats, require_ranks
+from calibration.recipes.linear_rules import FormatRules, Rule, linear_formats, with_ranks_placed
 from calibration.recipes.method_options import (
     METHODS,
     PTQ,
@@ -22,9 +22,9 @@ from calibration.recipes.method_options import (
     ModelOpt,
     Quality,
     RankRule,
-    Strict,
     SVDQuant,
 )
+from calibration.recipes.selection import Blocks, Strict
 from fp4trt.errors import BadRecipe
 from fp4trt.file_kind import is_file, shortened, what_it_lacks
 from fp4trt.json_file import kind_of
@@ -47,7 +47,7 @@ __all__ = [
     "load_recipe",
     "load_start",
     "preset_names",
-    "require_ranks",
+    "with_ranks_placed",
 ]
 
 _FOLDER: Final = Path(__file__).resolve().parent
@@ -71,12 +71,12 @@ class Recipe(Strict):
     attention: Literal["bf16", "fp8"] = "bf16"
 
     def described(self) -> dict[str, Any]:
-        """Return everything that the recipe says, defaults included, as JSON."""
-        return self.model_dump(mode="json")
+        """Return everything that the recipe says, defaults included, as JSON; a key that says nothing is left out."""
+        return self.model_dump(mode="json", exclude_none=True)
 
     def resolved(self) -> dict[str, Any]:
         """Return what of it decides the result."""
-        said = self.model_dump(mode="json", exclude={"description"})
+        said = self.model_dump(mode="json", exclude={"description"}, exclude_none=True)
         if not said["method"].get("ranks", True):  # which came later: without any a result says what it always said
             del said["method"]["ranks"]
         return said
@@ -182,7 +182,6 @@ _EXPECTED: Final = {
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
     "finite_number": "a finite number",
-    "value_error": "a finite number",
     "float_type": "a finite number",
     "float_parsing": "a finite number",
     "bool_type": "true or false",
@@ -233,7 +232,8 @@ def _expected(problem: Any) -> str:
         return "a pattern of module paths, or a list of them"
     words = _EXPECTED.get(problem["type"])
     if words is None:
-        return str(problem["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
+        said = str(problem["msg"]).removeprefix("Value error, ")
+        return said.removeprefix("Input should be ").removeprefix("a valid ")
     return words.format(**problem.get("ctx", {}))
 
 
@@ -241,5 +241,6 @@ def _known(location: Sequence[int | str]) -> str:
     """Return which keys there are beside one that is unknown."""
     models: dict[Sequence[int | str], type[BaseModel]] = {(): Recipe, ("formats",): FormatRules}
     models |= {("method", name): options for name, options in METHODS.items()}
-    model = models.get(tuple(location[:-1]), RankRule if "ranks" in location else Rule)
+    rule = Blocks if "blocks" in location[:-1] else RankRule if "ranks" in location else Rule
+    model = models.get(tuple(location[:-1]), rule)
     return f"expected one of: {', '.join(model.model_fields)}"

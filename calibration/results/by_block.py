@@ -142,7 +142,7 @@ class _Opener:
 
 def _decided(plain: Plain, inside: tuple[str, ...]) -> dict[str, TensorHeader]:
     """Return the tensors that the method gives in place of those of the plain checkpoint, or adds, in file order."""
-    method = plain.recipe.method
+    method = plain.method
     decided: dict[str, TensorHeader] = {}
     if registry.needs_activations(method):
         weights = [f"{path}.weight" for path in plain.quantized_linears if path.startswith(inside)]

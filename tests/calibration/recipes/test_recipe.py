@@ -75,7 +75,32 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
         ({"description": 3}, "description is 3; expected a string"),
         ({"formats": {"defalt": "bf16"}}, "there is no key formats.defalt; expected one of: default, min_size, rules"),
         ({"formats": {"default": "int3"}}, "formats.default is 'int3'; expected 'nvfp4', "),
-        ({"formats": {"rules": [{"linear": "*"}]}}, "formats.rules.0.linears and formats.rules.0.format are missing"),
+        ({"formats": {"rules": [{"linear": "*"}]}}, "formats.rules.0.format is missing"),
+        (
+            {"formats": {"rules": [{"linear": "*", "format": "fp8"}]}},
+            "there is no key formats.rules.0.linear; expected one of: linears, blocks, format",
+        ),
+        (
+            {"formats": {"rules": [{"format": "fp8"}]}},
+            "formats.rules.0 is {'format': 'fp8'}; expected linears, blocks or both",
+        ),
+        (
+            {"formats": {"rules": [{"blocks": {"last": 0}, "format": "fp8"}]}},
+            "formats.rules.0.blocks is {'last': 0}; expected first, last or both",
+        ),
+        (
+            {"formats": {"rules": [{"blocks": {"frist": 1}, "format": "fp8"}]}},
+            "there is no key formats.rules.0.blocks.frist; expected one of: first, last, stack",
+        ),
+        ({"formats": {"rules": [{"blocks": 3, "format": "fp8"}]}}, "0.blocks is 3; expected a mapping of keys"),
+        (
+            {"formats": {"rules": [{"blocks": {"first": -1}, "format": "fp8"}]}},
+            "formats.rules.0.blocks.first is -1; expected 0 at least",
+        ),
+        (
+            {"formats": {"rules": [{"blocks": {"first": True}, "format": "fp8"}]}},
+            "formats.rules.0.blocks.first is true; expected a whole number",
+        ),
         (
             {"formats": {"rules": [{"linears": 3, "format": "fp8"}]}},
             "rules.0.linears is 3; expected a pattern of",
@@ -91,7 +116,7 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
         ({"method": {"name": "quality", "ranks": [{"linears": "*", "rank": -1}]}}, "rank is -1; expected 0 at least"),
         (
             {"method": {"name": "quality", "ranks": [{"linears": "*", "rank": 1, "format": "fp8"}]}},
-            "ranks.0.format; expected one of: linears, rank",
+            "ranks.0.format; expected one of: linears, blocks, rank",
         ),
         ({"method": {"name": "ptq", "ranks": []}}, "there is no key method.ranks; expected one of: name"),
         ({"method": {"name": "svdquant", "alpha_step": 1e-9}}, "alpha_step"),
