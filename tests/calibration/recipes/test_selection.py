@@ -39,6 +39,23 @@ def _blocks(paths: list[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"(?<=\.\d)\..*", "", path) for path in paths))
 
 
+@pytest.mark.parametrize(
+    ("preset", "family", "config", "kept"),
+    [
+        ("nvfp4-quality-first-last-3", "wan", {**WAN, "num_layers": 40}, [0, 1, 2, 37, 38, 39]),
+        ("nvfp4-quality-first-last-3", "wan", {**WAN, "num_layers": 30}, [0, 1, 2, 27, 28, 29]),
+        ("nvfp4-quality-first-last-2", "qwen-image", {**SIZES, "out_channels": 4, "num_layers": 60}, [0, 1, 58, 59]),
+    ],
+)
+def test_the_presets_keep_all_linears_of_the_first_and_last_blocks_of_models_of_any_depth(
+    preset: str, family: str, config: dict[str, Any], kept: list[int]
+) -> None:
+    known, stack = family_named(family), family_named(family).stacks[0].path
+    formats = linear_formats(load_recipe(preset).formats, known, config, known.linears(config))
+    inside = tuple(f"{stack}.{index}." for index in kept)
+    assert formats == {path: "bf16" if path.startswith(inside) else "nvfp4" for path in known.quantized(config)}
+
+
 def test_blocks_are_counted_over_all_stacks_in_the_order_in_which_they_run_or_in_one() -> None:
     def kept(**blocks: object) -> list[str]:
         return _blocks(_kept([{"blocks": blocks, "format": "bf16"}], "flux", FLUX))
