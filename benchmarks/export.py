@@ -9,8 +9,8 @@ calibrated in memory. Peak RSS is that of the whole process.
 Sizes are DOUBLE+SINGLE blocks x heads of attention; FLUX.1-dev is 19+38x24. The export reads no weights, so its growth
 with depth is measured on a narrow model (`--depth`). ModelOpt's export of `--against 1+3x8`, `2+3x12` and `1+4x24`
 (100 M, 300 M and 1 B parameters) takes 1, 2 and 6 GB of memory. `--checkpoint DIR` adds a quantized checkpoint that is
-there; its model.onnx is written anew. `--real wan-14b` exports, in BF16, a model of its published config, whose weights
-are zeros that take no disk.
+there; its model.onnx is written anew. `--real wan-14b` makes the graph of a model of its published config in NVFP4, of
+names and shapes alone: traced on the meta device, stamped, rewritten, not written, and not linted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from measure.checkpoints import Size, of_zeros, plain, quantized, tensor_bytes  # noqa: E402
+from measure.checkpoints import Size, plain, quantized, tensor_bytes  # noqa: E402
 from measure.child import Cost, fp4trt, itself  # noqa: E402
 from measure.result import machine, publish  # noqa: E402
 from synthetic.published import PUBLISHED  # noqa: E402
@@ -62,12 +62,27 @@ def checkpoint_row(name: str, checkpoint: Path) -> dict[str, Any]:
     return row_of(name, "fp4trt export", cost, cost.answer["onnx_bytes"])
 
 
-def real_row(name: str, folder: Path) -> dict[str, Any]:
-    """Export a model of a published config in BF16."""
-    source = of_zeros(folder, PUBLISHED[name])
-    cost = fp4trt("export", source, "-o", folder / "real.onnx", "--precision", "bf16")
-    shutil.rmtree(source)
-    return row_of(name, "fp4trt export, BF16", cost, cost.answer["onnx_bytes"])
+def real_row(name: str) -> dict[str, Any]:
+    """Make the graph of a published config."""
+    cost = itself("--graph", name)
+    return row_of(name, "graph in NVFP4, on the meta device", cost, 0)
+
+
+def graph_of_config(name: str) -> dict[str, Any]:
+    """Be the process that makes such a graph; return what it counts."""
+    from calibration.checkpoints.quantized import Checkpoint
+    from exporter.onnx_export import graph_of
+    from fp4trt.families import family_of
+    from fp4trt.number_formats import NVFP4
+
+    class InNVFP4(Checkpoint):
+        def of_format(self, name: str) -> tuple[str, ...]:
+            return self.family.quantized(self.config) if name == NVFP4.name else ()
+
+    config = PUBLISHED[name]
+    family, checkpoint = family_of(config), InNVFP4(Path(), config, {}, {})
+    leaders = {path: group[0] for group in family.groups(config) for path in group}
+    return {"nodes": len(graph_of(checkpoint, leaders, "float32", lambda _: None).graph)}
 
 
 def rows_against_modelopt(size: str, folder: Path) -> list[dict[str, Any]]:
@@ -111,11 +126,15 @@ def main() -> None:
     options.add_argument("--against", action="append", help="a size to export with ModelOpt too")
     options.add_argument("--checkpoint", type=Path, help="a quantized checkpoint to export after the synthetic ones")
     options.add_argument(
-        "--real", action="append", choices=PUBLISHED, help="a model to export, in BF16, by its config alone"
+        "--real", action="append", choices=PUBLISHED, help="a model whose graph is made by its config alone"
     )
     options.add_argument("--folder", type=Path, help="where everything is written, to be removed again")
+    options.add_argument("--graph", choices=PUBLISHED, help=argparse.SUPPRESS)
     options.add_argument("--modelopt", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
+    if chosen.graph:
+        print(json.dumps(graph_of_config(chosen.graph)))
+        return
     if chosen.modelopt:
         from measure.modelopt_onnx import export
 
@@ -128,7 +147,7 @@ def main() -> None:
         depths = [depth_row(size, folder) for size in chosen.depth or ([] if some else DEPTHS)]
         if chosen.checkpoint:
             depths.append(checkpoint_row(chosen.checkpoint.name, chosen.checkpoint))
-        real = [real_row(name, folder) for name in chosen.real or []]
+        real = [real_row(name) for name in chosen.real or []]
         against = [rows_against_modelopt(size, folder) for size in chosen.against or ([] if some else AGAINST)]
     rows = depths + real + [row for rival in against for row in rival]
     publish("export", rows, notes_on(depths, against), before)

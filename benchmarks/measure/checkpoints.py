@@ -1,19 +1,13 @@
-"""Synthetic FLUX.1 checkpoints of a size that is written as in `19+38x24`, and models of a config alone."""
+"""Synthetic FLUX.1 checkpoints of a size that is written as in `19+38x24`."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from measure.child import ROOT, fp4trt, run
-
-from fp4trt.families import family_of
-from fp4trt.safetensors_file import TensorPlan, reserve
 
 SYNTHETIC = ROOT / "benchmarks" / "synthetic" / "flux.py"
 
@@ -70,16 +64,6 @@ def quantized(folder: Path, size: Size) -> Path:
     fp4trt("quantize", source, "-o", result, "--calibration", amax)
     shutil.rmtree(source)
     return result
-
-
-def of_zeros(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Write a BF16 checkpoint of a config and return it: its weights are a hole in a file, which takes no disk."""
-    source = folder / "zeros"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(config))
-    plan = [TensorPlan(name, "BF16", shape) for name, shape in family_of(config).state(config).items()]
-    reserve(source / "diffusion_pytorch_model.safetensors", plan, {"format": "pt"})
-    return source
 
 
 def exported(folder: Path, size: str) -> Path:
