@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from fp4trt.families.config import problem_of_blocks
@@ -77,7 +78,7 @@ CHROMA: Final = Family(
     matches=lambda config: config.get("_class_name") == "ChromaTransformer2DModel",
     problem=problem,
     stacks=(BLOCKS, SINGLE_BLOCKS),
-    dims=FLUX.dims,
+    dims={**FLUX.dims, "L": replace(FLUX.dims["L"], references=False)},
     # diffusers' names and order, with a mask of the text alone
     inputs={
         "hidden_states": Input(("B", "L", "in_channels")),

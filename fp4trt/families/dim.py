@@ -46,6 +46,8 @@ class Dim:
     ``image_tokens`` through the resolution in pixels: a picture of H x W pixels has (H / pixels_per_token) *
     (W / pixels_per_token) tokens. One of ``video_tokens`` has such a picture's tokens 1 + (frames - 1) /
     frames_per_token times; its least and largest resolution bound the area of a frame, not its sides.
+    ``references`` says whether pictures to refer to, or to edit, are tokens of the same sequence, behind those of the
+    picture that is made.
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class Dim:
     min_frames: int | None = None
     max_frames: int | None = None
     default_frames: int | None = None
+    references: bool = False
 
     @property
     def tokens(self) -> int:
@@ -73,7 +76,8 @@ class Dim:
 
     def as_dict(self) -> dict[str, int | str]:
         """Return the fields that this kind of dimension has, as they stand in the graph's metadata."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        found = {key: value for key, value in asdict(self).items() if value is not None}
+        return found if _PICTURE in BOUNDS[self.kind] else {key: found[key] for key in found if key != "references"}
 
 
 def out_of_order(values: Mapping[str, Any], kind: str) -> bool:

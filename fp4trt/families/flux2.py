@@ -96,7 +96,14 @@ FLUX2: Final = Family(
     stacks=(DOUBLE, SINGLE),
     dims={
         "B": Dim("batch", min=1, max=4, default=1),
-        "L": Dim("image_tokens", pixels_per_token=16, min_resolution=256, max_resolution=2048, default_resolution=1024),
+        "L": Dim(
+            "image_tokens",
+            pixels_per_token=16,
+            min_resolution=256,
+            max_resolution=2048,
+            default_resolution=1024,
+            references=True,
+        ),
         "T": Dim("text_tokens", min=1, max=512, default=512),
     },
     # diffusers' names and order; its pipeline gives ids a batch dimension, of which the model reads the first member.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from fp4trt.families.config import problem_of_blocks
@@ -74,7 +75,7 @@ FLUX3: Final = Family(
     matches=lambda config: config.get("_class_name") == "Flux3Transformer2DModel",
     problem=problem,
     stacks=(TEXT, IMAGE, JOINT),
-    dims=FLUX2.dims,
+    dims={**FLUX2.dims, "L": replace(FLUX2.dims["L"], references=False)},
     # diffusers' names and order, without the tokens of reference pictures
     inputs={
         "hidden_states": Input(("B", "L", "in_channels")),

@@ -102,7 +102,14 @@ QWEN_IMAGE: Final = Family(
     stacks=(BLOCKS,),
     dims={
         "B": Dim("batch", min=1, max=4, default=1),
-        "L": Dim("image_tokens", pixels_per_token=16, min_resolution=256, max_resolution=2048, default_resolution=1328),
+        "L": Dim(
+            "image_tokens",
+            pixels_per_token=16,
+            min_resolution=256,
+            max_resolution=2048,
+            default_resolution=1328,
+            references=True,
+        ),
         "T": Dim("text_tokens", min=1, max=1024, default=512),
     },
     # diffusers' names and order, with positions in place of the shapes of pictures
