@@ -35,7 +35,8 @@ Example:
 @click.option(
     "--reference-images",
     metavar="N",
-    help="Pictures of that size that the model reads too, as Kontext does: 1 or 0:1:2.  [default: none]",
+    help="Pictures of that size that the model reads too, as Kontext, FLUX.2 and Qwen-Image-Edit do: 1 or 0:1:2.  "
+    "[default: none]",
 )
 @click.option("--batch", metavar="N", help="Images: 1 or MIN:OPT:MAX.  [default: all allowed]")
 @click.option("--text", metavar="N", help="Text tokens: 512 or MIN:OPT:MAX.  [default: all allowed]")

@@ -61,8 +61,8 @@ def make_profile(
         audio: tokens: 126 or (32, 126, 512).
         shapes: "NAME=MIN:OPT:MAX" or several of them, NAME a symbol (numbers) or an input (shapes such as 1x256x64).
         fp8_attention: the graph wants 32 tokens or more: minima that no option names are raised to that.
-        reference_images: pictures that the model reads as further image tokens, as Kontext does, each of the size that
-            `resolution` says: 1 or (0, 1, 2); "1" or "0:1:2".
+        reference_images: pictures that the model reads as further image tokens, as Kontext, FLUX.2 and Qwen-Image-Edit
+            do, each of the size that `resolution` says: 1 or (0, 1, 2); "1" or "0:1:2".
 
     A dimension that no option names covers all that the metadata declares.
 
@@ -175,12 +175,15 @@ def _with_references(
     extents: Mapping[str, Extent], symbols: Mapping[str, Mapping[str, Any]], value: str
 ) -> dict[str, Extent]:
     """Return the extents of image tokens where so many pictures of the same size are read beside the new one."""
-    pictures = _extent(f"--reference-images {value}", value, None, least=0)
+    given = f"--reference-images {value}"
+    pictures = _extent(given, value, None, least=0)
+    if any(
+        symbol.get("references") is False for symbol in symbols.values()
+    ):  # a graph of earlier versions says nothing
+        raise BadProfileError(f"{given}: the model reads no pictures beside the one that it makes; leave it out")
     found = [name for name, symbol in symbols.items() if symbol["kind"] == "image_tokens"]
     if not found:
-        raise BadProfileError(
-            f"--reference-images {value}: the model declares no image tokens; give --shape NAME=MIN:OPT:MAX"
-        )
+        raise BadProfileError(f"{given}: the model declares no image tokens; give --shape NAME=MIN:OPT:MAX")
     low, best, high = pictures
     return {
         name: (extents[name][0] * (1 + low), extents[name][1] * (1 + best), extents[name][2] * (1 + high))

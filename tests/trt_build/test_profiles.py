@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from fp4trt.errors import BadModelError, BadProfileError
+from fp4trt.families import FAMILIES, Family
 from trt_build.least_tokens import require_tokens
 from trt_build.profiles import Profile, make_profile
 
@@ -228,3 +229,28 @@ def test_lists_and_one_shape_are_taken_as_tuples_and_several_are() -> None:
 def test_two_counts_are_not_said_as_a_width_and_a_height() -> None:
     with pytest.raises(BadProfileError, match="--batch 1:2: expected one value or MIN:OPT:MAX, found 2 values"):
         profile(batch=(1, 2))
+
+
+READS_REFERENCES = {"flux", "flux2", "qwen-image"}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_says_whether_pictures_to_refer_to_are_tokens_too(family: Family) -> None:
+    symbols = {name: dim.as_dict() for name, dim in family.dims.items()}
+    inputs = {"x": tuple(symbols)}
+    if family.name not in READS_REFERENCES:
+        with pytest.raises(BadProfileError, match="--reference-images 1: the model reads no pictures beside the one"):
+            make_profile(inputs, symbols, reference_images=1)
+        return
+    alone = make_profile(inputs, symbols, resolution=512).symbols["L"]
+    assert make_profile(inputs, symbols, resolution=512, reference_images="0:1:2").symbols["L"] == (
+        alone[0],
+        2 * alone[0],
+        3 * alone[0],
+    )
+
+
+def test_only_a_dimension_of_pictures_says_whether_it_holds_references() -> None:
+    dims = [dim.as_dict() for family in FAMILIES for dim in family.dims.values()]
+    assert {dim["kind"] for dim in dims if "references" in dim} <= {"image_tokens", "video_tokens"}
+    assert {dim["kind"] for dim in dims if "references" not in dim} == {"batch", "text_tokens"}
