@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fp4trt.number_formats import FORMATS, NVFP4
 
-__all__ = ["Gemm", "Layer", "find_gemms", "is_layer_message", "parse_layers"]
+__all__ = ["Gemm", "Layer", "find_gemms", "is_layer_message", "layers_of_profiles", "parse_layers"]
 
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*)\], "
@@ -22,6 +22,8 @@ _LAYER = re.compile(
 )
 _DATA_TYPE = re.compile(r"Datatype: (\w+)")
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_PROFILE = re.compile(r"\[profile (\d+)\]")
+_SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _FORMATS = {kind.engine: name for name, kind in FORMATS.items()}
 """TensorRT's data types of which both operands of a product may be."""
 _PRODUCT_KINDS = ("gemm", "runtime_fusion")
@@ -69,6 +71,30 @@ def parse_layers(message: str) -> tuple[Layer, ...]:
     """Return the layers of a layer information message; empty where its form is unknown."""
     found = (_LAYER.match(line.strip()) for line in message.splitlines())
     return tuple(_layer(match) for match in found if match)
+
+
+def layers_of_profiles(message: str, profiles: int) -> tuple[tuple[Layer, ...], ...]:
+    """Return the layers of each optimization profile; none of one that the message says nothing of.
+
+    From the second profile on TensorRT marks names with [profile N], and not those of every kernel; but a kernel's name
+    ends with the number of its subgraph, which is of one profile, and at whose ends there are such names.
+    """
+    if profiles == 1:
+        return (parse_layers(message),)
+    lines = [line.strip() for line in message.splitlines()]
+    found = [(line, match) for line in lines if (match := _LAYER.match(line))]
+    marked = {_subgraph(match["name"]): int(mark[1]) for line, match in found if (mark := _PROFILE.search(line))}
+    numbers = [marked.get(_subgraph(match["name"]), 0) for _, match in found]
+    return tuple(
+        tuple(_layer(match) for (_, match), number in zip(found, numbers, strict=True) if number == profile)
+        for profile in range(profiles)
+    )
+
+
+def _subgraph(name: str) -> str:
+    """Return what the kernels of one of the builder's subgraphs have in common; of another layer its name."""
+    found = _SUBGRAPH.search(name)
+    return found[1] if found else name
 
 
 def find_gemms(layers: Iterable[Layer], products: Collection[str]) -> tuple[Gemm, ...]:
