@@ -258,11 +258,20 @@ def _engine_linears(manifest: Mapping[str, Any]) -> list[StoredLinear]:
     """
     told = [*_objects(manifest, "lost"), *_objects(manifest, "sixteen_bit")]
     found = {path: StoredLinear(path, UNNAMED, None, None) for path in (str(item.get("linear")) for item in told)}
+    found |= _computed(manifest)
+    for profile in _objects(manifest, "profiles"):  # what one of several profiles loses is lost
+        lost = {str(item.get("linear")) for item in _objects(profile, "lost")}
+        found |= {path: linear for path, linear in _computed(profile).items() if path in lost}
+    return list(found.values())
+
+
+def _computed(manifest: Mapping[str, Any]) -> dict[str, StoredLinear]:
+    found: dict[str, StoredLinear] = {}
     for gemm in _objects(manifest, "gemms"):
         kind = str(gemm.get("format")).upper()
         for path in strings(gemm.get("linears", []), "linears"):
             found[path] = StoredLinear(path, FORMAT_OF.get(kind, kind.lower()), None, None)
-    return list(found.values())
+    return found
 
 
 def _engine_promise(manifest: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, Any] | None:

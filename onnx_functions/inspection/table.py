@@ -133,6 +133,9 @@ def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
     request = found.get("request", {})
     asked = ("gpus", "compute_capabilities", "backend", "tensorrt_version", "profile")
     yield from (_entry(key, request[key]) for key in asked if key in request)
+    if several := request.get("profiles"):
+        yield _entry("profiles", len(several))
+        yield from (f"    {number:<20} {_plain(profile)}" for number, profile in enumerate(several))
     yield _entry("size", _size(int(found.get("engine_bytes") or 0)))
     yield _entry("FP4 GEMMs", found.get("fp4_gemms"))
     promised = found.get("quantized_linears")
