@@ -20,16 +20,16 @@ from fp4trt.targets import Target, parse_gpus, require_format
 from fp4trt.verb import Result
 from onnx_functions.linting import require_clean
 from trt_build import manifest
-from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
+from trt_build.attention_coverage import LostAttention, attentions_of_all, measure_attentions, require_attentions
 from trt_build.branch_cost import branch_cost
-from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
+from trt_build.coverage import SixteenBit, coverage_of_all, measure_coverage, require_coverage
 from trt_build.disk_space import require_room
 from trt_build.graph import Graph, read_graph
-from trt_build.layer_info import parse_layers
-from trt_build.least_tokens import require_tokens
+from trt_build.layer_info import layers_of_profiles
 from trt_build.local_gpu import local_compute_capabilities
 from trt_build.memory import GIB, memory_lines
-from trt_build.profiles import Count, Pixels, Profile, make_profile
+from trt_build.profile_set import Asked, are_profiles, make_profiles
+from trt_build.profiles import Count, Pixels, Profile
 from trt_build.script import script_of, script_path, write_script
 from trt_build.served_sizes import require_served
 from trt_build.supervise import run_child
@@ -51,7 +51,7 @@ class _Plan:
 
     graph: Graph
     targets: tuple[Target, ...]
-    profile: Profile
+    profiles: tuple[Profile, ...]
     engine: Path
     weight_streaming: bool
 
@@ -95,6 +95,9 @@ class Built(Result):
         gpus, compute_capabilities: what it runs on.
         profile: minimum, optimum and maximum of each symbol.
         shapes: the same of each input.
+        profiles: of several, in order, what each has of its own: ``symbols`` and ``shapes`` as above, and its kernels,
+            GEMMs, lost linears and attentions. The attributes above are then the first profile's, and lost is what is
+            lost in any. Empty, and not in JSON, where there is one.
         cached: whether an unchanged request was answered without building.
         seconds: how long that took.
     """
@@ -121,16 +124,21 @@ class Built(Result):
     compute_capabilities: Sequence[str]
     profile: Mapping[str, Any]
     shapes: Mapping[str, Any]
+    profiles: Sequence[Mapping[str, Any]]
     cached: bool
     seconds: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON holds of it."""
+        return {key: value for key, value in super().as_dict().items() if key != "profiles" or value}
 
-@takes(gpu=names("rtx5090"), shapes=names("B=1:1:4"))
+
+@takes(gpu=names("rtx5090"), shapes=names("B=1:1:4"), profiles=are_profiles)
 def build(
     model: str | Path,
     *,
     gpu: str | Sequence[str] = "rtx5090",
-    # the optimization profile
+    # the optimization profile, or what is common to several
     resolution: Pixels | None = None,
     batch: Count | None = None,
     text: Count | None = None,
@@ -138,6 +146,7 @@ def build(
     audio: Count | None = None,
     shapes: str | Sequence[str] = (),
     reference_images: Count | None = None,
+    profiles: Asked | Sequence[Asked] = (),
     # the result
     output: str | Path | None = None,
     force: bool = False,
@@ -154,6 +163,8 @@ def build(
         model: an ONNX file, or a directory that holds model.onnx.
         gpu: one GPU, or several in one engine: a sequence, or "rtx5090,gb10" (see fp4trt.targets).
         resolution, batch, text, frames, audio, shapes, reference_images: see trt_build.profiles.make_profile.
+        profiles: several in one engine, such as [{"resolution": 1024, "batch": 1}, "resolution=512 batch=4"]; keys are
+            these names or, in a text, the command line's. What one does not say is as the options above say.
         output: the engine file, DIRECTORY/GPU.engine unless given; its manifest NAME.json goes beside it.
         force: replace a file at `output` that fp4trt did not build, or a build script that was edited.
         allow_slow: build what the lint finds slow, and publish an engine that lost FP4 where the graph promises it.
@@ -170,11 +181,18 @@ def build(
     options = {"resolution": resolution, "batch": batch, "text": text, "shapes": shapes}
     options |= {"frames": frames, "audio": audio, "reference_images": reference_images}
     plan = _validate(
-        model, gpu if isinstance(gpu, str) else ",".join(gpu), options, output, weight_streaming, allow_slow=allow_slow
+        model,
+        gpu if isinstance(gpu, str) else ",".join(gpu),
+        options,
+        profiles,
+        output,
+        weight_streaming,
+        allow_slow=allow_slow,
     )
     manifest.check_output(plan.engine, plan.graph, force=force)
     weights = plan.graph.weight_bytes
-    notes = (*plan.profile.notes, *_without_gemms(plan), *_lint(plan.graph.path, allow_slow=allow_slow))
+    told = (note for profile in plan.profiles for note in profile.notes)
+    notes = (*told, *_without_gemms(plan), *_lint(plan.graph.path, allow_slow=allow_slow))
     for line in notes:
         on_line(line)
     version = _tensorrt_version(plan, force)
@@ -184,7 +202,7 @@ def build(
     content = manifest.answering_manifest(plan.engine, request)
     cached = content is not None
     if content is None:
-        for line in memory_lines(weights, plan.targets):
+        for line in memory_lines(weights, plan.targets, len(plan.profiles)):
             on_line(line)
         for line in require_room(plan.engine, weights):
             on_line(line)
@@ -201,7 +219,8 @@ def build(
 def _validate(
     model: str | Path,
     gpu: str,
-    profile: dict[str, Any],
+    plain: dict[str, Any],
+    profiles: Asked | Sequence[Asked],
     output: str | Path | None,
     weight_streaming: bool,
     *,
@@ -215,16 +234,16 @@ def _validate(
         if paths and FORMATS[kind].elsewhere is None:
             require_format(targets, kind)
     fp8_attention = bool(graph.promised_attentions)
-    shapes = make_profile(graph.input_shapes, graph.symbols, **profile, fp8_attention=fp8_attention)
-    if fp8_attention and not allow_slow:
-        minima = {name: low for name, (low, _, _) in shapes.inputs.items()}
-        require_tokens(minima, graph.input_shapes, graph.symbols)
-    require_served(graph.model, graph.path.parent, shapes)
+    made = make_profiles(
+        graph.input_shapes, graph.symbols, plain, profiles, fp8_attention=fp8_attention, short_allowed=allow_slow
+    )
+    for profile in made:
+        require_served(graph.model, graph.path.parent, profile)
     default = graph.path.parent / ("_".join(target.name for target in targets) + ".engine")
     return _Plan(
         graph=graph,
         targets=targets,
-        profile=shapes,
+        profiles=made,
         engine=Path(output).absolute() if output is not None else default,
         weight_streaming=weight_streaming,
     )
@@ -264,7 +283,7 @@ def _tensorrt_version(plan: _Plan, force: bool) -> str:
         return str(importlib.import_module(plan.backend).__version__)
     installed = importlib.util.find_spec(plan.backend) is not None
     if not installed or target.compute_capability not in local_compute_capabilities():
-        content = script_of(plan.engine, plan.graph, target, plan.profile, plan.weight_streaming)
+        content = script_of(plan.engine, plan.graph, target, plan.profiles, plan.weight_streaming)
         script = write_script(script_path(plan.engine), content, force)
         lacking = f"a {target.name} in this machine" if installed else "tensorrt, which is not installed here"
         raise BackendMissingError(
@@ -281,7 +300,7 @@ def _request(plan: _Plan, version: str) -> dict[str, Any]:
         compute_capabilities=plan.compute_capabilities,
         backend=plan.backend,
         tensorrt_version=version,
-        profile={name: [list(shape) for shape in shapes] for name, shapes in plan.profile.inputs.items()},
+        profiles=[_shapes(profile) for profile in plan.profiles],
         weight_streaming=plan.weight_streaming,
         promised=plan.graph.promised,
         promised_attentions=plan.graph.promised_attentions,
@@ -300,26 +319,38 @@ def _build_and_publish(
         "onnx": str(plan.graph.path),
         "partial": str(partial),
         "compute_capabilities": plan.compute_capabilities,
-        "profile": request["profile"],
+        "profiles": [_shapes(profile) for profile in plan.profiles],
         "weight_streaming": plan.weight_streaming,
     }
     try:
         event = run_child(asked, on_progress)
-        layers = parse_layers(event["layers"])
-        coverage = measure_coverage(plan.graph, layers, plan.formats)
-        attentions = measure_attentions(plan.graph, layers)
+        layers = layers_of_profiles(event["layers"], len(plan.profiles))
+        coverages = [measure_coverage(plan.graph, each, plan.formats) for each in layers]
+        fused = [measure_attentions(plan.graph, each) for each in layers]
+        coverage, attentions = coverage_of_all(coverages), attentions_of_all(fused)
         if not allow_slow:
             require_coverage(coverage.lost, coverage.quantized_linears)
             require_attentions(attentions.lost, len(attentions.promised))
         result = {
             "engine_bytes": event["bytes"],
             "engine_sha256": event["sha256"],
-            "symbols": {name: list(extent) for name, extent in plan.profile.symbols.items()},
-            "kernels": len(layers),
+            "symbols": _symbols(plan.profiles[0]),
+            "kernels": len(layers[0]),
             **coverage.summary(),
             **attentions.summary(),
-            "branch": branch_cost(plan.graph, layers),
+            "branch": branch_cost(plan.graph, layers[0]),
         }
+        if len(plan.profiles) > 1:
+            result["profiles"] = [
+                {
+                    "symbols": _symbols(profile),
+                    "shapes": _shapes(profile),
+                    "kernels": len(kernels),
+                    **covered.summary(),
+                    **whole.summary(),
+                }
+                for profile, kernels, covered, whole in zip(plan.profiles, layers, coverages, fused, strict=True)
+            ]
         content = manifest.write_manifest(plan.engine, request, result)
         os.replace(partial, plan.engine)
         os.replace(partial_path(beside), beside)
@@ -328,6 +359,14 @@ def _build_and_publish(
         partial.unlink(missing_ok=True)
         partial_path(beside).unlink(missing_ok=True)
     return content
+
+
+def _symbols(profile: Profile) -> dict[str, list[int]]:
+    return {name: list(extent) for name, extent in profile.symbols.items()}
+
+
+def _shapes(profile: Profile) -> dict[str, list[list[int]]]:
+    return {name: [list(shape) for shape in shapes] for name, shapes in profile.inputs.items()}
 
 
 def _both(on_progress: OnProgress, progress: Progress) -> OnProgress:
@@ -352,8 +391,9 @@ def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: floa
         branch=content.get("branch"),
         gpus=[target.name for target in plan.targets],
         compute_capabilities=plan.compute_capabilities,
-        profile={name: list(extent) for name, extent in plan.profile.symbols.items()},
+        profile=_symbols(plan.profiles[0]),
         shapes=content["request"]["profile"],
+        profiles=content.get("profiles", []),
         cached=cached,
         seconds=round(seconds, 3),
     )

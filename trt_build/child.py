@@ -48,7 +48,7 @@ def main() -> int:
 def build_engine(request: dict[str, Any], on_progress: Callable[[float, str], None]) -> dict[str, Any]:
     """Build an engine into request["partial"] and return the closing event.
 
-    The request holds backend, onnx, partial, compute_capabilities, profile {input: [min, opt, max]} and
+    The request holds backend, onnx, partial, compute_capabilities, profiles [{input: [min, opt, max]}] and
     weight_streaming. The event is {"event": "done", "bytes", "sha256", "layers"} or {"event": "error",
     "kind": "graph" | "build" | "write", "message", "errno"}.
     """
@@ -105,12 +105,13 @@ def _make_config(request: dict[str, Any], builder: Any, network: Any, monitor: A
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    profile = Profile()
-    for name, (low, best, high) in request["profile"].items():
-        profile.add(name, min=low, opt=best, max=high)
+    profiles = [Profile() for _ in request["profiles"]]
+    for profile, shapes in zip(profiles, request["profiles"], strict=True):
+        for name, (low, best, high) in shapes.items():
+            profile.add(name, min=low, opt=best, max=high)
     trt = importlib.import_module(request["backend"])
     options = {
-        "profiles": [profile],
+        "profiles": profiles,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # without it the log has no layer information
         "progress_monitor": monitor,
         "weight_streaming": request["weight_streaming"],

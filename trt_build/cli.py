@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ _STEPS = 1000
 _EXAMPLE = """\b
 Example:
   fp4trt build flux-fp4 --gpu rtx5090 --resolution 512:1024:1360 --batch 1:1:4 --text 512
+  fp4trt build flux-fp4 --text 512 --profile "resolution=1024 batch=1" --profile "resolution=512 batch=4"
 """
 
 
@@ -50,6 +51,14 @@ Example:
     help="Range of a symbolic dimension or, as 1x64:4x64:8x64, of an input; for third-party graphs.",
 )
 @click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="'KEY=VALUE ...'",
+    help="One of several profiles in the engine. Keys are the options above without dashes; these hold for all that it "
+    "does not say.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -73,6 +82,8 @@ def build_command(model: Path, **options: Any) -> Built:
     with _progress_bar() as on_progress:
         result = build(model, on_progress=on_progress, on_line=on_line, **options)
     click.echo(_summary(result))
+    for number, profile in enumerate(result.profiles):
+        click.echo(f"  {_profile_line(number, profile)}")
     if branch := result.branch:
         what = f"low-rank branches of {branch['linears']} linears" if branch["linears"] else "smoothed inputs"
         click.echo(f"  {what}: {branch['bytes']:,} bytes, {branch['kernels']} of {result.kernels} kernels")
@@ -98,7 +109,20 @@ def _summary(result: Built) -> str:
     coverage = covered if promised else "nothing promises FP4 GEMMs of this graph"
     if result.quantized_attentions:
         coverage += f", {result.fp8_attentions} of {result.quantized_attentions} attentions are one FP8 kernel each"
-    return f"{result.engine}: {size:.2f} MB for {capabilities}, {how}; {coverage}"
+    several = f", {len(result.profiles)} profiles" if result.profiles else ""
+    return f"{result.engine}: {size:.2f} MB for {capabilities}{several}, {how}; {coverage}"
+
+
+def _profile_line(number: int, profile: Mapping[str, Any]) -> str:
+    shapes = {name: ["x".join(map(str, shape)) for shape in extent] for name, extent in profile["shapes"].items()}
+    sizes = profile["symbols"] or shapes
+    extents = ", ".join(f"{name} {_extent(extent)}" for name, extent in sizes.items())
+    gemms = " and ".join(f"{each['gemms']} {FORMATS[kind].gemm}" for kind, each in profile["coverage"].items())
+    return f"profile {number}: {extents}; {gemms or 0} GEMMs, {profile['kernels']} kernels"
+
+
+def _extent(values: Sequence[object]) -> str:
+    return ":".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
 @contextmanager

@@ -59,24 +59,28 @@ def make_request(
     compute_capabilities: list[str],
     backend: str,
     tensorrt_version: str,
-    profile: dict[str, list[list[int]]],
+    profiles: Sequence[dict[str, list[list[int]]]],
     weight_streaming: bool,
     promised: Mapping[str, Sequence[str]],
     promised_attentions: Sequence[str],
 ) -> dict[str, Any]:
-    """Return all that decides an engine's bytes and the verdict on it; equal requests are answered by one engine."""
+    """Return all that decides an engine's bytes and the verdict on it; equal requests are answered by one engine.
+
+    `profile` is the first, as it was before there could be several, which `profiles` has all of.
+    """
     return {
         "onnx_sha256": onnx_sha256,
         "gpus": gpus,
         "compute_capabilities": compute_capabilities,
         "backend": backend,
         "tensorrt_version": tensorrt_version,
-        "profile": profile,
+        "profile": profiles[0],
         "promised_fp4": list(promised.get(NVFP4.name, ())),
         "promised_fp8": list(promised.get(FP8.name, ())),
         "promised": {kind: list(paths) for kind, paths in promised.items()},
         "promised_attentions": list(promised_attentions),
         "flags": {"strongly_typed": True, "weight_streaming": weight_streaming},
+        **({"profiles": list(profiles)} if len(profiles) > 1 else {}),
     }
 
 

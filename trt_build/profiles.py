@@ -10,7 +10,7 @@ from fp4trt.errors import BadModelError, BadProfileError
 from fp4trt.families.dim import BOUNDS, OPTIONS, out_of_order
 from trt_build.least_tokens import raised
 
-__all__ = ["Count", "Extent", "InputShape", "Pixels", "Profile", "make_profile"]
+__all__ = ["Count", "Extent", "InputShape", "Pixels", "Profile", "as_text", "make_profile", "pictures_of"]
 
 Extent = tuple[int, int, int]
 """Minimum, optimum and maximum of one dimension."""
@@ -28,11 +28,15 @@ InputShape = tuple[int | str | None, ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """Minimum, optimum and maximum shape of every input, the extent of every symbol, and what is to be told of it."""
+    """Minimum, optimum and maximum shape of every input, the extent of every symbol, and what is to be told of it.
+
+    Messages call it by its label.
+    """
 
     inputs: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     symbols: dict[str, Extent]
     notes: tuple[str, ...] = ()
+    label: str = "the profile"
 
 
 def make_profile(
@@ -72,9 +76,8 @@ def make_profile(
     """
     for name, symbol in symbols.items():
         _check_symbol(name, symbol)
-    options = {"--resolution": _pixels_as_text(resolution), "--frames": frames, "--audio": audio}
-    options |= {"--batch": batch, "--text": text}
-    given = {option: _as_text(value) for option, value in options.items() if value is not None}
+    options = {"--resolution": resolution, "--frames": frames, "--audio": audio, "--batch": batch, "--text": text}
+    given = {option: as_text(option, value) for option, value in options.items() if value is not None}
     known = {option for symbol in symbols.values() for option in OPTIONS[symbol["kind"]]}
     for option, value in given.items():
         if option not in known:
@@ -83,7 +86,7 @@ def make_profile(
             )
     extents = {name: _symbol_extent(symbol, given) for name, symbol in symbols.items()}
     if reference_images is not None:
-        extents |= _with_references(extents, symbols, _as_text(reference_images))
+        extents |= _with_references(extents, symbols, as_text("--reference-images", reference_images))
     named = {name for name, symbol in symbols.items() if given.keys() & set(OPTIONS[symbol["kind"]])}
     whole: dict[str, tuple[tuple[int, ...], ...]] = {}
     for shape in (shapes,) if isinstance(shapes, str) else shapes:
@@ -106,16 +109,20 @@ def make_profile(
     return Profile({name: (low, best, high) for name, (low, best, high) in inputs.items()}, extents, notes)
 
 
-def _as_text(value: Any) -> str:
-    """Return an option as the command line has it, which messages quote."""
-    return ":".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def _pixels_as_text(value: Any) -> Any:
-    """Return pixels with each (width, height) as the command line has it."""
+def as_text(option: str, value: Any) -> str:
+    """Return an option's value as the command line has it, which messages quote; of --resolution with 768x1360."""
     if not isinstance(value, tuple | list):
-        return value
-    return "x".join(map(str, value)) if len(value) == 2 else [_pixels_as_text(part) for part in value]
+        return str(value)
+    if option == "--resolution" and len(value) == 2:
+        return "x".join(map(str, value))
+    return ":".join(as_text(option, part) for part in value)
+
+
+def pictures_of(resolution: Pixels) -> list[tuple[int, int]]:
+    """Return width and height of minimum, optimum and maximum of a resolution that a profile was made of."""
+    parts = [part.split("x") for part in as_text("--resolution", resolution).lower().split(":")]
+    pictures = [(int(part[0]), int(part[-1])) for part in parts]
+    return pictures if len(pictures) > 1 else 3 * pictures
 
 
 def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from textwrap import indent
+from typing import Final
 
 from fp4trt.errors import OutputExistsError
 from fp4trt.file_output import made_folder, write_texts
@@ -15,7 +18,7 @@ from trt_build.profiles import Profile
 
 __all__ = ["script_of", "script_path", "write_script"]
 
-_TEMPLATE = Template('''\
+_TEMPLATE: Final = Template('''\
 # Written by fp4trt: replaced by the next build only while it is unchanged.
 """Build $engine_name for $gpu ($capability) with the tensorrt package; run it on a machine that has this GPU.
 
@@ -29,7 +32,7 @@ that does not know it says so. Take the model together with the weight files tha
 
 import json
 import os
-import sys
+${imports}import sys
 from pathlib import Path
 
 import tensorrt as trt
@@ -41,9 +44,7 @@ PROMISED = {  # the type of both operands, as TensorRT's layer information has i
 $promised
 }
 PROMISED_ATTENTIONS = $attentions  # name: the two products that one kernel is to compute in FP8
-PROFILE = {  # input: minimum, optimum and maximum shape
-$profile
-}
+$profiles
 
 
 class Log(trt.ILogger):
@@ -58,7 +59,7 @@ class Log(trt.ILogger):
             self.layers = message
 
 
-def main():
+${functions}def main():
     log = Log()
     builder = trt.Builder(log)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -70,10 +71,7 @@ def main():
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if $weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    profile = builder.create_optimization_profile()
-    for name, shapes in PROFILE.items():
-        profile.set_shape(name, *shapes)
-    config.add_optimization_profile(profile)
+$add_profiles
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         sys.exit("error: TensorRT " + trt.__version__ + " did not build the engine")
@@ -81,21 +79,10 @@ def main():
     partial.write_bytes(plan)
     os.replace(partial, ENGINE)
     kernels = [line for line in log.layers.splitlines() if line.startswith("Name: ")]
-    counts, lost = {}, []
-    for kind, names in PROMISED.items():
-        read = [k for k in kernels if kind in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
-        gemms = [k for k in read if kind in k.partition("Constants: [")[2].partition("], Outputs:")[0]]
-        counts[kind.lower() + "_gemms"] = len(gemms)
-        lost += [name for name in names if not any(f"[ONNX Layer: {name}/MatMul]" in k for k in gemms)]
-    result = {"engine": str(ENGINE), "engine_bytes": ENGINE.stat().st_size, "tensorrt": trt.__version__}
+${counting}    result = {"engine": str(ENGINE), "engine_bytes": ENGINE.stat().st_size, "tensorrt": trt.__version__}
     if not kernels:
         sys.exit(json.dumps(result) + " warning: no layer information, so FP4 coverage is unknown")
-    fp8 = [k for k in kernels if "FP8" in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
-    apart = [
-        name
-        for name, products in PROMISED_ATTENTIONS.items()
-        if not any(all(f"[ONNX Layer: {product}]" in k for product in products) for k in fp8)
-    ]
+$fusing
     print(json.dumps({**result, **counts, "lost": lost, "lost_attentions": apart}))
     if lost:
         sys.exit(f"error: {len(lost)} of {sum(map(len, PROMISED.values()))} linears run in 16 bit")
@@ -105,6 +92,55 @@ def main():
 
 main()
 ''')
+
+_ADD_PROFILE: Final = """\
+    profile = builder.create_optimization_profile()
+    for name, shapes in PROFILE.items():
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
+"""
+
+_COUNTING: Final = """\
+    counts, lost = {}, []
+    for kind, names in PROMISED.items():
+        read = [k for k in kernels if kind in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
+        gemms = [k for k in read if kind in k.partition("Constants: [")[2].partition("], Outputs:")[0]]
+        counts[kind.lower() + "_gemms"] = len(gemms)
+        lost += [name for name in names if not any(f"[ONNX Layer: {name}/MatMul]" in k for k in gemms)]
+"""
+
+_FUSING: Final = """\
+    fp8 = [k for k in kernels if "FP8" in k.partition("Inputs: [")[2].partition("], Constants:")[0]]
+    apart = [
+        name
+        for name, products in PROMISED_ATTENTIONS.items()
+        if not any(all(f"[ONNX Layer: {product}]" in k for product in products) for k in fp8)
+    ]
+"""
+
+_BY_PROFILE: Final = f"""\
+def by_profile(kernels):
+    # From the second profile on names are marked: not all of them, but some of each subgraph's, _mylNUMBER_.
+    subgraphs = [(re.search(r"_myl(\\d+)_\\d+, LayerType", k) or [k, k])[1] for k in kernels]
+    marks = [re.search(r"\\[profile (\\d+)\\]", k) for k in kernels]
+    marked = {{subgraph: int(mark[1]) for subgraph, mark in zip(subgraphs, marks) if mark}}
+    numbers = [marked.get(subgraph, 0) for subgraph in subgraphs]
+    own = [[k for number, k in zip(numbers, kernels) if number == i] for i in range(len(PROFILES))]
+    return own if all(own) else []
+
+
+def measure(kernels):
+{_COUNTING}{_FUSING}    return counts, lost, apart
+
+
+"""
+
+_ALL_PROFILES: Final = """\
+    found = [measure(kernels) for kernels in profiles]
+    counts = {**found[0][0], "profiles": [counts for counts, _, _ in found]}
+    lost = list(dict.fromkeys(name for _, names, _ in found for name in names))  # in any profile
+    apart = list(dict.fromkeys(name for _, _, names in found for name in names))
+"""
 
 
 def script_path(engine: Path) -> Path:
@@ -116,7 +152,7 @@ def script_of(
     engine: Path,
     graph: Graph,
     target: Target,
-    profile: Profile,
+    profiles: Sequence[Profile],
     weight_streaming: bool,
 ) -> str:
     """Return the build script of a requested engine.
@@ -130,7 +166,6 @@ def script_of(
         for name in graph.promised_attentions
     }
     promised = {FORMATS[kind].gemm: paths for kind, paths in graph.promised.items()}
-    rows = (f"    {name!r}: {shapes!r}," for name, shapes in profile.inputs.items())
     return _TEMPLATE.substitute(
         engine_name=engine.name,
         script_name=path.name,
@@ -140,9 +175,41 @@ def script_of(
         engine=repr(engine.name),
         promised="\n".join(f"    {kind!r}: {list(names)!r}," for kind, names in promised.items()),
         attentions=repr(attentions),
-        profile="\n".join(rows),
         weight_streaming=weight_streaming,
+        **(_of_one(profiles[0]) if len(profiles) == 1 else _of_several(profiles)),
     )
+
+
+def _of_one(profile: Profile) -> dict[str, str]:
+    """Return the parts of a script that builds one profile."""
+    rows = _rows(profile)
+    return {
+        "imports": "",
+        "profiles": f"PROFILE = {{  # input: minimum, optimum and maximum shape\n{rows}\n}}",
+        "functions": "",
+        "add_profiles": _ADD_PROFILE.rstrip(),
+        "counting": _COUNTING,
+        "fusing": _FUSING.rstrip(),
+    }
+
+
+def _of_several(profiles: Sequence[Profile]) -> dict[str, str]:
+    """Return the parts of a script that builds several: what any of them loses is lost."""
+    rows = "\n".join(f"    {{\n{indent(_rows(profile), '    ')}\n    }}," for profile in profiles)
+    return {
+        "imports": "import re\n",
+        "profiles": f"PROFILES = [  # of each, input: minimum, optimum and maximum shape\n{rows}\n]",
+        "functions": _BY_PROFILE,
+        "add_profiles": f"    for shapes_of in PROFILES:\n{indent(_ADD_PROFILE, '    ')}".rstrip().replace(
+            "PROFILE.", "shapes_of."
+        ),
+        "counting": "    profiles = kernels = by_profile(kernels)\n",
+        "fusing": _ALL_PROFILES.rstrip(),
+    }
+
+
+def _rows(profile: Profile) -> str:
+    return "\n".join(f"    {name!r}: {shapes!r}," for name, shapes in profile.inputs.items())
 
 
 def write_script(path: Path, content: str, force: bool) -> Path:

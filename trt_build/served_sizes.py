@@ -42,20 +42,20 @@ def require_served(model: onnx.ModelProto, directory: Path, profile: Profile) ->
             known = dependences(model)
             names = {name for tensor in misfit.reads for name in known.by_anything(tensor)}
             given = {name: shape for name, shape in inputs.items() if name in names}
-            odd.append(_refused(label, given, misfit.message))
+            odd.append(_refused(f"{label} of {profile.label}", given, misfit.message))
             if misfit.unequal:
                 raise BadProfileError(odd[-1])
         for fault in _outputs(model, inputs, found.sizes):
-            raise BadProfileError(_refused(label, inputs, fault))
+            raise BadProfileError(_refused(f"{label} of {profile.label}", inputs, fault))
     if 0 < len(odd) < len(_CORNERS):  # what is wrong at all sizes is not the profile's fault: the parser will say what
         raise BadProfileError(odd[0])
 
 
-def _refused(label: str, inputs: Mapping[str, Sequence[int]], fault: str) -> str:
+def _refused(where: str, inputs: Mapping[str, Sequence[int]], fault: str) -> str:
     given = ", ".join(f"{name} is {'x'.join(map(str, shape))}" for name, shape in inputs.items())
-    where = f", where {given}" if given else ""
+    sizes = f", where {given}" if given else ""
     return (
-        f"the graph cannot serve the {label} of the profile{where}: {fault}; "
+        f"the graph cannot serve the {where}{sizes}: {fault}; "
         "give a range that it can, or export it again with that size dynamic"
     )
 

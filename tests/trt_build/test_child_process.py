@@ -173,7 +173,7 @@ def test_what_the_builder_refuses_is_one_line_with_its_reason(attention_graph: A
         "onnx": str(attention_graph()),
         "partial": str(tmp_path / "out.engine.partial"),
         "compute_capabilities": ["SM89"],
-        "profile": {"hidden_states": [[1, 64, 128]] * 3},
+        "profiles": [{"hidden_states": [[1, 64, 128]] * 3}],
         "weight_streaming": False,
     }
     with pytest.raises(BuilderFailedError, match=r"refused to build .* Cannot compile for target.*sm89.*fp4") as caught:

@@ -16,8 +16,11 @@ def call(*arguments: str) -> Any:
 
 def test_help_ends_with_an_example() -> None:
     text = CliRunner().invoke(build_command, ["--help"]).output
-    assert "Example:" in text.splitlines()[-2]
-    assert text.splitlines()[-1].startswith("    fp4trt build flux-fp4 --gpu rtx5090")
+    assert "Example:" in text.splitlines()[-3]
+    assert text.splitlines()[-2].startswith("    fp4trt build flux-fp4 --gpu rtx5090")
+    assert text.splitlines()[-1].startswith(
+        '    fp4trt build flux-fp4 --text 512 --profile "resolution=1024 batch=1" --pr'
+    )
 
 
 def test_the_command_prints_one_line_and_returns_the_result(attention_graph: Any) -> None:

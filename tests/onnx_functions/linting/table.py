@@ -53,7 +53,7 @@ def verdict(path: Path, untouched: Graph) -> str:
         "onnx": str(path),
         "partial": str(partial),
         "compute_capabilities": ["SM120"],
-        "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.inputs.items()},
+        "profiles": [{name: [list(shape) for shape in shapes] for name, shapes in profile.inputs.items()}],
         "weight_streaming": False,
     }
     try:
