@@ -102,6 +102,8 @@ def make_profile(
             raise BadProfileError(f"--shape {shape}: the graph has no input or symbol {name!r}; it has {there}")
     extents, notes = raised(extents, symbols, named) if fp8_attention else (extents, ())
     notes = (*notes, *_beyond_a_picture(extents, symbols))
+    if reference_images is not None:
+        notes = (*notes, *_of_one_length(extents, symbols))
     inputs = {
         name: whole[name] if name in whole else _resolve(name, dimensions, extents)
         for name, dimensions in input_shapes.items()
@@ -206,6 +208,17 @@ def _beyond_a_picture(extents: Mapping[str, Extent], symbols: Mapping[str, Mappi
             yield (
                 f"{name} goes to {extents[name][2]} image tokens, beyond the {largest} of the model's largest picture, "
                 "as pictures to edit or to refer to need"
+            )
+
+
+def _of_one_length(extents: Mapping[str, Extent], symbols: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what is to be told where pictures to refer to have to be of one size, which pipelines do not give them."""
+    for name, symbol in symbols.items():
+        low, _, high = extents[name]
+        if symbol["kind"] == "image_tokens" and low == high:
+            yield (
+                f"{name} is {low} image tokens and no other number, which pictures to refer to have to add up to: "
+                "give --resolution MIN:OPT:MAX where they may differ"
             )
 
 

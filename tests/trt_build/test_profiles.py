@@ -134,10 +134,11 @@ def test_reference_images_are_further_image_tokens() -> None:
     made = profile(resolution="1024", reference_images="2")
     assert made.symbols["L"] == (12288, 12288, 12288)
     assert made.inputs["img_ids"] == ((12288, 3), (12288, 3), (12288, 3))
-    (note,) = made.notes
+    note, only = made.notes
+    assert only.startswith("L is 12288 image tokens and no other number")
     assert note.startswith("L goes to 12288 image tokens, beyond the 7225 of the model's largest picture")
     assert profile(resolution="512:1024:1360", reference_images="0:1:2").symbols["L"] == (1024, 8192, 21675)
-    assert profile(resolution="512", reference_images=0) == profile(resolution="512")
+    assert profile(resolution="512:512:1024", reference_images=0) == profile(resolution="512:512:1024")
     assert profile(shapes=["L=256:8192:8192"]).symbols["L"] == (256, 8192, 8192)
     with pytest.raises(BadProfileError, match="--reference-images 1: the model declares no image tokens"):
         make_profile({"x": ("B", 64)}, {}, reference_images=1)
