@@ -274,7 +274,7 @@ def test_a_safetensors_file_that_is_cut_short_is_refused(copy_of_digits: Path) -
 
 
 def test_a_safetensors_header_whose_sizes_contradict_each_other_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    (tmp_path / "config.json").write_text('{"_class_name": "MochiTransformer3DModel"}')
     header = json.dumps({"a.weight": {"dtype": "BF16", "shape": [4, 4], "data_offsets": [0, 8]}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(8)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(data)
