@@ -11,6 +11,7 @@ from typing import Any, Final
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch._dynamo.exc import UserError
 
 from calibration.checkpoints.plain import model_class, stays_fp32
 from calibration.checkpoints.quantized import Checkpoint, plain_config
@@ -18,6 +19,7 @@ from exporter.decompose import decompose
 from exporter.passes.stamp_blocks import TRACED_BLOCKS
 from exporter.quiet import quiet
 from exporter.trt_ops import TracedLinear, translations
+from fp4trt.errors import UnsupportedModel
 from fp4trt.families import Family
 
 __all__ = ["OPSET", "other_linears", "trace", "traced_config", "translate"]
@@ -48,13 +50,19 @@ def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
                     model.set_submodule(path, TracedLinear(linear, path))
         example = family.example_inputs(config, (_BATCH, _IMAGE_TOKENS, _TEXT_TOKENS), 0, torch.bfloat16)
         inputs = {name: value.to("meta") for name, value in example.items()}
-        return torch.export.export(
-            model,
-            (),
-            kwargs={**inputs, "return_dict": False},
-            dynamic_shapes={**_dynamic_shapes(family.input_shapes(config)), "return_dict": None},
-            strict=False,
-        )
+        try:
+            return torch.export.export(
+                model,
+                (),
+                kwargs={**inputs, "return_dict": False},
+                dynamic_shapes={**_dynamic_shapes(family.input_shapes(config)), "return_dict": None},
+                strict=False,
+            )
+        except UserError as error:
+            raise UnsupportedModel(
+                f"torch.export cannot trace {family.name} with sizes that change: {str(error).strip().partition('!')[0]}; "
+                "a size that the model divides, as that of a picture it cuts into patches, has to be outside of it"
+            ) from None
 
 
 def traced_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class _Rooms(click.Group):
 )
 @click.version_option(__version__, prog_name="fp4trt")
 def _cli() -> None:
-    """Take a FLUX transformer from a 16-bit checkpoint to a validated FP4 TensorRT engine.
+    """Take a diffusion transformer from a 16-bit checkpoint to a validated FP4 TensorRT engine.
 
     \b
     Example:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fp4trt.errors import BadModule
+from fp4trt.custom_checks import reason_of, refuse_misfits, refuse_other_results, sized
+from fp4trt.errors import BadModule, OutputExists
 from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Dtype, Family, Group, Input, Role, Stack
 
@@ -44,8 +44,8 @@ class CustomModel:
         outputs: name of each tensor that ``forward`` returns to its axes, in order.
         sizes: name of a size that may change to its minimum, default and maximum.
         linears: patterns of the module paths of the linears to quantize, as recipes have them.
-        blocks: paths of module lists whose members run one after another, such as ``("blocks",)``. What runs block by
-            block (``nvfp4-quality`` and its kin, ``validate --level blocks``) needs them.
+        blocks: paths of the module lists whose members run one after another, such as ``("blocks",)``, in the order in
+            which they run: calibration goes block by block.
         roles: name of an input to what example values of it are, where normal numbers will not do: ``time`` in (0, 1],
             ``guidance`` in [1, 5), ``mask``, ``padding``, ``choice`` of 0 and 1.
     """
@@ -56,8 +56,8 @@ class CustomModel:
     axes: Mapping[str, Axes]
     outputs: Mapping[str, Axes]
     sizes: Mapping[str, tuple[int, int, int]]
+    blocks: Sequence[str]
     linears: Sequence[str] = ("*",)
-    blocks: Sequence[str] = ()
     roles: Mapping[str, Role] = field(default_factory=dict)
 
     def family(self) -> Family:
@@ -69,16 +69,18 @@ class CustomModel:
         return _family(self)
 
 
-def save_checkpoint(model: CustomModel, module: nn.Module, folder: str | Path) -> None:
+def save_checkpoint(model: CustomModel, module: nn.Module, folder: str | Path, force: bool = False) -> None:
     """Write a module with its weights as the plain checkpoint that the verbs take: BF16, and a config.json.
 
     Args:
         model: what describes it.
         module: as ``model.make`` makes it, trained.
-        folder: to write; made where it is missing.
+        folder: to write.
+        force: write into a folder that is there.
 
     Raises:
-        BadModule: the module's tensors are not those of what ``model.make`` makes.
+        BadModule: the module's tensors are not those of what ``model.make`` makes, or not finite.
+        OutputExists: the folder is there.
     """
     import torch
 
@@ -90,7 +92,12 @@ def save_checkpoint(model: CustomModel, module: nn.Module, folder: str | Path) -
     for name in made.keys() | state.keys():
         if made.get(name) != (tuple(state[name].shape) if name in state else None):
             raise BadModule(f"{name} of the module to save is not that of what make() makes; expected the same class")
+    odd = next((name for name, value in state.items() if not value.isfinite().all()), None)
+    if odd is not None:
+        raise BadModule(f"{odd} of the module to save holds NaN or infinity in BF16; expected finite weights")
     folder = Path(folder)
+    if folder.exists() and not force:
+        raise OutputExists(f"{folder} exists; give another folder, or force=True")
     folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": model.name, **_counts(model, _made(model))}
     plan = [plan_of(name, value) for name, value in state.items()]
@@ -99,7 +106,7 @@ def save_checkpoint(model: CustomModel, module: nn.Module, folder: str | Path) -
 
 
 def _family(model: CustomModel) -> Family:
-    _refuse_what_does_not_fit(model)
+    refuse_misfits(model)
     module = _made(model)
     counts = _counts(model, module)
     groups = tuple(_groups(model, module))
@@ -138,32 +145,29 @@ def _bounds(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     return low, high, usual
 
 
-def _refuse_what_does_not_fit(model: CustomModel) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", model.name):
-        raise BadModule(f"the model's name is {model.name!r}; expected letters, digits, _ and -")
-    if set(model.axes) != set(model.inputs):
-        odd = sorted(set(model.axes) ^ set(model.inputs))[0]
-        raise BadModule(f"{model.name}: {odd} is not in both inputs and axes; expected the same names")
-    for name, axes in [*model.axes.items(), *model.outputs.items()]:
-        unknown = [axis for axis in axes if isinstance(axis, str) and axis not in model.sizes]
-        if unknown:
-            raise BadModule(
-                f"{model.name}: {name} has an axis {unknown[0]!r}; expected one of {', '.join(model.sizes)}"
-            )
-        if name in model.inputs and len(axes) != model.inputs[name].dim():
-            shape = list(model.inputs[name].shape)
-            raise BadModule(f"{model.name}: {name} has {len(axes)} axes, and its example the shape {shape}")
-    for name, sizes in model.sizes.items():
-        if len(sizes) != 3 or not 0 < sizes[0] <= sizes[1] <= sizes[2]:
-            raise BadModule(f"{model.name}: {name} is {sizes}; expected minimum, default and maximum, in order")
-
-
 def _made(model: CustomModel) -> nn.Module:
     """Return the module on the meta device, in BF16."""
     import torch
+    from torch import nn
 
-    with torch.device("meta"):
-        return model.make().to(torch.bfloat16).eval()
+    try:
+        with torch.device("meta"):
+            module = model.make()
+    except Exception as error:
+        raise BadModule(
+            f"{model.name}: make() raised {reason_of(error)}; it is called without arguments, on the meta device, and "
+            "has to make the module without its data"
+        ) from None
+    if not isinstance(module, nn.Module):
+        raise BadModule(f"{model.name}: make() returned a {type(module).__name__}; expected a torch.nn.Module")
+    stored = module.state_dict()
+    for name, value in module.named_buffers():
+        if name not in stored or not value.is_floating_point():
+            what = "not persistent" if name not in stored else f"{value.dtype}"
+            raise BadModule(
+                f"{model.name}: the buffer {name} is {what}, which no checkpoint holds; compute it in forward"
+            )
+    return module.to(torch.bfloat16).eval()
 
 
 def _counts(model: CustomModel, module: nn.Module) -> dict[str, int]:
@@ -183,11 +187,13 @@ def _counts(model: CustomModel, module: nn.Module) -> dict[str, int]:
 
 
 def _groups(model: CustomModel, module: nn.Module) -> Iterator[Group]:
-    """Yield the linears to quantize by the tensor that they read, in the order in which they run."""
-    import torch
+    """Yield the linears to quantize by the tensor that they read and the block that they lie in, as they run.
+
+    Raises:
+        BadModule: the module does not run on the examples as it is described.
+    """
     from torch import nn
 
-    read: dict[int, tuple[torch.Tensor, list[str]]] = {}
     chosen = {
         path: linear
         for path, linear in module.named_modules()
@@ -195,45 +201,69 @@ def _groups(model: CustomModel, module: nn.Module) -> Iterator[Group]:
     }
     if not chosen:
         raise BadModule(f"{model.name} has no linear that {' or '.join(model.linears)} matches")
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-            read.setdefault(id(given[0]), (given[0], []))[1].append(path)
-
-        return hook
-
-    handles = [linear.register_forward_pre_hook(note(path)) for path, linear in chosen.items()]
-    inputs = {name: value.to("meta") for name, value in model.inputs.items()}
-    try:
-        with torch.no_grad():
-            module(**inputs)
-    except Exception as error:
-        raise BadModule(f"{model.name} does not run on its example inputs: {type(error).__name__}: {error}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
-    ran = [path for _, paths in read.values() for path in paths]
+    lists = {path: module.get_submodule(path) for path in model.blocks}
+    blocks = {f"{path}.{name}": block for path, each in lists.items() for name, block in each.named_children()}
+    read, ran = _run(model, module, chosen, blocks)
+    if ran != list(blocks):
+        order = ", ".join(dict.fromkeys(block.rpartition(".")[0] for block in ran))
+        raise BadModule(f"{model.name}: the blocks run otherwise than listed; expected each once, in the order {order}")
+    linears = [path for _, paths in read for path in paths]
     for path in chosen:
-        if ran.count(path) != 1:
-            times = f"runs {ran.count(path)} times" if path in ran else "does not run"
+        if linears.count(path) != 1:
+            times = f"runs {linears.count(path)} times" if path in linears else "does not run"
             raise BadModule(f"{model.name}: {path} {times} in a call; expected once, or leave it out of linears")
-    for value, paths in read.values():
+    for value, paths in read:
         yield Group(_tokens(model, value), tuple(paths))
 
 
+def _run(
+    model: CustomModel, module: nn.Module, chosen: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module]
+) -> tuple[list[tuple[torch.Tensor, list[str]]], list[str]]:
+    """Run the module on its examples; return what the chosen linears read, by block, and the blocks as they ran."""
+    import torch
+
+    read: dict[tuple[int, str], tuple[torch.Tensor, list[str]]] = {}
+    ran: list[str] = []
+
+    def note(path: str) -> Callable[..., None]:
+        block = next((block for block in blocks if path.startswith(f"{block}.")), "")
+
+        def hook(linear: Any, given: tuple[torch.Tensor, ...], named: Mapping[str, torch.Tensor]) -> None:
+            (value,) = (*given, *named.values())
+            if value.dtype != linear.weight.dtype:
+                raise BadModule(f"{model.name}: {path} reads {value.dtype}; give inputs that it computes of in BF16")
+            read.setdefault((id(value), block), (value, []))[1].append(path)
+
+        return hook
+
+    def pass_by(block: str) -> Callable[..., None]:
+        return lambda *_: ran.append(block)
+
+    handles = [linear.register_forward_pre_hook(note(path), with_kwargs=True) for path, linear in chosen.items()]
+    handles += [block.register_forward_pre_hook(pass_by(path)) for path, block in blocks.items()]
+    try:
+        with torch.no_grad():
+            result = module(**{name: value.to("meta") for name, value in model.inputs.items()})
+    except BadModule:
+        raise
+    except Exception as error:
+        reason = reason_of(error)
+        raise BadModule(f"{model.name} does not run on its example inputs, on the meta device: {reason}") from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    refuse_other_results(model, result)
+    return list(read.values()), ran
+
+
 def _tokens(model: CustomModel, read: torch.Tensor) -> str:
-    """Return whose tokens a linear reads, by the number that it reads in the examples; empty for one vector."""
-    example = {axis: size for name in model.inputs for axis, size in _sized(model, name)}
+    """Return whose tokens a linear reads, by how many it reads in the examples; empty for one vector."""
+    example = {axis: size for name in model.inputs for axis, size in sized(model, name)}
     count = read[0, ..., 0].numel() if read.dim() > 2 else 1
-    names = [name for name, size in example.items() if size == count and name != "B"]
+    names = [name for name, size in example.items() if size == count]
     sums = (f"{a}+{b}" for a in example for b in example if a < b and example[a] + example[b] == count)
-    return "" if count == 1 else next(iter(names), None) or next(sums, "")
-
-
-def _sized(model: CustomModel, name: str) -> Iterator[tuple[str, int]]:
-    for axis, size in zip(model.axes[name], model.inputs[name].shape, strict=True):
-        if isinstance(axis, str) and axis != "B":
-            yield axis, size
+    most = max(example, key=lambda name: example[name], default="")  # where it is neither, as of patches
+    return "" if count == 1 else next(iter(names), None) or next(sums, most)
 
 
 def _stack(path: str, count: int, groups: Sequence[Group]) -> Stack:

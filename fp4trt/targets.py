@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp4trt.errors import UnknownGpuError, UnsupportedFormatError
-from fp4trt.number_formats import FORMATS
+from fp4trt.number_formats import FORMATS, FP8
 
 __all__ = ["TARGETS", "Target", "parse_gpus", "require_format"]
 
@@ -104,8 +104,10 @@ def require_format(targets: Sequence[Target], number_format: str) -> None:
     if lacking:
         names = ", ".join(f"{target.name} ({target.compute_capability})" for target in lacking)
         able = ", ".join(sorted(FORMATS[number_format].gpus, key=lambda name: int(name.removeprefix("SM"))))
+        others = [kind for kind in FORMATS if all(kind in target.formats for target in targets)]
+        advice = f", or quantize by {others[0]}-ptq or {others[0]}-quality" if FP8.name in others[:1] else ""
         raise UnsupportedFormatError(
-            f"the graph is {number_format.upper()}, which {names} cannot compute; choose a GPU of {able}"
+            f"the graph is {number_format.upper()}, which {names} cannot compute; choose a GPU of {able}{advice}"
         )
 
 

@@ -76,7 +76,16 @@ def _loaded(name: str) -> Family:
         raise BadModule(
             f"{where} has no function {function}; expected one that returns a fp4trt.custom_model.CustomModel"
         )
-    return _family(name, described())
+    try:
+        made = described()
+    except BadModule:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadModule(
+            f"{name} raised {reason}; expected a function without arguments that returns a CustomModel"
+        ) from None
+    return _family(name, made)
 
 
 def _import(where: str) -> Any:

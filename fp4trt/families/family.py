@@ -300,10 +300,15 @@ class Family:
         }
 
     def sizes(self, batch: int, image_tokens: int, text_tokens: int) -> dict[str, int]:
-        """Return the symbolic dimensions' sizes by what they count: a video's as an image's, audio's 4 above text's."""
+        """Return the symbolic dimensions' sizes by what they count: a video's as an image's, audio's 4 above text's.
+
+        Sizes of no kind begin at an image's too, each 4 above the one before it.
+        """
         counts: dict[Kind, int] = {"batch": batch, "image_tokens": image_tokens, "text_tokens": text_tokens}
-        counts |= {"video_tokens": image_tokens, "audio_tokens": text_tokens + 4, "size": image_tokens}
-        return {name: counts[dim.kind] for name, dim in self.dims.items()}
+        counts |= {"video_tokens": image_tokens, "audio_tokens": text_tokens + 4}
+        others = [name for name, dim in self.dims.items() if dim.kind == "size"]
+        free = {name: image_tokens + 4 * index for index, name in enumerate(others)}
+        return {name: free[name] if name in free else counts[dim.kind] for name, dim in self.dims.items()}
 
     def example_inputs(
         self, config: Config, sizes: Sizes | tuple[int, int, int], seed: int, dtype: torch.dtype

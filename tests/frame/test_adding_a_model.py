@@ -17,7 +17,7 @@ from torch import nn
 import fp4trt
 from fp4trt import cli
 from fp4trt.custom_model import CustomModel, save_checkpoint
-from fp4trt.errors import BadModule
+from fp4trt.errors import BadModule, OutputExists
 from fp4trt.families import custom, family_of
 from fp4trt.json_file import load_json
 
@@ -75,6 +75,7 @@ WRONG = {
     "nowhere.py:denoiser": "nowhere.py cannot be imported (FileNotFoundError: there is no ",
     "my_model:nothing": "my_model has no function nothing",
     "my_model:Denoiser": "my_model:Denoiser returns a Denoiser; expected a fp4trt.custom_model.CustomModel",
+    "my_model:Block": "my_model:Block raised TypeError: Block.__init__() missing 1 required positional argument",
 }
 
 
@@ -90,14 +91,19 @@ def test_a_module_that_cannot_be_used_is_one_line(name: str, capsys: pytest.Capt
 class _Two(nn.Module):
     """Runs one linear twice, and never another."""
 
-    def __init__(self) -> None:
+    def __init__(self, backwards: bool = False, persistent: bool = True) -> None:
         super().__init__()
+        self.backwards = backwards
+        self.register_buffer("table", torch.zeros(1), persistent=persistent)
         self.twice, self.never, self.once = (nn.Linear(16, 16) for _ in range(3))
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 16))])
+        self.more = nn.ModuleList([nn.Sequential(nn.Linear(16, 16))])
         self.bare = nn.ModuleList([nn.Linear(16, 16)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bare[0](self.blocks[0](self.once(self.twice(self.twice(x)))))
+        x = self.once(self.twice(self.twice(x)))
+        lists = (self.more, self.blocks) if self.backwards else (self.blocks, self.more)
+        return self.bare[0](lists[1][0](lists[0][0](x)))
 
 
 def _model(**changed: Any) -> CustomModel:
@@ -105,6 +111,7 @@ def _model(**changed: Any) -> CustomModel:
     usual: dict[str, Any] = {
         "name": "two", "make": _Two, "inputs": {"x": x}, "axes": {"x": ("B", "L", None)},
         "outputs": {"y": ("B", "L", None)}, "sizes": {"B": (1, 1, 4), "L": (1, 5, 9)}, "linears": ["once", "blocks.*"],
+        "blocks": ["blocks"],
     }  # fmt: skip
     return CustomModel(**{**usual, **changed})
 
@@ -123,6 +130,20 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "no linear": ({"linears": ["nothing.*"]}, r"has no linear that nothing\.\* matches"),
     "twice": ({"linears": ["twice"]}, "twice runs 2 times in a call; expected once"),
     "never": ({"linears": ["never"]}, "never does not run in a call; expected once"),
+    "no blocks": ({"blocks": []}, r"blocks is \[\]; expected a list with one entry at least"),
+    "a string": ({"linears": "once"}, "linears is 'once'; expected a list"),
+    "a role": ({"roles": {"x": "banana"}}, "the role of 'x' is 'banana'; expected one of x, and one of normal, time"),
+    "a role of nothing": ({"roles": {"z": "time"}}, "the role of 'z' is 'time'; expected one of x"),
+    "no range": ({"sizes": {"B": (1, 1, 4), "L": 32}}, "L is 32; expected minimum, default and maximum"),
+    "surplus": ({"sizes": {"B": (1, 1, 4), "L": (1, 5, 9), "Z": (1, 2, 3)}}, "no input has an axis Z"),
+    "outputs": ({"outputs": {"y": ("B", "L", None), "z": ("B",)}}, "forward returns Tensor; expected 2 tensors"),
+    "an output's rank": ({"outputs": {"y": ("B", "L")}}, r"the output y has the shape \[2, 5, 16\] of the examples"),
+    "an output's size": ({"outputs": {"y": ("B", "L", 8)}}, r"its axes are \['B', 'L', 8\]"),
+    "order": ({"make": lambda: _Two(backwards=True), "blocks": ["blocks", "more"]}, "in the order more, blocks"),
+    "FP32": ({"inputs": {"x": torch.zeros(2, 5, 16)}}, "once reads torch.float32; give inputs"),
+    "make": ({"make": lambda: 1 / 0}, r"make\(\) raised ZeroDivisionError: division by zero; it is called without"),
+    "no module": ({"make": lambda: 3}, r"make\(\) returned a int; expected a torch.nn.Module"),
+    "a buffer": ({"make": lambda: _Two(persistent=False)}, "the buffer table is not persistent, which no checkpoint"),
     "blocks": ({"blocks": ["layers"]}, "has no module layers, which blocks names"),
     "bare": ({"blocks": ["bare"], "linears": ["bare.*"]}, r"bare\.0 is a linear itself"),
     "no list": ({"blocks": ["once"]}, "once is a Linear; expected a ModuleList"),
@@ -140,6 +161,46 @@ def test_weights_of_another_module_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(BadModule, match=r"of the module to save is not that of what make\(\) makes"):
         save_checkpoint(_model(), nn.Linear(3, 3), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    broken = _Two()
+    nn.init.constant_(broken.once.weight, torch.nan)
+    with pytest.raises(BadModule, match=r"once\.weight of the module to save holds NaN"):
+        save_checkpoint(_model(), broken, tmp_path / "out")
+    save_checkpoint(_model(), _Two(), tmp_path / "out")
+    with pytest.raises(OutputExists, match="out exists; give another folder, or force=True"):
+        save_checkpoint(_model(), _Two(), tmp_path / "out")
+
+
+class _Conditioned(nn.Module):
+    """Blocks that read one text, and one vector, all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("of_text", "of_time", "q")
+        self.blocks = nn.ModuleList(_Block({name: nn.Linear(16, 16) for name in names}) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, text, time)
+        return x
+
+
+class _Block(nn.ModuleDict):
+    def forward(self, x: torch.Tensor, text: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return self["q"](input=x) + self["of_text"](text).mean(1, keepdim=True) + self["of_time"](time)[:, None]
+
+
+def test_linears_of_unlike_blocks_are_no_group_though_they_read_one_tensor() -> None:
+    shapes = {"x": (2, 5, 16), "text": (2, 3, 16), "time": (2, 16)}
+    family = _model(
+        make=_Conditioned,
+        inputs={name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
+        axes={"x": ("B", "L", None), "text": ("B", "T", None), "time": ("B", None)},
+        sizes={"B": (1, 1, 4), "L": (1, 5, 9), "T": (1, 3, 9)},
+        linears=["*"],
+    ).family()
+    groups = family.groups({"blocks": 2})
+    assert groups == tuple((f"blocks.{index}.{name}",) for index in range(2) for name in ("q", "of_text", "of_time"))
+    assert [family.stream(path) for (path,) in groups[:3]] == ["L", "T", ""]
 
 
 def test_linears_are_grouped_by_what_they_read() -> None:

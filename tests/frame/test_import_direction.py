@@ -33,6 +33,7 @@ EXCEPTIONS = {
     # a family's example inputs are torch's, and it is imported where they are made
     "fp4trt/families/family.py": {"torch"},
     # a module of the user's is looked at where it is described
+    "fp4trt/custom_checks.py": {"torch"},
     "fp4trt/custom_model.py": {"torch"},
     # a tensor that is asked for as torch has it, likewise
     "fp4trt/safetensors_file.py": {"torch"},
