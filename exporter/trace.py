@@ -59,8 +59,9 @@ def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
                 strict=False,
             )
         except UserError as error:
+            reason = str(error).strip().partition("!")[0]
             raise UnsupportedModel(
-                f"torch.export cannot trace {family.name} with sizes that change: {str(error).strip().partition('!')[0]}; "
+                f"torch.export cannot trace {family.name} with sizes that change: {reason}; "
                 "a size that the model divides, as that of a picture it cuts into patches, has to be outside of it"
             ) from None
 
