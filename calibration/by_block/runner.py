@@ -97,7 +97,8 @@ class BlockRunner:
         fill(model, [name for name in model.state_dict() if not name.startswith(inside)], self._tensor, "", device)
         # One block of each stack that nobody loads or changes, to be asked for shapes.
         filled = {name: value.dtype for name, value in model.state_dict().items() if not value.is_meta}
-        dtype = next(dtype for name, dtype in filled.items() if not stays_fp32(model, name))
+        rounded = (dtype for name, dtype in filled.items() if not stays_fp32(model, name))
+        dtype = next(rounded, torch.bfloat16)  # of a model that is blocks alone
         first = {_stack_of(block): block for block in reversed(blocks)}
         self._empty = {stack: _like(model, block, dtype) for stack, block in first.items()}
         for index, block in enumerate(blocks):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fp4trt
+from calibration.by_block.runner import BlockRunner
 from fp4trt import cli
 from fp4trt.custom_model import CustomModel, save_checkpoint
 from fp4trt.errors import BadModule, OutputExists
@@ -209,3 +210,10 @@ def test_linears_are_grouped_by_what_they_read() -> None:
     assert family.groups(config) == (("once",), ("blocks.0.0",))
     assert [family.stream(path) for path in family.quantized(config)] == ["L", "L"]
     assert family.problem({"blocks": 2}) == "its blocks are {'blocks': 2}, expected {'blocks': 1}, as make() makes them"
+
+
+def test_a_model_of_blocks_alone_runs_block_by_block() -> None:
+    with torch.device("meta"):
+        model = _Conditioned()
+    runner = BlockRunner(model, ["blocks.0", "blocks.1"], lambda name: torch.zeros(16, 16)[: 16 if "w" in name else 1])
+    assert runner.kept == 0
