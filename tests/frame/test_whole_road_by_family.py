@@ -182,15 +182,13 @@ def _difference(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -
     return max(float((one - other).norm() / other.norm()) for one, other in pairs)
 
 
+# One of each kind of structure; tests/frame/models_table.py takes all.
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
         ("flux2", "svdquant-r8"),
-        ("flux3", "nvfp4-quality"),
         ("qwen-image", "nvfp4-quality-r8"),
         ("z-image", "nvfp4-quality"),
-        ("krea2", "nvfp4-quality"),
-        ("sd3.5-large", "nvfp4-quality"),
         ("sd3.5-medium", "nvfp4-quality"),
         ("chroma", "nvfp4-quality"),
         ("wan", "nvfp4-quality"),

@@ -254,4 +254,4 @@ def test_a_family_says_whether_pictures_to_refer_to_are_tokens_too(family: Famil
 def test_only_a_dimension_of_pictures_says_whether_it_holds_references() -> None:
     dims = [dim.as_dict() for family in FAMILIES for dim in family.dims.values()]
     assert {dim["kind"] for dim in dims if "references" in dim} <= {"image_tokens", "video_tokens"}
-    assert {dim["kind"] for dim in dims if "references" not in dim} == {"batch", "text_tokens"}
+    assert {dim["kind"] for dim in dims if "references" not in dim} == {"batch", "text_tokens", "audio_tokens"}
