@@ -69,7 +69,7 @@ def real_row(name: str) -> dict[str, Any]:
 
 
 def graph_of_config(name: str) -> dict[str, Any]:
-    """Be the process that makes such a graph; return what it counts."""
+    """Make such a graph in this process; return what is counted of it."""
     from calibration.checkpoints.quantized import Checkpoint
     from exporter.onnx_export import graph_of
     from fp4trt.families import family_of

@@ -18,6 +18,7 @@ from fp4trt.custom_checks import reason_of, refuse_misfits, refuse_other_results
 from fp4trt.errors import BadModule, OutputExists
 from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Dtype, Family, Group, Input, Role, Stack
+from fp4trt.file_output import made_folder, partial_path, write_texts
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ __all__ = ["CustomModel", "save_checkpoint"]
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 
 Axes = Sequence[str | int | None]
-"""Of a tensor: the name of a size that may change, or a number or None where it may not."""
+"""Axes of a tensor: the name of a size that may change, or a number or None where it may not."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,16 @@ def save_checkpoint(model: CustomModel, module: nn.Module, folder: str | Path, f
     folder = Path(folder)
     if folder.exists() and not force:
         raise OutputExists(f"{folder} exists; give another folder, or force=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": model.name, **_counts(model, _made(model))}
+    config = json.dumps({"_class_name": model.name, **_counts(model, module)}, indent=2)
     plan = [plan_of(name, value) for name, value in state.items()]
-    write(folder / WEIGHTS, plan, ((name, bytes_of(value)) for name, value in state.items()), {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with made_folder(folder):
+        partial = partial_path(folder / WEIGHTS)
+        try:
+            write(partial, plan, ((name, bytes_of(value)) for name, value in state.items()), {"format": "pt"})
+            partial.replace(folder / WEIGHTS)
+        finally:
+            partial.unlink(missing_ok=True)
+        write_texts({folder / "config.json": f"{config}\n"})
 
 
 def _family(model: CustomModel) -> Family:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fp4trt.families.config import problem_of_sizes
 from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Group, Input, Modulated, Sizes, Stack
+from fp4trt.families.flux import IMAGE_IN, TEXT_IN
 from fp4trt.families.positions import grid
 from fp4trt.families.shapes import Shapes
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SD3", "SD35_MEDIUM"]
 
-IMAGE_IN: Final = ("attn.to_q", "attn.to_k", "attn.to_v")
-TEXT_IN: Final = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 DUAL_IN: Final = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
 
 TEXT_OUT: Final = ("attn.to_add_out", "ff_context")

@@ -17,7 +17,7 @@ from torch import nn
 import fp4trt
 from calibration.by_block.runner import BlockRunner
 from fp4trt import cli
-from fp4trt.custom_model import CustomModel, save_checkpoint
+from fp4trt.custom_model import CustomModel, _returning_tuples, save_checkpoint
 from fp4trt.errors import BadModule, OutputExists
 from fp4trt.families import custom, family_of
 from fp4trt.json_file import load_json
@@ -213,7 +213,15 @@ def test_linears_are_grouped_by_what_they_read() -> None:
 
 
 def test_a_model_of_blocks_alone_runs_block_by_block() -> None:
+    whole = _Conditioned()
     with torch.device("meta"):
         model = _Conditioned()
-    runner = BlockRunner(model, ["blocks.0", "blocks.1"], lambda name: torch.zeros(16, 16)[: 16 if "w" in name else 1])
-    assert runner.kept == 0
+    stored = whole.state_dict()
+    runner = BlockRunner(_returning_tuples(_model(), model), ["blocks.0", "blocks.1"], lambda name: stored[name])
+    call = {"x": torch.randn(2, 5, 16), "text": torch.randn(2, 3, 16), "time": torch.randn(2, 16)}
+    before: tuple[torch.Tensor, ...] = ()
+    for block in ("blocks.0", "blocks.1"):
+        with runner.loaded(block):
+            before = runner.run(block, call, before)
+    with torch.no_grad():
+        assert torch.equal(before[0], whole(**call))

@@ -18,6 +18,7 @@ import trt_build
 from fp4trt.errors import BackendMissingError, BadProfileError, CoverageError
 from onnx_functions.inspection.inspect import describe
 from onnx_functions.inspection.table import table
+from tests.trt_build.stand_in import STAND_IN
 from trt_build import builder
 from trt_build.layer_info import find_gemms, layers_of_profiles, parse_layers
 from trt_build.memory import memory_lines
@@ -191,19 +192,6 @@ def test_a_log_without_one_of_the_profiles_is_no_proof(attention_graph: Any, log
 def test_the_memory_of_several_is_that_of_one() -> None:
     one, several = (memory_lines(1 << 30, (), profiles) for profiles in (1, 3))
     assert several == [f"{one[0]} for 3 profiles as for one; it compiles them one after the other"]
-
-
-STAND_IN = """
-from tensorrt_rtx import *
-import tensorrt_rtx as _rtx
-class Builder(_rtx.Builder):
-    def create_builder_config(self):
-        config = super().create_builder_config()
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(_rtx.ComputeCapability.SM120, 0)
-        return config
-__version__ = _rtx.__version__
-"""
 
 
 @pytest.mark.parametrize("lost", [False, True])

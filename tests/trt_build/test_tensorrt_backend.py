@@ -13,21 +13,9 @@ import pytest
 
 import trt_build
 from fp4trt.errors import BackendMissingError, OutputExistsError
+from tests.trt_build.stand_in import STAND_IN
 
 pytest.importorskip("tensorrt_rtx")
-
-# The one difference that matters here: without a GPU, TensorRT-RTX must be told its target.
-STAND_IN = """
-from tensorrt_rtx import *
-import tensorrt_rtx as _rtx
-class Builder(_rtx.Builder):
-    def create_builder_config(self):
-        config = super().create_builder_config()
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(_rtx.ComputeCapability.SM120, 0)
-        return config
-__version__ = _rtx.__version__
-"""
 
 
 @pytest.fixture
