@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calibration.source_options import LIKE
+
 if TYPE_CHECKING:
     from calibration.by_block.calibration import Calibrated
     from calibration.quantization import Quantized
@@ -34,6 +36,7 @@ _DEVICE = click.option(
 @click.option("--save-inputs", type=_PATH, help="Keep the captured inputs here, to repeat the calibration exactly.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a prompt.  [default: the pipeline's own]")
 @click.option("--resolution", type=click.IntRange(16), help="Pixels of a side.  [default: the pipeline's own]")
+@LIKE
 @_DEVICE
 @click.option("--force", is_flag=True, help="Replace existing results.")
 def calibrate(
@@ -45,13 +48,15 @@ def calibrate(
     save_inputs: Path | None,
     steps: int | None,
     resolution: int | None,
+    like: Path | None,
     device: str,
     force: bool,
 ) -> Calibrated:
     """Measure how large the inputs of the linears become, over the whole denoising schedule.
 
-    SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
-    built-in model. One block is in memory at a time; a command that was killed resumes with its first unfinished block.
+    SOURCE is a checkpoint in 16 bit: a diffusers folder (a transformer's or a pipeline's), a single file (safetensors
+    or GGUF, under BFL's, ComfyUI's or diffusers' names), a hub name, or "digits" for the built-in model. One block is
+    in memory at a time; a command that was killed resumes with its first unfinished block.
 
     \b
     Example:
@@ -71,6 +76,7 @@ def calibrate(
         force=force,
         device=device,
         pictures=pictures,
+        like=like,
     )
     click.echo(f"calibrated {result.linears} linears on {result['calls']} calls -> {output}")
     return result
@@ -124,6 +130,7 @@ def recipes(name: str | None) -> dict[str, Any]:
 @click.option(
     "--trust", is_flag=True, help="Load --modelopt-state although it is a pickle, which can execute arbitrary code."
 )
+@LIKE
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @_DEVICE
 @click.option(
@@ -147,6 +154,7 @@ def quantize(
     calibration: tuple[Path, ...],
     modelopt_state: Path | None,
     trust: bool,
+    like: Path | None,
     force: bool,
     device: str,
     workers: int | None,
@@ -154,13 +162,15 @@ def quantize(
 ) -> Quantized:
     """Quantize a BF16 checkpoint, to NVFP4 unless the recipe says otherwise.
 
-    SOURCE is a diffusers checkpoint in BF16 (a transformer's folder, a pipeline's, or a hub name), or "digits" for the
-    built-in model, which brings its own calibration data.
+    SOURCE is a checkpoint in 16 bit: a diffusers folder (a transformer's or a pipeline's), a single file (safetensors
+    or GGUF, under BFL's, ComfyUI's or diffusers' names), a hub name (OWNER/NAME, or OWNER/NAME/FILE), or "digits" for
+    the built-in model, which brings its own calibration data.
 
     \b
     Example:
       fp4trt quantize digits -o digits-fp4
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration amax.json
+      fp4trt quantize flux1-dev.safetensors -o flux-fp4 --calibration amax.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration machine-1.json --calibration machine-2.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration inputs.safetensors --workers 4
     """
@@ -182,6 +192,7 @@ def quantize(
         device=device,
         workers=workers,
         ray=ray,
+        like=like,
     )
     attention = f", {result.fp8_attentions} attentions in FP8" if result.fp8_attentions else ""
     click.echo(

@@ -76,6 +76,7 @@ class Quantized(Result):
     modelopt_state=file_name,
     workers=at_least(1),
     ray=word("auto"),
+    like=file_name,
 )
 def quantize(
     source: str | Path,
@@ -89,6 +90,7 @@ def quantize(
     device: str = "cpu",
     workers: int | None = None,
     ray: str | None = None,
+    like: str | Path | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Quantized:
     """Quantize a BF16 checkpoint and write the quantized one.
@@ -118,6 +120,7 @@ def quantize(
             "__main__":`` around what it does.
         ray: ``local``, or the address of a Ray cluster whose machines share the blocks; ``workers`` then says how many
             blocks are worked on at a time, None for as many as there are cores and memory for.
+        like: the config of a single file's model, as :func:`calibration.checkpoints.plain.find_source` takes it.
         progress: called with each step.
 
     Raises:
@@ -134,7 +137,7 @@ def quantize(
     crew = Crewed(workers, ray)
     crew.refuse(None if modelopt_state is not None else chosen)
     require_device(device)
-    directory, folder = Path(output), find_source(source)
+    directory, folder = Path(output), find_source(source, like)
     publish.refuse_foreign(directory, force)
     if modelopt_state is not None:
         asked = checked(folder, chosen) if recipe is not None else None

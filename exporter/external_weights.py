@@ -139,6 +139,8 @@ def must_copy(tensors: Mapping[str, StoredTensor], directory: Path) -> str | Non
     ONNX resolves external data below the graph's own folder only, and refuses files that are links (as in a hub's
     cache).
     """
+    if any(not tensor.is_as_in_file and not isinstance(tensor, HeldTensor) for tensor in tensors.values()):
+        return "some weights do not lie in the file as the graph needs them"
     for file in sorted({tensor.file for tensor in tensors.values() if not isinstance(tensor, HeldTensor)}):
         if file.parent.resolve() != directory.resolve():
             return f"the graph is written outside {file.parent}"

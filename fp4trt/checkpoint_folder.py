@@ -1,4 +1,4 @@
-"""The weights of a diffusers folder: one safetensors file, or shards with their index."""
+"""The weights of a diffusers folder: one safetensors file, or shards with their index; or a single file elsewhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fp4trt.errors import BadCheckpoint
 from fp4trt.file_kind import what_it_is
 from fp4trt.json_file import load_json, strings_by_name
 from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
+from fp4trt.source_folder import file_behind, tensors_behind
 
 __all__ = ["STEM", "files_of", "metadata_in_folder", "tensors_in_folder"]
 
@@ -25,6 +26,8 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     Raises:
         BadCheckpoint: the index is damaged, or does not name a file that lies beside the shards.
     """
+    if (single := file_behind(folder)) is not None:
+        return (single,)
     shards = _index(folder)
     names = sorted(set(shards.values())) if shards is not None else [f"{STEM}.safetensors"]
     return tuple(folder / name for name in names)
@@ -36,6 +39,8 @@ def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         BadCheckpoint: a file is missing or damaged, or the index is not that of the files beside it.
     """
+    if (single := file_behind(folder)) is not None:
+        return dict(tensors_behind(folder, single))
     shards, files = _index(folder), files_of(folder)
     if not any(file.exists() for file in files):
         _refuse_other_weights(folder)
@@ -54,7 +59,12 @@ def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def metadata_in_folder(folder: Path) -> dict[str, str]:
-    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_in_folder` reads, as one."""
+    """Return the ``__metadata__`` of all files of a checkpoint that :func:`tensors_in_folder` reads, as one.
+
+    That of a single file speaks of other names, and has been judged when it was opened.
+    """
+    if file_behind(folder) is not None:
+        return {}
     return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
 
 

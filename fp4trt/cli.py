@@ -70,6 +70,7 @@ EXTRAS: dict[str, str] = {
     "onnxscript": "quantize",
     "onnx_ir": "quantize",
     "scipy": "quantize",
+    "gguf": "gguf",
     "transformers": "prompts",
     "torchmetrics": "metrics",
     "tensorrt_rtx": "rtx",

@@ -345,7 +345,7 @@ def _original_names(_config: Mapping[str, Any], _metadata: Mapping[str, str], te
         return None
     evidence = f"the tensor {name}"
     if not _quantized(tensors):
-        todo = "load it with diffusers' from_single_file and save_pretrained, which gives a checkpoint that is read"
+        todo = "give the file itself, which is read as a single file"
         return _foreign("a 16-bit single file", evidence, todo, _NONE, _NONE, _NONE)
     todo = f"expected diffusers' names; under these, block scales and nibbles have either order: {_QUANTIZE_HERE}"
     return _foreign("BFL's or ComfyUI's single files", evidence, todo, global_scale=_MULTIPLIER)

@@ -141,6 +141,16 @@ class StoredTensor:
     offset: int
     nbytes: int
 
+    @property
+    def end(self) -> int:
+        """Where it ends, in bytes from the start of the file."""
+        return self.offset + self.nbytes
+
+    @property
+    def is_as_in_file(self) -> bool:
+        """Whether its bytes are those of the file from ``offset`` on, so that others can be pointed at them."""
+        return type(self) is StoredTensor
+
     def bytes(self, begin: int = 0, end: int | None = None) -> npt.NDArray[np.uint8]:
         """Read the tensor's bytes from ``begin`` to ``end``; nothing stays mapped."""
         data = np.empty((self.nbytes if end is None else end) - begin, np.uint8)

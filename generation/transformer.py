@@ -10,12 +10,11 @@ import torch
 from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import load
 from fp4trt.account import is_quantized_checkpoint
-from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import UnknownArtifact
 from fp4trt.families import Transformer
 from fp4trt.json_file import load_json
-from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.source_folder import folder_of
 from onnx_functions.simulation import session
 
 __all__ = ["GraphTransformer", "open_transformer"]
@@ -37,7 +36,7 @@ def open_transformer(artifact: str | Path, device: str = "cpu") -> Transformer:
         return GraphTransformer(path)
     if path.suffix == ".engine":
         raise UnknownArtifact(f"{path} is an engine, which is not run here; expected the checkpoint or graph it is of")
-    folder = transformer_folder(path_of(path))
+    folder = folder_of(path)
     quantized = is_quantized_checkpoint(load_json(folder / "config.json"), tensors_in_folder(folder))
     model: Any = load(folder) if quantized else load_source(folder)
     return model.to(device)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ __all__ = ["shared_folder", "shared_traces"]  # fixtures
 
 # The models of the tests are so small that a second thread costs more than it brings. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Not the user's cache.
+os.environ.setdefault("FP4TRT_CACHE", str(Path(tempfile.gettempdir()) / "fp4trt-tests-cache"))
 
 # A shell's background job ignores Ctrl-C, and so would every command that a test starts and then interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

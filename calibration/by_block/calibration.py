@@ -78,6 +78,7 @@ class Calibrated(Result):
     prompts=file_name,
     steps=at_least(1),
     resolution=at_least(SMALLEST),
+    like=file_name,
 )
 def calibrate(
     source: str | Path,
@@ -91,6 +92,7 @@ def calibrate(
     force: bool = False,
     device: str = "cpu",
     pictures: str | Path | None = None,
+    like: str | Path | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Calibrated:
     """Measure the largest magnitude that enters every quantized linear and write ``{module path: amax}``.
@@ -111,6 +113,7 @@ def calibrate(
         force: replace existing results.
         device: ``cpu`` or ``cuda``, for the calibration; the prompts' pipeline uses a GPU where there is one.
         pictures: a picture or a folder of them, which the prompts take in turn; for a pipeline that reads some.
+        like: the config of a single file's model, as :func:`calibration.checkpoints.plain.find_source` takes it.
         progress: called with each step.
 
     Raises:
@@ -120,7 +123,7 @@ def calibrate(
     output = Path(output)
     given = {Path(path).resolve() for path in (inputs, prompts, pictures) if path is not None}
     results = [Path(path) for path in (output, save_inputs_to) if path is not None]
-    folder = find_source(source)
+    folder = find_source(source, like)
     for index, path in enumerate(results):
         if path.resolve() in given or path in results[:index]:
             raise OutputExists(f"{path} is named twice, as a result and as something else; give each file its own name")

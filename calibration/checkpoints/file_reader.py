@@ -12,31 +12,36 @@ import struct
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from calibration.formats.bfloat16 import as_bits, largest_magnitude, refuse_other_types, why_unusable
 from fp4trt.errors import BadCheckpoint
-from fp4trt.safetensors_file import StoredTensor, hold, tensors_in_file
+from fp4trt.safetensors_file import StoredTensor, hold
 
 __all__ = ["FileReader", "ReadTensors", "TensorReader", "hash_of_tensors"]
+
+_PIECE: Final = 1 << 20
+_LONGEST_HEADER: Final = 100_000_000
 
 
 class FileReader:
     """Reads a file tensor by tensor, a piece of it in memory at a time.
 
     Args:
-        file: safetensors.
+        file: safetensors, or a single file of another kind.
+        tensors: name to tensor, all that are to be read of the file.
         progress: called as bytes are read.
 
     Attributes:
         sha256: hash of the whole file, once :meth:`advance` has come to its end.
     """
 
-    def __init__(self, file: Path, progress: Callable[[int], object]) -> None:
+    def __init__(self, file: Path, tensors: Mapping[str, StoredTensor], progress: Callable[[int], object]) -> None:
         self.file = file
         self.sha256 = ""
-        self._tensors = iter(_in_file_order(file).items())
+        self._tensors = iter(_in_file_order(file, tensors).items())
         self._digest, self._position, self._progress = hashlib.sha256(), 0, progress
 
     def advance(self) -> tuple[str, float] | None:
@@ -51,24 +56,29 @@ class FileReader:
             self.sha256 = self._digest.hexdigest()
             return None
         refuse_other_types(f"{self.file}: {name}", stored)
-        self._skip_to(stored.offset)
+        self._skip_to(stored.offset if stored.is_as_in_file else stored.end)
         largest = 0.0
         for piece in stored.pieces():
-            self._digest.update(piece.data)
+            if stored.is_as_in_file:
+                self._digest.update(piece.data)
             found = largest_magnitude(as_bits(piece, stored.dtype))
             if found is None:
                 raise BadCheckpoint(f"{self.file}: {name} {why_unusable(stored)}")
             largest = max(largest, found)
             self._progress(piece.nbytes)
-        self._position += stored.nbytes
+        self._position = max(self._position, stored.end)
         return name, largest
 
     def _skip_to(self, offset: int) -> None:
-        """Hash the bytes up to there that belong to no tensor: the header, and gaps."""
+        """Hash the bytes up to there: the header, gaps, and what a tensor is made of that is not as it lies there."""
         with self.file.open("rb") as opened:
             opened.seek(self._position)
-            self._digest.update(opened.read(offset - self._position))
-        self._position = offset
+            while self._position < offset:
+                piece = opened.read(min(_PIECE, offset - self._position))
+                if not piece:
+                    raise BadCheckpoint(f"{self.file} has become shorter while it was read; copy it again")
+                self._digest.update(piece)
+                self._position += len(piece)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class TensorReader:
         self._amax: dict[str, float] = {}
         self._sha256: dict[str, str] = {}
         for file in {tensor.file for tensor in stored.values()}:
-            _in_file_order(file)
+            _in_file_order(file, stored)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a tensor.
@@ -144,26 +154,34 @@ class TensorReader:
         return ReadTensors(held, amax, {name: self._sha256.pop(name) for name in names})
 
 
-def hash_of_tensors(file: Path, sha256: Mapping[str, str]) -> str:
-    """Return ``tensors-sha256:...`` of a file from the hashes of its tensors."""
+def hash_of_tensors(file: Path, stored: Mapping[str, StoredTensor], sha256: Mapping[str, str]) -> str:
+    """Return ``tensors-sha256:...`` of a file from the hashes of its tensors.
+
+    Args:
+        file: whose header is hashed; of a GGUF file its first 8 bytes, and as many as they say.
+        stored: name to tensor, of this file and of others.
+        sha256: name to the hash of its bytes.
+    """
     with file.open("rb") as opened:
         length = opened.read(8)
-        digest = hashlib.sha256(hashlib.sha256(length + opened.read(struct.unpack("<Q", length)[0])).digest())
-    for name in _in_file_order(file):
+        count = min(struct.unpack("<Q", length)[0], _LONGEST_HEADER)
+        digest = hashlib.sha256(hashlib.sha256(length + opened.read(count)).digest())
+    for name in _in_file_order(file, stored):
         digest.update(bytes.fromhex(sha256[name]))
     return f"tensors-sha256:{digest.hexdigest()}"
 
 
-def _in_file_order(file: Path) -> dict[str, StoredTensor]:
+def _in_file_order(file: Path, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return the tensors of a file in the order of their bytes.
 
     Raises:
         BadCheckpoint: two overlap.
     """
-    tensors = dict(sorted(tensors_in_file(file).items(), key=lambda item: item[1].offset))
+    here = {name: tensor for name, tensor in stored.items() if tensor.file == file}
+    tensors = dict(sorted(here.items(), key=lambda item: (item[1].offset, item[0])))
     end = 0
-    for name, stored in tensors.items():
-        if stored.offset < end:
+    for name, tensor in tensors.items():
+        if tensor.offset < end:
             raise BadCheckpoint(f"{file}: {name} overlaps the tensor before it; copy the file again")
-        end = stored.offset + stored.nbytes
+        end = tensor.end
     return tensors

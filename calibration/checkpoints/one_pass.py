@@ -166,7 +166,9 @@ class _Pass:
 
     def __init__(self, work: Work, files: ShardFiles, done: Done, progress: Callable[[int], object]) -> None:
         self._work, self._files, self._done, self._progress = work, files, done, progress
-        self._readers = deque(FileReader(file, progress) for file in work.sources if file.name not in done.sha256)
+        self._readers = deque(
+            FileReader(file, work.stored, progress) for file in work.sources if file.name not in done.sha256
+        )
         self._ready: deque[tuple[Job, Then]] = deque()
         self._group_of = {f"{path}.weight": group for group in work.groups for path in group}
         self._written = set(done.written)

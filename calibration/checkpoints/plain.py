@@ -14,16 +14,19 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from calibration.checkpoints import hub
 from calibration.formats.bfloat16 import bits_of, refuse_other_types, why_unusable
 from fp4trt.built_in import BUILT_IN, path_of
 from fp4trt.checkpoint_folder import files_of, metadata_in_folder, tensors_in_folder
-from fp4trt.errors import BadCheckpoint
+from fp4trt.errors import BadCheckpoint, BadOption
 from fp4trt.families import Family, family_of
-from fp4trt.file_kind import what_it_is, what_it_lacks
+from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.layouts import refuse_foreign_layout
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor, sha256_of
+from fp4trt.single_files.opening import SUFFIXES
+from fp4trt.source_folder import folder_for_file
 
 __all__ = [
     "BUILT_IN",
@@ -45,17 +48,26 @@ _SAMPLED: Final = 2048
 """Values of each tensor that a fingerprint is of."""
 
 
-def find_source(source: str | Path) -> Path:
-    """Return the folder of a transformer: config.json beside diffusion_pytorch_model*.safetensors.
+def find_source(source: str | Path, like: str | Path | None = None) -> Path:
+    """Return the folder of a transformer: config.json beside its weights.
 
     Args:
-        source: such a folder, a pipeline's folder with a ``transformer`` sub-folder, ``digits`` for the built-in model,
-            or the name of a hub repository, whose transformer is then downloaded.
+        source: a folder with diffusion_pytorch_model*.safetensors, a pipeline's folder with a ``transformer``
+            sub-folder, ``digits`` for the built-in model, a single file (:mod:`fp4trt.single_files`), for which a small
+            folder is made that stands for it, or the name of a hub repository (``OWNER/NAME``, or
+            ``OWNER/NAME/FILE``), which is taken from the hub's cache or downloaded.
+        like: of a single file: a config.json, a folder with one, or the name of a published model
+            (:func:`fp4trt.single_files.opening.config_like`), where the shapes do not tell its config.
 
     Raises:
         BadCheckpoint: there is none.
+        BadOption: ``like`` is given for something else than a single file.
     """
     folder = path_of(source)
+    if folder.is_file():
+        return folder_for_file(folder, like)
+    if like is not None and not _names_a_file(source):
+        raise BadOption(f"like is {str(like)!r}, which gives a single file its config; {source} has its own: drop it")
     if folder.is_dir():
         found = transformer_folder(folder)
         config = found / "config.json"
@@ -68,28 +80,20 @@ def find_source(source: str | Path) -> Path:
                 f"{folder} has no config.json (nor transformer/config.json){lacks}; expected a diffusers checkpoint"
             )
         return found
-    if folder.is_file():
-        kind = what_it_is(folder) or "is a single file"
-        raise BadCheckpoint(f"{folder} {kind}; expected the folder of a diffusers checkpoint")
+    if _names_a_file(source):
+        return folder_for_file(hub.file_of(str(source)), like)
     if str(source).count("/") == 1 and not folder.is_absolute():
-        return _download(str(source))
-    raise BadCheckpoint(f"{source} is not a folder; expected a diffusers checkpoint, a hub name or '{BUILT_IN}'")
+        return hub.transformer_of(str(source))
+    raise BadCheckpoint(
+        f"{source} is not a folder or file here; expected a diffusers checkpoint, a single file, a hub name or "
+        f"'{BUILT_IN}'"
+    )
 
 
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        found = Path(snapshot_download(repository, allow_patterns=["transformer/*"])) / "transformer"
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadCheckpoint(
-            f"{repository} is not a folder here and could not be downloaded ({reason}); give the path of a local copy"
-        ) from None
-    if not found.is_dir():
-        raise BadCheckpoint(f"{repository} has no transformer/; expected a pipeline around a diffusion transformer")
-    return found
+def _names_a_file(source: str | Path) -> bool:
+    """Return whether a source is the name of a file in a repository of the hub."""
+    place = Path(source)
+    return len(place.parts) > 2 and not place.is_absolute() and place.suffix in SUFFIXES and not place.exists()
 
 
 def model_class(family: Family) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from calibration.source_options import LIKE
+
 __all__ = ["search"]
 
 _PATH = click.Path(path_type=Path)
@@ -51,6 +53,7 @@ _PATH = click.Path(path_type=Path)
     help="FLOPs of NVFP4 that each of a branch's two kernels costs beside its work.  [default: 2e9, 1.2 us of an RTX "
     "5090]",
 )
+@LIKE
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
@@ -67,6 +70,7 @@ def search(
     sensitivity: Path | None,
     ranks: tuple[int, ...],
     launch_cost: float | None,
+    like: Path | None,
     force: bool,
     device: str,
 ) -> Any:
@@ -74,9 +78,9 @@ def search(
 
     With --rank, also how large a low-rank branch in BF16 stands beside NVFP4.
 
-    SOURCE is a diffusers checkpoint in BF16, or "digits" for the built-in model. What counts is the error of the
-    model's output; linears that TensorRT runs as one GEMM are taken together. The model is in memory; a command that
-    was killed resumes after the last block that it had measured.
+    SOURCE is a checkpoint in 16 bit, as quantize takes it, or "digits" for the built-in model. What counts is the
+    error of the model's output; linears that TensorRT runs as one GEMM are taken together. The model is in memory; a
+    command that was killed resumes after the last block that it had measured.
 
     \b
     Example:
@@ -99,6 +103,7 @@ def search(
         sensitivity=sensitivity,
         ranks=ranks,
         launch_cost=launch_cost,
+        like=like,
         force=force,
         device=device,
     )

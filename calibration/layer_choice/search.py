@@ -84,6 +84,7 @@ class Searched(Result):
     of=one_of("both", "flops", "bytes"),
     calls=at_least(1),
     ranks=each_at_least(1, (8, 16)),
+    like=file_name,
 )
 def search(
     source: str | Path,
@@ -100,6 +101,7 @@ def search(
     launch_cost: float | None = None,
     force: bool = False,
     device: str = "cpu",
+    like: str | Path | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Searched:
     """Choose NVFP4, with or without a low-rank branch, FP8 or BF16 for each group of linears; write that as a recipe.
@@ -124,6 +126,7 @@ def search(
             :data:`calibration.layer_choice.sensitivity.LAUNCH`.
         force: replace an earlier result.
         device: where to compute, ``cpu`` or ``cuda``.
+        like: the config of a single file's model, as :func:`calibration.checkpoints.plain.find_source` takes it.
         progress: called with each step.
 
     Raises:
@@ -139,7 +142,7 @@ def search(
     if not isinstance(launch_cost, Real) or not 0 <= launch_cost < math.inf:
         raise BadInputs(f"the launch cost is {launch_cost!r}; expected FLOPs, 0 at least, such as {LAUNCH:g}")
     require_device(device)
-    directory, folder = Path(output), find_source(source)
+    directory, folder = Path(output), find_source(source, like)
     chosen = load_recipe(recipe)
     ours = (DATA, RECIPE, PICTURE) if _is_search(directory) else ()
     publish.refuse_foreign(directory, force, ours)

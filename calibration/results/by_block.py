@@ -122,7 +122,7 @@ class ResultByBlock:
     def complete(self, prepared: Prepared) -> None:
         """Write config, manifest and what calibrated, once all blocks are there."""
         for file in files_of(self._plain.folder):
-            self._done.sha256[file.name] = hash_of_tensors(file, self._done.tensors)
+            self._done.sha256[file.name] = hash_of_tensors(file, self._plain.stored, self._done.tensors)
         calibrated = replace(self._calibrated, amax={**_by_linear(prepared.amax), **prepared.outside})
         given = Given(calibrated, prepared)
         complete(self._partial, self._plain, given, self._decided, self._planned, self._done)

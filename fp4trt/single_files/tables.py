@@ -219,7 +219,7 @@ CHROMA: Final = SingleFile(
         **block("double_blocks.*", "transformer_blocks.*", {**_DOUBLE, **_MLP}),
         **block("single_blocks.*", "single_transformer_blocks.*", _SINGLE),
     },
-    key="distilled_guidance_layer.in_proj.weight",
+    key="distilled_guidance_layer.norms.0.scale",
     sizes={
         **_FLUX_HEAD,
         "out_channels": ("proj_out.weight", 0),
@@ -361,7 +361,6 @@ QWEN: Final = SingleFile(
         "width": ("img_in.weight", 0),
     },
     counts={"num_layers": "transformer_blocks.*.img_mod.1.weight"},
-    present={"use_additional_t_cond": "time_text_embed.addition_t_embedding.weight"},
     published={
         "Qwen-Image": _QWEN,
         "Qwen-Image-Edit-2511": {**_QWEN, "zero_cond_t": True},

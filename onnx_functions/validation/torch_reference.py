@@ -27,14 +27,13 @@ from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.fp8_attention import MODULE as FP8_ATTENTION
 from calibration.formats.fp8_attention import FP8Attention
 from fp4trt.account import SCALE_LEAVES
-from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, BadGraph, BadReference
 from fp4trt.json_file import load_json
 from fp4trt.number_formats import FORMATS, NVFP4
-from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor
+from fp4trt.source_folder import folder_of
 from onnx_functions.formats import graph_format
 from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.index import Index
@@ -198,7 +197,7 @@ def _folder_of(reference: str | Path | None, model: Path) -> Path:
             )
         return model.parent
     try:
-        return transformer_folder(path_of(reference))
+        return folder_of(reference)
     except BadCheckpoint as error:
         raise BadReference(f"the reference cannot be used: {error}") from None
 
