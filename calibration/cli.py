@@ -131,6 +131,13 @@ def recipes(name: str | None) -> dict[str, Any]:
     "--trust", is_flag=True, help="Load --modelopt-state although it is a pickle, which can execute arbitrary code."
 )
 @LIKE
+@click.option(
+    "--for",
+    "server",
+    type=click.Choice(["sglang", "vllm-omni", "tensorrt-llm"]),
+    help="A server that is to load the result: linears that it takes in BF16 alone stay so, and a recipe that it "
+    "cannot load is refused.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @_DEVICE
 @click.option(
@@ -155,6 +162,7 @@ def quantize(
     modelopt_state: Path | None,
     trust: bool,
     like: Path | None,
+    server: str | None,
     force: bool,
     device: str,
     workers: int | None,
@@ -173,6 +181,7 @@ def quantize(
       fp4trt quantize flux1-dev.safetensors -o flux-fp4 --calibration amax.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration machine-1.json --calibration machine-2.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration inputs.safetensors --workers 4
+      fp4trt quantize FLUX.1-dev -o flux-sglang --calibration inputs.safetensors --for sglang
     """
     if ray == "local" or (ray is None and workers and workers > 1):
         from calibration.by_block import fork_server, ray_cluster
@@ -193,6 +202,7 @@ def quantize(
         workers=workers,
         ray=ray,
         like=like,
+        server=server,
     )
     attention = f", {result.fp8_attentions} attentions in FP8" if result.fp8_attentions else ""
     click.echo(

@@ -20,6 +20,7 @@ from calibration.formats.fp8_attention import attention_quantizers, attention_sc
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
 from calibration.recipes.recipe import QAT, Recipe, load_recipe, load_start
+from calibration.recipes.servers import SERVERS
 from calibration.results.by_block import ResultByBlock
 from calibration.results.write import Given, write_result
 from fp4trt import publish
@@ -27,7 +28,7 @@ from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadInputs, BadRecipe
 from fp4trt.number_formats import FP8, counted_by_format
-from fp4trt.options import at_least, file_name, file_names, takes, word
+from fp4trt.options import at_least, file_name, file_names, one_of, takes, word
 from fp4trt.progress import Progress, note
 from fp4trt.safetensors_file import hold
 from fp4trt.verb import Result, verb
@@ -77,6 +78,7 @@ class Quantized(Result):
     workers=at_least(1),
     ray=word("auto"),
     like=file_name,
+    server=one_of(*SERVERS),
 )
 def quantize(
     source: str | Path,
@@ -91,6 +93,7 @@ def quantize(
     workers: int | None = None,
     ray: str | None = None,
     like: str | Path | None = None,
+    server: str | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Quantized:
     """Quantize a BF16 checkpoint and write the quantized one.
@@ -121,6 +124,8 @@ def quantize(
         ray: ``local``, or the address of a Ray cluster whose machines share the blocks; ``workers`` then says how many
             blocks are worked on at a time, None for as many as there are cores and memory for.
         like: the config of a single file's model, as :func:`calibration.checkpoints.plain.find_source` takes it.
+        server: ``sglang``, ``vllm-omni`` or ``tensorrt-llm``, which is to load the result: linears that it takes in
+            BF16 alone stay so, and a recipe that it cannot load is refused (:mod:`calibration.recipes.servers`).
         progress: called with each step.
 
     Raises:
@@ -140,9 +145,12 @@ def quantize(
     directory, folder = Path(output), find_source(source, like)
     publish.refuse_foreign(directory, force)
     if modelopt_state is not None:
+        if server is not None:
+            raise BadRecipe("a ModelOpt state says itself what it holds, and a server was named; drop one of them")
         asked = checked(folder, chosen) if recipe is not None else None
         return _from_state(folder, directory, asked, Path(modelopt_state), trust, force, device)
-    plain = checked(folder, chosen)
+    plain = checked(folder, chosen, server)
+    chosen = plain.recipe
     work = directory.with_name(f"{directory.name}.calibration.partial")
     by_method = registry.needs_activations(chosen.method)
     to_measure = bool(calibration) or by_method or plain.needs_calibration

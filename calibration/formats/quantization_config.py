@@ -76,11 +76,16 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
 
 
 def _pattern(name: str, quantized: Iterable[str]) -> str:
-    """Return the widest pattern that takes in a linear and no quantized one: ``stem*``, ``stem.*``, or its name."""
+    """Return the widest pattern that takes in a linear and no quantized one: ``stem*``, ``stem.*``, or its name.
+
+    Readers take these as names with a star (SGLang), as shell patterns (TensorRT-LLM), and as either of that and parts
+    of names (vLLM), to which ``proj_out`` would be any block's. So a name gets a star where that says the same:
+    ModelOpt writes none.
+    """
     for index in (index for index, character in enumerate(name) if character == "."):
         stem = name[:index]
         if not any(path.startswith(stem) for path in quantized):
             return f"{stem}*"
         if not any(path == stem or path.startswith(f"{stem}.") for path in quantized):
             return f"{stem}.*"
-    return name
+    return name if any(path.startswith(name) for path in quantized) else f"{name}*"

@@ -12,6 +12,7 @@ from torch import nn
 from calibration.checkpoints.plain import open_plain
 from calibration.methods import registry
 from calibration.recipes.recipe import Method, Quality, Recipe, linear_formats, with_ranks_placed
+from calibration.recipes.servers import fitted
 from fp4trt.errors import UnsupportedLinear
 from fp4trt.families import Family
 from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
@@ -97,8 +98,13 @@ class Plain:
         return self.family.attentions(self.config) if self.recipe.attention == FP8.name else ()
 
 
-def checked(folder: Path, recipe: Recipe) -> Plain:
+def checked(folder: Path, recipe: Recipe, server: str | None = None) -> Plain:
     """Check a plain checkpoint against its config, and a recipe against both.
+
+    Args:
+        folder: the checkpoint.
+        recipe: for it.
+        server: that is to load the result, to which the recipe is fitted (:func:`calibration.recipes.servers.fitted`).
 
     Raises:
         BadCheckpoint, BadRecipe, UnknownFamily, UnsupportedLinear: naming what is wrong.
@@ -106,6 +112,8 @@ def checked(folder: Path, recipe: Recipe) -> Plain:
     source = open_plain(folder)
     config, family, stored = source.config, source.family, source.stored
     shapes = {path: stored[f"{path}.weight"].shape for path in family.quantized(config)}
+    if server is not None:
+        recipe = fitted(recipe, server, family, config, shapes)
     formats = linear_formats(recipe.formats, family, config, shapes)
     for path, kind in formats.items():
         if kind != BF16:

@@ -48,6 +48,12 @@ def _models(folder: Path) -> tuple[nn.Module, nn.Module, list[str]]:
     return one, other, list(family.quantized(config))
 
 
+def _is(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether a config is ModelOpt's, but for the stars behind names that stand for one linear."""
+    names = [name if name in theirs["ignore"] else name.removesuffix("*") for name in ours["ignore"]]
+    return {**ours, "ignore": names} == theirs
+
+
 @pytest.mark.parametrize("seed", [None, 0, 1, 2, 3, 4])
 def test_it_is_modelopts_for_all_quantized_linears_and_for_some(
     seed: int | None, tiny_flux: MakeFlux, tmp_path: Path
@@ -59,7 +65,7 @@ def test_it_is_modelopts_for_all_quantized_linears_and_for_some(
         dropped = set(chosen.sample(sorted(blocks), 2 * seed))
         paths = [path for path in paths if ".".join(path.split(".")[:2]) not in dropped and chosen.random() < 0.8]
     formats = dict.fromkeys(paths, "nvfp4")
-    assert quantization_config(ours, formats) == _modelopts(theirs, formats)
+    assert _is(quantization_config(ours, formats), _modelopts(theirs, formats))
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
@@ -71,7 +77,7 @@ def test_it_is_modelopts_for_models_of_fp8_and_of_both_formats(
     formats = {path: "fp8" if seed is None else chosen.choice(["nvfp4", "fp8", "bf16"]) for path in paths}
     quantized = {path: kind for path, kind in formats.items() if kind != "bf16"}
     config = quantization_config(ours, formats)
-    assert config == _modelopts(theirs, quantized)
+    assert _is(config, _modelopts(theirs, quantized))
     assert config["quant_algo"] == ("FP8" if seed is None else "MIXED_PRECISION")
 
 
@@ -85,7 +91,7 @@ def test_it_is_modelopts_for_smoothed_inputs_of_all_linears_and_of_some(
     formats = {path: chosen.choice(kinds) for path in paths}
     quantized = {path: kind for path, kind in formats.items() if kind != "bf16"}
     config = quantization_config(ours, formats)
-    assert config == _modelopts(theirs, quantized)
+    assert _is(config, _modelopts(theirs, quantized))
     assert config["quant_algo"] == ("NVFP4_AWQ" if seed is None else "MIXED_PRECISION")
 
 
