@@ -127,7 +127,9 @@ def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     """Return a tensor's bytes, in row-major order."""
     import torch
 
-    data: npt.NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,))  # one value that was expanded is contiguous at a stride of 0
+    data: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return data
 
 

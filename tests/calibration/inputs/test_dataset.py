@@ -226,3 +226,8 @@ def test_captured_in_fp16_or_fp32_calibrates_as_in_bf16(tiny_flux: Callable[...,
         del amax[name][METADATA]
     assert amax["bf16"] == amax["fp32"] == amax["mixed"]
     assert len(amax["bf16"]) == 20 + 6
+
+
+def test_one_value_that_was_expanded_is_kept(tmp_path: Path) -> None:
+    save_inputs(tmp_path / "inputs.safetensors", [{"timestep": torch.tensor(0.5).bfloat16().expand(1).clone()}])
+    assert load_inputs(tmp_path / "inputs.safetensors")[0]["timestep"].tolist() == [0.5]
