@@ -102,6 +102,18 @@ class ZImage(ZImageTransformer2DModel):
         velocity = self.all_final_layer[PATCH](both, c=times)[:, : hidden_states.shape[1]]
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
+    def calls_of(
+        self, x: Sequence[torch.Tensor], t: torch.Tensor, cap_feats: Sequence[torch.Tensor], **_: Any
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return the family's inputs of a call as a pipeline makes it.
+
+        Of a batch whose captions or pictures are of unlike sizes, as a guided step's are, that is a call for each
+        picture: a graph has no mask for what diffusers fills up the shorter captions with.
+        """
+        if len({(one.shape, caption.shape) for one, caption in zip(x, cap_feats, strict=True)}) == 1:
+            return [self.inputs_of(x, t, cap_feats)]
+        return [self.inputs_of([one], t[i : i + 1], [cap_feats[i]]) for i, one in enumerate(x)]
+
     def inputs_of(
         self, x: Sequence[torch.Tensor], t: torch.Tensor, cap_feats: Sequence[torch.Tensor], **_: Any
     ) -> dict[str, torch.Tensor]:

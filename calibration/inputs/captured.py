@@ -294,7 +294,21 @@ class _Capture:
     def _record(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = {name: value for name, value in kwargs.items() if name != "return_dict"}
         given = {**dict(zip(self._names, args, strict=False)), **named}
+        found: Sequence[Inputs] = [given]
         # More than the family's inputs may ask for what no graph computes.
-        if hasattr(model, "inputs_of") and {key for key in given if given[key] is not None} != set(self._names):
-            given = model.inputs_of(*args, **named)
-        self._calls.append({name: given[name].detach().cpu().clone() for name in self._names})
+        if {key for key in given if given[key] is not None} != set(self._names):
+            if hasattr(model, "calls_of"):
+                found = model.calls_of(*args, **named)
+            elif hasattr(model, "inputs_of"):
+                found = [model.inputs_of(*args, **named)]
+        self._calls += map(self._kept, found)
+
+    def _kept(self, call: Inputs) -> Inputs:
+        """Return a copy of the inputs of a call."""
+        absent = [name for name in self._names if call.get(name) is None]
+        if absent:
+            raise BadInputs(
+                f"the transformer is called without {absent[0]}, which it reads by its config; expected a pipeline of "
+                "this model"
+            )
+        return {name: call[name].detach().cpu().clone() for name in self._names}

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from calibration.by_block.calibration import METADATA, calibrate
-from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
+from calibration.inputs.captured import Inputs, capturing, check_inputs, load_inputs, partial_schedule, save_inputs
 from fp4trt.errors import BadInputs
 from fp4trt.families import family_of
+from tests.frame.diffusers_models import MODELS
 
 CONFIG = {
     "_class_name": "FluxTransformer2DModel",
@@ -231,3 +232,15 @@ def test_captured_in_fp16_or_fp32_calibrates_as_in_bf16(tiny_flux: Callable[...,
 def test_one_value_that_was_expanded_is_kept(tmp_path: Path) -> None:
     save_inputs(tmp_path / "inputs.safetensors", [{"timestep": torch.tensor(0.5).bfloat16().expand(1).clone()}])
     assert load_inputs(tmp_path / "inputs.safetensors")[0]["timestep"].tolist() == [0.5]
+
+
+def test_a_call_without_what_the_model_reads_is_told() -> None:
+    model = MODELS["flux2"]
+    config = {"_class_name": model.class_name, **model.config, "guidance_embeds": True}
+    call = dict(model.call(model.config, (1, 4, 8)).kwargs) | {"guidance": None}
+    transformer = model.make(torch.float32)
+    with (
+        pytest.raises(BadInputs, match="is called without guidance"),
+        capturing(transformer, family_of(config), config),
+    ):
+        transformer(**call)
