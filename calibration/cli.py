@@ -31,11 +31,13 @@ _DEVICE = click.option(
     "--images",
     type=_PATH,
     metavar="FOLDER|FILE",
-    help="What Kontext, Fill and Control read beside the prompts, in turn.",
+    help="What pipelines that edit or continue pictures read beside the prompts, in turn.",
 )
 @click.option("--save-inputs", type=_PATH, help="Keep the captured inputs here, to repeat the calibration exactly.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a prompt.  [default: the pipeline's own]")
 @click.option("--resolution", type=click.IntRange(16), help="Pixels of a side.  [default: the pipeline's own]")
+@click.option("--frames", type=click.IntRange(1), help="Frames of a video.  [default: the pipeline's own]")
+@click.option("--guidance", type=click.FloatRange(0), help="Scale of the guidance.  [default: the pipeline's own]")
 @LIKE
 @_DEVICE
 @click.option("--force", is_flag=True, help="Replace existing results.")
@@ -48,6 +50,8 @@ def calibrate(
     save_inputs: Path | None,
     steps: int | None,
     resolution: int | None,
+    frames: int | None,
+    guidance: float | None,
     like: Path | None,
     device: str,
     force: bool,
@@ -62,6 +66,7 @@ def calibrate(
     Example:
       fp4trt calibrate digits -o amax.json --save-inputs inputs.safetensors
       fp4trt calibrate FLUX.1-dev -o amax.json --prompts prompts.txt --steps 20
+      fp4trt calibrate Wan2.2-T2V-A14B-Diffusers/transformer_2 -o amax-2.json --prompts prompts.txt --frames 33
     """
     from calibration.by_block.calibration import calibrate as run
 
@@ -76,6 +81,8 @@ def calibrate(
         force=force,
         device=device,
         pictures=pictures,
+        frames=frames,
+        guidance=guidance,
         like=like,
     )
     click.echo(f"calibrated {result.linears} linears on {result['calls']} calls -> {output}")

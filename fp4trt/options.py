@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Final, ParamSpec, TypeVar
 
 from fp4trt.errors import BadOption
@@ -23,6 +24,7 @@ __all__ = [
     "file_names",
     "mapping",
     "names",
+    "not_negative",
     "one_of",
     "seeds",
     "takes",
@@ -72,6 +74,12 @@ def one_of(*choices: str) -> Allowed:
 def at_least(least: int) -> Allowed:
     """Allow a whole number that is not less."""
     return lambda value: None if _is_whole(value) and value >= least else f"a whole number, {least} at least"
+
+
+def not_negative(value: Any) -> str | None:
+    """Allow a number that is finite and not less than 0."""
+    fit = isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+    return None if fit else "a number, 0 at least"
 
 
 def word(example: str) -> Allowed:

@@ -7,12 +7,20 @@ from typing import Final
 
 from fp4trt.errors import BadCheckpoint
 
-__all__ = ["PIPELINE", "graph_in", "transformer_folder"]
+__all__ = ["PIPELINE", "graph_in", "index_of", "transformer_folder"]
 
 PIPELINE: Final = "model_index.json"
 """What tells the folder of a whole pipeline."""
 
+_MODULAR: Final = "modular_model_index.json"
+"""What tells that of one that diffusers puts together from blocks, as FLUX.3's is."""
+
 _MODEL: Final = "model.onnx"
+
+
+def index_of(folder: Path) -> Path | None:
+    """Return the file that names a pipeline's class and parts; None of a folder that is no pipeline's."""
+    return next((folder / name for name in (PIPELINE, _MODULAR) if (folder / name).is_file()), None)
 
 
 def graph_in(path: Path) -> Path:
@@ -33,7 +41,7 @@ def transformer_folder(folder: Path) -> Path:
         BadCheckpoint: it is a pipeline's and has none.
     """
     inner = folder / "transformer"
-    if (folder / PIPELINE).is_file():
+    if (index := index_of(folder)) is not None:
         if inner.is_dir():
             return inner
         if (folder / "unet").is_dir():
@@ -41,8 +49,8 @@ def transformer_folder(folder: Path) -> Path:
         if not (folder / "config.json").is_file():
             parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
             raise BadCheckpoint(
-                f"{folder} is a pipeline ({PIPELINE}) without transformer/; it has {', '.join(parts) or 'no folder'}: "
-                "take one with its transformer"
+                f"{folder} is a pipeline ({index.name}) without transformer/; "
+                f"it has {', '.join(parts) or 'no folder'}: take one with its transformer"
             )
     elif not (folder / "config.json").is_file() and inner.is_dir():
         return inner

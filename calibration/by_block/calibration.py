@@ -17,10 +17,11 @@ from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import operands_of
 from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
 from calibration.inputs.prompts import SMALLEST, Sampling, capture_prompts, refuse_no_data, refuse_sampling
+from calibration.inputs.settings import refuse_of_pipelines
 from fp4trt.errors import BadAmax, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
-from fp4trt.options import at_least, file_name, takes
+from fp4trt.options import at_least, file_name, not_negative, takes
 from fp4trt.progress import Progress, note
 from fp4trt.publish import refuse_existing, write_json
 from fp4trt.safetensors_file import sha256_of
@@ -78,6 +79,8 @@ class Calibrated(Result):
     prompts=file_name,
     steps=at_least(1),
     resolution=at_least(SMALLEST),
+    frames=at_least(1),
+    guidance=not_negative,
     like=file_name,
 )
 def calibrate(
@@ -92,6 +95,8 @@ def calibrate(
     force: bool = False,
     device: str = "cpu",
     pictures: str | Path | None = None,
+    frames: int | None = None,
+    guidance: float | None = None,
     like: str | Path | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Calibrated:
@@ -109,10 +114,12 @@ def calibrate(
         prompts: a text file, one prompt a line, that the family's pipeline runs on. Neither: the built-in model's own.
         save_inputs_to: where to keep the captured inputs, so that calibration repeats exactly.
         steps: denoising steps for each prompt; None for the pipeline's own number.
-        resolution: height and width of the prompts' pictures, in pixels; None for the pipeline's own.
+        resolution: height and width of the prompts' pictures or videos, in pixels; None for the pipeline's own.
         force: replace existing results.
         device: ``cpu`` or ``cuda``, for the calibration; the prompts' pipeline uses a GPU where there is one.
         pictures: a picture or a folder of them, which the prompts take in turn; for a pipeline that reads some.
+        frames: of each prompt's video; None for the pipeline's own number.
+        guidance: scale of the pipeline's guidance; None for the pipeline's own.
         like: the config of a single file's model, as :func:`calibration.checkpoints.plain.find_source` takes it.
         progress: called with each step.
 
@@ -129,7 +136,7 @@ def calibrate(
             raise OutputExists(f"{path} is named twice, as a result and as something else; give each file its own name")
         refuse_existing(path, force)
     work = output.with_name(output.name + ".partial")
-    sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures))
+    sampling = Sampling(steps, resolution, None if pictures is None else Path(pictures), frames, guidance)
     config = load_json(folder / "config.json")
     family = family_of(config, folder)
     inputs_to = (inputs, prompts, sampling, save_inputs_to)
@@ -297,6 +304,7 @@ def _captured(
         raise BadInputs("both captured inputs and pictures were given; pictures go with prompts: leave them out")
     calls: Sequence[Inputs]
     if inputs is not None:
+        refuse_of_pipelines(sampling)
         open_plain(folder)
         calls = load_inputs(inputs)
         described: dict[str, Any] = {"data": "captured inputs", "inputs_sha256": sha256_of(Path(inputs))}

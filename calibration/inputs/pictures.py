@@ -7,29 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from calibration.inputs.pipelines import PIPELINES
 from fp4trt.errors import BadInputs
 from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
-from fp4trt.pipeline_folder import PIPELINE
+from fp4trt.pipeline_folder import PIPELINE, index_of
 from fp4trt.safetensors_file import sha256_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Conditions", "conditions_of"]
-
-READS: Final[Mapping[str, tuple[str, ...]]] = {
-    "FluxPipeline": (),
-    "FluxKontextPipeline": ("image",),
-    "FluxFillPipeline": ("image", "mask_image"),
-    "FluxControlPipeline": ("control_image",),
-    "FluxImg2ImgPipeline": ("image",),
-    "FluxInpaintPipeline": ("image", "mask_image"),
-}
-"""Pipelines that can be sampled, to the arguments that each takes a picture for."""
+__all__ = ["Conditions", "class_of", "conditions_of"]
 
 _CONCATENATING: Final = ("FluxFillPipeline", "FluxControlPipeline")
-"""Those whose transformer reads the picture as further channels."""
+"""Pipelines of FLUX.1 whose transformer reads the picture as further channels."""
 
 _MASK: Final = ".mask.png"
 
@@ -55,25 +46,45 @@ class Conditions:
                 not to one of the sizes of about a megapixel that it was trained on.
 
         Raises:
-            BadInputs: a file is not a picture, or has no mask where one is needed.
+            BadInputs: a file is not a picture, is too small a one, or has no mask where one is needed.
         """
         if not self.pictures:
             return {}
         file = self.pictures[index % len(self.pictures)]
-        picture = _opened(file)
-        values = {"image": picture.convert("RGB"), "control_image": picture.convert("RGB")}
-        reads = READS[self.pipeline]
-        if "mask_image" in reads:
+        picture, called = _opened(file), PIPELINES[self.pipeline]
+        if min(picture.size) < called.side:
+            raise BadInputs(
+                f"{file} has {picture.width} x {picture.height} pixels; a {self.pipeline} reads pictures of "
+                f"{called.side} x {called.side} at least"
+            )
+        values = dict.fromkeys(("image", "control_image"), picture.convert(called.mode))
+        if "mask_image" in called.pictures:
             values["mask_image"] = _mask(file, picture)
         own: dict[str, Any] = {}
         if self.pipeline == "FluxKontextPipeline" and resolution is not None:
             own = {"max_area": resolution**2, "_auto_resize": False}
             values["image"] = _scaled(values["image"], resolution)
-        return {name: values[name] for name in reads} | own
+        return {name: values[name] for name in called.pictures} | own
 
     def described(self) -> dict[str, str]:
         """Return the pictures by name, each with the hash of its file."""
         return {file.name: sha256_of(file) for file in self.pictures}
+
+
+def class_of(root: Path) -> str:
+    """Return the class of the pipeline in a folder, one of those that can be sampled.
+
+    Raises:
+        BadInputs: it is of another.
+    """
+    index = index_of(root)
+    name = str(None if index is None else load_json(index).get("_class_name"))
+    if name not in PIPELINES:
+        raise BadInputs(
+            f"{root} is a {name}; prompts are sampled with one of: {', '.join(PIPELINES)}: "
+            "capture what its transformer is given yourself (docs/models.md), and give that as --inputs"
+        )
+    return name
 
 
 def conditions_of(root: Path, config: Mapping[str, Any], pictures: Path | None) -> Conditions:
@@ -87,17 +98,14 @@ def conditions_of(root: Path, config: Mapping[str, Any], pictures: Path | None) 
     Raises:
         BadInputs: the pipeline needs pictures and none are given, or takes none, or is of a class that is not known.
     """
-    name = str(load_json(root / PIPELINE).get("_class_name"))
-    if name not in READS:
-        raise BadInputs(
-            f"{root} is a {name}; prompts are sampled with one of: {', '.join(READS)}: capture what its transformer is "
-            "given yourself, and give that as --inputs"
-        )
-    if pictures is None and READS[name]:
+    name = class_of(root)
+    called = PIPELINES[name]
+    if pictures is None and called.pictures and not called.optional:
         raise BadInputs(f"{root} is a {name}, which reads pictures beside prompts; give --pictures FOLDER|FILE")
-    if pictures is not None and not READS[name]:
+    if pictures is not None and not called.pictures:
         raise BadInputs(f"{root} is a {name}, which reads no pictures; leave out --pictures")
-    _refuse_other_channels(root, name, config)
+    if called.flux1:
+        _refuse_other_channels(root, name, config)
     found = Conditions(name, () if pictures is None else _files(pictures))
     for index in range(len(found.pictures)):  # each is opened once before hours are spent on the others
         found.arguments(index, 64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,15 +11,18 @@ import torch
 from torch import nn
 
 from calibration.inputs.captured import Inputs, capturing
-from calibration.inputs.pictures import conditions_of
+from calibration.inputs.modular import load_modular
+from calibration.inputs.pictures import class_of, conditions_of
+from calibration.inputs.pipelines import PIPELINES
 from calibration.inputs.pixel_space import describe
+from calibration.inputs.settings import Sampling, refuse_missing_package, refuse_of_pipelines, refuse_settings
 from calibration.pixel_space.description import Description, Run
 from calibration.pixel_space.sampling import capture
 from fp4trt.errors import BadInputs
 from fp4trt.families import Family
 from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
-from fp4trt.pipeline_folder import PIPELINE
+from fp4trt.pipeline_folder import PIPELINE, index_of
 from fp4trt.progress import tracking
 
 __all__ = [
@@ -39,28 +41,11 @@ __all__ = [
 SMALLEST: Final = 16
 """Pixels of a picture's side that a pipeline is asked for, at least."""
 
+_SECOND: Final = "transformer_2"
+"""The part of a pipeline of two transformers that it calls at the less noisy timesteps."""
+
 _POINTER: Final = "version https://git-lfs"
 """What a Git LFS pointer begins with, which is text as prompts are."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the prompts of a pipeline are sampled; None leaves a setting to the pipeline.
-
-    Attributes:
-        steps: of the schedule.
-        resolution: pixels of a side.
-        pictures: a picture or a folder of them, for a pipeline that reads some beside the prompts.
-    """
-
-    steps: int | None = None
-    resolution: int | None = None
-    pictures: Path | None = None
-
-    def as_arguments(self) -> dict[str, int]:
-        """Return what a pipeline is called with."""
-        settings = {"num_inference_steps": self.steps, "height": self.resolution, "width": self.resolution}
-        return {name: value for name, value in settings.items() if value is not None}
 
 
 def capture_prompts(
@@ -101,18 +86,24 @@ def _without_data(folder: Path) -> BadInputs:
 
 
 def refuse_sampling(folder: Path, family: Family, prompts: str | Path | None, sampling: Sampling) -> None:
-    """Refuse prompts and pictures that the pipeline around a transformer cannot be sampled with, before it is loaded.
+    """Refuse what the pipeline around a transformer cannot be sampled with, before it is loaded.
 
     Raises:
         BadInputs: as :func:`capture_prompts`.
+        BadEnvironment: a package is missing that the pipeline needs.
     """
     alone = describe(folder, family) is not None
     if sampling.pictures is not None and (alone or prompts is None):
         what = "this model reads no pictures" if alone else "pictures go with --prompts"
         raise BadInputs(f"--pictures {sampling.pictures} was given, but {what}: leave it out")
+    if alone or prompts is None:
+        refuse_of_pipelines(sampling)
     if not alone and prompts is not None:
         read_prompts(Path(prompts))
-        conditions_of(pipeline_of(folder), load_json(folder / "config.json"), sampling.pictures)
+        root = pipeline_of(folder)
+        conditions = conditions_of(root, load_json(folder / "config.json"), sampling.pictures)
+        refuse_settings(root, conditions.pipeline, sampling)
+        refuse_missing_package(root, conditions.pipeline)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -155,7 +146,7 @@ def pipeline_of(folder: Path) -> Path:
     Raises:
         BadInputs: there is none.
     """
-    if not (folder.parent / PIPELINE).is_file():
+    if index_of(folder.parent) is None:
         raise BadInputs(
             f"{folder} is not in a pipeline (no {PIPELINE} in the folder above), whose text encoders the prompts need; "
             "give the pipeline's folder"
@@ -179,14 +170,21 @@ def drawing(root: Path) -> Iterator[None]:
         raise BadInputs(f"{root} does not draw ({reason}); expected a pipeline that draws in diffusers") from error
 
 
-def load_pipeline(root: Path, transformer: Any) -> Any:
-    """Return the BF16 pipeline in a folder around a transformer, on the GPU where there is one, without a bar."""
+def load_pipeline(root: Path, transformer: Any, part: str = "transformer") -> Any:
+    """Return the BF16 pipeline in a folder around a transformer, on the GPU where there is one, without a bar.
+
+    Args:
+        root: the folder.
+        transformer: one of its parts.
+        part: the name of that.
+    """
     import diffusers
     import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
 
-    load: Any = diffusers.DiffusionPipeline.from_pretrained
+    # By DiffusionPipeline itself a part that the class makes optional, as Wan's transformers are, would be loaded anew.
+    load: Any = getattr(diffusers, class_of(root)).from_pretrained
     with drawing(root):
-        pipeline = load(root, transformer=transformer, torch_dtype=torch.bfloat16)
+        pipeline = load(root, **{part: transformer}, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     if torch.cuda.is_available():
         pipeline.enable_model_cpu_offload()
@@ -199,12 +197,18 @@ def _capture_pipeline(
     """Sample every prompt, on the GPU where there is one, and keep every call of the transformer."""
     root, config = pipeline_of(folder), load_json(folder / "config.json")
     conditions = conditions_of(root, config, sampling.pictures)
-    pipeline = load_pipeline(root, model)
+    called = PIPELINES[conditions.pipeline]
+    if called.blocks is None:
+        pipeline = load_pipeline(root, model, folder.name if folder.name == _SECOND else "transformer")
+    else:
+        pipeline = load_modular(root, model, called.blocks)
     with capturing(model, family, config) as calls, tracking(len(prompts), "sampling prompts") as advance:
         for seed, prompt in enumerate(prompts):
-            settings = sampling.as_arguments() | conditions.arguments(seed, sampling.resolution)
+            settings = sampling.as_arguments(called) | conditions.arguments(seed, sampling.resolution)
             generator = torch.Generator().manual_seed(seed)
             with drawing(root):
-                pipeline(prompt=prompt, generator=generator, output_type="latent", **settings)
+                pipeline(prompt=prompt, generator=generator, **called.settings, **settings)
             advance()
+    if not calls:
+        raise BadInputs(f"{root} never called its {folder.name}; expected a call at least: sample more --steps")
     return calls

@@ -12,7 +12,9 @@ from torch import nn
 
 from calibration.inputs.captured import capturing
 from calibration.inputs.pictures import conditions_of
+from calibration.inputs.pipelines import PIPELINES
 from calibration.inputs.prompts import Sampling, drawing, load_pipeline, pipeline_of
+from fp4trt.errors import BadInputs
 from fp4trt.families import Family
 from fp4trt.json_file import load_json
 from generation.comparison.drawing import Batch, Sampler, Transformer
@@ -35,18 +37,24 @@ def pipeline_sampler(folder: Path, family: Family, prompts: Sequence[str], image
             i takes ``i % len(pictures)``.
 
     Raises:
-        BadInputs: the parent folder is not a pipeline.
+        BadInputs: the parent folder is not a pipeline, or one of another model than FLUX.1.
     """
     root = pipeline_of(folder)
     config = load_json(folder / "config.json")
     asked = tuple(prompts[index % len(prompts)] for index in range(images))
 
     conditions = conditions_of(root, config, sampling.pictures)
+    called = PIPELINES[conditions.pipeline]
+    if not called.flux1:
+        known = ", ".join(name for name, one in PIPELINES.items() if one.flux1)
+        raise BadInputs(
+            f"{root} is a {conditions.pipeline}; images are compared of one of: {known}: draw with yours in diffusers"
+        )
 
     def draw(transformer: Transformer, seed: int) -> Iterator[Batch]:
         pipeline, module = load_pipeline(root, transformer), cast(nn.Module, transformer)
         for index, prompt in enumerate(asked):
-            settings = sampling.as_arguments() | conditions.arguments(index, sampling.resolution)
+            settings = sampling.as_arguments(called) | conditions.arguments(index, sampling.resolution)
             settings |= {"prompt": prompt, "generator": _generator(seed, index)}
             with drawing(root):
                 batch = _picture(pipeline, module, family, config, settings)

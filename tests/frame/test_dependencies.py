@@ -19,8 +19,9 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # Where the module's name is not the distribution's.
 DISTRIBUTIONS = {"PIL": "pillow", "modelopt": "nvidia-modelopt", "yaml": "pyyaml"}
-# Used by what we import, not by us: torch.onnx translates with it, and the last two hold networks of torchmetrics.
-THROUGH_OTHERS = {"onnxscript", "torch-fidelity", "torchvision"}
+# Used by what we import, not by us: a pipeline of diffusers cleans prompts with it, torch.onnx translates with it, and
+# the last two hold networks of torchmetrics.
+THROUGH_OTHERS = {"ftfy", "onnxscript", "torch-fidelity", "torchvision"}
 
 
 def normalized(requirement: str) -> str:
