@@ -17,12 +17,12 @@ from typing import Any, Final
 from fp4trt.built_in import path_of
 from fp4trt.errors import BadCheckpoint
 from fp4trt.json_file import load_json
-from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.pipeline_folder import index_of, transformer_folder
 from fp4trt.progress import note
 from fp4trt.safetensors_file import StoredTensor
 from fp4trt.single_files.opening import config_like, open_file
 
-__all__ = ["SOURCE", "cache_folder", "file_behind", "folder_for_file", "folder_of", "tensors_behind"]
+__all__ = ["SOURCE", "cache_folder", "file_behind", "folder_for_file", "folder_of", "stands_in", "tensors_behind"]
 
 SOURCE: Final = "fp4trt-source.json"
 """What tells such a folder."""
@@ -49,7 +49,7 @@ def folder_for_file(file: Path, like: str | Path | None = None) -> Path:
         BadCheckpoint, UnknownFamily: the file is damaged, quantized, of no known model, or not of this config.
     """
     opened = open_file(file, None if like is None else config_like(like))
-    described = {"format": _FORMAT, "file": str(file.resolve()), **_identity(file)}
+    described = {"format": _FORMAT, "file": str(file.resolve()), **_identity(file), **_beside(like)}
     texts = {"config.json": opened.config, SOURCE: described}
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / "sources" / f"{file.stem}-{digest}"
@@ -60,6 +60,22 @@ def folder_for_file(file: Path, like: str | Path | None = None) -> Path:
         os.replace(beside, folder / name)
     note(f"{file.name}: {opened.config['_class_name']} under {opened.described}")
     return folder
+
+
+def _beside(like: str | Path | None) -> dict[str, str]:
+    """Return the transformer's folder that the config is from, where that lies in a pipeline."""
+    if like is None:
+        return {}
+    places = (Path(like) / "transformer", Path(like), Path(like).parent)
+    found = [each for each in places if (each / "config.json").is_file() and index_of(each.parent) is not None]
+    return {"in_place_of": str(found[0].resolve())} if found else {}
+
+
+def stands_in(folder: Path) -> Path:
+    """Return the folder in a pipeline in whose place a single file is taken; any other folder as it is."""
+    if file_behind(folder) is None:
+        return folder
+    return Path(load_json(folder / SOURCE).get("in_place_of", folder))
 
 
 def folder_of(artifact: str | Path) -> Path:

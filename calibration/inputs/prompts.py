@@ -24,6 +24,7 @@ from fp4trt.file_kind import what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import PIPELINE, index_of
 from fp4trt.progress import tracking
+from fp4trt.source_folder import stands_in
 
 __all__ = [
     "SMALLEST",
@@ -141,17 +142,18 @@ def _capture_pixels(
 
 
 def pipeline_of(folder: Path) -> Path:
-    """Return the pipeline's folder around a transformer's.
+    """Return the pipeline's folder around a transformer's, or around the one in whose place a single file is taken.
 
     Raises:
         BadInputs: there is none.
     """
-    if index_of(folder.parent) is None:
+    place = stands_in(folder)
+    if index_of(place.parent) is None:
         raise BadInputs(
-            f"{folder} is not in a pipeline (no {PIPELINE} in the folder above), whose text encoders the prompts need; "
-            "give the pipeline's folder"
+            f"{place} is not in a pipeline (no {PIPELINE} in the folder above), whose text encoders the prompts need; "
+            "give the pipeline's folder, or that of a single file's pipeline with --like"
         )
-    return folder.parent
+    return place.parent
 
 
 @contextlib.contextmanager
@@ -197,9 +199,9 @@ def _capture_pipeline(
     """Sample every prompt, on the GPU where there is one, and keep every call of the transformer."""
     root, config = pipeline_of(folder), load_json(folder / "config.json")
     conditions = conditions_of(root, config, sampling.pictures)
-    called = PIPELINES[conditions.pipeline]
+    called, part = PIPELINES[conditions.pipeline], stands_in(folder).name
     if called.blocks is None:
-        pipeline = load_pipeline(root, model, folder.name if folder.name == _SECOND else "transformer")
+        pipeline = load_pipeline(root, model, part if part == _SECOND else "transformer")
     else:
         pipeline = load_modular(root, model, called.blocks)
     with capturing(model, family, config) as calls, tracking(len(prompts), "sampling prompts") as advance:
@@ -210,5 +212,5 @@ def _capture_pipeline(
                 pipeline(prompt=prompt, generator=generator, **called.settings, **settings)
             advance()
     if not calls:
-        raise BadInputs(f"{root} never called its {folder.name}; expected a call at least: sample more --steps")
+        raise BadInputs(f"{root} never called its {part}; expected a call at least: sample more --steps")
     return calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -213,6 +214,17 @@ def test_a_graph_and_its_reference_come_from_a_file(digits: Path, original: Tens
     assert (folder / SOURCE).is_file()
     model: Any = load_source(folder)
     assert _same(model.state_dict(), load_source(digits).state_dict())
+
+
+def test_prompts_go_through_the_pipeline_that_like_names(pipeline: Path, tmp_path: Path) -> None:
+    shutil.copyfile(pipeline / "transformer/diffusion_pytorch_model.safetensors", tmp_path / "mine.safetensors")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    found = []
+    for name, source, like in (("file", tmp_path / "mine.safetensors", pipeline), ("folder", pipeline, None)):
+        path = tmp_path / f"{name}.json"
+        fp4trt.calibrate(source, path, prompts=tmp_path / "prompts.txt", steps=1, resolution=32, like=like)
+        found.append(path.read_bytes())
+    assert found[0] == found[1]
 
 
 def _header_only(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
