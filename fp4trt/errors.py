@@ -13,6 +13,7 @@ __all__ = [
     "BadEnvironment",
     "BadGraph",
     "BadInputs",
+    "BadLora",
     "BadModelError",
     "BadOption",
     "BadProfileError",
@@ -86,6 +87,12 @@ class UnsupportedModel(ValueError):
 
 class BadAmax(ValueError):
     """A calibrated amax is missing, zero, NaN or infinite."""
+
+    exit_code = 2
+
+
+class BadLora(ValueError):
+    """A LoRA file is damaged, of a kind that is not fused, or of another model."""
 
     exit_code = 2
 

@@ -50,7 +50,7 @@ EXCEPTIONS = {
 FLOORS = {
     "calibration": (
         {"adapters", "formats", "pixel_space", "recipes", "source_options"},
-        {"digits"},
+        {"digits", "lora"},
         {"checkpoints", "inputs"},
         {"by_block"},
         {"methods"},
