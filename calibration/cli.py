@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calibration.source_options import LIKE
+from calibration.source_options import LIKE, LORA
 
 if TYPE_CHECKING:
     from calibration.by_block.calibration import Calibrated
@@ -39,6 +39,7 @@ _DEVICE = click.option(
 @click.option("--frames", type=click.IntRange(1), help="Frames of a video.  [default: the pipeline's own]")
 @click.option("--guidance", type=click.FloatRange(0), help="Scale of the guidance.  [default: the pipeline's own]")
 @LIKE
+@LORA
 @_DEVICE
 @click.option("--force", is_flag=True, help="Replace existing results.")
 def calibrate(
@@ -53,6 +54,7 @@ def calibrate(
     frames: int | None,
     guidance: float | None,
     like: Path | None,
+    lora: tuple[str, ...],
     device: str,
     force: bool,
 ) -> Calibrated:
@@ -84,6 +86,7 @@ def calibrate(
         frames=frames,
         guidance=guidance,
         like=like,
+        lora=lora,
     )
     click.echo(f"calibrated {result.linears} linears on {result['calls']} calls -> {output}")
     return result
@@ -138,6 +141,7 @@ def recipes(name: str | None) -> dict[str, Any]:
     "--trust", is_flag=True, help="Load --modelopt-state although it is a pickle, which can execute arbitrary code."
 )
 @LIKE
+@LORA
 @click.option(
     "--for",
     "server",
@@ -169,6 +173,7 @@ def quantize(
     modelopt_state: Path | None,
     trust: bool,
     like: Path | None,
+    lora: tuple[str, ...],
     server: str | None,
     force: bool,
     device: str,
@@ -188,6 +193,7 @@ def quantize(
       fp4trt quantize flux1-dev.safetensors -o flux-fp4 --calibration amax.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration machine-1.json --calibration machine-2.json
       fp4trt quantize FLUX.1-dev -o flux-fp4 --calibration inputs.safetensors --workers 4
+      fp4trt quantize FLUX.1-dev -o flux-style --calibration inputs.safetensors --lora style.safetensors:0.8
       fp4trt quantize FLUX.1-dev -o flux-sglang --calibration inputs.safetensors --for sglang
     """
     if ray == "local" or (ray is None and workers and workers > 1):
@@ -209,6 +215,7 @@ def quantize(
         workers=workers,
         ray=ray,
         like=like,
+        lora=lora,
         server=server,
     )
     attention = f", {result.fp8_attentions} attentions in FP8" if result.fp8_attentions else ""

@@ -78,6 +78,7 @@ class Quantized(Result):
     workers=at_least(1),
     ray=word("auto"),
     like=file_name,
+    lora=file_names,
     server=one_of(*SERVERS),
 )
 def quantize(
@@ -93,6 +94,7 @@ def quantize(
     workers: int | None = None,
     ray: str | None = None,
     like: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     server: str | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Quantized:
@@ -124,6 +126,7 @@ def quantize(
         ray: ``local``, or the address of a Ray cluster whose machines share the blocks; ``workers`` then says how many
             blocks are worked on at a time, None for as many as there are cores and memory for.
         like: the config of a single file's model, as :func:`calibration.checkpoints.plain.find_source` takes it.
+        lora: LoRA files to fuse into the weights, likewise.
         server: ``sglang``, ``vllm-omni`` or ``tensorrt-llm``, which is to load the result: linears that it takes in
             BF16 alone stay so, and a recipe that it cannot load is refused (:mod:`calibration.recipes.servers`).
         progress: called with each step.
@@ -142,7 +145,7 @@ def quantize(
     crew = Crewed(workers, ray)
     crew.refuse(None if modelopt_state is not None else chosen)
     require_device(device)
-    directory, folder = Path(output), find_source(source, like)
+    directory, folder = Path(output), find_source(source, like, lora)
     publish.refuse_foreign(directory, force)
     if modelopt_state is not None:
         if server is not None:

@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-__all__ = ["LIKE"]
+__all__ = ["LIKE", "LORA"]
 
 LIKE: Final = click.option(
     "--like",
@@ -17,3 +17,12 @@ LIKE: Final = click.option(
     "pipeline's, too), or the name of a published model, such as 'Qwen-Image'.",
 )
 """As :func:`calibration.checkpoints.plain.find_source` takes it."""
+
+LORA: Final = click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:STRENGTH]",
+    help="A LoRA file that is fused into the weights as they are read; more than once for several, in that order.  "
+    "[strength: 1]",
+)
+"""Likewise."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fp4trt.errors import BadCheckpoint
 from fp4trt.file_kind import what_it_is
+from fp4trt.fused_tensors import with_loras
 from fp4trt.json_file import load_json, strings_by_name
 from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
-from fp4trt.source_folder import file_behind, tensors_behind
+from fp4trt.single_files.opening import open_file
+from fp4trt.source_folder import Source, source_in
 
-__all__ = ["STEM", "files_of", "metadata_in_folder", "tensors_in_folder"]
+__all__ = ["STEM", "files_of", "metadata_in_folder", "tensors_in_folder", "tensors_without_loras"]
 
 STEM: Final = "diffusion_pytorch_model"
 """What the names of the files begin with."""
@@ -26,8 +30,8 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     Raises:
         BadCheckpoint: the index is damaged, or does not name a file that lies beside the shards.
     """
-    if (single := file_behind(folder)) is not None:
-        return (single,)
+    if (source := source_in(folder)) is not None:
+        return files_of(source.weights) if source.weights.is_dir() else (source.weights,)
     shards = _index(folder)
     names = sorted(set(shards.values())) if shards is not None else [f"{STEM}.safetensors"]
     return tuple(folder / name for name in names)
@@ -39,8 +43,8 @@ def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         BadCheckpoint: a file is missing or damaged, or the index is not that of the files beside it.
     """
-    if (single := file_behind(folder)) is not None:
-        return dict(tensors_behind(folder, single))
+    if (source := source_in(folder)) is not None:
+        return dict(_behind(source, json.dumps(load_json(folder / "config.json")), json.dumps(source.described())))
     shards, files = _index(folder), files_of(folder)
     if not any(file.exists() for file in files):
         _refuse_other_weights(folder)
@@ -63,9 +67,26 @@ def metadata_in_folder(folder: Path) -> dict[str, str]:
 
     That of a single file speaks of other names, and has been judged when it was opened.
     """
-    if file_behind(folder) is not None:
-        return {}
+    if (source := source_in(folder)) is not None:
+        return metadata_in_folder(source.weights) if source.weights.is_dir() else {}
     return {key: value for file in files_of(folder) for key, value in metadata_in_file(file).items()}
+
+
+def tensors_without_loras(folder: Path) -> dict[str, StoredTensor]:
+    """Return :func:`tensors_in_folder` as they are before any LoRA of a source changes them."""
+    source = source_in(folder)
+    return tensors_in_folder(folder) if source is None else dict(_unchanged(source, load_json(folder / "config.json")))
+
+
+@functools.lru_cache(maxsize=2)
+def _behind(source: Source, config: str, _identity: str) -> Mapping[str, StoredTensor]:
+    """Return where the tensors of diffusers lie in the files that a folder stands for, or what makes them."""
+    tensors = _unchanged(source, json.loads(config))
+    return with_loras(source, tensors, json.loads(config)) if source.loras else tensors
+
+
+def _unchanged(source: Source, config: Mapping[str, Any]) -> Mapping[str, StoredTensor]:
+    return tensors_in_folder(source.weights) if source.weights.is_dir() else open_file(source.weights, config).tensors
 
 
 def _index_of(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from calibration.inputs.settings import refuse_of_pipelines
 from fp4trt.errors import BadAmax, BadInputs, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
-from fp4trt.options import at_least, file_name, not_negative, takes
+from fp4trt.options import at_least, file_name, file_names, not_negative, takes
 from fp4trt.progress import Progress, note
 from fp4trt.publish import refuse_existing, write_json
 from fp4trt.safetensors_file import sha256_of
@@ -82,6 +82,7 @@ class Calibrated(Result):
     frames=at_least(1),
     guidance=not_negative,
     like=file_name,
+    lora=file_names,
 )
 def calibrate(
     source: str | Path,
@@ -98,6 +99,7 @@ def calibrate(
     frames: int | None = None,
     guidance: float | None = None,
     like: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Calibrated:
     """Measure the largest magnitude that enters every quantized linear and write ``{module path: amax}``.
@@ -121,6 +123,7 @@ def calibrate(
         frames: of each prompt's video; None for the pipeline's own number.
         guidance: scale of the pipeline's guidance; None for the pipeline's own.
         like: the config of a single file's model, as :func:`calibration.checkpoints.plain.find_source` takes it.
+        lora: LoRA files to fuse into the weights, likewise.
         progress: called with each step.
 
     Raises:
@@ -130,7 +133,7 @@ def calibrate(
     output = Path(output)
     given = {Path(path).resolve() for path in (inputs, prompts, pictures) if path is not None}
     results = [Path(path) for path in (output, save_inputs_to) if path is not None]
-    folder = find_source(source, like)
+    folder = find_source(source, like, lora)
     for index, path in enumerate(results):
         if path.resolve() in given or path in results[:index]:
             raise OutputExists(f"{path} is named twice, as a result and as something else; give each file its own name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,17 +16,19 @@ from torch import nn
 
 from calibration.checkpoints import hub
 from calibration.formats.bfloat16 import bits_of, refuse_other_types, why_unusable
+from calibration.lora.option import parse_lora
 from fp4trt.built_in import BUILT_IN, path_of
-from fp4trt.checkpoint_folder import files_of, metadata_in_folder, tensors_in_folder
-from fp4trt.errors import BadCheckpoint, BadOption
+from fp4trt.checkpoint_folder import files_of, metadata_in_folder, tensors_in_folder, tensors_without_loras
+from fp4trt.errors import BadCheckpoint, BadLora, BadOption
 from fp4trt.families import Family, family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.layouts import refuse_foreign_layout
+from fp4trt.made_folder import made_folder
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor, sha256_of
 from fp4trt.single_files.opening import SUFFIXES
-from fp4trt.source_folder import folder_for_file
+from fp4trt.source_folder import source_in
 
 __all__ = [
     "BUILT_IN",
@@ -48,7 +50,9 @@ _SAMPLED: Final = 2048
 """Values of each tensor that a fingerprint is of."""
 
 
-def find_source(source: str | Path, like: str | Path | None = None) -> Path:
+def find_source(
+    source: str | Path, like: str | Path | None = None, lora: str | Path | Sequence[str | Path] = ()
+) -> Path:
     """Return the folder of a transformer: config.json beside its weights.
 
     Args:
@@ -58,14 +62,28 @@ def find_source(source: str | Path, like: str | Path | None = None) -> Path:
             ``OWNER/NAME/FILE``), which is taken from the hub's cache or downloaded.
         like: of a single file: a config.json, a folder with one, or the name of a published model
             (:func:`fp4trt.single_files.opening.config_like`), where the shapes do not tell its config.
+        lora: one or several files that are fused into the weights as they are read, as ``FILE`` or ``FILE:STRENGTH``
+            (:mod:`calibration.lora`).
 
     Raises:
         BadCheckpoint: there is none.
+        BadLora: a LoRA is damaged, or is another model's.
         BadOption: ``like`` is given for something else than a single file.
     """
+    found = _found(source, like)
+    loras = [parse_lora(str(one)) for one in ((lora,) if isinstance(lora, str | Path) else lora)]
+    if absent := next((path for path, _ in loras if not path.is_file()), None):
+        raise BadLora(f"{absent} {what_it_lacks(absent)}; expected a LoRA file there")
+    if not loras and found.is_dir():
+        return found
+    return made_folder(found, like, loras)
+
+
+def _found(source: str | Path, like: str | Path | None) -> Path:
+    """Return a single file, or the folder of a transformer."""
     folder = path_of(source)
     if folder.is_file():
-        return folder_for_file(folder, like)
+        return folder
     if like is not None and not _names_a_file(source):
         raise BadOption(f"like is {str(like)!r}, which gives a single file its config; {source} has its own: drop it")
     if folder.is_dir():
@@ -81,7 +99,7 @@ def find_source(source: str | Path, like: str | Path | None = None) -> Path:
             )
         return found
     if _names_a_file(source):
-        return folder_for_file(hub.file_of(str(source)), like)
+        return hub.file_of(str(source))
     if str(source).count("/") == 1 and not folder.is_absolute():
         return hub.transformer_of(str(source))
     raise BadCheckpoint(
@@ -226,10 +244,13 @@ def weights_fingerprint(folder: Path) -> str:
     """Return what tells a checkpoint's weights from those of any other model of the same shapes, in a second.
 
     That is a SHA-256 over name, shape and the first values of each tensor, as BF16: it is the same for shards and for
-    one file, and for a copy of BF16 weights in FP32.
+    one file, and for a copy of BF16 weights in FP32. With LoRAs it is of what they are fused into, and of their files.
     """
+    source = source_in(folder)
     digest = hashlib.sha256()
-    for name, stored in sorted(tensors_in_folder(folder).items()):
+    if source is not None and source.loras:
+        digest.update(repr([(lora.sha256, lora.strength) for lora in source.loras]).encode())
+    for name, stored in sorted(tensors_without_loras(folder).items()):
         refuse_other_types(f"{folder}: {name}", stored)
         digest.update(f"{name} {list(stored.shape)}".encode())
         digest.update(bits_of(stored, 0, min(math.prod(stored.shape), _SAMPLED)).tobytes())

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from calibration.source_options import LIKE
+from calibration.source_options import LIKE, LORA
 
 __all__ = ["search"]
 
@@ -54,6 +54,7 @@ _PATH = click.Path(path_type=Path)
     "5090]",
 )
 @LIKE
+@LORA
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
@@ -71,6 +72,7 @@ def search(
     ranks: tuple[int, ...],
     launch_cost: float | None,
     like: Path | None,
+    lora: tuple[str, ...],
     force: bool,
     device: str,
 ) -> Any:
@@ -104,6 +106,7 @@ def search(
         ranks=ranks,
         launch_cost=launch_cost,
         like=like,
+        lora=lora,
         force=force,
         device=device,
     )

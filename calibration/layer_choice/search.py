@@ -26,7 +26,7 @@ from fp4trt import publish
 from fp4trt.errors import BadCheckpoint, BadInputs, BadRecipe
 from fp4trt.json_file import load_json
 from fp4trt.number_formats import BF16
-from fp4trt.options import at_least, each_at_least, file_name, one_of, takes
+from fp4trt.options import at_least, each_at_least, file_name, file_names, one_of, takes
 from fp4trt.progress import Progress, note
 from fp4trt.verb import PEOPLE, Result, verb
 
@@ -85,6 +85,7 @@ class Searched(Result):
     calls=at_least(1),
     ranks=each_at_least(1, (8, 16)),
     like=file_name,
+    lora=file_names,
 )
 def search(
     source: str | Path,
@@ -102,6 +103,7 @@ def search(
     force: bool = False,
     device: str = "cpu",
     like: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Searched:
     """Choose NVFP4, with or without a low-rank branch, FP8 or BF16 for each group of linears; write that as a recipe.
@@ -127,6 +129,7 @@ def search(
         force: replace an earlier result.
         device: where to compute, ``cpu`` or ``cuda``.
         like: the config of a single file's model, as :func:`calibration.checkpoints.plain.find_source` takes it.
+        lora: LoRA files to fuse into the weights, likewise.
         progress: called with each step.
 
     Raises:
@@ -142,7 +145,7 @@ def search(
     if not isinstance(launch_cost, Real) or not 0 <= launch_cost < math.inf:
         raise BadInputs(f"the launch cost is {launch_cost!r}; expected FLOPs, 0 at least, such as {LAUNCH:g}")
     require_device(device)
-    directory, folder = Path(output), find_source(source, like)
+    directory, folder = Path(output), find_source(source, like, lora)
     chosen = load_recipe(recipe)
     ours = (DATA, RECIPE, PICTURE) if _is_search(directory) else ()
     publish.refuse_foreign(directory, force, ours)

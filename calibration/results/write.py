@@ -33,6 +33,7 @@ from fp4trt.errors import TooLittleSpace
 from fp4trt.number_formats import FORMATS, FP8
 from fp4trt.progress import note, tracking
 from fp4trt.safetensors_file import sha256_of
+from fp4trt.source_folder import source_in
 
 __all__ = ["Given", "complete", "foresee", "readable_size", "shared_input_amax", "versions", "write_result"]
 
@@ -191,6 +192,9 @@ def _description(plain: Plain, given: Given, branches: Iterable[str]) -> dict[st
         "calibration": dict(given.calibrated.described),
         "versions": versions(),
     }
+    if (source := source_in(plain.folder)) is not None and source.loras:
+        loras = ({"file": lora.path.name, "sha256": lora.sha256, "strength": lora.strength} for lora in source.loras)
+        described["lora"] = list(loras)
     if given.training:
         described["training"] = dict(given.training)
     if plain.fp8_attentions:

@@ -31,9 +31,9 @@ from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, BadGraph, BadReference
 from fp4trt.json_file import load_json
+from fp4trt.made_folder import folder_of
 from fp4trt.number_formats import FORMATS, NVFP4
 from fp4trt.safetensors_file import StoredTensor
-from fp4trt.source_folder import folder_of
 from onnx_functions.formats import graph_format
 from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.index import Index

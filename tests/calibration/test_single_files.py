@@ -216,6 +216,45 @@ def test_a_graph_and_its_reference_come_from_a_file(digits: Path, original: Tens
     assert _same(model.state_dict(), load_source(digits).state_dict())
 
 
+def test_loras_are_fused_as_weights_are_read(
+    digits: Path, state: Tensors, original: Tensors, five_calls: Path, tmp_path: Path
+) -> None:
+    """Into a folder and a single file, by block and in the order of the bytes; the arithmetic has its own tests."""
+    random = torch.Generator().manual_seed(0)
+    fused, factors = dict(state), {}
+    for path in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"):
+        rows, columns = state[f"{path}.weight"].shape
+        down, up = (torch.randn(shape, generator=random).bfloat16() for shape in ((4, columns), (rows, 4)))
+        factors |= {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up}
+        delta = (up.float() @ down.float() * 0.5).bfloat16()
+        fused[f"{path}.weight"] = state[f"{path}.weight"] + delta
+    lora, file = tmp_path / "style.safetensors", tmp_path / "bfl.safetensors"
+    save_file(factors, lora)
+    save_file(original, file)
+    shutil.copytree(digits, tmp_path / "fused")
+    save_file(fused, tmp_path / "fused" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    given = f"{lora}:0.5"
+    by_block: dict[str, Any] = {"recipe": "nvfp4-ptq", "calibration": five_calls}
+    runs: dict[str, tuple[Path, dict[str, Any]]] = {
+        "wanted": (tmp_path / "fused", by_block),
+        "folder": (digits, {"lora": given, **by_block}),
+        "wanted-mx": (tmp_path / "fused", {"recipe": "mxfp8-ptq"}),
+        "file-mx": (file, {"like": digits, "lora": given, "recipe": "mxfp8-ptq"}),
+    }
+    for name, (source, options) in runs.items():
+        fp4trt.quantize(source, tmp_path / name, **options)
+    assert _bytes(tmp_path / "folder") == _bytes(tmp_path / "wanted")
+    assert _bytes(tmp_path / "file-mx") == _bytes(tmp_path / "wanted-mx")
+    (said,) = json.loads((tmp_path / "folder" / "fp4trt.json").read_text())["lora"]
+    assert said == {
+        "file": "style.safetensors",
+        "sha256": hashlib.sha256(lora.read_bytes()).hexdigest(),
+        "strength": 0.5,
+    }
+    prints = {weights_fingerprint(find_source(digits, lora=strength)) for strength in ((), given, str(lora))}
+    assert len(prints) == 3
+
+
 def test_prompts_go_through_the_pipeline_that_like_names(pipeline: Path, tmp_path: Path) -> None:
     shutil.copyfile(pipeline / "transformer/diffusion_pytorch_model.safetensors", tmp_path / "mine.safetensors")
     (tmp_path / "prompts.txt").write_text("a cat")
@@ -318,7 +357,7 @@ def test_a_file_that_has_changed_since_is_not_read_on(digits: Path, original: Te
     save_file(original, tmp_path / "x.safetensors")
     folder = find_source(tmp_path / "x.safetensors", digits)
     save_file(_without(original, "img_in.bias"), tmp_path / "x.safetensors")
-    with pytest.raises(BadCheckpoint, match="has changed or is gone; give the file itself again"):
+    with pytest.raises(BadCheckpoint, match="has changed or is gone; give the source itself again"):
         open_plain(folder)
 
 
