@@ -24,7 +24,7 @@ _PATH = click.Path(path_type=Path)
     type=click.Choice(["nvfp4", "bf16"]),
     default="nvfp4",
     show_default=True,
-    help="nvfp4 takes a quantized checkpoint, bf16 a plain one (or `digits`).",
+    help="nvfp4 takes a quantized checkpoint, in whatever formats, bf16 a plain one (or `digits`).",
 )
 @click.option(
     "--scale-dtype",
@@ -78,7 +78,7 @@ def _export_checkpoint(source: Path, output: Path | None, **options: Any) -> Exp
     result = run(source, output, **options)
     if result.copied_weights:
         click.echo(f"weights are copied beside the graph: {result.copied_because}")
-    linears = "all linears in BF16" if result.precision == "bf16" else linears_in_words(result.formats)
+    linears = linears_in_words(result.formats) if result.formats else "all linears in BF16"
     click.echo(f"exported {result.nodes} nodes, {linears}, {result.onnx_bytes:,} bytes -> {result.onnx}")
     return result
 

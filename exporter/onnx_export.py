@@ -51,7 +51,7 @@ class Exported(Result):
     Attributes:
         onnx: the graph's path.
         opset: its opset.
-        precision: ``nvfp4`` or ``bf16``.
+        precision: the formats of its quantized linears, such as ``nvfp4`` or ``nvfp4, fp8``; ``bf16`` where none is.
         nodes: number of its nodes.
         quantized_linears: how many linears are quantized, in any format.
         fp8_attentions: how many attentions are in FP8.
@@ -65,7 +65,7 @@ class Exported(Result):
 
     onnx: str
     opset: int
-    precision: Precision
+    precision: str
     nodes: int
     quantized_linears: int
     fp8_attentions: int
@@ -99,7 +99,7 @@ def export(
             no Casts and rounds each block's scale to BF16. Not for ``bf16``, which has no block scales.
         copy_weights: copy the weights into ``NAME.onnx.data``; implied where the graph cannot point at them.
         force: replace an existing graph.
-        precision: ``nvfp4`` takes a quantized checkpoint, ``bf16`` a plain one.
+        precision: ``nvfp4`` takes a quantized checkpoint, in whatever formats, ``bf16`` a plain one.
         progress: called with each step.
 
     Raises:
@@ -123,15 +123,16 @@ def export(
         if copies:
             external_weights.refuse_little_space(checkpoint.tensors, path)
         nodes = _write(checkpoint, path, scale_dtype or "float32", copies)
+    formats = counted_by_format(checkpoint.formats)
     return Exported(
         onnx=str(path.resolve()),
         opset=OPSET,
-        precision=precision,
+        precision=", ".join(formats) or BF16,
         nodes=nodes,
         quantized_linears=len(checkpoint.formats),
         fp8_attentions=len(checkpoint.fp8_attentions),
         fp8_linears=len(checkpoint.fp8),
-        formats=counted_by_format(checkpoint.formats),
+        formats=formats,
         scale_dtype=None if precision == "bf16" else scale_dtype or "float32",
         onnx_bytes=path.stat().st_size,
         copied_weights=copies,

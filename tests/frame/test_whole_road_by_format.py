@@ -80,8 +80,10 @@ def test_commands_count_the_linears_of_every_format(
     assert fp4trt.run(["quantize", str(digits), "-o", str(output), *map(str, options)]) == 0
     words = "12 linears in NVFP4, 2 in FP8, 6 in MXFP8"
     assert f"quantized {words} (mixed)" in capsys.readouterr().out
-    assert fp4trt.run(["export", str(output)]) == 0
-    assert f"nodes, {words}, " in capsys.readouterr().out
+    assert fp4trt.run(["export", str(output), "--json"]) == 0
+    told = capsys.readouterr()
+    assert f"nodes, {words}, " in told.err
+    assert json.loads(told.out)["precision"] == "nvfp4, fp8, mxfp8"
 
 
 def test_a_build_counts_the_gemms_of_each_format_that_it_has(mixed_digits: Path) -> None:
