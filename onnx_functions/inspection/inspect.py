@@ -37,6 +37,7 @@ from onnx_functions.inspection.attention import of_engine, of_tensors
 __all__ = ["Inspected", "describe", "inspect"]
 
 _COUNTS: Final = ("quantized_linears", "fp4_linears", "engine_bytes")
+_COVERED: Final = ("gemms", "linears")
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +232,7 @@ def _engine(path: Path) -> dict[str, Any]:
         raise UnknownArtifact(f"{path} is not an engine's manifest; expected the JSON that fp4trt build wrote")
     try:
         linears, covered, _ = (int(manifest.get(key) or 0) for key in _COUNTS)
+        by_format = _engine_coverage(manifest)
         kernels = _engine_linears(manifest)
         promise = _engine_promise(manifest, {linear.path: linear.format for linear in kernels})
         attention = of_engine(manifest)
@@ -246,9 +248,21 @@ def _engine(path: Path) -> dict[str, Any]:
         "promise": promise,
         "attention": attention,
         **coverage(kernels, ()),
+        "coverage": by_format,
         "fp4_linears": covered,
         "fp4_coverage": covered / linears if linears else 0.0,
     }
+
+
+def _engine_coverage(manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return how many GEMMs each promised format has, and how many linears these cover."""
+    former = {"fp4": NVFP4.name, "fp8": FP8.name}  # of a manifest without the counts of every format
+    told = {kind: {key: manifest.get(f"{word}_{key}") for key in _COVERED} for word, kind in former.items()}
+    told = {kind: counts for kind, counts in told.items() if any(counts.values())}
+    each = {
+        kind: object_of(counts, kind) for kind, counts in object_of(manifest.get("coverage", told), "coverage").items()
+    }
+    return {kind: {key: int(counts.get(key) or 0) for key in _COVERED} for kind, counts in each.items()}
 
 
 def _engine_linears(manifest: Mapping[str, Any]) -> list[StoredLinear]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from fp4trt.number_formats import FORMATS, FP8, NVFP4
+from fp4trt.number_formats import FORMATS
 from onnx_functions.inspection.attention import attention_lines
 from onnx_functions.inspection.module_tree import tree
 
@@ -137,18 +137,21 @@ def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield _entry("profiles", len(several))
         yield from (f"    {number:<20} {_plain(profile)}" for number, profile in enumerate(several))
     yield _entry("size", _size(int(found.get("engine_bytes") or 0)))
-    yield _entry("FP4 GEMMs", found.get("fp4_gemms"))
-    promised = found.get("quantized_linears")
-    covered = f"{found.get('fp4_linears')} of {promised} ({found['fp4_coverage']:.0%})" if promised else "none promised"
-    yield _entry("linears in FP4", covered)
-    if found.get("fp8_linears"):
-        yield _entry("linears in FP8", f"{found['fp8_linears']}, by {found.get('fp8_gemms')} GEMMs")
-    for kind in (kind for name, kind in FORMATS.items() if name not in (NVFP4.name, FP8.name)):
-        if entry := found["formats"].get(kind.name):
-            yield _entry(f"linears in {kind.title}", entry["linears"])
+    yield from _coverage_lines(found["coverage"], int(found.get("quantized_linears") or 0))
     if branch := found.get("branch"):
         cost = f"{branch.get('kernels')} of {found.get('kernels')} kernels, {_size(int(branch.get('bytes') or 0))}"
         yield _entry("low-rank branches", cost)
+
+
+def _coverage_lines(coverage: Mapping[str, Mapping[str, int]], promised: int) -> Iterator[str]:
+    """Yield the GEMMs and linears of each quantized format of an engine, first the one that most linears are in."""
+    if not promised or not coverage:
+        yield _entry("quantized GEMMs", "none" if promised else "none promised")
+        return
+    for kind, counts in sorted(coverage.items(), key=lambda item: -item[1]["linears"]):
+        name = FORMATS[kind].gemm if kind in FORMATS else kind
+        yield _entry(f"{name} GEMMs", counts["gemms"])
+        yield _entry(f"linears in {name}", f"{counts['linears']} of {promised} ({counts['linears'] / promised:.0%})")
 
 
 def _plain(value: Any) -> str:

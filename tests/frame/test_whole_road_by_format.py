@@ -67,7 +67,7 @@ def test_an_engine_is_described_with_all_its_linears_and_what_it_only_stores_in_
     assert promise["promised"] == {"mxfp8": 20}
     assert (len(promise["stored"]["mxfp8"]), promise["differing"]) == (20, [])
     lines = table(found)
-    assert "  linears in FP4         none promised" in lines
+    assert "  quantized GEMMs        none promised" in lines
     told = "stored in 8 bits, unpacked and multiplied in BF16, as this GPU has no GEMM of it"
     assert f"  20 linears promised in mxfp8: {told}" in lines
 

@@ -140,6 +140,7 @@ def test_a_damaged_json_is_refused_in_one_line(how: str, copy_of_digits: Path) -
         {"quantized_linears": [1]},
         {"fp4_linears": float("inf")},
         {"engine": "../e"},
+        {"coverage": {"fp8": 3}},
     ],
 )
 def test_a_damaged_manifest_of_an_engine_is_refused_in_one_line(tmp_path: Path, value: dict[str, object]) -> None:

@@ -150,4 +150,12 @@ def test_an_engine_is_described_with_what_it_promises_in_fp8(tmp_path: Path) -> 
     found = describe(tmp_path / "e.json")
     reason = "the builder chose another kernel"
     assert found["promise"]["differing"] == [{"path": "c", "promised": "fp8", "found": "bf16", "reason": reason}]
-    assert any(line.endswith("1, by 1 GEMMs") for line in table(found))
+    counts = {"nvfp4": {"gemms": 0, "linears": 0}, "fp8": {"gemms": 3, "linears": 3}}
+    for told, words in (
+        (manifest, ["FP4 GEMMs 1", "linears in FP4 1 of 3 (33%)", "FP8 GEMMs 1", "linears in FP8 1 of 3 (33%)"]),
+        (manifest | {"coverage": counts}, ["FP8 GEMMs 3", "linears in FP8 3 of 3 (100%)"]),
+    ):
+        (tmp_path / "e.json").write_text(json.dumps(told), encoding="utf-8")
+        lines = [" ".join(line.split()) for line in table(describe(tmp_path / "e.json"))]
+        first = lines.index("size 0 bytes") + 1
+        assert lines[first : first + len(words)] == words
