@@ -1,4 +1,4 @@
-"""What a quantized checkpoint's config.json and fp4trt.json say that it holds, held against what it holds."""
+"""What a checkpoint's config.json, and a quantized one's fp4trt.json, say that it holds, held against what it holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from fp4trt.errors import BadCheckpoint
 from fp4trt.layouts import MODELOPT_ALGORITHMS
 from fp4trt.number_formats import FORMATS, NVFP4
 
-__all__ = ["declared_algorithms", "require_declared"]
+__all__ = ["declared_algorithms", "require_declared", "require_shapes"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name of each tensor to its shape."""
 
 Algorithms = Mapping[str, str | None]
 """Module path to what ModelOpt calls its format; the empty path stands for all others."""
@@ -137,3 +140,26 @@ def _require_promise(where: str, account: Account, manifest: Mapping[str, Any]) 
                 f"{where} has nothing as {path}.q_scale; expected an F32 scalar, as {path} is in FP8 by its "
                 "fp4trt.json: quantize again"
             )
+
+
+def require_shapes(where: str, wanted: Shapes, found: Shapes) -> None:
+    """Require that a plain checkpoint holds the tensors of the model that its config describes, and no others.
+
+    Args:
+        where: the checkpoint, for messages.
+        wanted: of the model.
+        found: of the checkpoint.
+
+    Raises:
+        BadCheckpoint: naming the first tensor, by the alphabet, that is absent, superfluous or of another shape.
+    """
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise BadCheckpoint(
+                f"{name} is {_shape(found.get(name))} in {where}, {_shape(wanted.get(name))} by its config.json; take "
+                "the config.json of these weights"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))

@@ -19,6 +19,7 @@ from calibration.formats.bfloat16 import bits_of, refuse_other_types, why_unusab
 from calibration.lora.option import parse_lora
 from fp4trt.built_in import BUILT_IN, path_of
 from fp4trt.checkpoint_folder import files_of, metadata_in_folder, tensors_in_folder, tensors_without_loras
+from fp4trt.declared import require_shapes
 from fp4trt.errors import BadCheckpoint, BadLora, BadOption
 from fp4trt.families import Family, family_of
 from fp4trt.file_kind import what_it_lacks
@@ -228,16 +229,7 @@ def refuse_other_shapes(folder: Path, model: nn.Module, stored: Mapping[str, Sto
         BadCheckpoint: naming the first tensor that is absent, superfluous or of another shape.
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise BadCheckpoint(
-                f"{name} is {_shape(found.get(name))} in {folder}, {_shape(wanted.get(name))} by its config.json"
-            )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+    require_shapes(str(folder), wanted, {name: tensor.shape for name, tensor in stored.items()})
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -9,13 +9,14 @@ from typing import Any, Final
 
 from fp4trt.account import is_quantized_checkpoint
 from fp4trt.built_in import path_of
-from fp4trt.checkpoint_folder import tensors_in_folder
+from fp4trt.checkpoint_folder import metadata_in_folder, tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
+from fp4trt.declared import require_shapes
 from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
 from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json, object_of, strings
-from fp4trt.layouts import recognised
+from fp4trt.layouts import recognised, refuse_foreign_layout
 from fp4trt.number_formats import FORMATS, FP8, NVFP4, stored_format
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.progress import Progress
@@ -97,7 +98,7 @@ def describe(artifact: str | Path) -> dict[str, Any]:
 
     Raises:
         UnknownArtifact: it is none of these.
-        BadCheckpoint: a tensor of a quantized checkpoint has no meaning, or is missing.
+        BadCheckpoint: a tensor has no meaning, is missing, or does not fit the config.
         BadGraph: an ONNX file, the checkpoint's own too, that cannot be read.
     """
     path = path_of(artifact)
@@ -130,10 +131,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     config = _config(folder / "config.json")
     manifest = read_checkpoint_manifest(folder)
     tensors = tensors_in_folder(folder)
-    if is_quantized_checkpoint(config, tensors):
-        missing = _unaccounted(folder, config, tensors)
-    else:
-        missing = {}
+    missing = _unaccounted(folder, config, tensors)
     linears = list(_stored_linears(tensors, missing))
     found = {linear.path: linear.format for linear in linears}
     quantized = any(is_quantized(kind) for kind in found.values())
@@ -159,9 +157,17 @@ def _unaccounted(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     """Return what looks like an NVFP4 weight and is none: nothing of a family of ours, whose tensors all count.
 
     A model of another family, which no other verb takes, is described as far as names and shapes go.
+
+    Raises:
+        BadCheckpoint: the tensors are not those of the model that the config describes.
     """
     try:
-        account_in(folder, config, tensors)
+        if is_quantized_checkpoint(config, tensors):
+            account_in(folder, config, tensors)
+            return {}
+        shapes = family_of(config, folder).state(config)
+        refuse_foreign_layout(str(folder), config, metadata_in_folder(folder), tensors)
+        require_shapes(str(folder), shapes, {name: tensor.shape for name, tensor in tensors.items()})
     except UnknownFamily:
         return _missing_scales(tensors)
     return {}

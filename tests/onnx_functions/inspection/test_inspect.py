@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -259,6 +260,21 @@ def test_a_config_that_describes_no_model_is_refused(
     assert describe(tmp_path)["family"] == "FluxTransformer2DModel"
     with pytest.raises(UnknownArtifact, match=rf"config\.json:? {words}"):
         describe(_damaged(tmp_path, "config.json", {**config, key: value}))
+
+
+def test_weights_that_are_not_of_their_config_are_refused_in_one_line(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(digits / WHOLE, tmp_path)
+    config = json.loads((digits / "config.json").read_text(encoding="utf-8"))
+    for key, words in (
+        ("joint_attention_dim", r"context_embedder\.weight is \[128, 64\] in .*, \[128, 65\] by its config\.json"),
+        ("num_layers", r"transformer_blocks\.1\.attn\.\S+ is absent in .*, \[\d+\] by its config\.json"),
+    ):
+        _damaged(tmp_path, "config.json", {**config, key: config[key] + 1})
+        assert fp4trt.run(["inspect", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.match(f"fp4trt inspect: error: {words}; take", line), line
 
 
 def test_an_engine_without_its_manifest_is_refused_with_the_file_that_lacks(tmp_path: Path) -> None:
