@@ -41,11 +41,13 @@ def family_of(config: Config, folder: str | Path | None = None) -> Family:
 
     Raises:
         UnknownFamily: no family fits.
-        BadCheckpoint: the config contradicts itself.
+        BadCheckpoint: the config contradicts itself, or is of a model that is not supported.
     """
     name = Path(folder) / "config.json" if folder is not None else "config.json"
     for family in (*custom_families(), *FAMILIES):
         if family.matches(config):
+            if (why := family.unsupported(config)) is not None:
+                raise BadCheckpoint(f"{name}: {why}")
             wrong = family.problem(config)
             if wrong is not None:
                 raise BadCheckpoint(f"{name}: {wrong}; take the one that belongs to the weights")

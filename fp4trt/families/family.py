@@ -146,6 +146,8 @@ class Family:
         unused: modules that are in every checkpoint, and for whose inputs a graph has no place.
         special: whether its configs are some of another family's, which is tried after it.
         reorders: whether a token's channels come out in another order than they go in.
+        unsupported: in one sentence, which model a config of this class describes that is not supported, and what to
+            take in its place; None where it is one that is.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Family:
     unused: tuple[str, ...] = ()
     special: bool = False
     reorders: bool = False
+    unsupported: Callable[[Config], str | None] = lambda _config: None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process find the family by its name: what it is made of are functions."""

@@ -61,6 +61,17 @@ _ONE_VALUE: Final = {
 """Keys of a config to the value that they have in LTX-2 and LTX-2.3, and by default."""
 
 
+def unsupported(config: Config) -> str | None:
+    """Return which model of this class a config describes that is not supported, and what to take, or None."""
+    for key, value in _ONE_VALUE.items():
+        if config.get(key, value) != value:
+            return (
+                f"{key} is {config[key]!r}, expected {value!r}, as LTX-2 and LTX-2.3 have it; take one of these: other "
+                "models of this class are not supported"
+            )
+    return None
+
+
 def problem(config: Config) -> str | None:
     """Return what is wrong with a config, in one sentence, or None."""
     sizes = ("in_channels", "num_attention_heads", "attention_head_dim", "cross_attention_dim")
@@ -72,9 +83,6 @@ def problem(config: Config) -> str | None:
     wrong = problem_of_blocks(config, keys, BLOCKS.count, axes=(config.get("attention_head_dim"),))
     if wrong is not None:
         return wrong
-    for key, value in _ONE_VALUE.items():
-        if config.get(key, value) != value:
-            return f"{key} is {config[key]!r}, expected {value!r}, as LTX-2 and LTX-2.3 have it"
     if (kind := config.get("rope_type", "interleaved")) not in ("interleaved", "split"):
         return f"rope_type is {kind!r}, expected 'interleaved' or 'split'"
     modulated = [bool(config.get(f"{prefix}cross_attn_mod")) for prefix in ("", "audio_")]
@@ -221,4 +229,5 @@ LTX2: Final = Family(
     positions=positions,
     state=state,
     adapter="calibration.adapters.ltx2:LTX2",
+    unsupported=unsupported,
 )  # fmt: skip

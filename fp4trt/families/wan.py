@@ -37,14 +37,19 @@ BLOCKS: Final = Stack(
 """10 linears of a block, 7 GEMMs. Its modulation is a table plus what all blocks share: no linear of its own."""
 
 
-def problem(config: Config) -> str | None:
-    """Return what is wrong with a config, in one sentence, or None."""
+def unsupported(config: Config) -> str | None:
+    """Return which model of this class a config describes that is not supported, and what to take, or None."""
     for key in ("image_dim", "added_kv_proj_dim"):
         if config.get(key) is not None:
             return (
-                f"{key} is {config[key]!r}, expected none: Wan 2.1 from image to video attends to a picture in a way "
-                "that TensorRT-RTX's builder crashes on"
+                f"{key} is {config[key]!r}, as in Wan 2.1 from image to video, which is not supported: TensorRT-RTX "
+                "1.7.1's builder crashes on its attention to the picture; take Wan 2.2 (I2V-A14B or TI2V-5B)"
             )
+    return None
+
+
+def problem(config: Config) -> str | None:
+    """Return what is wrong with a config, in one sentence, or None."""
     patch = config.get("patch_size", PATCH)
     if not isinstance(patch, list | tuple) or tuple(patch) != PATCH:
         return f"patch_size is {patch!r}, expected {list(PATCH)}"
@@ -143,6 +148,7 @@ WAN: Final = Family(
     state=state,
     adapter="calibration.adapters.wan:Wan",
     reorders=True,
+    unsupported=unsupported,
 )
 
 WAN_TI2V: Final = replace(

@@ -41,10 +41,15 @@ JOINT: Final = Stack("layers", "n_layers", (MODULATION, *_of_block("L+T")), ATTE
 """Blocks of 8 linears and 5 GEMMs, without a modulation 7 and 4. A modulation has no shift."""
 
 
+def unsupported(config: Config) -> str | None:
+    """Return which model of this class a config describes that is not supported, and what to take, or None."""
+    if config.get("siglip_feat_dim") is not None:
+        return "siglip_feat_dim is set, as in Z-Image-Omni, which edits pictures and is not supported; take Z-Image"
+    return None
+
+
 def problem(config: Config) -> str | None:
     """Return what is wrong with a config, in one sentence, or None."""
-    if config.get("siglip_feat_dim") is not None:
-        return "siglip_feat_dim is set: an Omni model, which edits pictures, and is not known here"
     patches = [list(config.get(key, usual)) for key, usual in (("all_patch_size", [2]), ("all_f_patch_size", [1]))]
     if patches != [[2], [1]]:
         return f"all_patch_size and all_f_patch_size are {patches[0]} and {patches[1]}, expected [2] and [1]"
@@ -129,4 +134,5 @@ Z_IMAGE: Final = Family(
     positions=positions,
     state=state,
     adapter="calibration.adapters.z_image:ZImage",
+    unsupported=unsupported,
 )

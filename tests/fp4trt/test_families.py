@@ -126,8 +126,8 @@ def test_a_wan_whose_tokens_have_timesteps_is_known_by_its_channels(changes: dic
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_dim": 1280}, "image_dim is 1280, expected none: Wan 2.1 from image to video"),
-        ({"added_kv_proj_dim": 5120}, "added_kv_proj_dim is 5120, expected none"),
+        ({"image_dim": 1280}, "image_dim is 1280, as in Wan 2.1 from image to video, which is not supported"),
+        ({"added_kv_proj_dim": 5120}, "added_kv_proj_dim is 5120, as in Wan 2.1"),
         ({"patch_size": [1, 4, 4]}, "patch_size is [1, 4, 4], expected [1, 2, 2]"),
         ({"patch_size": 2}, "patch_size is 2, expected [1, 2, 2]"),
         ({"num_layers": 0}, "num_layers is 0, expected a whole number above 0"),
@@ -140,3 +140,5 @@ def test_a_wan_that_no_graph_is_made_of_is_refused(changes: dict[str, object], w
     with pytest.raises(BadCheckpoint) as refused:
         family_of({**WAN, **changes})
     assert words in str(refused.value)
+    advice = "take Wan 2.2 (I2V-A14B or TI2V-5B)" if "Wan 2.1" in words else "take the one that belongs to the weights"
+    assert str(refused.value).endswith(advice)
