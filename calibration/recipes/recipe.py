@@ -5,6 +5,7 @@ What of a recipe concerns numerics is in the result's manifest, so that a checkp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -212,9 +213,14 @@ def _first(error: ValidationError) -> str:
 
 
 def _said(value: Any) -> str:
-    """Return a value as a recipe says it."""
-    words = {"True": "true", "False": "false", "None": "null"}
-    return shortened(words.get(repr(value), repr(value)))
+    """Return a value as a recipe says it: in YAML, on one line."""
+    if isinstance(value, str):
+        return shortened(repr(value))
+    try:
+        said = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    except RecursionError:  # it takes more of the stack than reading
+        return kind_of(value)
+    return shortened(said.removesuffix("...\n").rstrip())
 
 
 def _where(problem: Any) -> str:

@@ -44,7 +44,7 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
     ("changes", "message"),
     [
         ({"methd": 1}, "there is no key methd; expected one of: name, description, method, formats, attention"),
-        ({"method": {"name": "magic"}}, "method is {'name': 'magic'}; expected a method whose name is one of: 'ptq', "),
+        ({"method": {"name": "magic"}}, "method is {name: magic}; expected a method whose name is one of: 'ptq', "),
         ({"method": "ptq"}, "method is 'ptq'; expected a mapping of keys"),
         ({"method": {}}, "method.name is missing"),
         ({"method": {"name": "svdquant", "rank": 0}}, "rank is 0; expected 1 at least"),
@@ -53,10 +53,10 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
         ({"method": {"name": "quality", "rank": "8"}}, "method.rank is '8'; expected a whole number"),
         ({"method": {"name": "quality", "gptq": 1}}, "method.gptq is 1; expected true or false"),
         ({"method": {"name": "quality", "wiener": True}}, "method.wiener is true; expected a finite number"),
-        ({"method": {"name": "qat", "steps": 1, "learning_rate": float("inf")}}, "learning_rate is inf; expected a"),
+        ({"method": {"name": "qat", "steps": 1, "learning_rate": float("inf")}}, "learning_rate is .inf; expected a"),
         ({"str": 3}, "there is no key str; expected one of: name, description"),
         ({"method": {"name": "quality", "strange": 1}}, "there is no key method.strange; expected one of: name, shift"),
-        ({"method": {"name": "quality", "wiener": float("nan")}}, "method.wiener is nan; expected a finite number"),
+        ({"method": {"name": "quality", "wiener": float("nan")}}, "method.wiener is .nan; expected a finite number"),
         ({"description": None}, "description is null; expected a string"),
         ({"name": "!" * 5000}, "name is '!!!"),
         ({"method": {"name": "qat"}}, "method.steps and method.learning_rate are missing"),
@@ -82,11 +82,11 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
         ),
         (
             {"formats": {"rules": [{"format": "fp8"}]}},
-            "formats.rules.0 is {'format': 'fp8'}; expected linears, blocks or both",
+            "formats.rules.0 is {format: fp8}; expected linears, blocks or both",
         ),
         (
             {"formats": {"rules": [{"blocks": {"last": 0}, "format": "fp8"}]}},
-            "formats.rules.0.blocks is {'last': 0}; expected first, last or both",
+            "formats.rules.0.blocks is {last: 0}; expected first, last or both",
         ),
         (
             {"formats": {"rules": [{"blocks": {"frist": 1}, "format": "fp8"}]}},
@@ -109,7 +109,11 @@ def test_a_preset_is_named_as_its_file_and_says_what_it_does(name: str) -> None:
             {"formats": {"rules": [{"linears": [], "format": "fp8"}]}},
             "linears is []; expected a pattern of module paths",
         ),
-        ({"formats": {"rules": {"a": 1}}}, "formats.rules is {'a': 1}; expected a list"),
+        ({"formats": {"rules": {"a": 1}}}, "formats.rules is {a: 1}; expected a list"),
+        (
+            {"formats": {"rules": {"a": [None, True, "8", {"b": 1.5}]}}},
+            "formats.rules is {a: [null, true, '8', {b: 1.5}]}; expected a list",
+        ),
         ({"formats": 7}, "formats is 7; expected a mapping of keys"),
         ({"method": {"name": "quality", "ranks": [{"linears": "*"}]}}, "ranks.0.rank is missing"),
         ({"method": {"name": "quality", "ranks": [{"linears": 3, "rank": 1}]}}, "linears is 3; expected a pattern of"),
@@ -134,7 +138,10 @@ def test_a_recipe_with_a_mistake_is_refused_in_one_line_that_names_the_key(
     assert len(str(raised.value)) < 600
 
 
-@pytest.mark.parametrize("text", ["- a list", "{", "\x00", "name: " + "[" * 3000 + "]" * 3000])
+_DEEP = ("name: " + "[" * depth + "]" * depth for depth in (300, 350, 400, 3000))
+
+
+@pytest.mark.parametrize("text", ["- a list", "{", "\x00", *_DEEP])
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
