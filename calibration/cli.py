@@ -198,7 +198,11 @@ def quantize(
     """
     if ray == "local" or (ray is None and workers and workers > 1):
         from calibration.by_block import fork_server, ray_cluster
+        from calibration.first_checks import first_checked
+        from fp4trt.progress import reporting
 
+        with reporting(note=lambda _: None):  # they are said when the work begins
+            first_checked(source, output, recipe, calibration, modelopt_state, force, workers, ray, like, lora)
         (ray_cluster if ray else fork_server).start_early()  # what is imported here takes seconds
     from calibration.quantization import quantize as run
     from fp4trt.number_formats import linears_in_words

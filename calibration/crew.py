@@ -1,4 +1,4 @@
-"""What ``--workers`` and ``--ray`` of ``fp4trt quantize`` mean for a model and a recipe, said and checked first."""
+"""What ``--workers`` and ``--ray`` of ``fp4trt quantize`` mean for a model and a recipe, said first."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from calibration.by_block.cores import cores
 from calibration.by_block.ray_workers import on_ray
 from calibration.by_block.workers import OpenCrew, in_processes, in_this_process
 from calibration.inputs.captured import Inputs
 from calibration.methods import registry
 from calibration.methods.plan import Plain
-from calibration.recipes.recipe import QAT, Recipe, load_start
 from calibration.results.write import readable_size
-from fp4trt.errors import BadEnvironment, BadOption
+from fp4trt.errors import BadEnvironment
 from fp4trt.free_memory import available_memory
 from fp4trt.progress import note
 
@@ -33,30 +31,6 @@ class Crewed:
 
     workers: int | None
     ray: str | None
-
-    def refuse(self, recipe: Recipe | None) -> None:
-        """Refuse workers where they would have nothing to share, or there are fewer cores.
-
-        Args:
-            recipe: that is quantized by; None for a state of ModelOpt's.
-
-        Raises:
-            BadOption: naming the option.
-        """
-        if self.workers is None and self.ray is None:
-            return
-        asked = f"workers is {self.workers}" if self.ray is None else f"ray is {self.ray!r}"
-        start = load_start(recipe) if recipe and isinstance(recipe.method, QAT) else recipe
-        if start is None or not registry.quantizes_by_block(start.method):
-            what = f"{start.name} has no such work" if start else "a state of ModelOpt's has no such work"
-            raise BadOption(
-                f"{asked}, which is for recipes that choose values block by block, such as nvfp4-quality: {what}; "
-                "leave the option out"
-            )
-        if self.ray is None and (self.workers or 0) > cores():
-            raise BadOption(f"{asked}; expected at most {cores()}, which is how many cores there are")
-        if self.ray is not None:
-            import ray  # noqa: F401  what is not installed is to be known first
 
     def opened(self, plain: Plain, calls: Sequence[Inputs], device: str) -> OpenCrew:
         """Return what opens the workers, having said what they take.

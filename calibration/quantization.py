@@ -13,20 +13,20 @@ from calibration.by_block import processes
 from calibration.by_block.calibration import Calibration, calibration_from, captured_from, is_amax
 from calibration.by_block.measure_amax import require_device
 from calibration.by_block.quantize_blocks import Prepared, prepared_by_block
-from calibration.checkpoints.plain import find_source
 from calibration.checkpoints.threads import suited_threads
 from calibration.crew import Crewed
+from calibration.first_checks import first_checked
 from calibration.formats.fp8_attention import attention_quantizers, attention_scales
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
-from calibration.recipes.recipe import QAT, Recipe, load_recipe, load_start
+from calibration.recipes.recipe import QAT, Recipe, load_start
 from calibration.recipes.servers import SERVERS
 from calibration.results.by_block import ResultByBlock
 from calibration.results.write import Given, write_result
 from fp4trt import publish
 from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
-from fp4trt.errors import BadInputs, BadRecipe
+from fp4trt.errors import BadRecipe
 from fp4trt.number_formats import FP8, counted_by_format
 from fp4trt.options import at_least, file_name, file_names, one_of, takes, word
 from fp4trt.progress import Progress, note
@@ -136,17 +136,11 @@ def quantize(
             Untrusted, BadEnvironment: naming what is wrong.
         NotReproduced: the result does not compute what a state's own model does.
     """
-    if isinstance(recipe, Recipe):
-        chosen = recipe
-    else:
-        chosen = load_recipe(recipe or _usual_recipe(calibration))
-    if calibration and modelopt_state is not None:
-        raise BadInputs("both a calibration and a ModelOpt state were given; expected one of them")
-    crew = Crewed(workers, ray)
-    crew.refuse(None if modelopt_state is not None else chosen)
+    chosen, folder = first_checked(
+        source, output, recipe, calibration, modelopt_state, force, workers, ray, like, lora
+    )
     require_device(device)
-    directory, folder = Path(output), find_source(source, like, lora)
-    publish.refuse_foreign(directory, force)
+    directory, crew = Path(output), Crewed(workers, ray)
     if modelopt_state is not None:
         if server is not None:
             raise BadRecipe("a ModelOpt state says itself what it holds, and a server was named; drop one of them")
@@ -180,11 +174,6 @@ def quantize(
                 write_result(partial, plain, given, device)
     processes.wait(device)
     return _summary(directory, plain, load_manifest(directory / MANIFEST))
-
-
-def _usual_recipe(calibration: str | Path | Sequence[str | Path] | None) -> str:
-    """Return the preset that makes the most of what is there: amax values allow no more than rounding to nearest."""
-    return "nvfp4-ptq" if is_amax(calibration) else "nvfp4-quality"
 
 
 @contextlib.contextmanager

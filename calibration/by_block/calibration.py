@@ -16,6 +16,7 @@ from calibration.checkpoints.threads import suited_threads
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import operands_of
 from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
+from calibration.inputs.given import is_amax, paths_of
 from calibration.inputs.prompts import SMALLEST, Sampling, capture_prompts, refuse_no_data, refuse_sampling
 from calibration.inputs.settings import refuse_of_pipelines
 from fp4trt.errors import BadAmax, BadInputs, OutputExists
@@ -158,16 +159,6 @@ def calibrate(
     )
 
 
-def is_amax(given: str | Path | Sequence[str | Path] | None) -> bool:
-    """Whether what calibrates is one or more files of amax, and not captured inputs."""
-    files = _paths(given)
-    return len(files) > 1 or any(path.suffix == ".json" for path in files)
-
-
-def _paths(given: str | Path | Sequence[str | Path] | None) -> list[Path]:
-    return [Path(path) for path in ([given] if isinstance(given, str | Path) else given or ())]
-
-
 @contextlib.contextmanager
 def calibration_from(
     folder: Path, given: str | Path | Sequence[str | Path] | None, work: Path, device: str = "cpu"
@@ -184,7 +175,7 @@ def calibration_from(
     Raises:
         BadAmax, BadInputs: naming what is wrong.
     """
-    files = _paths(given)
+    files = paths_of(given)
     if is_amax(given):
         config = load_json(folder / "config.json")
         family = family_of(config, folder)
@@ -265,7 +256,7 @@ def captured_from(folder: Path, given: str | Path | Sequence[str | Path] | None)
     Raises:
         BadInputs: naming what is wrong.
     """
-    files = _paths(given)
+    files = paths_of(given)
     if is_amax(given):
         raise BadInputs(
             f"{files[0]} holds amax values; this recipe needs captured inputs (.safetensors), which fp4trt calibrate "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import logging
@@ -37,6 +38,7 @@ def start_early() -> None:
     if importlib.util.find_spec("ray") is not None:
         _READY.append(threading.Event())
         threading.Thread(target=_start, args=_READY, name="started Ray", daemon=True).start()
+        atexit.register(_end)
 
 
 def joined() -> bool:
@@ -45,6 +47,12 @@ def joined() -> bool:
         return False
     _READY.pop().wait()
     return bool(library().is_initialized())
+
+
+def _end() -> None:
+    """End the Ray that was started early, where nobody has waited for it: some of its processes would outlive this."""
+    if joined():
+        library().shutdown()
 
 
 def _start(ready: threading.Event) -> None:

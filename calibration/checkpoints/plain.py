@@ -1,11 +1,11 @@
-"""Unquantized checkpoints: find them, hash them, load them strictly."""
+"""Unquantized checkpoints: hash them, load them strictly."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,21 +14,16 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from calibration.checkpoints import hub
+from calibration.checkpoints.source import find_source
 from calibration.formats.bfloat16 import bits_of, refuse_other_types, why_unusable
-from calibration.lora.option import parse_lora
-from fp4trt.built_in import BUILT_IN, path_of
+from fp4trt.built_in import BUILT_IN
 from fp4trt.checkpoint_folder import files_of, metadata_in_folder, tensors_in_folder, tensors_without_loras
 from fp4trt.declared import require_shapes
-from fp4trt.errors import BadCheckpoint, BadLora, BadOption
+from fp4trt.errors import BadCheckpoint
 from fp4trt.families import Family, family_of
-from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.layouts import refuse_foreign_layout
-from fp4trt.made_folder import made_folder
-from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.safetensors_file import StoredTensor, sha256_of
-from fp4trt.single_files.opening import SUFFIXES
 from fp4trt.source_folder import source_in
 
 __all__ = [
@@ -49,70 +44,6 @@ __all__ = [
 
 _SAMPLED: Final = 2048
 """Values of each tensor that a fingerprint is of."""
-
-
-def find_source(
-    source: str | Path, like: str | Path | None = None, lora: str | Path | Sequence[str | Path] = ()
-) -> Path:
-    """Return the folder of a transformer: config.json beside its weights.
-
-    Args:
-        source: a folder with diffusion_pytorch_model*.safetensors, a pipeline's folder with a ``transformer``
-            sub-folder, ``digits`` for the built-in model, a single file (:mod:`fp4trt.single_files`), for which a small
-            folder is made that stands for it, or the name of a hub repository (``OWNER/NAME``, or
-            ``OWNER/NAME/FILE``), which is taken from the hub's cache or downloaded.
-        like: of a single file: a config.json, a folder with one, or the name of a published model
-            (:func:`fp4trt.single_files.opening.config_like`), where the shapes do not tell its config.
-        lora: one or several files that are fused into the weights as they are read, as ``FILE`` or ``FILE:STRENGTH``
-            (:mod:`calibration.lora`).
-
-    Raises:
-        BadCheckpoint: there is none.
-        BadLora: a LoRA is damaged, or is another model's.
-        BadOption: ``like`` is given for something else than a single file.
-    """
-    found = _found(source, like)
-    loras = [parse_lora(str(one)) for one in ((lora,) if isinstance(lora, str | Path) else lora)]
-    if absent := next((path for path, _ in loras if not path.is_file()), None):
-        raise BadLora(f"{absent} {what_it_lacks(absent)}; expected a LoRA file there")
-    if not loras and found.is_dir():
-        return found
-    return made_folder(found, like, loras)
-
-
-def _found(source: str | Path, like: str | Path | None) -> Path:
-    """Return a single file, or the folder of a transformer."""
-    folder = path_of(source)
-    if folder.is_file():
-        return folder
-    if like is not None and not _names_a_file(source):
-        raise BadOption(f"like is {str(like)!r}, which gives a single file its config; {source} has its own: drop it")
-    if folder.is_dir():
-        found = transformer_folder(folder)
-        config = found / "config.json"
-        if not config.is_file():
-            lacks = what_it_lacks(config)
-            if not lacks.startswith("does not exist"):
-                raise BadCheckpoint(f"{config} {lacks}; expected that of a diffusers checkpoint")
-            lacks = lacks.removeprefix("does not exist")
-            raise BadCheckpoint(
-                f"{folder} has no config.json (nor transformer/config.json){lacks}; expected a diffusers checkpoint"
-            )
-        return found
-    if _names_a_file(source):
-        return hub.file_of(str(source))
-    if str(source).count("/") == 1 and not folder.is_absolute():
-        return hub.transformer_of(str(source))
-    raise BadCheckpoint(
-        f"{source} is not a folder or file here; expected a diffusers checkpoint, a single file, a hub name or "
-        f"'{BUILT_IN}'"
-    )
-
-
-def _names_a_file(source: str | Path) -> bool:
-    """Return whether a source is the name of a file in a repository of the hub."""
-    place = Path(source)
-    return len(place.parts) > 2 and not place.is_absolute() and place.suffix in SUFFIXES and not place.exists()
 
 
 def model_class(family: Family) -> Any:

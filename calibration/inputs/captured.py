@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, overload
 import numpy as np
 import numpy.typing as npt
 
+from calibration.inputs.given import require_captured
 from fp4trt.errors import BadCheckpoint, BadInputs
 from fp4trt.families import Family
-from fp4trt.file_kind import is_file, what_it_lacks
 from fp4trt.safetensors_file import DTYPE_BYTES, READABLE, StoredTensor, bytes_of, plan_of, tensors_in_file, write
 
 if TYPE_CHECKING:
@@ -85,10 +85,7 @@ def load_inputs(path: str | Path) -> Sequence[Inputs]:
     Raises:
         BadInputs: the file is missing, damaged or holds something else.
     """
-    if not is_file(Path(path)):
-        raise BadInputs(
-            f"{path} {what_it_lacks(Path(path))}; expected captured inputs (fp4trt calibrate --save-inputs writes them)"
-        )
+    require_captured(Path(path))
     try:
         tensors = tensors_in_file(Path(path))
     except BadCheckpoint as error:

@@ -10,7 +10,7 @@ from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import input_quantizers
 from calibration.methods.quality import quantize_block
-from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant, adds_branch
+from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant, adds_branch, quantizes_by_block
 from calibration.recipes.recipe import Method as Options
 from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
@@ -107,11 +107,6 @@ def added_tensors(
                 yield TensorPlan(f"{path}.{SMOOTHING}", "BF16", (columns,))
             if rank:
                 yield TensorPlan(f"{path}.{BRANCH[1]}", "BF16", (rows, rank))
-
-
-def quantizes_by_block(options: Options) -> bool:
-    """Whether a method has work of its own at each block, which others can share: more than to run it once."""
-    return isinstance(options, Quality | SVDQuant | ModelOpt)
 
 
 def memory_of_block(

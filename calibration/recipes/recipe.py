@@ -48,6 +48,7 @@ __all__ = [
     "load_recipe",
     "load_start",
     "preset_names",
+    "quantizes_by_block",
     "with_ranks_placed",
 ]
 
@@ -135,6 +136,11 @@ def adds_branch(options: object) -> bool:
     if isinstance(options, Quality) and any(rule.rank for rule in options.ranks):
         return True
     return isinstance(options, Quality | SVDQuant) and options.rank > 0
+
+
+def quantizes_by_block(options: object) -> bool:
+    """Whether a method has work of its own at each block, which others can share: more than to run it once."""
+    return isinstance(options, Quality | SVDQuant | ModelOpt)
 
 
 def _read(recipe: str | Path) -> Recipe:

@@ -55,7 +55,7 @@ FLOORS = {
         {"by_block"},
         {"methods"},
         {"results"},
-        {"crew", "modelopt_states"},
+        {"crew", "first_checks", "modelopt_states"},
         {"quantization"},
         {"cli", "layer_choice"},
     ),

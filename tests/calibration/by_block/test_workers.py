@@ -6,18 +6,21 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
 import torch
 
 import fp4trt
+from calibration.by_block import ray_cluster
 from calibration.by_block.one_block import BlockResult, BlockTask
 from calibration.by_block.quantize_blocks import DEATHS, prepared_by_block
 from calibration.by_block.ray_cluster import LOCAL
@@ -255,3 +258,54 @@ def test_without_ray_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert fp4trt.run(["quantize", str(flux), "-o", str(tmp_path / "out"), "--ray"]) == 2
     assert 'the package ray is needed and not installed; try: pip install "fp4trt[ray]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["absent", "-o", "out"], "absent is not a folder"),
+        (["digits", "-o", "out", "--recipe", "nvfp5"], "there is no recipe 'nvfp5'"),
+        (["digits", "-o", "out", "--recipe", "mxfp8-ptq"], "which is for recipes that choose values block by block"),
+        (["digits", "-o", "out", "--calibration", "absent.safetensors"], "absent.safetensors does not exist"),
+        (["digits", "-o", "taken", "--force"], "taken holds theirs, which fp4trt did not write"),
+    ],
+)
+def test_bad_input_is_refused_before_ray_starts(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "theirs").touch()
+    started: list[bool] = []
+    monkeypatch.setattr(ray_cluster, "start_early", lambda: started.append(True))
+    assert fp4trt.run(["quantize", *words, "--ray"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+    assert started == []
+
+
+AT_ONCE = """
+import time
+import psutil
+from calibration.by_block.ray_cluster import start_early
+
+start_early()
+while not [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::")]:
+    time.sleep(0.05)
+"""
+"""Ends while Ray is starting: its first processes are there."""
+
+
+@pytest.mark.slow
+def test_of_a_ray_that_was_started_for_nothing_no_process_is_left() -> None:
+    pytest.importorskip("ray", reason="needs the extra ray")
+    mark = {"FP4TRT_TEST": uuid4().hex}
+    subprocess.run([sys.executable, "-c", AT_ONCE], env={**os.environ, **mark}, check=True, timeout=120)
+    assert [process.name() for process in psutil.process_iter() if mark.items() <= _environment(process).items()] == []
+
+
+def _environment(process: Any) -> dict[str, str]:
+    try:
+        return dict(process.environ())
+    except psutil.Error:
+        return {}
