@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 
 from calibration.adapters.construction import constructed_as
+from calibration.adapters.masks import seen_text
 
 __all__ = ["Chroma"]
 
@@ -118,13 +119,11 @@ class Chroma(ChromaTransformer2DModel):
         In a mask of numbers, as the pipelines of diffusers 0.42 give it, 0 hides, as its authors mean it. diffusers
         adds such a mask to the logits of attention, so that what is to be hidden counts for less, by a factor of e.
         """
-        if attention_mask is None:
-            attention_mask = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2])
         return {
             "hidden_states": hidden_states,
             "encoder_hidden_states": encoder_hidden_states,
             "timestep": timestep,
             "img_ids": img_ids.float(),
             "txt_ids": txt_ids.float(),
-            "encoder_attention_mask": attention_mask[:, : encoder_hidden_states.shape[1]] != 0,
+            "encoder_attention_mask": seen_text(attention_mask, encoder_hidden_states),
         }

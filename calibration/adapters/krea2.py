@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_krea2 import Krea2Transformer2DModel
 
+from calibration.adapters.masks import seen_text
+
 __all__ = ["Krea2"]
 
 
@@ -57,13 +59,10 @@ class Krea2(Krea2Transformer2DModel):
         **_: Any,
     ) -> dict[str, torch.Tensor]:
         """Return the family's inputs, in its order, of a call as a pipeline makes it."""
-        mask = encoder_attention_mask
-        if mask is None:
-            mask = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2], dtype=torch.bool)
         return {
             "hidden_states": hidden_states,
             "encoder_hidden_states": encoder_hidden_states,
             "timestep": timestep,
             "img_ids": position_ids[encoder_hidden_states.shape[1] :].float(),
-            "encoder_attention_mask": mask.bool(),
+            "encoder_attention_mask": seen_text(encoder_attention_mask, encoder_hidden_states),
         }

@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_ltx2 import LTX2PerturbedAttnProcessor, LTX2VideoTransformer3DModel
 
 from calibration.adapters.construction import constructed_as
+from calibration.adapters.masks import seen_text
 from calibration.adapters.rotary import Rotation
 from fp4trt.errors import BadInputs
 
@@ -166,7 +167,7 @@ class LTX2(LTX2VideoTransformer3DModel):
         if self.prompt_modulation:
             found |= {"sigma": sigma, "audio_sigma": audio_sigma}
         for name, of in (("encoder_attention_mask", text), ("audio_encoder_attention_mask", sound)):
-            found[name] = _given(call.get(name), of.new_ones(of.shape[:2])).bool()
+            found[name] = seen_text(call.get(name), of)
         return found | self._coordinates(call)
 
     def _refuse_what_no_graph_has(self, call: dict[str, Any], at_one_time: bool) -> None:

@@ -13,7 +13,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.utils.peft_utils import apply_lora_scale
 
 from calibration.adapters.construction import constructed_as
+from calibration.adapters.masks import seen_text
 from calibration.adapters.rotary import Rotation, angles, rotated
+from fp4trt.errors import BadInputs
 
 __all__ = ["QwenImage"]
 
@@ -93,7 +95,7 @@ class QwenImage(QwenImageTransformer2DModel):
         modulate_index: torch.Tensor | None = None,
         additional_t_cond: torch.Tensor | None = None,
         img_shapes: Shapes | None = None,
-        guidance: None = None,
+        guidance: torch.Tensor | None = None,
         attention_kwargs: Mapping[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -108,8 +110,15 @@ class QwenImage(QwenImageTransformer2DModel):
             modulate_index: [B, L], 1 where a token is a reference's, of a model that tells them apart.
             additional_t_cond: int64 [B].
             img_shapes: frames, rows and columns of each picture, as the pipelines give them.
+
+        Raises:
+            BadInputs: ``guidance`` is given, as a pipeline does where the config asks for it.
         """
-        assert guidance is None
+        if guidance is not None:
+            raise BadInputs(
+                "a call has guidance, which diffusers' class of Qwen-Image has no embedding of; set guidance_embeds in "
+                "config.json to false"
+            )
         assert timestep is not None
         if img_shapes is not None:
             img_ids, txt_ids = self._ids(img_shapes, encoder_hidden_states)
@@ -137,13 +146,11 @@ class QwenImage(QwenImageTransformer2DModel):
     def inputs_of(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **call: Any) -> Inputs:
         """Return the family's inputs, in its order, of a call as a pipeline makes it."""
         mask, shapes = call.get("encoder_hidden_states_mask"), call["img_shapes"]
-        if mask is None:
-            mask = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2], dtype=torch.bool)
         img_ids, txt_ids = self._ids(shapes, encoder_hidden_states)
         found = {
             "hidden_states": hidden_states,
             "encoder_hidden_states": encoder_hidden_states,
-            "encoder_hidden_states_mask": mask.bool(),
+            "encoder_hidden_states_mask": seen_text(mask, encoder_hidden_states),
             "timestep": call["timestep"],
             "img_ids": img_ids,
             "txt_ids": txt_ids,
