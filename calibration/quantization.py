@@ -148,6 +148,7 @@ def quantize(
         return _from_state(folder, directory, asked, Path(modelopt_state), trust, force, device)
     plain = checked(folder, chosen, server)
     chosen = plain.recipe
+    _tell_of_masks(plain)
     work = directory.with_name(f"{directory.name}.calibration.partial")
     by_method = registry.needs_activations(chosen.method)
     to_measure = bool(calibration) or by_method or plain.needs_calibration
@@ -174,6 +175,13 @@ def quantize(
                 write_result(partial, plain, given, device)
     processes.wait(device)
     return _summary(directory, plain, load_manifest(directory / MANIFEST))
+
+
+def _tell_of_masks(plain: Plain) -> None:
+    """Say which attentions of a model stay in 16 bit where others are in FP8."""
+    masked = [path for stack in plain.family.stacks for path in stack.masked]
+    if plain.fp8_attentions and masked:
+        note(f"attentions with a mask stay in 16 bit, as FP8 takes none: {' and '.join(masked)} of each block")
 
 
 @contextlib.contextmanager

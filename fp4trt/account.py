@@ -138,7 +138,9 @@ class _Reader:
 
     def account(self) -> Account:
         linears = {path: self._linear(path, shape) for path, shape in self.family.linears(self.config).items()}
-        attentions = {path: scales for path in self.family.attentions(self.config) if (scales := self._attention(path))}
+        attentions = {
+            path: scales for path in self.family.fp8_attentions(self.config) if (scales := self._attention(path))
+        }
         for name, shape in self.state.items():
             if name not in self.meanings:
                 self._floating(name, shape, "of the model itself")
@@ -292,6 +294,12 @@ class _Reader:
                 raise BadCheckpoint(
                     f"{told}but {path}.weight is {linear.dtype}, which has no such scale; expected both of one format: "
                     "quantize again"
+                )
+            attentions, leaves = self.family.attentions(self.config), (*ATTENTION_SCALES, OUTPUT_SCALE, *BMM_AMAX)
+            if masked := next((each for each in attentions if name.removeprefix(f"{each}.") in leaves), None):
+                raise BadCheckpoint(
+                    f"{told}as attention in FP8 has, and {masked} has a mask, which FP8 does not take: leave that in "
+                    "16 bit"
                 )
             raise BadCheckpoint(
                 f"{told}which nothing here reads, and without it this is another model; expected the tensors of "

@@ -154,7 +154,7 @@ def calibrate(
         amax=str(output.resolve()),
         inputs=str(Path(save_inputs_to).resolve()) if save_inputs_to is not None else None,
         linears=len(family.quantized(config)),
-        attentions=len(family.attentions(config)),
+        attentions=len(family.fp8_attentions(config)),
         described=measured.described,
     )
 

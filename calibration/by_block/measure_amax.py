@@ -58,7 +58,7 @@ def measured_by_block(
     require_device(device)
     source = open_plain(folder)
     config, family = source.config, source.family
-    blocks, paths, attentions = family.blocks(config), family.quantized(config), family.attentions(config)
+    blocks, paths, attentions = family.blocks(config), family.quantized(config), family.fp8_attentions(config)
     runner = BlockRunner(source.model, blocks, source.tensor, device, source.family.read_by)
     outside = tuple(path for group in family.outside for path in group.linears)
     length = (len(blocks) + bool(outside)) * len(calls)

@@ -58,7 +58,7 @@ def contents_of(model: nn.Module, family: Family, config: Mapping[str, Any], sta
         BadCheckpoint: some quantizer does what no checkpoint of ours can say; the first is named, with what it does.
         BadAmax: one was never calibrated.
     """
-    linears, attentions = _linears_of(model), family.attentions(config)
+    linears, attentions = _linears_of(model), family.fp8_attentions(config)
     problems: list[tuple[str, Unsayable]] = []
     formats: dict[str, str] = {}
     in_fp8: dict[str, bool] = {}

@@ -14,9 +14,9 @@ __all__ = ["CHROMA"]
 
 
 def _without_modulation(stack: Stack) -> Stack:
-    """Return a stack of FLUX.1 whose blocks are given slices of a modulation, other ones each."""
+    """Return a stack of FLUX.1 whose blocks are given slices of a modulation, other ones each, and a mask."""
     groups = tuple(group for group in stack.groups if group.reads)
-    return Stack(stack.path, stack.count, groups, stack.attentions, equal=False)
+    return Stack(stack.path, stack.count, groups, stack.attentions, stack.attentions, equal=False)
 
 
 BLOCKS: Final = _without_modulation(DOUBLE)

@@ -95,6 +95,7 @@ class Stack:
         count: key of the config that holds the number of its blocks.
         groups: the linears to quantize of a block, in graph order, by paths in the block.
         attentions: paths in the block.
+        masked: those of them that hide some tokens by a mask, which attention in FP8 does not take.
         modulated: linears of a block behind an adaptive norm of the block's own; of all kinds of its blocks.
         read_by: path of the stack that reads what this one gives, where others run in between.
         unused_in_last: modules of the last block whose result nothing reads: in the checkpoint, but not in a graph.
@@ -107,6 +108,7 @@ class Stack:
     count: str
     groups: tuple[Group, ...]
     attentions: tuple[str, ...] = ("attn",)
+    masked: tuple[str, ...] = ()
     modulated: tuple[Modulated, ...] = ()
     read_by: str | None = None
     unused_in_last: tuple[str, ...] = ()
@@ -232,12 +234,18 @@ class Family:
 
     def attentions(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the attentions, in graph order."""
-        return tuple(
-            f"{block}.{path}"
-            for block, stack, lacks in self._blocks(config)
-            for path in stack.attentions
-            if not _is_in(path, lacks)
-        )
+        return tuple(f"{block}.{path}" for block, _, path in self._attentions(config))
+
+    def fp8_attentions(self, config: Config) -> tuple[str, ...]:
+        """Return the module paths of the attentions that can be in FP8, in graph order: those without a mask."""
+        return tuple(f"{block}.{path}" for block, stack, path in self._attentions(config) if path not in stack.masked)
+
+    def _attentions(self, config: Config) -> Iterator[tuple[str, Stack, str]]:
+        """Yield each attention's block, its stack, and its path in the block."""
+        for block, stack, lacks in self._blocks(config):
+            for path in stack.attentions:
+                if not _is_in(path, lacks):
+                    yield block, stack, path
 
     def stream(self, path: str) -> str:
         """Return whose tokens a linear to quantize reads, as :attr:`Group.reads`."""

@@ -25,6 +25,7 @@ BLOCKS: Final = Stack(
         Group("T+L", ("ff.gate", "ff.up"), gated=True),
         Group("T+L", ("ff.down",)),
     ),
+    masked=("attn",),
 )
 """8 linears of a block, 5 GEMMs: TensorRT-RTX does not merge ``gate`` and ``up``, whose product is a SwiGLU. All blocks
 share one modulation, which stays in BF16, and so does what makes the text's features, 3 % of the parameters."""

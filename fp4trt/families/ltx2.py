@@ -45,8 +45,8 @@ BLOCKS: Final = Stack(
         Group("A", ("audio_ff.net.0.proj",)),
         Group("A", ("audio_ff.net.2",)),
     ),
-    # Those that read the text have a mask, which FP8 does not take.
-    attentions=("attn1", "audio_attn1", "audio_to_video_attn", "video_to_audio_attn"),
+    attentions=("attn1", "audio_attn1", "attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
+    masked=("attn2", "audio_attn2"),
 )
 """28 linears of a block, 20 GEMMs. Its scales and shifts are a table of its own added to what all blocks share: no
 linear of it makes them. The gates of LTX-2.3 have as many outputs as there are heads, and stay in 16 bit."""

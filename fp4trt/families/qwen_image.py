@@ -40,6 +40,7 @@ BLOCKS: Final = Stack(
         Modulated("txt_mod.1", 6, 0, 1, TEXT_IN),
         Modulated("txt_mod.1", 6, 3, 4, ("txt_mlp.net.0.proj",)),
     ),
+    masked=("attn",),
     unused_in_last=("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 )
 """14 linears of a block, 10 GEMMs. What the last block makes of the text is read by nothing."""

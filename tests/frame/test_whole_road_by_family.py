@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -157,10 +158,13 @@ def test_chromas_mask_of_numbers_hides_text_in_a_graphs_inputs_alone() -> None:
 def test_a_graph_computes_what_diffusers_class_does(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
     model = MODELS[name]
     graph = exporter.export(sources[name], tmp_path / "plain.onnx", precision="bf16").onnx
+    nodes = {node.name: len(node.input) for node in onnx.load(graph, load_external_data=False).graph.node}
+    family, config, _ = _calls(sources[name])
+    masked = [path for path in family.attentions(config) if nodes[f"{path}/Attention"] > 3]
+    assert masked == [path for path in family.attentions(config) if path not in family.fp8_attentions(config)]
     run = session(graph, float32=True)
     stock = model.make(torch.float32)
     stock.load_state_dict(model.make().state_dict())  # rounded; what is in no checkpoint is not
-    family = _calls(sources[name])[0]
     adapter = model_class(family)(**model.config)
     for sizes in ((1, 12, 5), (2, 8, 8), (3, 10, 40)):
         call = model.call(model.config, sizes)

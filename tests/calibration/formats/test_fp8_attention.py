@@ -24,7 +24,10 @@ from calibration.formats.attention_amax import OperandAmax, checked_attentions
 from calibration.formats.fp8_attention import SCALES, FP8Attention, attention_scales
 from calibration.inputs.captured import load_inputs
 from calibration.quantization import quantize
-from fp4trt.errors import BadAmax, BadCheckpoint
+from fp4trt.errors import BadAmax, BadCheckpoint, BadRecipe
+from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from tests.frame.diffusers_models import MODELS
 
 FIRST, LAST = "transformer_blocks.0.attn", "single_transformer_blocks.0.attn"
 
@@ -181,3 +184,39 @@ def test_where_no_attention_is_to_be_in_fp8_nothing_is_measured() -> None:
     with OperandAmax(()) as watched:
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
     assert watched.amax == {}
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "krea2", "chroma"])
+def test_a_model_whose_attentions_all_have_a_mask_refuses_them_in_fp8(
+    name: str, fp8_attention_recipe: Path, tmp_path: Path
+) -> None:
+    MODELS[name].save(tmp_path / "source")
+    with pytest.raises(BadRecipe, match=rf"attention: fp8, and {name} has no attention for that: all .* have a mask"):
+        quantize(tmp_path / "source", tmp_path / "out", recipe=fp8_attention_recipe, calibration=tmp_path / "amax.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_attentions_with_a_mask_stay_in_16_bit_beside_others_in_fp8_and_that_is_said(
+    fp8_attention_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MODELS["ltx2"].save(tmp_path / "source")
+    config = load_json(tmp_path / "source" / "config.json")
+    family = family_of(config)
+    amax = dict.fromkeys(family.quantized(config), 4.0)
+    amax |= {f"{path}.{operand}": 8.0 for path in family.attentions(config) for operand in "qkv"}
+    (tmp_path / "amax.json").write_text(json.dumps(amax))
+    quantize(tmp_path / "source", tmp_path / "out", recipe=fp8_attention_recipe, calibration=tmp_path / "amax.json")
+    assert "attentions with a mask stay in 16 bit, as FP8 takes none: attn2 and audio_attn2 of each block" in (
+        capsys.readouterr().err
+    )
+    in_fp8 = read(tmp_path / "out").fp8_attentions
+    assert [path.rpartition(".")[2] for path in in_fp8[:4]] == [
+        "attn1", "audio_attn1", "audio_to_video_attn", "video_to_audio_attn"
+    ]  # fmt: skip
+
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    masked = "transformer_blocks.1.attn2"
+    for leaf in ("q_scale", "v_bmm_quantizer._amax"):
+        save_file(tensors | {f"{masked}.{leaf}": torch.ones(())}, tmp_path / "out" / WEIGHTS)
+        with pytest.raises(BadCheckpoint, match=rf"has {masked}\.{leaf}, .* {masked} has a mask, which FP8 does not"):
+            read(tmp_path / "out")
