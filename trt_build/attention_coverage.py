@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from fp4trt.errors import CoverageError
@@ -11,7 +11,7 @@ from onnx_functions.graph.attentions import Attention
 from trt_build.graph import Graph
 from trt_build.layer_info import Layer
 
-__all__ = ["AttentionCoverage", "LostAttention", "attentions_of_all", "measure_attentions", "require_attentions"]
+__all__ = ["AttentionCoverage", "LostAttention", "measure_attentions", "require_attentions"]
 
 _FP8: Final = "FP8"
 _OPERANDS: Final = 3
@@ -56,18 +56,6 @@ def measure_attentions(graph: Graph, layers: Iterable[Layer]) -> AttentionCovera
             fused[path] = one.name
     lost = (path for path in graph.promised_attentions if path not in fused)
     return AttentionCoverage(fused, graph.promised_attentions, tuple(_lost(graph, layers, path) for path in lost))
-
-
-def attentions_of_all(profiles: Sequence[AttentionCoverage]) -> AttentionCoverage:
-    """Return the attentions of an engine: fused are those that are so in every profile."""
-    if len(profiles) == 1:
-        return profiles[0]
-    lost: dict[str, LostAttention] = {}
-    for number, found in enumerate(profiles):
-        for item in found.lost:
-            lost.setdefault(item.attention, replace(item, reason=f"in profile {number}: {item.reason}"))
-    fused = {path: kernel for path, kernel in profiles[0].fused.items() if all(path in each.fused for each in profiles)}
-    return AttentionCoverage(fused, profiles[0].promised, tuple(lost.values()))
 
 
 def require_attentions(lost: Iterable[LostAttention], promised: int) -> None:

@@ -20,10 +20,11 @@ from fp4trt.targets import Target, parse_gpus, require_format
 from fp4trt.verb import Result
 from onnx_functions.linting import require_clean
 from trt_build import manifest
-from trt_build.attention_coverage import LostAttention, attentions_of_all, measure_attentions, require_attentions
+from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
 from trt_build.branch_cost import branch_cost
-from trt_build.coverage import SixteenBit, coverage_of_all, measure_coverage, require_coverage
+from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.disk_space import require_room
+from trt_build.engine_losses import attentions_of_all, coverage_of_all
 from trt_build.graph import Graph, read_graph
 from trt_build.layer_info import layers_of_profiles
 from trt_build.local_gpu import local_compute_capabilities

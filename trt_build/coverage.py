@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import onnx
@@ -14,7 +14,7 @@ from onnx_functions.graph.element_types import attributes_of, integer
 from trt_build.graph import Graph
 from trt_build.layer_info import Gemm, Layer, find_gemms
 
-__all__ = ["Coverage", "SixteenBit", "coverage_of_all", "measure_coverage", "require_coverage"]
+__all__ = ["Coverage", "SixteenBit", "measure_coverage", "require_coverage"]
 
 _NAMES: Final = {name: kind.gemm for name, kind in FORMATS.items()}
 
@@ -126,17 +126,6 @@ def measure_coverage(graph: Graph, layers: Iterable[Layer], formats: Collection[
             if not covered & {(path, kind) for kind in promised}
         ),
     )
-
-
-def coverage_of_all(profiles: Sequence[Coverage]) -> Coverage:
-    """Return the coverage of an engine: the first profile's kernels, and lost is what is lost in any profile."""
-    if len(profiles) == 1:
-        return profiles[0]
-    lost: dict[str, SixteenBit] = {}
-    for number, coverage in enumerate(profiles):
-        for item in coverage.lost:
-            lost.setdefault(item.linear, replace(item, reason=f"in profile {number}: {item.reason}"))
-    return replace(profiles[0], lost=tuple(lost.values()))
 
 
 def require_coverage(lost: Iterable[SixteenBit], promised: int) -> None:
