@@ -234,9 +234,14 @@ def _validate(
     for kind, paths in graph.promised.items():
         if paths and FORMATS[kind].elsewhere is None:
             require_format(targets, kind)
-    fp8_attention = bool(graph.promised_attentions)
     made = make_profiles(
-        graph.input_shapes, graph.symbols, plain, profiles, fp8_attention=fp8_attention, short_allowed=allow_slow
+        graph.input_shapes,
+        graph.symbols,
+        plain,
+        profiles,
+        fp8_attention=bool(graph.promised_attentions),
+        keys=graph.keys,
+        short_allowed=allow_slow,
     )
     for profile in made:
         require_served(graph.model, graph.path.parent, profile)

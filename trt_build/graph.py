@@ -164,6 +164,20 @@ class Graph:
         written = (path for path, attention in self.attentions.items() if attention.in_fp8)
         return tuple(dict.fromkeys((*promised, *beside, *written)))
 
+    @property
+    def keys(self) -> tuple[tuple[str, ...], ...]:
+        """Symbols that add up to the keys of an attention promised in FP8, of each that differs, the shortest first.
+
+        Nothing where the graph does not say it of one, in declared symbols or a number.
+        """
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in self.model.graph.value_info}
+        promised = (self.attentions[path] for path in self.promised_attentions if path in self.attentions)
+        found = (shapes.get(each.scores.output[0]) for each in promised)
+        sizes = {_dimension(shape[-1]) if shape else None for shape in found}
+        sums = [tuple(size.split(" + ")) for size in sizes if isinstance(size, str)]
+        known = None not in sizes and {name for names in sums for name in names} <= self.symbols.keys()
+        return tuple(sorted(sums, key=lambda names: (len(names), names))) if known else ()
+
     @cached_property
     def _manifest(self) -> CheckpointManifest | None:
         with _of_model(self.path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -54,6 +54,7 @@ def make_profiles(
     profiles: Asked | Sequence[Asked] = (),
     *,
     fp8_attention: bool = False,
+    keys: Collection[Sequence[str]] = (),
     short_allowed: bool = False,
 ) -> tuple[Profile, ...]:
     """Return the profiles of an engine, in order; that of the plain options where none is asked for.
@@ -64,6 +65,7 @@ def make_profiles(
         plain: arguments of :func:`make_profile`, for all that a profile does not say.
         profiles: what is asked for.
         fp8_attention: the graph wants 32 tokens or more.
+        keys: symbols that add up to the keys of an attention in FP8, of each; nothing where it is not known.
         short_allowed: a profile that begins below is not refused.
 
     Two pictures with as many tokens, such as 768x1360 and 1360x768, are one profile, which has a note of it.
@@ -74,10 +76,10 @@ def make_profiles(
     made: list[tuple[list[_Wanted], Profile]] = []
     for wanted in _wanted(profiles, plain, symbols, input_shapes):
         try:
-            profile = make_profile(input_shapes, symbols, **wanted.options, fp8_attention=fp8_attention)
+            profile = make_profile(input_shapes, symbols, **wanted.options, fp8_attention=fp8_attention, keys=keys)
             if fp8_attention and not short_allowed:
                 minima = {name: low for name, (low, _, _) in profile.inputs.items()}
-                require_tokens(minima, input_shapes, symbols)
+                require_tokens(minima, input_shapes, symbols, keys)
         except BadProfileError as error:
             raise BadProfileError(wanted.lead(str(error))) from None
         profile = replace(profile, notes=tuple(map(wanted.lead, profile.notes)), label=wanted.label or profile.label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ def make_profile(
     audio: Count | None = None,
     shapes: str | Sequence[str] = (),
     fp8_attention: bool = False,
+    keys: Collection[Sequence[str]] = (),
     reference_images: Count | None = None,
 ) -> Profile:
     """Return the profile of a graph.
@@ -65,6 +66,7 @@ def make_profile(
         audio: tokens: 126 or (32, 126, 512).
         shapes: "NAME=MIN:OPT:MAX" or several of them, NAME a symbol (numbers) or an input (shapes such as 1x256x64).
         fp8_attention: the graph wants 32 tokens or more: minima that no option names are raised to that.
+        keys: symbols that add up to the keys of an attention in FP8, of each; nothing where it is not known.
         reference_images: pictures that the model reads as further image tokens, as Kontext, FLUX.2 and Qwen-Image-Edit
             do, each of the size that `resolution` says: 1 or (0, 1, 2); "1" or "0:1:2".
 
@@ -100,7 +102,7 @@ def make_profile(
         else:
             there = ", ".join([*_free_symbols(input_shapes), *input_shapes])
             raise BadProfileError(f"--shape {shape}: the graph has no input or symbol {name!r}; it has {there}")
-    extents, notes = raised(extents, symbols, named) if fp8_attention else (extents, ())
+    extents, notes = raised(extents, symbols, named, keys) if fp8_attention else (extents, ())
     notes = (*notes, *_beyond_a_picture(extents, symbols))
     if reference_images is not None:
         notes = (*notes, *_of_one_length(extents, symbols))

@@ -18,6 +18,7 @@ from fp4trt.errors import BadProfileError, CoverageError, LintError
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
 from trt_build import build
+from trt_build.graph import read_graph
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +58,21 @@ def test_a_profile_that_begins_below_32_tokens_ends_with_status_2(
     assert fp4trt.run(command) == 2
     assert "attention in FP8 needs 32 tokens of picture and text together" in capsys.readouterr().err
     assert not engine.exists()
+
+
+def test_a_graph_says_how_many_keys_each_attention_reads(fp8_attention_digits: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(fp8_attention_digits, tmp_path / "digits")
+    assert read_graph(folder).keys == (("L", "T"),)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    (scores,) = (v for v in model.graph.value_info if v.name.startswith("transformer_blocks.0.attn/scores/MatMul"))
+    scores.type.tensor_type.shape.dim[-1].dim_param = "T"
+    onnx.save(model, folder / "model.onnx")
+    assert read_graph(folder).keys == (("T",), ("L", "T"))
+    with pytest.raises(BadProfileError, match=r"needs 32 tokens of text, .* at 8 \(T 8\); give at least --text 32"):
+        build(folder, resolution=24, text="8:16:16")
+    model.graph.value_info.remove(scores)
+    onnx.save(model, folder / "model.onnx")
+    assert read_graph(folder).keys == ()
 
 
 def _without_metadata(folder: Path, target: Path) -> Path:

@@ -217,6 +217,30 @@ def test_fp8_attention_refuses_a_given_minimum_below_32_tokens(options: dict[str
         require_tokens(minima, INPUTS, DIGITS)
 
 
+VIDEO = {
+    **SYMBOLS,
+    "L": {**SYMBOLS["L"], "kind": "video_tokens", "min_frames": 1, "default_frames": 5, "max_frames": 9}
+    | {"frames_per_token": 4},
+    "A": {"kind": "audio_tokens", "min": 1, "max": 512, "default": 126},
+}
+
+
+def test_each_attention_in_fp8_has_32_keys_of_its_own() -> None:
+    inputs = {**INPUTS, "sound": ("B", "A", 64)}
+    keys = (("A",), ("L",), ("T",), ("L", "T"))
+    found = make_profile(inputs, VIDEO, fp8_attention=True, keys=keys)
+    assert {name: found.symbols[name][0] for name in "LAT"} == {"L": 256, "A": 32, "T": 32}
+    assert [note.rpartition(" at ")[2] for note in found.notes] == ["--audio 32", "--text 32"]
+    queries_alone = make_profile(inputs, VIDEO, fp8_attention=True, keys=(("L",),))
+    assert {name: queries_alone.symbols[name][0] for name in "LAT"} == {"L": 256, "A": 1, "T": 1}
+    short = make_profile(inputs, VIDEO, audio="31:126:126", fp8_attention=True, keys=keys)
+    minima = {name: low for name, (low, _, _) in short.inputs.items()}
+    with pytest.raises(
+        BadProfileError, match=r"needs 32 tokens of sound, .* at 31 \(A 31\); give at least --audio 32$"
+    ):
+        require_tokens(minima, inputs, VIDEO, keys)
+
+
 def test_flux_needs_no_raise_for_fp8_attention() -> None:
     found = make_profile(INPUTS, SYMBOLS, fp8_attention=True)
     assert found == profile()
