@@ -15,7 +15,7 @@ from calibration.checkpoints.plain import find_source, load_source, open_plain, 
 from calibration.checkpoints.threads import suited_threads
 from calibration.formats import input_quantizers
 from calibration.formats.attention_amax import operands_of
-from calibration.inputs.captured import Inputs, check_inputs, load_inputs, partial_schedule, save_inputs
+from calibration.inputs.captured import Inputs, check_inputs, load_inputs, save_inputs, warnings_of
 from calibration.inputs.given import is_amax, paths_of
 from calibration.inputs.prompts import SMALLEST, Sampling, capture_prompts, refuse_no_data, refuse_sampling
 from calibration.inputs.settings import refuse_of_pipelines
@@ -311,7 +311,8 @@ def _captured(
     if save_inputs_to is not None and processes.is_main():
         save_inputs(save_inputs_to, calls)
     described |= {"calls": len(calls), "family": family.name}
-    if warning := partial_schedule(calls, family):
-        note(f"warning: {warning}")
-        described["warnings"] = [warning]
+    if warnings := warnings_of(calls, family, config):
+        for warning in warnings:
+            note(f"warning: {warning}")
+        described["warnings"] = warnings
     return Calibration({}, described, calls)

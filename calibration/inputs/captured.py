@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from calibration.inputs.given import require_captured
 from fp4trt.errors import BadCheckpoint, BadInputs
-from fp4trt.families import Family
+from fp4trt.families import Dim, Family
 from fp4trt.safetensors_file import DTYPE_BYTES, READABLE, StoredTensor, bytes_of, plan_of, tensors_in_file, write
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Inputs", "capturing", "check_inputs", "load_inputs", "partial_schedule", "save_inputs"]
+__all__ = ["Inputs", "capturing", "check_inputs", "load_inputs", "partial_schedule", "save_inputs", "warnings_of"]
 
 WIDEST_GAP: Final = 0.35
 """Between timesteps of captured calls. Four steps, as few as models are made for, are .25 apart."""
@@ -247,6 +247,37 @@ def _refuse_other_times(index: int, times: torch.Tensor, noise_at: int) -> None:
     )
 
 
+def warnings_of(calls: Sequence[Inputs], family: Family, config: dict[str, object]) -> list[str]:
+    """Return, in a line each, what of captured calls is unlike those that an engine will get: timesteps, and sizes.
+
+    Args:
+        calls: as :func:`check_inputs` gives them; each is read once.
+        family: of the model.
+        config: of the model.
+    """
+    shapes, times = family.input_shapes(config), list[float]()
+    sizes: dict[str, int] = {}
+    for call in calls:
+        times += _times(call, family)
+        for name, shape in shapes.items():
+            for symbol, size in zip(shape, call[name].shape, strict=True):
+                if isinstance(symbol, str):
+                    sizes[symbol] = max(size, sizes.get(symbol, 0))
+    told = (_missing_part(times, family), *(_beyond(name, size, family.dims[name]) for name, size in sizes.items()))
+    return [line for line in told if line is not None]
+
+
+def _beyond(name: str, size: int, dim: Dim) -> str | None:
+    """Return what is to be told of a size of calls that no engine takes; pictures to refer to are of any number."""
+    if dim.kind == "batch" or dim.references or size <= dim.most:
+        return None
+    what = f"{size} {dim.kind.replace('_', ' ')}" if dim.kind != "size" else f"{name} of {size}"
+    return (
+        f"the calibration data go to {what}, beyond the {dim.most} that the model declares for its engines; capture "
+        "calls as they will be"
+    )
+
+
 def partial_schedule(calls: Sequence[Inputs], family: Family) -> str | None:
     """Return, in one line, which part of the denoising schedule no captured call is from; None where none is missing.
 
@@ -255,11 +286,19 @@ def partial_schedule(calls: Sequence[Inputs], family: Family) -> str | None:
             of them counts: tokens of a picture that is given are at 0 throughout.
         family: of the model.
     """
-    noise_at = family.noise_at
-    times = sorted(float(time.max()) / noise_at for call in calls for time in call.get(_TIME, ()))
+    return _missing_part([time for call in calls for time in _times(call, family)], family)
+
+
+def _times(call: Inputs, family: Family) -> list[float]:
+    """Return the times of a call's pictures, from 1 (noise) to 0."""
+    return [float(time.max()) / family.noise_at for time in call.get(_TIME, ())]
+
+
+def _missing_part(times: Sequence[float], family: Family) -> str | None:
     if not times:
         return None
-    for begin, end in itertools.pairwise([0.0, *times, 1.0]):
+    noise_at = family.noise_at
+    for begin, end in itertools.pairwise([0.0, *sorted(times), 1.0]):
         if end - begin > WIDEST_GAP:
             return (
                 f"the calibration data have no step between timestep {begin * noise_at:.2f} and {end * noise_at:.2f}, "

@@ -67,12 +67,20 @@ class Dim:
     @property
     def tokens(self) -> int:
         """Number of tokens by default."""
-        if self.default_resolution is None or self.pixels_per_token is None:
-            return self.default or 1
-        picture = (self.default_resolution // self.pixels_per_token) ** 2
-        if self.default_frames is None or self.frames_per_token is None:
+        return self._count(self.default, self.default_resolution, self.default_frames)
+
+    @property
+    def most(self) -> int:
+        """Largest number of tokens, or of what it counts; of a picture's, without pictures to refer to."""
+        return self._count(self.max, self.max_resolution, self.max_frames)
+
+    def _count(self, number: int | None, resolution: int | None, frames: int | None) -> int:
+        if resolution is None or self.pixels_per_token is None:
+            return number or 1
+        picture = (resolution // self.pixels_per_token) ** 2
+        if frames is None or self.frames_per_token is None:
             return picture
-        return picture * (1 + (self.default_frames - 1) // self.frames_per_token)
+        return picture * (1 + (frames - 1) // self.frames_per_token)
 
     def as_dict(self) -> dict[str, int | str]:
         """Return the fields that this kind of dimension has, as they stand in the graph's metadata."""

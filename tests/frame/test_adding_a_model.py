@@ -16,6 +16,7 @@ from torch import nn
 
 import fp4trt
 from calibration.by_block.runner import BlockRunner
+from calibration.inputs.captured import warnings_of
 from fp4trt import cli
 from fp4trt.custom_model import CustomModel, _returning_tuples, save_checkpoint
 from fp4trt.errors import BadModule, OutputExists
@@ -115,6 +116,14 @@ def _model(**changed: Any) -> CustomModel:
         "blocks": ["blocks"],
     }  # fmt: skip
     return CustomModel(**{**usual, **changed})
+
+
+def test_calls_of_more_than_the_model_declares_are_told_of() -> None:
+    family = _model().family()
+    calls = [{"x": torch.zeros(8, size, 16, dtype=torch.bfloat16)} for size in (9, 12)]
+    assert warnings_of(calls[:1], family, {}) == []
+    (told,) = warnings_of(calls, family, {})
+    assert told.startswith("the calibration data go to L of 12, beyond the 9 that the model declares for its engines")
 
 
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {

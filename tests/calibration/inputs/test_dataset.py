@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from calibration.by_block.calibration import METADATA, calibrate
-from calibration.inputs.captured import Inputs, capturing, check_inputs, load_inputs, partial_schedule, save_inputs
+from calibration.inputs.captured import (
+    Inputs,
+    capturing,
+    check_inputs,
+    load_inputs,
+    partial_schedule,
+    save_inputs,
+    warnings_of,
+)
 from fp4trt.errors import BadInputs
 from fp4trt.families import family_of
 from tests.frame.diffusers_models import MODELS
@@ -116,6 +124,16 @@ def test_a_model_may_count_the_steps_of_a_scheduler() -> None:
     assert "no step between timestep 400.00 and 1000.00, of 1000 to 0" in told
     with pytest.raises(BadInputs, match=r"holds 1001; this model takes 0 \(picture\) to 1000 \(noise\): capture it"):
         check_inputs([{**call, "timestep": torch.tensor([1001.0, 1.0])}], family, config)
+
+
+def test_more_tokens_than_the_model_declares_are_told_of() -> None:
+    many, few = (
+        FAMILY.example_inputs(CONFIG, (8, tokens, text), 0, torch.bfloat16) for tokens, text in ((9, 513), (9, 5))
+    )
+    (told,) = warnings_of(check_inputs([few, many], FAMILY, CONFIG), FAMILY, CONFIG)
+    assert told.startswith("the calibration data go to 513 text tokens, beyond the 512 that the model declares")
+    references = FAMILY.example_inputs(CONFIG, (8, 2 * 85 * 85, 5), 0, torch.bfloat16)
+    assert warnings_of([references], FAMILY, CONFIG) == []
 
 
 WAN = {
