@@ -136,9 +136,7 @@ def quantize(
             Untrusted, BadEnvironment: naming what is wrong.
         NotReproduced: the result does not compute what a state's own model does.
     """
-    chosen, folder = first_checked(
-        source, output, recipe, calibration, modelopt_state, force, workers, ray, like, lora
-    )
+    chosen, folder = first_checked(source, output, recipe, calibration, modelopt_state, force, workers, ray, like, lora)
     require_device(device)
     directory, crew = Path(output), Crewed(workers, ray)
     if modelopt_state is not None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import click
 
-__all__ = ["PATIENCE_S", "Progress", "Step", "note", "on_terminal", "reporting", "tracking"]
+__all__ = ["PATIENCE_S", "Progress", "Step", "note", "note_once", "on_terminal", "reporting", "tracking"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ PATIENCE_S: Final = 2.0
 """Seconds that work which is often quick takes before it is reported."""
 
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+_said: ContextVar[set[str] | None] = ContextVar("said", default=None)
 _note: ContextVar[Callable[[str], object]] = ContextVar("note", default=lambda text: click.echo(text, err=True))
 
 
@@ -52,6 +53,8 @@ _note: ContextVar[Callable[[str], object]] = ContextVar("note", default=lambda t
 def reporting(progress: Progress | None = None, note: Callable[[str], object] | None = None) -> Iterator[None]:
     """Send progress and notes of what is called within to these functions; None leaves them where they go."""
     tokens: list[tuple[ContextVar[Any], Any]] = []
+    if _said.get() is None:
+        tokens.append((_said, _said.set(set())))
     if progress is not None:
         tokens.append((_progress, _progress.set(progress)))
     if note is not None:
@@ -66,6 +69,17 @@ def reporting(progress: Progress | None = None, note: Callable[[str], object] | 
 def note(text: str) -> None:
     """Report one line."""
     _note.get()(text)
+
+
+def note_once(text: str) -> None:
+    """Report one line, the first time that it is said within the outermost :func:`reporting`; elsewhere, never.
+
+    So a verb says it once, however often it comes across what is to be told, and its workers not again.
+    """
+    said = _said.get()
+    if said is not None and text not in said:
+        said.add(text)
+        note(text)
 
 
 @contextmanager

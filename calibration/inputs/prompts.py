@@ -185,6 +185,12 @@ def load_pipeline(root: Path, transformer: Any, part: str = "transformer") -> An
 
     # By DiffusionPipeline itself a part that the class makes optional, as Wan's transformers are, would be loaded anew.
     load: Any = getattr(diffusers, class_of(root)).from_pretrained
+    named = load_json(root / PIPELINE).get("transformer")
+    if isinstance(named, list) and named[:1] == ["diffusers"] and not hasattr(diffusers, str(named[-1])):
+        own = next(cls.__name__ for cls in type(transformer).__mro__ if hasattr(diffusers, cls.__name__))
+        raise BadInputs(
+            f"{root / PIPELINE} names {named[-1]}, which diffusers has not, as its transformer; write {own}"
+        )
     with drawing(root):
         pipeline = load(root, **{part: transformer}, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)

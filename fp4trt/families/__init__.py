@@ -14,6 +14,7 @@ from fp4trt.errors import BadCheckpoint, UnknownFamily
 from fp4trt.families.custom import custom_families
 from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Transformer
+from fp4trt.progress import note_once
 
 __all__ = ["FAMILIES", "Dim", "Family", "Symbol", "Transformer", "family_named", "family_of"]
 
@@ -51,6 +52,8 @@ def family_of(config: Config, folder: str | Path | None = None) -> Family:
             wrong = family.problem(config)
             if wrong is not None:
                 raise BadCheckpoint(f"{name}: {wrong}; take the one that belongs to the weights")
+            if (remark := family.remark(config)) is not None:
+                note_once(remark)
             return family
     known = ", ".join(sorted({family.class_name for family in FAMILIES}))
     raise UnknownFamily(

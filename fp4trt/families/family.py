@@ -150,6 +150,7 @@ class Family:
         reorders: whether a token's channels come out in another order than they go in.
         unsupported: in one sentence, which model a config of this class describes that is not supported, and what to
             take in its place; None where it is one that is.
+        remark: what is to be told of a config that belongs here, in one line, or None.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Family:
     special: bool = False
     reorders: bool = False
     unsupported: Callable[[Config], str | None] = lambda _config: None
+    remark: Callable[[Config], str | None] = lambda _config: None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process find the family by its name: what it is made of are functions."""

@@ -1,4 +1,8 @@
-"""FLUX.1 (dev, schnell, Fill, Control, Kontext, Krea): diffusers' FluxTransformer2DModel."""
+"""FLUX.1 (dev, schnell, Fill, Control, Kontext, Krea): diffusers' FluxTransformer2DModel.
+
+And SimpleTuner's class for training with a mask of the text, which has the same tensors: without its mask it computes
+what diffusers' class does.
+"""
 
 from __future__ import annotations
 
@@ -116,10 +120,21 @@ def positions(sizes: Sizes) -> dict[str, npt.NDArray[np.float32]]:
     return {"img_ids": grid(sizes["L"], axes=3, row=1), "txt_ids": counted(sizes["T"], axes=3)}
 
 
+CLASS: Final = "FluxTransformer2DModel"
+MASKED: Final = "FluxTransformer2DModelWithMasking"
+
+
+def remark(config: Config) -> str | None:
+    """Return what is to be told of a config, or None."""
+    if config.get("_class_name") != MASKED:
+        return None
+    return f"a {MASKED} is taken as {CLASS}: the mask that its attention may have is not applied"
+
+
 FLUX: Final = Family(
     name="flux",
-    class_name="FluxTransformer2DModel",
-    matches=lambda config: config.get("_class_name") == "FluxTransformer2DModel",
+    class_name=CLASS,
+    matches=lambda config: config.get("_class_name") in (CLASS, MASKED),
     problem=problem,
     stacks=(DOUBLE, SINGLE),
     dims={
@@ -147,4 +162,5 @@ FLUX: Final = Family(
     outputs={"latent": ("B", "L", None)},
     positions=positions,
     state=state,
+    remark=remark,
 )
