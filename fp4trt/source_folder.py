@@ -14,7 +14,7 @@ from typing import Any, Final
 from fp4trt.errors import BadCheckpoint
 from fp4trt.json_file import load_json
 
-__all__ = ["SOURCE", "Lora", "Source", "source_in", "stands_in"]
+__all__ = ["SOURCE", "Lora", "Source", "loras_of", "source_in", "stands_in"]
 
 SOURCE: Final = "fp4trt-source.json"
 """What tells such a folder."""
@@ -80,6 +80,12 @@ def source_in(folder: Path) -> Source | None:
         what = gone or weights
         raise BadCheckpoint(f"{what}, for which {folder} stands, has changed or is gone; give the source itself again")
     return source
+
+
+def loras_of(folder: Path) -> list[tuple[str, float]]:
+    """Return hash and strength of the LoRAs that change what a folder stands for; none of any other folder."""
+    source = source_in(folder)
+    return [] if source is None else [(lora.sha256, lora.strength) for lora in source.loras]
 
 
 def stands_in(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from fp4trt.families import Family, family_of
 from fp4trt.json_file import load_json
 from fp4trt.layouts import refuse_foreign_layout
 from fp4trt.safetensors_file import StoredTensor, sha256_of
-from fp4trt.source_folder import source_in
+from fp4trt.source_folder import loras_of
 
 __all__ = [
     "BUILT_IN",
@@ -169,10 +169,9 @@ def weights_fingerprint(folder: Path) -> str:
     That is a SHA-256 over name, shape and the first values of each tensor, as BF16: it is the same for shards and for
     one file, and for a copy of BF16 weights in FP32. With LoRAs it is of what they are fused into, and of their files.
     """
-    source = source_in(folder)
     digest = hashlib.sha256()
-    if source is not None and source.loras:
-        digest.update(repr([(lora.sha256, lora.strength) for lora in source.loras]).encode())
+    if loras := loras_of(folder):
+        digest.update(repr(loras).encode())
     for name, stored in sorted(tensors_without_loras(folder).items()):
         refuse_other_types(f"{folder}: {name}", stored)
         digest.update(f"{name} {list(stored.shape)}".encode())

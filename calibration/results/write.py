@@ -33,7 +33,7 @@ from fp4trt.errors import TooLittleSpace
 from fp4trt.number_formats import FORMATS, FP8
 from fp4trt.progress import note, tracking
 from fp4trt.safetensors_file import sha256_of
-from fp4trt.source_folder import source_in
+from fp4trt.source_folder import loras_of, source_in
 
 __all__ = ["Given", "complete", "foresee", "readable_size", "shared_input_amax", "versions", "write_result"]
 
@@ -76,7 +76,7 @@ class Given:
             dict(self.calibrated.amax),
             dict(self.calibrated.described),
         ]
-        parts += [self.prepared.figures, self.training, files, versions(), _LAYOUT]
+        parts += [self.prepared.figures, self.training, files, loras_of(plain.folder), versions(), _LAYOUT]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -106,7 +106,7 @@ def test_what_a_pipeline_gives_its_transformer_is_what_the_graph_takes(
     config = load_json(folder / "config.json")
     family = family_of(config)
     found = json.loads((tmp_path / "amax.json").read_text())
-    assert sorted(found) == sorted([METADATA, *family.quantized(config), *operands_of(family.attentions(config))])
+    assert sorted(found) == sorted([METADATA, *family.quantized(config), *operands_of(family.fp8_attentions(config))])
     assert all(value > 0 for path, value in found.items() if path != METADATA)
     calls = load_inputs(kept)
     assert len(calls) == case.calls
