@@ -1,9 +1,10 @@
 """The table of models in docs/models.md: every small model in every format, as far as it goes.
 
 `python -m tests.frame.models_table` takes half an hour and writes docs/models.json after each cell, then the table. A
-cell that is there is kept; `--again` makes those of some models anew. Cells are of small models of the diffusers
-classes: quantized (NVFP4 by nvfp4-quality, FP8 and MXFP8 by rounding), exported, linted without a finding, validated
-with every gate, built, with all linears covered. What does not go so far raises.
+cell that is there is kept; `--again` makes those of some models anew, with `--formats` only those in some formats.
+Cells are of small models of the diffusers classes: quantized (NVFP4 by nvfp4-quality, FP8 and MXFP8 by rounding),
+exported, linted without a finding, validated with every gate, built, with all linears covered. What does not go so far
+raises.
 """
 
 from __future__ import annotations
@@ -95,11 +96,16 @@ def written_into(guide: str, made: str) -> str:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--again", nargs="*", default=[], metavar="MODEL")
+    options.add_argument("--again", nargs="*", default=[], choices=MODELS, metavar="MODEL")
+    options.add_argument("--formats", nargs="+", default=list(RECIPES), choices=RECIPES)
     chosen = options.parse_args()
     traced_once.share_traces()
-    cells: dict[str, dict[str, Cell]] = load_json(TABLE) if TABLE.exists() else {}
-    cells = {name: cells.get(name, {}) if name not in chosen.again else {} for name in MODELS}
+    known: dict[str, dict[str, Cell]] = load_json(TABLE) if TABLE.exists() else {}
+    again = {(name, kind) for name in chosen.again for kind in chosen.formats}
+    cells = {
+        name: {kind: found for kind, found in known.get(name, {}).items() if (name, kind) not in again}
+        for name in MODELS
+    }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for name, model in MODELS.items():
@@ -112,7 +118,8 @@ def main() -> None:
             save_inputs(folder / f"{name}.safetensors", calls)
             for kind in RECIPES:
                 if kind not in cells[name]:
-                    cells[name][kind] = cell(name, kind, folder)
+                    found = {**cells[name], kind: cell(name, kind, folder)}
+                    cells[name] = {each: found[each] for each in RECIPES if each in found}
                     print(f"{name} in {kind}: {cells[name][kind]}", file=sys.stderr)
                     TABLE.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     GUIDE.write_text(written_into(GUIDE.read_text(encoding="utf-8"), table(cells)), encoding="utf-8")
