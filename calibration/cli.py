@@ -237,7 +237,7 @@ def quantize(
                 f"each linear keeps its own scales, as in the state: {state['apart']} FP4 GEMMs more than shared"
             )
     if cost := result.sharing_cost:
-        text = f"one global scale for each of {result.groups} groups costs: "
+        text = f"one weight scale for each of {result.groups} groups costs: "
         text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"
         click.echo(text)
     return result

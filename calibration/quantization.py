@@ -17,6 +17,7 @@ from calibration.checkpoints.threads import suited_threads
 from calibration.crew import Crewed
 from calibration.first_checks import first_checked
 from calibration.formats.fp8_attention import attention_quantizers, attention_scales
+from calibration.formats.shared_scales import sharing_groups
 from calibration.methods import registry
 from calibration.methods.plan import Plain, checked
 from calibration.recipes.recipe import QAT, Recipe, load_start
@@ -48,7 +49,7 @@ class Quantized(Result):
         fp8_linears: how many of them are in FP8.
         formats: how many are in each format that any is in.
         fp8_attentions: how many attentions are in FP8.
-        groups: how many groups of linears in NVFP4 share their scales.
+        groups: how many groups of linears share their scales, in NVFP4 or FP8.
         bytes: size of its weights.
         source_bytes: size of the plain checkpoint's.
         sharing_cost: relative error of the weights with scales of their own and shared; None where none are shared.
@@ -297,7 +298,7 @@ def _summary(directory: Path, plain: Plain, manifest: Mapping[str, Any]) -> Quan
         quantized_linears=len(plain.quantized_linears),
         fp8_linears=len(plain.of_format(FP8.name)),
         fp8_attentions=len(plain.fp8_attentions),
-        groups=len(plain.groups),
+        groups=len(sharing_groups(plain.quantized_groups, plain.formats)),
         bytes=size(directory),
         source_bytes=size(plain.folder),
         sharing_cost=manifest.get("sharing_cost"),

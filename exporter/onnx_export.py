@@ -216,7 +216,7 @@ def _open(source: str | Path, precision: Precision) -> Checkpoint:
 def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
     """Return each quantized linear's leader: the first of its group that has the scales that one GEMM shares.
 
-    Where weights share a scale too, a group whose scales differ is no group: each of its linears leads itself.
+    Where weights have to share a scale too, a group whose scales differ is no group: each of its linears leads itself.
     """
     leaders = {}
     for name, kind in FORMATS.items():
@@ -225,7 +225,7 @@ def group_leaders(checkpoint: Checkpoint) -> dict[str, str]:
             for path in group:
                 scales = tuple(_bytes(checkpoint, f"{path}.{leaf}") for leaf in (*kind.shared, SMOOTHING))
                 leaders[path] = first.setdefault(scales, path)
-            if kind.shares_weight_scale and len(first) > 1:
+            if kind.needs_shared_weight_scale and len(first) > 1:
                 leaders |= {path: path for path in group}
     return leaders
 

@@ -63,7 +63,7 @@ class NumberFormat:
         codes_per_byte: how many codes a byte holds.
         scales: what is stored beside the codes, in the order of its use.
         block: how many weights along K share a scale; K is a multiple of it. None for one scale a tensor.
-        shared: leaves of the scales that linears of one GEMM have in common.
+        shared: leaves of the scales of which a graph has one for the linears that it can run as one GEMM.
         bits: of a weight, with its share of the block scales.
         relative_time: of a FLOP, where NVFP4 takes 1 (Blackwell, dense); None for one that a search leaves out.
         amax_factor: what the largest magnitude of a tensor is divided by for its scale; None without such a scale.
@@ -128,7 +128,12 @@ class NumberFormat:
 
     @property
     def shares_weight_scale(self) -> bool:
-        """Whether linears of one GEMM have one scale of their weights."""
+        """Whether linears that read one input are quantized with one scale of their weights."""
+        return self.weight_scale is not None
+
+    @property
+    def needs_shared_weight_scale(self) -> bool:
+        """Whether a graph has no group of linears whose weights have scales of their own."""
         return self.weight_scale in self.shared
 
     def codes_shape(self, rows: int, columns: int) -> tuple[int, int]:

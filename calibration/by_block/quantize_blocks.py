@@ -34,6 +34,7 @@ from calibration.by_block.progress import BlockCheckpoint, Stored, finished_bloc
 from calibration.by_block.workers import Crew, Died, OpenCrew, in_this_process
 from calibration.checkpoints.file_reader import ReadTensors
 from calibration.checkpoints.plain import PlainCheckpoint, open_plain
+from calibration.formats.shared_scales import SHARING
 from calibration.inputs.captured import Inputs
 from fp4trt.errors import BadEnvironment
 from fp4trt.number_formats import BF16, FORMATS
@@ -132,7 +133,7 @@ def prepared_by_block(
     source = open_plain(folder.resolve())
     blocks = source.family.blocks(source.config)
     identity = {**identity_of(folder, source.config, calls, device), "recipe": dict(recipe), "formats": dict(formats)}
-    identity["results"] = "amax, figures"
+    identity |= {"results": "amax, figures", "scales": SHARING}
     scaled = {path for path, kind in formats.items() if kind != BF16 and FORMATS[kind].needs_input_amax}
     outside = tuple(path for group in source.family.outside for path in group.linears if path in scaled)
     open_sink = into or partial(_files, blocks)

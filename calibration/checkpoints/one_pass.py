@@ -250,7 +250,9 @@ class _Pass:
                     jobs = self._packing(path, kind, pack, scale)
                     if kind.shares_weight_scale:
                         weight = self._work.stored[f"{path}.weight"]
-                        jobs.append(functools.partial(shared_scales.measure_errors, weight, own[path], common))
+                        jobs.append(
+                            functools.partial(shared_scales.measure_errors, weight, kind.name, own[path], common)
+                        )
                     self._add(f"{path}.weight", jobs)
 
     def _add(self, name: str, jobs: Sequence[Job]) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 from calibration.by_block.measure_amax import identity_of
 from calibration.by_block.quantize_blocks import prepared_by_block
 from calibration.checkpoints.quantized import Checkpoint, read
+from calibration.formats.shared_scales import SHARING
 from calibration.inputs.captured import Inputs
 from calibration.layer_choice.frontier import Point
 from calibration.layer_choice.measurement import Choices, Errors, measure_groups, relative_error, runs_of
@@ -62,7 +63,7 @@ class SearchTask:
     def identity(self) -> str:
         """Return what tells measurements from those of another model, method or data."""
         run = identity_of(self.plain.folder, self.plain.config, self.calls, self.device)
-        told = [FORMAT, run, self.plain.recipe.resolved(), len(self.some), *self.ranks]
+        told = [FORMAT, SHARING, run, self.plain.recipe.resolved(), len(self.some), *self.ranks]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def alone(self) -> tuple[str, ...]:

@@ -162,9 +162,7 @@ def _groups(
     """Return the quantized linears by what they share: TensorRT merges those of one input with equal scales."""
 
     def shared(path: str) -> tuple[Any, ...]:
-        kind = FORMATS[formats[path]]
-        kinds = kind.shared if kind.shares_weight_scale else ()
-        scales = tuple(float(tensors[f"{path}.{kind}"]) for kind in kinds)
+        scales = tuple(float(tensors[f"{path}.{leaf}"]) for leaf in FORMATS[formats[path]].scalars)
         smoothing = tensors.get(f"{path}.{SMOOTHING}")
         return formats[path], scales, None if smoothing is None else tuple(smoothing.tolist())
 

@@ -76,7 +76,8 @@ class Given:
             dict(self.calibrated.amax),
             dict(self.calibrated.described),
         ]
-        parts += [self.prepared.figures, self.training, files, loras_of(plain.folder), versions(), _LAYOUT]
+        parts += [self.prepared.figures, self.training, files, loras_of(plain.folder)]
+        parts += [versions(), _LAYOUT, shared_scales.SHARING]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -160,8 +161,8 @@ def complete(
     written |= _keep_calibration(partial, given.calibrated) | _keep_training(partial, given.kept)
     packed = _packed(plain, decided)
     own = {path: done.amax[f"{path}.weight"] for group in packed for path in group}
-    merged = [group for group in packed if FORMATS[plain.formats[group[0]]].shares_weight_scale]
-    common = own | shared_scales.shared(own, merged)
+    sharing = shared_scales.sharing_groups(packed, plain.formats)
+    common = own | shared_scales.shared(own, sharing)
     inputs = shared_input_amax(plain, packed, given.calibrated.amax)
     manifest = {
         **_description(plain, given, branches),
@@ -173,7 +174,7 @@ def complete(
         "files": written,
         "source": {"config.json": sha256_of(plain.folder / "config.json"), **done.sha256},
     }
-    if errors := [done.errors[f"{path}.weight"] for group in merged for path in group]:
+    if errors := [done.errors[f"{path}.weight"] for group in sharing for path in group]:
         manifest["sharing_cost"] = asdict(shared_scales.sharing_cost(errors))
     publish.write_json(partial / MANIFEST, manifest)
     return manifest

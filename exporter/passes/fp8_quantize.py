@@ -19,7 +19,8 @@ def fp8_quantize(model: ir.Model, leaders: Mapping[str, str], _scale_dtype: str 
 
     1. The weight's placeholder becomes DequantizeLinear of the initializer ``X.weight``, E4M3, and ``X.weight_scale``.
     2. The activation's becomes QuantizeLinear to E4M3 under ``X.input_scale``, and DequantizeLinear under the same.
-    3. Linears with the same leader read one activation: the leader's. Their weights keep scales of their own.
+    3. Linears with the same leader read one activation: the leader's. Each weight reads the scale of its own name,
+       which has the same value in a group that was quantized here.
 
     Scales are FP32, and both DequantizeLinear give BF16 by their ``output_dtype``: the product with the scale is
     rounded once, as fake quantization rounds it. TensorRT-RTX makes one FP8 GEMM of that on SM120, with the scales

@@ -55,7 +55,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read the same input: with shared global scales TensorRT runs them as one FP4 GEMM.
+    """Linears that read the same input: with shared scales TensorRT runs them as one GEMM, in FP4, and in FP8 for SM89.
 
     Attributes:
         reads: whose tokens they read, as symbolic dimensions joined by ``+``, such as ``L+T``; empty for one vector.

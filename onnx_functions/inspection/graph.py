@@ -38,7 +38,7 @@ _SUFFIX: Final = re.compile(r"/(MatMul|Gemm)(_\d+)?$")
 class _Found:
     """A linear of the graph, its activation quantizer and its weight's global scale ("" without them).
 
-    In FP8 linears share the quantizer alone.
+    In FP8 linears share the quantizer alone: each weight reads the scale of its own name, equal or not.
     """
 
     linear: StoredLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,18 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file, save_file
 
 import trt_build
+from calibration.checkpoints.quantized import WEIGHTS, read
+from calibration.quantization import Quantized, quantize
+from exporter.onnx_export import export, group_leaders
+from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import CoverageError, UnsupportedFormatError
+from fp4trt.families import family_of
+from fp4trt.json_file import load_json
+from onnx_functions.linting import lint
+from onnx_functions.validation.run_gates import validate
 from trt_build import builder
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.graph import read_graph
@@ -169,6 +179,53 @@ def test_a_gpu_without_fp8_is_refused_and_an_ada_one_is_not(
     with pytest.raises(UnsupportedFormatError, match=r"the graph is FP8, which rtx3090 \(SM86\) cannot compute"):
         built(graph, gpu="rtx3090")
     assert built(graph, gpu="rtx4090")["fp8_linears"] == 2
+
+
+@pytest.fixture
+def flux_in_fp8(tiny_flux: Callable[..., Path], tmp_path: Path) -> Quantized:
+    """A tiny FLUX, in whose groups the weights are unlike in size, rounded to FP8."""
+    source = tiny_flux(tmp_path / "flux")
+    tensors, config = load_file(source / WEIGHTS), load_json(source / "config.json")
+    paths = family_of(config).quantized(config)
+    for index, path in enumerate(paths):
+        tensors[f"{path}.weight"] *= 1 + index % 4 / 4
+    save_file(tensors, source / WEIGHTS)
+    (tmp_path / "amax.json").write_text(json.dumps(dict.fromkeys(paths, 4.0)), encoding="utf-8")
+    return quantize(source, tmp_path / "fp8", recipe="fp8-ptq", calibration=tmp_path / "amax.json")
+
+
+@pytest.mark.slow
+def test_linears_of_one_input_are_one_gemm_on_sm89_whose_weight_scale_they_share(flux_in_fp8: Quantized) -> None:
+    folder = Path(flux_in_fp8.checkpoint)
+    export(folder)
+    result = trt_build.build(folder, gpu="rtx4090", resolution=256, text=32, batch=1)
+    checkpoint, merged = read(folder), {frozenset(gemm["linears"]) for gemm in result["gemms"]}
+    groups = [group for group in checkpoint.groups_of(checkpoint.fp8) if len(group) > 1]
+    assert [len(group) for group in groups] == [3, 3, 4]
+    assert merged.issuperset(map(frozenset, groups))
+    assert result["lost"] == []
+    for group in groups:
+        assert len({float(checkpoint.raw(f"{path}.weight_scale")) for path in group}) == 1
+
+
+def test_weights_in_fp8_with_scales_of_their_own_are_read_exported_and_validated_as_before(
+    flux_in_fp8: Quantized,
+) -> None:
+    """As earlier versions, and ModelOpt's states, have them."""
+    cost, folder = flux_in_fp8.sharing_cost, Path(flux_in_fp8.checkpoint)
+    assert (flux_in_fp8.groups, flux_in_fp8.fp8_linears) == (13, 20)
+    assert cost is not None
+    assert 0.02 < cost["weight_own"] != cost["weight_shared"] < 0.03
+    leaders, tensors = group_leaders(read(folder)), load_file(folder / WEIGHTS)
+    tensors["transformer_blocks.0.attn.to_k.weight_scale"] *= 2
+    save_file(tensors, folder / WEIGHTS)
+    (folder / MANIFEST).unlink()  # whose hashes are of other files
+    assert group_leaders(read(folder)) == leaders
+    assert leaders["transformer_blocks.0.attn.to_k"] == "transformer_blocks.0.attn.to_q"
+    export(folder)
+    assert lint(folder).findings == ()
+    report = validate(folder)
+    assert report.passed, [gate.line for gate in report.failures]
 
 
 def test_a_linear_promised_in_fp8_that_runs_in_fp4_is_lost_too(graph: FP8Graph, tmp_path: Path) -> None:

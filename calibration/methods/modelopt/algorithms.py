@@ -1,8 +1,8 @@
 """The method ``modelopt``: one of ModelOpt's own calibrations, block by block, stored as its quantizers hold it.
 
 Linears that read one input are calibrated as the one linear that TensorRT runs them as (``fused_linears.py``), so that
-they share their global scales. Those in another format are rounded to nearest, whatever the algorithm. Source:
-``modelopt.torch.quantization.model_calib`` 0.47.
+they share their global scales. Those in another format are rounded to nearest, whatever the algorithm, in FP8 under one
+scale of their weights. Source: ``modelopt.torch.quantization.model_calib`` 0.47.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from calibration.by_block.quantize_blocks import BlockTask
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import input_quantizers, nvfp4
 from calibration.formats.arithmetic import arithmetic_of
+from calibration.formats.shared_scales import shared, sharing_groups
 from calibration.methods.modelopt.fused_linears import Fused, fuse
 from fp4trt.number_formats import FORMATS, NVFP4
 
@@ -96,11 +97,21 @@ class FusedBlock:
             linear = self.task.module.get_submodule(whole.path)
             tensors |= nvfp4_tensors(linear, group, whole)
             amax |= quantizer_amax(linear, group, NVFP4.name)
+        self._share_weight_scales()
         for path, kind in self.rounded.items():
             linear = self.task.linear(path)
             tensors |= rounded_tensors(linear, path, kind)
             amax |= quantizer_amax(linear, [path], kind)
         return tensors, amax
+
+    def _share_weight_scales(self) -> None:
+        """Give the quantizers of weights that are to share a scale the largest amax of their group."""
+        kinds = self.rounded
+        linears: dict[str, Any] = {path: self.task.linear(path) for path in kinds}
+        own = {path: _checked_amax(linears[path], path, kind)["weight_quantizer"] for path, kind in kinds.items()}
+        groups = sharing_groups((group for group in self.task.groups if group[0] in kinds), kinds)
+        for path, amax in shared(own, groups).items():
+            linears[path].weight_quantizer.amax = amax
 
 
 def fuse_block(task: BlockTask) -> FusedBlock:

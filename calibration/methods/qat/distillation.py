@@ -16,6 +16,7 @@ from calibration.by_block import processes
 from calibration.by_block.measure_amax import identity_of, require_device
 from calibration.checkpoints.plain import load_source, open_plain
 from calibration.checkpoints.quantized import Checkpoint, read
+from calibration.formats.shared_scales import SHARING
 from calibration.inputs.captured import Inputs
 from calibration.methods.qat.loss_curve import write_losses
 from calibration.methods.qat.student import make_student, student_tensors
@@ -84,6 +85,7 @@ def trained(
     config = load_json(folder / "config.json")
     _refuse_several_outputs(family_of(config))
     identity = {**identity_of(folder, config, calls, device), "recipe": dict(recipe), "processes": processes.count()}
+    identity["scales"] = SHARING
     with _kept(work, identity, device):
         if _missing(work / _START, device):
             begin(work / _START)

@@ -28,6 +28,7 @@ from calibration.checkpoints.quantized import BRANCH
 from calibration.formats import input_quantizers, nvfp4
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.linears import branch_output
+from calibration.formats.shared_scales import shared, sharing_groups
 from calibration.methods.quality import gptq
 from calibration.methods.quality.folds import fold_block
 from calibration.methods.quality.low_rank import LowRank, importance, low_rank
@@ -192,11 +193,11 @@ class _Work:
         return found
 
     def round_group(self, group: Group, moments: Moments, input_scale: torch.Tensor) -> None:
-        """Round linears that read the same input to nearest, each under a scale of its own."""
+        """Round linears that read the same input to nearest, under one scale of their weights if they have any."""
         arithmetic = arithmetic_of(self.task.linears[group[0]])
-        for path in group:
+        own = input_quantizers.checked_weights({path: float(self.linear(path).weight.abs().max()) for path in group})
+        for path, amax in (own | shared(own, sharing_groups([group], self.task.linears))).items():
             weight = self.linear(path).weight.float()
-            amax = input_quantizers.checked_weights({path: float(weight.abs().max())})[path]
             self.amax[f"{path}.weight_quantizer"] = amax
             stored = arithmetic.stored(weight, arithmetic.tensor_scale(amax).to(weight.device))
             self.tensors |= {f"{path}.{leaf}": value for leaf, value in stored.items()}

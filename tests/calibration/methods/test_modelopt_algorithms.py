@@ -244,15 +244,20 @@ def test_awq_leaves_a_smoothing_that_is_modelopts_but_not_where_a_picture_has_on
 @pytest.mark.parametrize("algorithm", ["max", "mse", "gptq", "awq_lite"])
 def test_linears_in_fp8_are_rounded_to_nearest_whatever_the_algorithm(algorithm: str) -> None:
     calls, plain = _calls()
-    formats = {MODULATION[0]: "fp8", **dict.fromkeys((*MERGED, *ALONE), "nvfp4")}
+    formats = {**dict.fromkeys((*MODULATION, *MERGED), "fp8"), ALONE[0]: "nvfp4"}
     result = calibrated(algorithm, _rows)(_task(copy.deepcopy(plain), formats, calls[:2]))
-    held = {n.rpartition(".")[2]: v for n, v in result.tensors.items() if n.startswith(MODULATION[0])}
-    weight: Any = plain.get_submodule("norm.linear").weight
     entering = max(nn.functional.silu(call["temb"]).abs().max() for call in calls[:2])
-    assert held.keys() == {"weight", "weight_scale", "input_scale"}
-    assert held["weight_scale"] == weight.abs().max().float() / 448
-    assert held["input_scale"] == entering.float() / 448
-    assert torch.equal(held["weight"].float(), fp8.quantize(weight, held["weight_scale"]).float())
+    assert result.tensors[f"{MODULATION[0]}.input_scale"] == entering.float() / 448
+    for group in (MODULATION, MERGED):
+        weights: dict[str, Any] = {path: plain.get_submodule(path.removeprefix(f"{BLOCK}.")).weight for path in group}
+        own = {float(weight.abs().max()) for weight in weights.values()}
+        assert len(own) == len(group)
+        for path, weight in weights.items():
+            held = {n.rpartition(".")[2]: v for n, v in result.tensors.items() if n.startswith(f"{path}.")}
+            assert held.keys() == {"weight", "weight_scale", "input_scale"}
+            assert held["weight_scale"] == torch.tensor(max(own)) / 448
+            assert torch.equal(held["weight"].float(), fp8.quantize(weight, held["weight_scale"]).float())
+            assert result.amax[f"{path}.weight_quantizer"] == max(own)
     assert f"{ALONE[0]}.weight_scale_2" in result.tensors
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from calibration.by_block.quantize_blocks import BlockTask
-from calibration.formats import nvfp4
+from calibration.formats import fp8, nvfp4
 from calibration.methods.quality.quantize_block import quantize_block
 from calibration.recipes.recipe import Quality
 
@@ -60,6 +60,27 @@ def test_a_bias_takes_up_what_rounding_has_lost_and_no_difference_between_rows(r
         wanted = plain(seen).float()
         lost = (alone(seen).float() - wanted).mean(dim=0)
     assert (lost.abs() < 0.15 * wanted.std(dim=0)).all()
+
+
+def test_linears_in_fp8_that_read_one_input_have_one_weight_scale(plain: nn.Linear) -> None:
+    block, seen = nn.ModuleDict({"a": plain, "b": nn.Linear(K, N // 2).bfloat16()}), torch.randn(64, K).bfloat16()
+    with torch.no_grad():
+        plain.weight *= 1.5
+    before: dict[str, torch.Tensor] = {f"block.{name}": each.weight.detach().clone() for name, each in block.items()}
+
+    def run(*_: object) -> None:
+        with torch.no_grad():
+            for linear in block.values():
+                linear(seen)
+
+    task = BlockTask("block", block, dict.fromkeys(before, "fp8"), (tuple(before),), run)
+    result = quantize_block(task, Quality.model_validate({"name": "quality"}), ())
+    largest = before["block.a"].abs().max().float()
+    assert largest > before["block.b"].abs().max()
+    for path, weight in before.items():
+        assert result.tensors[f"{path}.weight_scale"] == largest / 448
+        assert torch.equal(result.tensors[f"{path}.weight"].float(), fp8.quantize(weight, largest / 448).float())
+        assert result.amax[f"{path}.weight_quantizer"] == float(largest)
 
 
 def test_a_weight_with_rows_of_zeros_is_quantized(plain: nn.Linear) -> None:

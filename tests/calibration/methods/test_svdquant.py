@@ -26,6 +26,7 @@ from fp4trt.safetensors_file import tensors_in_file, write
 from generation.comparison.digits import compare
 
 BLOCK = "single_transformer_blocks.0"
+MODULATION = (f"{BLOCK}.norm.linear",)
 MERGED = tuple(f"{BLOCK}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
 ALONE = (f"{BLOCK}.proj_out",)
 
@@ -158,38 +159,49 @@ def test_it_is_what_modelopts_own_export_would_store() -> None:
         assert torch.equal(ours[kind].float(), value.float()), kind
 
 
-def _modulation_in(kind: str) -> tuple[Any, list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Return the modulation as it was, its calls, and what SVDQuant leaves of it in a format."""
+def _rounded_in(kind: str) -> tuple[nn.Module, list[dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
+    """Return a block as it was, its calls, and what SVDQuant makes of all linears but the last in a format, by path."""
     block = load_transformer().get_submodule(BLOCK).to(torch.bfloat16)
-    original: Any = copy.deepcopy(block.get_submodule("norm.linear"))
-    modulation, calls = f"{BLOCK}.norm.linear", _inputs(2)
+    plain, calls, formats = copy.deepcopy(block), _inputs(2), dict.fromkeys((*MODULATION, *MERGED), kind)
 
     def run() -> None:
         with torch.no_grad():
             for call in calls:
                 block(**call)
 
-    task = BlockTask(BLOCK, block, {modulation: kind, ALONE[0]: "nvfp4"}, ((modulation,), ALONE), run)
+    task = BlockTask(BLOCK, block, {**formats, ALONE[0]: "nvfp4"}, (MODULATION, MERGED, ALONE), run)
     tensors = svdquant(rank=4, smoothing=True, alpha_step=0.5, rows=_rows)(task).tensors
     assert f"{ALONE[0]}.svdquant_lora_a" in tensors
-    return original, calls, {n.removeprefix(f"{modulation}."): v for n, v in tensors.items() if modulation in n}
+    names = {path: [name for name in tensors if name.startswith(f"{path}.")] for path in formats}
+    return (
+        plain,
+        calls,
+        {path: {n.removeprefix(f"{path}."): tensors[n] for n in found} for path, found in names.items()},
+    )
 
 
-def test_linears_in_fp8_are_measured_and_left_without_a_branch() -> None:
-    original, calls, kept = _modulation_in("fp8")
-    assert kept.keys() == {"weight", "weight_scale", "input_scale"}
-    assert kept["weight_scale"] == original.weight.abs().amax().float() / 448
+def test_linears_in_fp8_are_measured_and_left_without_a_branch_under_one_weight_scale_a_group() -> None:
+    plain, calls, kept = _rounded_in("fp8")
     entering = max(nn.functional.silu(call["temb"]).abs().amax() for call in calls)
-    assert kept["input_scale"] == entering.float() / 448
-    assert torch.equal(kept["weight"].float(), fp8.quantize(original.weight, kept["weight_scale"]).float())
+    assert kept[MODULATION[0]]["input_scale"] == entering.float() / 448
+    for group in (MODULATION, MERGED):
+        weights: dict[str, Any] = {path: plain.get_submodule(path.removeprefix(f"{BLOCK}.")).weight for path in group}
+        largest = torch.stack([weight.abs().amax().float() for weight in weights.values()])
+        assert len(largest.unique()) == len(group)
+        for path, weight in weights.items():
+            assert kept[path].keys() == {"weight", "weight_scale", "input_scale"}
+            assert kept[path]["weight_scale"] == largest.max() / 448
+            assert torch.equal(kept[path]["weight"].float(), fp8.quantize(weight, largest.max() / 448).float())
 
 
 def test_linears_in_mxfp8_are_rounded_to_nearest_and_left_without_a_branch() -> None:
-    original, _, kept = _modulation_in("mxfp8")
-    codes, scales = mxfp8.quantize(original.weight)
-    assert kept.keys() == {"weight", "weight_scale"}
-    assert torch.equal(kept["weight"].view(torch.uint8), codes.view(torch.uint8))
-    assert torch.equal(kept["weight_scale"], scales)
+    plain, _, kept = _rounded_in("mxfp8")
+    for path, found in kept.items():
+        weight: Any = plain.get_submodule(path.removeprefix(f"{BLOCK}.")).weight
+        codes, scales = mxfp8.quantize(weight)
+        assert found.keys() == {"weight", "weight_scale"}
+        assert torch.equal(found["weight"].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(found["weight_scale"], scales)
 
 
 def test_a_checkpoint_tells_its_branches(svdquant_checkpoint: Path) -> None:

@@ -124,6 +124,11 @@ def test_the_result_computes_what_modelopts_own_model_computes(
     result = quantize(digits, tmp_path / "out", modelopt_state=tmp_path / "state.pt", trust=True)
     assert result["modelopt_state"]["difference"] == 0
     assert _error(_output(load(tmp_path / "out"), digits), wanted) <= limit
+    held = read(tmp_path / "out")
+    scales = {path: float(held.raw(f"{path}.weight_scale")) for path in held.fp8}
+    assert scales == {path: float(_of(model, path, "weight").amax.float() / 448) for path in held.fp8}
+    for group in held.manifest["groups"]:
+        assert len({scales.get(path) for path in group}) == 1
 
 
 def test_a_branch_and_smoothing_are_kept_of_each_linear_also_of_one_that_was_switched_off_again(
