@@ -17,10 +17,12 @@ from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json, object_of, strings
 from fp4trt.layouts import recognised, refuse_foreign_layout
+from fp4trt.made_folder import made_folder
 from fp4trt.number_formats import FORMATS, FP8, NVFP4, stored_format
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.progress import Progress
 from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
+from fp4trt.single_files.opening import SUFFIXES
 from fp4trt.verb import FLAT, Result, verb
 from onnx_functions.graph.branches import described_branches
 from onnx_functions.graph.checkpoint_beside import account_in
@@ -87,7 +89,7 @@ def describe(artifact: str | Path) -> dict[str, Any]:
     """Return what an artifact is, as JSON holds it.
 
     Args:
-        artifact: a checkpoint folder, `digits`, an ONNX file, an engine or the JSON beside it.
+        artifact: a checkpoint folder, a single file in 16 bit, `digits`, an ONNX file, an engine or the JSON beside it.
 
     Returns:
         `kind` (`quantized checkpoint`, `checkpoint`, `onnx`, `engine`), `path`, and what there is to say of
@@ -112,13 +114,30 @@ def describe(artifact: str | Path) -> dict[str, Any]:
         raise UnknownArtifact(f"{path} has no {path.stem}.json beside it, which says what is in it; copy that too")
     if path.suffix in (".json", ".engine"):
         return _engine(path.with_suffix(".json"))
-    if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() in SUFFIXES:
+        return _single_file(path)
+    raise UnknownArtifact(f"{path} is nothing fp4trt knows; expected a checkpoint folder, an ONNX file or an engine")
+
+
+def _single_file(path: Path) -> dict[str, Any]:
+    """Return what a single file is in 16 bit, as :func:`_checkpoint` does of a folder.
+
+    Raises:
+        UnknownArtifact: it is quantized, damaged, or of no known model.
+    """
+    try:
+        folder = made_folder(path)
+    except BadCheckpoint as error:
+        if path.suffix.lower() == ".gguf":
+            raise UnknownArtifact(str(error)) from None
         layout = recognised({}, metadata_in_file(path), tensors_in_file(path))
+        if layout.is_read or layout.nibbles == "none":
+            raise UnknownArtifact(str(error)) from None
         raise UnknownArtifact(
             f"{path} is a single file, of {layout.name} ({layout.evidence}); expected a checkpoint's folder, or the "
             "16-bit checkpoint to prove its layout --against"
-        )
-    raise UnknownArtifact(f"{path} is nothing fp4trt knows; expected a checkpoint folder, an ONNX file or an engine")
+        ) from None
+    return {**_checkpoint(folder), "path": str(path.resolve()), "bytes": path.stat().st_size}
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:

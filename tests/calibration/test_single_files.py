@@ -292,6 +292,7 @@ def test_the_config_of_a_published_model_comes_from_its_shapes(class_name: str, 
             open_file(tmp_path / "x.safetensors")
     else:
         assert open_file(tmp_path / "x.safetensors").config == config
+        assert fp4trt.inspect(tmp_path / "x.safetensors")["family"] == class_name
 
 
 def test_variants_of_flux_are_told_by_their_shapes(tmp_path: Path) -> None:
