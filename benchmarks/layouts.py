@@ -25,9 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 from measure.result import machine, publish  # noqa: E402
 
+from fp4trt.any_checkpoint import open_checkpoint  # noqa: E402
 from onnx_functions.layouts.fits import Fit, fits_of  # noqa: E402
 from onnx_functions.layouts.names import index_of, stretches_of  # noqa: E402
-from onnx_functions.layouts.sources import open_checkpoint, quantized_linears  # noqa: E402
+from onnx_functions.layouts.sources import quantized_linears  # noqa: E402
 from tests.onnx_functions.layout_writer import LAYOUTS, write_layout, write_source  # noqa: E402
 
 SHAPES = {"attention": (3072, 3072), "MLP": (12288, 3072), "proj_out": (3072, 15360)}

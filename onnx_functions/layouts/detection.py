@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from fp4trt.account import account_of
+from fp4trt.any_checkpoint import OpenCheckpoint, open_checkpoint
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
 from fp4trt.layouts import recognised, refuse_foreign_layout
@@ -22,7 +23,7 @@ from fp4trt.progress import PATIENCE_S, tracking
 from onnx_functions.layouts.fits import Fit, fits_of
 from onnx_functions.layouts.names import Rows, index_of, stretches_of
 from onnx_functions.layouts.readings import HIGH_FIRST, LOW_FIRST, NONE, ROW_MAJOR, TILES
-from onnx_functions.layouts.sources import FLOATS, OpenCheckpoint, QuantizedLinear, open_checkpoint, quantized_linears
+from onnx_functions.layouts.sources import FLOATS, QuantizedLinear, quantized_linears
 
 __all__ = ["detect", "lines_of"]
 

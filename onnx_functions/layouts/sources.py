@@ -1,27 +1,19 @@
-"""The tensors of any producer's checkpoint, a folder or a single file, and its quantized linears."""
+"""The quantized linears of any producer's checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from fp4trt.built_in import BUILT_IN, path_of
-from fp4trt.checkpoint_folder import STEM, metadata_in_folder, tensors_in_folder
-from fp4trt.errors import UnknownArtifact
-from fp4trt.file_kind import what_it_lacks
-from fp4trt.json_file import load_json
-from fp4trt.pipeline_folder import transformer_folder
-from fp4trt.safetensors_file import StoredTensor, metadata_in_file, tensors_in_file
+from fp4trt.safetensors_file import StoredTensor
 from onnx_functions.layouts.readings import FP8_CODES, Floats, StoredLinear, Tile, floats_of
 
-__all__ = ["BUILT_IN", "OpenCheckpoint", "QuantizedLinear", "open_checkpoint", "quantized_linears"]
+__all__ = ["QuantizedLinear", "quantized_linears"]
 
-_WHOLE: Final = f"{STEM}.safetensors"
 _CODES: Final = ("weight", "weight_packed")
 _BLOCK_SCALES: Final = ("weight_scale",)
 _GLOBAL_SCALES: Final = ("weight_scale_2", "weight_global_scale")
@@ -30,16 +22,6 @@ _BESIDE: Final = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 _POWERS_OF_TWO: Final = ("U8", "F8_E8M0")
 """Dtypes of the block scales of MXFP8."""
 FLOATS: Final = ("BF16", "F16", "F32", "F64")
-
-
-@dataclass(frozen=True)
-class OpenCheckpoint:
-    """A checkpoint on disk: `config` is empty where there is none, `metadata` that of all its headers."""
-
-    path: Path
-    config: dict[str, Any]
-    metadata: dict[str, str]
-    tensors: dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -67,42 +49,6 @@ class QuantizedLinear:
         a, b = self.branch
         rank = a.shape[0]
         return np.asarray(floats_of(b, tile.row, tile.rows, 0, rank) @ floats_of(a, 0, rank, tile.column, tile.columns))
-
-
-def open_checkpoint(artifact: str | Path) -> OpenCheckpoint:
-    """Open a folder of diffusers, a pipeline's, any folder of safetensors files, one such file, or `digits`.
-
-    Raises:
-        UnknownArtifact: it is none of these, or damaged.
-    """
-    path = path_of(artifact)
-    if path.is_file():
-        tensors = tensors_in_file(path)  # which says if the file is damaged
-        return OpenCheckpoint(path, {}, metadata_in_file(path), tensors)
-    if not path.is_dir():
-        raise UnknownArtifact(f"{path} {what_it_lacks(path)}; expected a checkpoint's folder or a .safetensors file")
-    if not any((path / name).is_file() for name in (_WHOLE, f"{_WHOLE}.index.json")):
-        path = transformer_folder(path)  # single files may lie beside it
-    config = load_json(path / "config.json") if (path / "config.json").is_file() else {}
-    return OpenCheckpoint(path, config, *_in_folder(path))
-
-
-def _in_folder(folder: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    if any((folder / name).is_file() for name in (_WHOLE, f"{_WHOLE}.index.json")):
-        tensors = tensors_in_folder(folder)
-        return metadata_in_folder(folder), tensors
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UnknownArtifact(f"{folder} holds no .safetensors file; expected a checkpoint's folder")
-    metadata: dict[str, str] = {}
-    tensors = {}
-    for file in files:
-        for name, tensor in tensors_in_file(file).items():
-            if name in tensors:
-                raise UnknownArtifact(f"{name} is both in {tensors[name].file.name} and in {file.name}; name one file")
-            tensors[name] = tensor
-        metadata |= metadata_in_file(file)
-    return metadata, tensors
 
 
 def quantized_linears(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, QuantizedLinear], dict[str, str]]:
