@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from fp4trt.cublas_tiles import unswizzled
 from fp4trt.layouts import swizzled_shape, swizzled_shapes
 from fp4trt.safetensors_file import StoredTensor
 
@@ -30,7 +31,6 @@ __all__ = [
     "Tile",
     "floats_of",
     "readings_of",
-    "unswizzled",
 ]
 
 ROW_MAJOR, TILES, TRANSPOSED, NONE = "row-major", "cuBLAS 128x4 tiles", "transposed", "none"
@@ -198,21 +198,6 @@ def _from_tiles(stored: StoredTensor, across: int, row: int, rows: int, column: 
     ]
     top, begin = row - row // 128 * 128, column - 4 * left
     return np.ascontiguousarray(np.concatenate(bands)[top : top + rows, begin : begin + columns])
-
-
-def unswizzled(raw: _Bytes, rows: int, columns: int) -> _Bytes:
-    """Return block scales [rows, columns] in row-major order out of the 128x4 tiles of cuBLAS.
-
-    Rows 32a + b of a tile lie beside each other for each b, four scales each. Source: the section on the layout of
-    block scaling factors in cuBLAS's documentation.
-
-    Args:
-        raw: their bytes; the size, a multiple of 128 x 4, is that of `rows` and `columns`.
-        rows: a multiple of 128.
-        columns: a multiple of 4.
-    """
-    tiles = raw.reshape(rows // 128, columns // 4, 32, 4, 4)
-    return np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4).reshape(rows, columns))
 
 
 def _fp8_readings(linear: StoredLinear, shape: tuple[int, int], tile: Tile) -> Iterator[tuple[Reading, Floats]]:

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
+from fp4trt.cublas_tiles import unswizzled
 from onnx_functions.graph.external_data import Span
 from onnx_functions.graph.index import name_of
-from onnx_functions.layouts.readings import unswizzled
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject
 from onnx_functions.linting.values import inner_bytes

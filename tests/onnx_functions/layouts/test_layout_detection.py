@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import fp4trt
+from fp4trt.cublas_tiles import unswizzled
 from fp4trt.errors import UnknownArtifact
 from fp4trt.safetensors_file import tensors_in_file
 from onnx_functions.inspection.inspect import describe
 from onnx_functions.layouts.detection import detect, lines_of
-from onnx_functions.layouts.readings import unswizzled
 from tests.onnx_functions.layout_writer import (
     LAYOUTS,
     Tensors,
