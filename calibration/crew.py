@@ -12,7 +12,7 @@ from calibration.by_block.workers import OpenCrew, in_processes, in_this_process
 from calibration.inputs.captured import Inputs
 from calibration.methods import registry
 from calibration.methods.plan import Plain
-from calibration.results.write import readable_size
+from fp4trt.disk_space import readable_size
 from fp4trt.errors import BadEnvironment
 from fp4trt.free_memory import available_memory
 from fp4trt.progress import note

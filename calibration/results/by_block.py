@@ -27,10 +27,11 @@ from calibration.checkpoints.one_pass import Done, Work, is_large, quantize_in_o
 from calibration.checkpoints.plain import PlainCheckpoint
 from calibration.methods import registry
 from calibration.methods.plan import Plain
-from calibration.results.write import Given, complete, foresee, shared_input_amax, versions
+from calibration.results.write import Given, complete, shared_input_amax, versions
 from fp4trt import publish
 from fp4trt.account import ATTENTION_SCALES, TensorHeader
 from fp4trt.checkpoint_folder import files_of
+from fp4trt.disk_space import foresee
 from fp4trt.progress import note
 from fp4trt.safetensors_file import StoredTensor, TensorPlan
 
@@ -93,7 +94,8 @@ class ResultByBlock:
             return
         finished.forget()
         self._done, self._files = Done(), layout.ShardFiles(self._partial, self._planned)
-        foresee(self._partial, sum(tensor.nbytes for tensor in self._plain.stored.values()), self._files.missing())
+        reads = sum(tensor.nbytes for tensor in self._plain.stored.values())
+        foresee(self._partial.parent, reads, self._files.missing())
 
     @property
     def reader(self) -> OpenReader:

@@ -29,21 +29,18 @@ from fp4trt import publish
 from fp4trt.account import TensorHeader
 from fp4trt.checkpoint_folder import files_of
 from fp4trt.checkpoint_manifest import MANIFEST
-from fp4trt.errors import TooLittleSpace
+from fp4trt.disk_space import WORTH_SAYING, foresee, readable_size
 from fp4trt.number_formats import FORMATS, FP8
 from fp4trt.progress import note, tracking
 from fp4trt.safetensors_file import sha256_of
 from fp4trt.source_folder import loras_of, source_in
 
-__all__ = ["Given", "complete", "foresee", "readable_size", "shared_input_amax", "versions", "write_result"]
+__all__ = ["Given", "complete", "shared_input_amax", "versions", "write_result"]
 
 _VERSIONED: Final = ("torch", "diffusers", "nvidia-modelopt", "numpy", "ml_dtypes")
 
 _LAYOUT: Final = "one pass, errors noted"
 """What an interrupted run leaves; one that left something else cannot be resumed."""
-
-_WORTH_SAYING: Final = 1_000_000_000
-"""Bytes of a source that takes long enough to say first what is going to happen."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,8 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
         tensor for tensor in plain.stored.values() if tensor.file in sources and tensor.file.name not in done.sha256
     ]
     reads, needed = sum(tensor.nbytes for tensor in to_read), files.missing()
-    foresee(partial, reads, needed)
-    if reads >= _WORTH_SAYING:
+    foresee(partial.parent, reads, needed)
+    if reads >= WORTH_SAYING:
         seconds = estimated_seconds(reads, needed)
         words = f"it takes {readable_size(MEMORY)} of memory beside the libraries', and about {seconds:.0f} s where the"
         note(f"{words} disk keeps up")
@@ -212,28 +209,6 @@ def _branches(prepared: Mapping[str, TensorHeader]) -> dict[str, int]:
 def _smoothed(prepared: Iterable[str]) -> set[str]:
     """Return the linears whose input is scaled by channel."""
     return {path for path, _, leaf in (name.rpartition(".") for name in prepared) if leaf == SMOOTHING}
-
-
-def foresee(folder: Path, reads: int, needed: int) -> None:
-    """Say, before a long run, how many bytes it reads and writes.
-
-    Raises:
-        TooLittleSpace: the result does not fit on its disk.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise TooLittleSpace(
-            f"{folder.parent} has {readable_size(free)} free, the result needs {readable_size(needed)}; make room, or "
-            "choose another --output"
-        )
-    if reads >= _WORTH_SAYING:
-        note(f"reading {readable_size(reads)}, writing {readable_size(needed)} ({readable_size(free)} are free)")
-
-
-def readable_size(count: int) -> str:
-    """Return a number of bytes for people."""
-    unit, name = next((unit for unit in ((1e9, "GB"), (1e6, "MB")) if count >= unit[0]), (1e3, "kB"))
-    return f"{count / unit:.1f} {name}"
 
 
 def _keep_calibration(partial: Path, calibrated: Calibration) -> dict[str, str]:
