@@ -13,13 +13,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from calibration.checkpoints.quantized import WEIGHTS
 from fp4trt.account import TensorHeader
+from fp4trt.checkpoint_folder import STEM
 from fp4trt.number_formats import FORMATS, NumberFormat
-from fp4trt.safetensors_file import StoredTensor, TensorPlan, is_reserved, naming, reserve, sha256_of
+from fp4trt.safetensors_file import TensorPlan, is_reserved, naming, reserve, sha256_of
 
 __all__ = [
     "INDEX",
+    "METADATA",
     "SHARD_BYTES",
     "Groups",
     "Shard",
@@ -31,12 +32,13 @@ __all__ = [
     "seal",
 ]
 
-INDEX: Final = f"{WEIGHTS}.index.json"
+INDEX: Final = f"{STEM}.safetensors.index.json"
 
 SHARD_BYTES: Final = 2_000_000_000
 """A shard is closed before it grows beyond this."""
 
-_METADATA: Final = {"format": "pt"}
+METADATA: Final = {"format": "pt"}
+"""What the headers of a checkpoint say of it."""
 
 Groups = Sequence[Sequence[str]]
 """Module paths of the quantized linears, by shared input, in graph order."""
@@ -56,7 +58,7 @@ class Shard:
 
 
 def plan_shards(
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, TensorHeader],
     groups: Groups,
     formats: Mapping[str, str],
     prepared: Mapping[str, TensorHeader] = MappingProxyType({}),
@@ -96,12 +98,15 @@ def plan_shards(
         if sum(tensor.nbytes for tensor in (*parts[-1], *plan)) > limit:
             parts.append([])
         parts[-1].extend(plan)
-    stem = WEIGHTS.removesuffix(".safetensors")
-    names = [f"{stem}-{index:05d}-of-{len(parts):05d}.safetensors" for index in range(1, len(parts) + 1)]
-    return [Shard(name if len(parts) > 1 else WEIGHTS, tuple(plan)) for name, plan in zip(names, parts, strict=True)]
+    count = len(parts)
+    names = [
+        f"{STEM}-{i:05d}-of-{count:05d}.safetensors" if count > 1 else f"{STEM}.safetensors"
+        for i in range(1, count + 1)
+    ]
+    return [Shard(name, tuple(plan)) for name, plan in zip(names, parts, strict=True)]
 
 
-def _group_plan(stored: Mapping[str, StoredTensor], group: Sequence[str], kind: NumberFormat) -> list[TensorPlan]:
+def _group_plan(stored: Mapping[str, TensorHeader], group: Sequence[str], kind: NumberFormat) -> list[TensorPlan]:
     """Return the tensors of a group that are as large as its weights: codes, then block scales."""
     shapes = {path: stored[f"{path}.weight"].shape for path in group}
     codes = [TensorPlan(f"{path}.weight", kind.codes, kind.codes_shape(n, k)) for path, (n, k) in shapes.items()]
@@ -121,7 +126,7 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
 
 def are_reserved(folder: Path, shards: Iterable[Shard]) -> bool:
     """Whether all files are in a folder as :class:`ShardFiles` made them: what is written in them can be relied on."""
-    return all(is_reserved(folder / shard.name, shard.plan, _METADATA) for shard in shards)
+    return all(is_reserved(folder / shard.name, shard.plan, METADATA) for shard in shards)
 
 
 def results_of(
@@ -158,7 +163,7 @@ class ShardFiles:
         sizes: dict[str, int] = {}
         for shard in shards:
             path = folder / shard.name
-            begins = reserve(path, shard.plan, _METADATA)
+            begins = reserve(path, shard.plan, METADATA)
             self._places |= {name: (path, begin) for name, begin in begins.items()}
             self._missing[path] = shard.nbytes
             sizes |= {tensor.name: tensor.nbytes for tensor in shard.plan}

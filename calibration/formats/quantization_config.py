@@ -7,14 +7,15 @@ Source: ``modelopt.torch.export`` 0.47, ``process_layer_quant_config`` and ``con
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Final
-
-from torch import nn
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from fp4trt.number_formats import BF16, FORMATS, NVFP4
 
-__all__ = ["AWQ", "SVDQUANT", "quantization_config"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["AWQ", "SVDQUANT", "described_linears", "quantization_config"]
 
 AWQ: Final = "nvfp4_awq"
 """Format of a linear in NVFP4 whose input is scaled by channel, and that has no low-rank branch."""
@@ -47,9 +48,25 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
         formats: module path to the name of a number format, :data:`AWQ`, :data:`SVDQUANT`, or ``bf16``.
         ranks: of the low-rank branches; those stand beside all linears in NVFP4 where none is :data:`SVDQUANT`.
     """
+    from torch import nn
+
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    producer = {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")}
+    return described_linears(linears, formats, ranks, producer)
+
+
+def described_linears(
+    linears: Sequence[str], formats: Mapping[str, str], ranks: Collection[int], producer: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a model with these linears.
+
+    Args:
+        linears: module paths of all linears, in the order of the model's modules.
+        formats, ranks: as :func:`quantization_config` takes them.
+        producer: ``name`` and ``version`` of what made the checkpoint.
+    """
     if ranks and SVDQUANT not in formats.values():
         formats = {path: SVDQUANT if kind == NVFP4.name else kind for path, kind in formats.items()}
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantized = {name: formats[name] for name in linears if formats.get(name, BF16) != BF16}
     kinds = list(dict.fromkeys(quantized.values()))
     mixed = len(kinds) > 1
@@ -70,7 +87,7 @@ def quantization_config(model: nn.Module, formats: Mapping[str, str], ranks: Col
         # Of a mixed model ModelOpt names the linears that are quantized, and none that are not.
         "ignore": [] if mixed else sorted({_pattern(name, quantized) for name in linears if name not in quantized}),
         "quant_algo": "MIXED_PRECISION" if mixed else _LAYERS[kinds[0]]["quant_algo"],
-        "producer": {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")},
+        "producer": dict(producer),
         "quant_method": "modelopt",
     }
 
