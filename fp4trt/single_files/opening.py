@@ -20,7 +20,7 @@ from fp4trt.single_files.config import config_of, published_config
 from fp4trt.single_files.names import Original, Part, SingleFile
 from fp4trt.single_files.tables import SINGLE_FILES
 
-__all__ = ["SUFFIXES", "OpenFile", "config_like", "open_file"]
+__all__ = ["SUFFIXES", "NamedTensors", "OpenFile", "config_like", "named_tensors", "open_file"]
 
 SUFFIXES: Final = (".safetensors", ".sft", ".gguf")
 """Of the names of single files."""
@@ -47,8 +47,17 @@ class OpenFile:
 
 
 @dataclass(frozen=True)
-class _Named:
-    """The transformer's tensors in a file: without a prefix, under names of one kind."""
+class NamedTensors:
+    """The transformer's tensors in a file: without a prefix, under names of one kind.
+
+    Attributes:
+        path: the file.
+        table: the names of its class.
+        prefix: what is before each of its names there.
+        diffusers: whether they are those of diffusers.
+        tensors: name, without the prefix, to tensor.
+        others: names of the tensors without the prefix.
+    """
 
     path: Path
     table: SingleFile
@@ -60,6 +69,11 @@ class _Named:
     def name_in_file(self, name: str) -> str:
         """Return what a tensor of diffusers is called in the file, or the tensor that it is a part of."""
         return name if self.diffusers else self.table.place_of(name)[0]
+
+    def layout(self, state: Mapping[str, tuple[int, ...]]) -> dict[str, Original]:
+        """Return name to tensor of the file of a model of these tensors of diffusers."""
+        own = {name: Original(shape, (Part(name, shape),)) for name, shape in state.items()}
+        return own if self.diffusers else self.table.layout(state)
 
     @property
     def names(self) -> str:
@@ -99,14 +113,13 @@ def open_file(path: Path, config: Mapping[str, Any] | None = None) -> OpenFile:
     """
     every, metadata, types = _tensors(path)
     _refuse_quantized(path, metadata, every)
-    named = _named(path, every, None if config is None else config.get("_class_name"))
+    named = named_tensors(path, every, None if config is None else config.get("_class_name"))
     if config is None:
         shapes = {name: tensor.shape for name, tensor in named.tensors.items() if not _is_known(named, name)}
         config = config_of(str(path), named.table, shapes, named.name_in_file)
     family = family_of(config)
     state = family.state(config)
-    layout = {name: Original(shape, (Part(name, shape),)) for name, shape in state.items()}
-    layout = layout if named.diffusers else named.table.layout(state)
+    layout = named.layout(state)
     _refuse_others(named, layout)
     found = {part.name: _taken(named, name, layout[name], part) for name in layout for part in layout[name].parts}
     return OpenFile(path, dict(config), {name: found[name] for name in state}, _description(named, types))
@@ -146,14 +159,19 @@ def _is_coded(name: str, stored: StoredTensor, tensors: Mapping[str, StoredTenso
     return stored.dtype in ("U8", "I8") or (scale is not None and scale.dtype in (*of_blocks, "F8_E8M0"))
 
 
-def _named(path: Path, tensors: Mapping[str, StoredTensor], class_name: str | None) -> _Named:
+def named_tensors(path: Path, tensors: Mapping[str, StoredTensor], class_name: str | None = None) -> NamedTensors:
     """Find which class of models a file holds, and under whose names.
+
+    Args:
+        path: the file, for messages.
+        tensors: all that it holds; of quantized linears the weights at least.
+        class_name: of diffusers, where it is known.
 
     Raises:
         BadCheckpoint: of none that is known, or of another than the config's.
     """
     candidates = [
-        _Named(path, table, prefix, diffusers or not table.names, inside, others)
+        NamedTensors(path, table, prefix, diffusers or not table.names, inside, others)
         for diffusers in (False, True)
         for prefix in PREFIXES
         for inside, others in [_parted(tensors, prefix)]
@@ -183,8 +201,13 @@ def _parted(tensors: Mapping[str, StoredTensor], prefix: str) -> tuple[dict[str,
 
 def _is_of(table: SingleFile, tensors: Collection[str], diffusers: bool) -> bool:
     """Return whether names are those of a class of models, the publisher's or diffusers'."""
-    if not diffusers:
-        return table.key in tensors
+    if not diffusers:  # what Chroma's key names has the same name in diffusers
+        common = (
+            *(name for name, _ in table.sizes.values()),
+            *(one.replace("*", "0") for one in table.counts.values()),
+        )
+        renamed = (table.place_of(name)[0] for name in common if table.place_of(name)[0] != name)
+        return table.key in tensors and any(name in tensors for name in renamed)
     return all(name in tensors for name, _ in table.sizes.values()) and any(
         table.place_of(name)[0] == table.key for name in tensors
     )
@@ -194,7 +217,7 @@ def _class_of(table: SingleFile) -> str:
     return next(name for name, known in SINGLE_FILES.items() if known is table)
 
 
-def _refuse_others(named: _Named, layout: Mapping[str, Original]) -> None:
+def _refuse_others(named: NamedTensors, layout: Mapping[str, Original]) -> None:
     """Refuse a file that lacks a tensor of the model, has it in another shape, or has one that is not the model's."""
     where = str(named.path)
     for name, original in layout.items():
@@ -213,7 +236,7 @@ def _refuse_others(named: _Named, layout: Mapping[str, Original]) -> None:
             )
 
 
-def _is_known(named: _Named, name: str) -> bool:
+def _is_known(named: NamedTensors, name: str) -> bool:
     """Return whether a tensor is none of the model's, and is known to lie beside them."""
     of_others = not named.prefix and name.partition(".")[0] in _OTHER_MODELS
     return of_others or name.startswith(named.table.ignored) or cast_fp8.is_beside(name, named.tensors)
@@ -233,7 +256,7 @@ _OTHER_MODELS: Final = (
 """What the names of other models' tensors begin with, in a file that holds a whole pipeline."""
 
 
-def _taken(named: _Named, name: str, original: Original, part: Part) -> StoredTensor:
+def _taken(named: NamedTensors, name: str, original: Original, part: Part) -> StoredTensor:
     """Return a tensor of diffusers as some rows of what lies in the file."""
     stored = named.tensors[name]
     if stored.dtype in cast_fp8.FP8:
@@ -268,7 +291,7 @@ def _rows_of(stored: MadeTensor, part: Part) -> MadeTensor:
     return MadeTensor.of(source, stored.dtype, part.shape, rows)
 
 
-def _description(named: _Named, types: Mapping[str, int]) -> str:
+def _description(named: NamedTensors, types: Mapping[str, int]) -> str:
     dtypes: dict[str, int] = {}
     for stored in named.tensors.values():
         if stored.dtype in (*cast_fp8.FP8, "F16", "F32", "BF16") and not isinstance(stored, MadeTensor):

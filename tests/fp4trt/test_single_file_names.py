@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from fp4trt.families import family_of
+from fp4trt.safetensors_file import StoredTensor
 from fp4trt.single_files.names import Original
+from fp4trt.single_files.opening import named_tensors
 from fp4trt.single_files.tables import SINGLE_FILES
 from tests.frame.diffusers_models import MODELS
 
@@ -64,3 +67,16 @@ def test_diffusers_converts_what_the_table_says_to_the_model(name: str) -> None:
 
     assert found.keys() == state.keys()
     assert [key for key, value in found.items() if not torch.equal(value, state[key])] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_is_known_by_its_names_whether_they_are_diffusers_or_not(name: str) -> None:
+    config = _config(name)
+    table, state = SINGLE_FILES[MODELS[name].class_name], family_of(config).state(config)
+    layout = table.layout(state)
+    for shapes in (state, {key: original.shape for key, original in layout.items()}):
+        stored = {f"model.{key}": StoredTensor(Path(), "BF16", shape, 0, 0) for key, shape in shapes.items()}
+        named = named_tensors(Path("theirs"), stored)
+        assert (named.table, named.prefix, named.others) == (table, "model.", ())
+        assert named.diffusers == (shapes.keys() == state.keys())
+        assert named.layout(state).keys() == shapes.keys()
