@@ -43,4 +43,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): about 2 GB, a minute or two"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quantize,rtx,report,dev]"
+	@test -d $(VENV)/readers/torchao || \
+	    $(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VENV)/readers torchao
 	@touch $@
