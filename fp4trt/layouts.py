@@ -20,6 +20,7 @@ from fp4trt.number_formats import FORMATS
 __all__ = [
     "MODELOPT_ALGORITHMS",
     "PREFIXES",
+    "PROVENANCE",
     "HasDtypeAndShape",
     "Layout",
     "recognised",
@@ -36,6 +37,11 @@ _ROW_MAJOR, _TILES, _UNKNOWN, _NONE = "row-major", "cuBLAS 128x4 tiles", "unknow
 _LOW, _HIGH = "low first", "high first"
 _MULTIPLIER, _RECIPROCAL = "multiplier", "reciprocal"
 _QUANTIZE_HERE: Final = "quantize the 16-bit checkpoint with fp4trt, or export it with ModelOpt's export_hf_checkpoint"
+_CONVERT: Final = "convert it first: fp4trt convert CHECKPOINT --to modelopt"
+_COMFYUI, _BFL, _UNIFIED = "comfyui", "bfl", "modelopt"
+"""What ``fp4trt convert`` calls the layouts."""
+PROVENANCE: Final = "fp4trt"
+"""Key of the header's metadata under which ``fp4trt convert`` says, as JSON, what it wrote; its ``layout`` in it."""
 _ORIGINAL_NAMES: Final = ("double_blocks.", "single_blocks.")
 
 _ALGORITHMS: Final = tuple(str(kind.modelopt["algorithm"]) for kind in FORMATS.values())
@@ -82,6 +88,8 @@ class Layout:
         global_scale: `multiplier` (amax/2688), `reciprocal` (2688/amax), `unknown`, `none`.
         evidence: what says so, in words.
         what_to_do: how to come by a checkpoint that is read; "" for one that is.
+        convertible: what ``fp4trt convert`` calls the layout; "" where it does not take it, or has to be told.
+        choices: what it may be where the user has to say so (``--from``).
     """
 
     name: str
@@ -91,6 +99,8 @@ class Layout:
     global_scale: str
     evidence: str
     what_to_do: str = ""
+    convertible: str = ""
+    choices: tuple[str, ...] = ()
 
 
 def recognised(config: Mapping[str, Any], metadata: Mapping[str, str], tensors: Tensors) -> Layout:
@@ -165,6 +175,7 @@ def _modelopt_for_comfyui(_config: Mapping[str, Any], metadata: Mapping[str, str
         order,
         _LOW,
         _MULTIPLIER,
+        choices=() if certain else (_UNIFIED,),
     )
 
 
@@ -188,7 +199,7 @@ class _Mark:
 
 _RECIPROCALS: Final = "its global scales are reciprocals (2688/amax)"
 _SCALED: Final = "its scales have other names"
-_HIGH_AND_TILED: Final = "high nibbles first and block scales in cuBLAS tiles are not read"
+_HIGH_AND_TILED: Final = "high nibbles first and block scales in cuBLAS tiles are not read as they are"
 _COMPRESSED: Final = "compressed-tensors (llm-compressor)"
 _NF4: Final = "its blocks and codes are others"
 _MARKS: Final = (
@@ -226,8 +237,10 @@ def _comfyui_metadata(_config: Mapping[str, Any], metadata: Mapping[str, str], t
 
 def _comfy(evidence: str, tensors: Tensors) -> Layout:
     if any(tensors[f"{path}.weight"].dtype == "U8" for path in _with_scales(tensors)):
-        return _foreign("ComfyUI", evidence, f"{_HIGH_AND_TILED}: {_QUANTIZE_HERE}", _TILES, _HIGH, _MULTIPLIER)
-    return _foreign("ComfyUI", evidence, f"FP8 and INT8 under its marks are not read: {_QUANTIZE_HERE}", _NONE, _NONE)
+        kind = _TILES, _HIGH, _MULTIPLIER
+        return _foreign("ComfyUI", evidence, f"{_HIGH_AND_TILED}: {_CONVERT}", *kind, _COMFYUI)
+    todo = f"FP8 and INT8 under its marks are not read as they are: {_CONVERT}"
+    return _foreign("ComfyUI", evidence, todo, _NONE, _NONE, convertible=_COMFYUI)
 
 
 def _foreign(
@@ -237,8 +250,10 @@ def _foreign(
     block_scales: str = _UNKNOWN,
     nibbles: str = _UNKNOWN,
     global_scale: str = _UNKNOWN,
+    convertible: str = "",
+    choices: tuple[str, ...] = (),
 ) -> Layout:
-    return Layout(name, False, block_scales, nibbles, global_scale, evidence, what_to_do)
+    return Layout(name, False, block_scales, nibbles, global_scale, evidence, what_to_do, convertible, choices)
 
 
 def _modelopt_state(_config: Mapping[str, Any], _metadata: Mapping[str, str], tensors: Tensors) -> Layout | None:
@@ -301,9 +316,12 @@ def _by_shape(_config: Mapping[str, Any], _metadata: Mapping[str, str], tensors:
     order, witness = _order_by_shape(tensors)
     if order != _TILES:
         return None
-    todo = f"block scales in cuBLAS tiles are not read: {_QUANTIZE_HERE}, without enable_swizzle_layout"
+    todo = (
+        f"block scales in cuBLAS tiles are not read: {_QUANTIZE_HERE}, without enable_swizzle_layout; or, of a file of "
+        "ComfyUI's, fp4trt convert CHECKPOINT --from comfyui --to modelopt"
+    )
     name = "tiled block scales (ComfyUI's, torchao's, or ModelOpt's for ComfyUI)"
-    return _foreign(name, witness, todo, order, global_scale=_MULTIPLIER)
+    return _foreign(name, witness, todo, order, global_scale=_MULTIPLIER, choices=(_COMFYUI,))
 
 
 def _other_format(weight: HasDtypeAndShape, scales: HasDtypeAndShape) -> str | None:
@@ -347,8 +365,21 @@ def _original_names(_config: Mapping[str, Any], _metadata: Mapping[str, str], te
     if not _quantized(tensors):
         todo = "give the file itself, which is read as a single file"
         return _foreign("a 16-bit single file", evidence, todo, _NONE, _NONE, _NONE)
-    todo = f"expected diffusers' names; under these, block scales and nibbles have either order: {_QUANTIZE_HERE}"
-    return _foreign("BFL's or ComfyUI's single files", evidence, todo, global_scale=_MULTIPLIER)
+    todo = (
+        "expected diffusers' names; under these, block scales and nibbles have either order: fp4trt convert CHECKPOINT "
+        "--to modelopt takes it once told which, by --from comfyui (tiles, high nibble first) or --from bfl"
+    )
+    name = "BFL's or ComfyUI's single files"
+    return _foreign(name, evidence, todo, global_scale=_MULTIPLIER, choices=(_COMFYUI, _BFL))
+
+
+def _written_by_convert(_config: Mapping[str, Any], metadata: Mapping[str, str], _tensors: Tensors) -> Layout | None:
+    """Know a file that ``fp4trt convert`` wrote for diffusers under the names of the model's own repository."""
+    if _object(metadata.get(PROVENANCE)).get("layout") != _BFL:
+        return None
+    evidence = f"{PROVENANCE} in the safetensors header"
+    kind = _ROW_MAJOR, _LOW, _MULTIPLIER
+    return _foreign("a single file for diffusers", evidence, f"its names are not read: {_CONVERT}", *kind, _BFL)
 
 
 def _modelopt(config: Mapping[str, Any], _metadata: Mapping[str, str], tensors: Tensors) -> Layout | None:
@@ -357,7 +388,7 @@ def _modelopt(config: Mapping[str, Any], _metadata: Mapping[str, str], tensors: 
     described = config.get("quantization_config")
     declared = isinstance(described, Mapping) and described.get("quant_method") == "modelopt"
     evidence = "quant_method modelopt in config.json" if declared else "its tensors' names and shapes"
-    return Layout(_MODELOPT, True, _ROW_MAJOR, _LOW, _MULTIPLIER, evidence)
+    return Layout(_MODELOPT, True, _ROW_MAJOR, _LOW, _MULTIPLIER, evidence, convertible=_UNIFIED)
 
 
 def _plain(_config: Mapping[str, Any], _metadata: Mapping[str, str], _tensors: Tensors) -> Layout:
@@ -374,6 +405,7 @@ _WITNESSES: Final[tuple[Callable[[Mapping[str, Any], Mapping[str, str], Tensors]
     _declared_elsewhere,
     _by_shape,
     _bare_fp8,
+    _written_by_convert,
     _original_names,
     _modelopt,
     _plain,

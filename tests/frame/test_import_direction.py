@@ -56,7 +56,7 @@ FLOORS = {
         {"methods"},
         {"results"},
         {"crew", "first_checks", "modelopt_states"},
-        {"quantization"},
+        {"interchange", "quantization"},
         {"cli", "layer_choice"},
     ),
     "onnx_functions": (
