@@ -7,11 +7,12 @@ from typing import Any
 
 from fp4trt import moved
 
-__all__ = ["calibrate", "compare", "load", "quantize", "read", "search"]
+__all__ = ["calibrate", "compare", "convert", "load", "quantize", "read", "search"]
 
 _HOME = {
     "calibrate": "calibration.by_block.calibration",
     "compare": "generation.comparison.compare",
+    "convert": "calibration.interchange.convert",
     "search": "calibration.layer_choice.search",
     "quantize": "calibration.quantization",
     "load": "calibration.checkpoints.quantized",

@@ -1,4 +1,4 @@
-"""The commands of this room: ``fp4trt calibrate``, ``fp4trt recipes`` and ``fp4trt quantize``."""
+"""The commands of this room: ``fp4trt calibrate``, ``recipes``, ``quantize`` and ``convert``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from calibration.source_options import LIKE, LORA
 
 if TYPE_CHECKING:
     from calibration.by_block.calibration import Calibrated
+    from calibration.interchange.convert import Converted
     from calibration.quantization import Quantized
 
-__all__ = ["calibrate", "quantize", "recipes"]
+__all__ = ["calibrate", "convert", "quantize", "recipes"]
 
 _PATH = click.Path(path_type=Path)
+_LAYOUT = click.Choice(["comfyui", "diffusers", "bfl", "modelopt"])
 _DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
 )
@@ -240,4 +242,67 @@ def quantize(
         text = f"one weight scale for each of {result.groups} groups costs: "
         text += f"weight error {cost['weight_own']:.3%} -> {cost['weight_shared']:.3%}"
         click.echo(text)
+    return result
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--to", type=_LAYOUT, required=True, help="The layout to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=_PATH,
+    help="The file (comfyui, bfl) or folder (diffusers, modelopt) to write.  [default: CHECKPOINT's name and the "
+    "layout's, beside it]",
+)
+@click.option("--from", "from_layout", type=_LAYOUT, help="The layout of a single file that does not say it itself.")
+@LIKE
+@click.option(
+    "--calibration",
+    type=_PATH,
+    multiple=True,
+    help="Amax values (.json) of fp4trt calibrate, for linears whose input has no scale.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing result.")
+def convert(
+    checkpoint: str,
+    to: str,
+    output: Path | None,
+    from_layout: str | None,
+    like: Path | None,
+    calibration: tuple[Path, ...],
+    force: bool,
+) -> Converted:
+    """Write a quantized checkpoint in the layout of another program. Bytes are moved, nothing is rounded again.
+
+    CHECKPOINT is a folder or a .safetensors file: of fp4trt or ModelOpt, of ComfyUI (BFL's and Comfy-Org's NVFP4 files
+    too), or one that this command wrote. With --to modelopt it goes on to export, validate and build.
+
+    \b
+    comfyui    one file for ComfyUI; low-rank branches (SVDQuant) in OUTPUT-branch.safetensors, a LoRA to bypass
+    diffusers  a folder for from_single_file(..., config=FOLDER, quantization_config=BFLQuantizationConfig())
+    bfl        one file for the same, under the names of Black Forest Labs' own repository
+    modelopt   a folder in ModelOpt's unified layout, fp4trt's own
+
+    \b
+    Example:
+      fp4trt convert flux-fp4 --to comfyui -o ComfyUI/models/diffusion_models/flux-fp4.safetensors
+      fp4trt convert flux1-dev-nvfp4.safetensors --to modelopt -o flux-fp4
+      fp4trt convert flux2-dev-nvfp4-mixed.safetensors --to modelopt -o flux2-fp4 --calibration amax.json
+    """
+    from calibration.interchange.convert import convert as run
+    from fp4trt.number_formats import linears_in_words
+
+    result = run(
+        checkpoint,
+        output,
+        to=to,
+        from_layout=from_layout,
+        like=like,
+        calibration=calibration or None,
+        force=force,
+    )
+    files = " and ".join(path for path in (result.output, result.branch) if path)
+    layouts = f"from {result.layout_from} to {to}"
+    click.echo(f"converted {linears_in_words(result.formats)} {layouts}: {result.bytes:,} bytes -> {files}")
     return result

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     build: Callable[..., Any]
     calibrate: Callable[..., Any]
     compare: Callable[..., Any]
+    convert: Callable[..., Any]
     export: Callable[..., Any]
     inspect: Callable[..., Any]
     lint: Callable[..., Any]
@@ -34,6 +35,7 @@ __all__ = [
     "build",
     "calibrate",
     "compare",
+    "convert",
     "export",
     "inspect",
     "lint",
@@ -49,6 +51,7 @@ VERBS: Final = {
     "build": "trt_build.builder:build",
     "calibrate": "calibration.by_block.calibration:calibrate",
     "compare": "generation.comparison.compare:compare",
+    "convert": "calibration.interchange.convert:convert",
     "export": "exporter.checkpoint_or_graph:export",
     "inspect": "onnx_functions.inspection.inspect:inspect",
     "lint": "onnx_functions.linting:lint",

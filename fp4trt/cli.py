@@ -45,6 +45,7 @@ COMMANDS: dict[str, Entry] = {
     "recipes": Entry("calibration.cli:recipes", "List the ways to quantize, or show one."),
     "search": Entry("calibration.layer_choice.cli:search", "Find the linears that FP8 or BF16 is best spent on."),
     "quantize": Entry("calibration.cli:quantize", "Turn a 16-bit checkpoint into a quantized one, as a recipe says."),
+    "convert": Entry("calibration.cli:convert", "Write a quantized checkpoint in another program's layout."),
     "export": Entry("exporter.cli:export", "Turn a quantized checkpoint into an ONNX graph for TensorRT."),
     "validate": Entry("onnx_functions.cli:validate", "Check the numerics of a graph against its checkpoint."),
     "lint": Entry("onnx_functions.cli:lint", "Find what TensorRT would accept wrongly or degrade in silence."),

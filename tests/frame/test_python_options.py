@@ -68,6 +68,11 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
         "output is ''; expected the name of a file or folder",
     ),
     "no source": (lambda: fp4trt.calibrate(None, "out"), BadOption, "source is None; expected the name of a file"),
+    "layout": (
+        lambda: fp4trt.convert("flux-fp4", to="gguf"),
+        BadOption,
+        "to is 'gguf'; expected one of: comfyui, diffusers, bfl, modelopt",
+    ),
     "no gpu": (lambda: fp4trt.build("m.onnx", gpu=None), BadOption, "gpu is None; expected 'rtx5090', or several"),
     "no shapes": (lambda: fp4trt.build("m.onnx", shapes=None), BadOption, "shapes is None; expected 'B=1:1:4'"),
 }
