@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from calibration.formats.bfloat16 import largest_magnitude, pieces_of
+from calibration.formats.bfloat16 import fp32_pieces_of, largest_magnitude, pieces_of
 from fp4trt.account import SCALE_LEAVES
 from fp4trt.errors import BadCheckpoint, BadGraph, TooLittleSpace
 from fp4trt.safetensors_file import HeldTensor, StoredTensor, naming
@@ -83,6 +83,7 @@ def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], directory: Path) 
     """
     for name, value in _weights(model).items():
         stored = _required(name, value, tensors)
+        assert _as_in_graph(stored, value) is None, f"{name} has another type in the graph: it has to be copied"
         if isinstance(stored, HeldTensor):
             value.const_value = ir.Tensor(stored.tensor().numpy(), dtype=value.dtype, name=name)
         else:
@@ -99,7 +100,7 @@ def _required(name: str, value: ir.Value, tensors: Mapping[str, StoredTensor]) -
     kind = _ELEMENT_TYPES.get(value.dtype)
     if stored is None:
         raise BadGraph(f"the graph needs {name} as {kind} {shape}, and the checkpoint has no such tensor")
-    if list(stored.shape) != shape or (stored.dtype != kind and not _is_rounded(stored, value)):
+    if list(stored.shape) != shape or (stored.dtype != kind and _as_in_graph(stored, value) is None):
         raise BadGraph(
             f"the graph needs {name} as {kind} {shape}, the checkpoint has {stored.dtype} {list(stored.shape)}"
         )
@@ -149,21 +150,37 @@ def must_copy(tensors: Mapping[str, StoredTensor], directory: Path) -> str | Non
     return None
 
 
-def must_round(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """Return why a graph, in which all but codes and scales is BF16, cannot point at these tensors, or None."""
-    rounded = (tensor.dtype for name, tensor in tensors.items() if name.rpartition(".")[2] not in SCALE_LEAVES)
-    others = sorted({"F16", "F32"}.intersection(rounded))
+def must_round(tensors: Mapping[str, StoredTensor], wide: Container[str] = ()) -> str | None:
+    """Return why a graph, in which all but codes, scales and some others is BF16, cannot point at tensors, or None.
+
+    Args:
+        tensors: of the checkpoint.
+        wide: names of the others, which a graph has in FP32.
+    """
+    others = sorted({tensor.dtype for name, tensor in tensors.items() if _is_moved(name, tensor, wide)})
     return f"weights stored as {', '.join(others)} are rounded to BF16" if others else None
 
 
-def refuse_little_space(tensors: Mapping[str, StoredTensor], path: Path) -> None:
+def _is_moved(name: str, tensor: StoredTensor, wide: Container[str]) -> bool:
+    """Whether a graph has a tensor in another type than it is stored in."""
+    is_fp32 = name.rpartition(".")[2] in SCALE_LEAVES or name in wide
+    return tensor.dtype == "F16" or (tensor.dtype == "F32" and not is_fp32)
+
+
+def refuse_little_space(tensors: Mapping[str, StoredTensor], wide: Container[str], path: Path) -> None:
     """Refuse to copy weights beside a graph onto a disk that they do not fit on, before the graph is made.
+
+    Args:
+        tensors: of the checkpoint.
+        wide: names of those that the graph has in FP32.
+        path: of the graph.
 
     Raises:
         TooLittleSpace: naming the folder.
     """
-    rounded = {name for name, tensor in tensors.items() if tensor.dtype == "F32" and must_round({name: tensor})}
-    needed = sum(tensor.nbytes // 2 if name in rounded else tensor.nbytes for name, tensor in tensors.items())
+    moved = {name: tensor for name, tensor in tensors.items() if _is_moved(name, tensor, wide)}
+    sizes = {name: math.prod(tensor.shape) * (4 if name in wide else 2) for name, tensor in moved.items()}
+    needed = sum(sizes.get(name, tensor.nbytes) for name, tensor in tensors.items())
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise TooLittleSpace(
@@ -185,7 +202,7 @@ def save_pointing(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Pa
 
 
 def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path: Path, accept: Accept) -> None:
-    """Write a graph and, in ``NAME.onnx.data``, a copy of its weights, rounded where the graph has BF16.
+    """Write a graph and, in ``NAME.onnx.data``, a copy of its weights, each in the type that the graph has it in.
 
     Args:
         model: its weights have no values yet.
@@ -200,13 +217,21 @@ def save_with_copies(model: ir.Model, tensors: Mapping[str, StoredTensor], path:
     contents: dict[str, Chunks] = {}
     for name, value in _weights(model).items():
         stored = _required(name, value, tensors)
-        write = functools.partial(_rounded, name) if _is_rounded(stored, value) else _whole
-        contents[name] = functools.partial(write, stored)
+        contents[name] = functools.partial(_as_in_graph(stored, value) or _whole, name, stored)
     save_self_contained(model, contents, path, accept)
 
 
-def _is_rounded(stored: StoredTensor, value: ir.Value) -> bool:
-    return stored.dtype in ("F16", "F32") and value.dtype == ir.DataType.BFLOAT16
+def _as_in_graph(
+    stored: StoredTensor, value: ir.Value
+) -> Callable[[str, StoredTensor], Iterable[npt.NDArray[np.uint8]]] | None:
+    """Return what gives a tensor in the type that a graph has it in; None where it is stored so, or in no float."""
+    if stored.dtype in ("F16", "F32") and value.dtype == ir.DataType.BFLOAT16:
+        return _rounded
+    return _widened if stored.dtype == "F16" and value.dtype == ir.DataType.FLOAT else None
+
+
+def _widened(_name: str, stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
+    return (piece.view(np.uint8) for piece in fp32_pieces_of(stored))
 
 
 def _rounded(name: str, stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
@@ -216,7 +241,7 @@ def _rounded(name: str, stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]
         yield piece.view(np.uint8)
 
 
-def _whole(stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
+def _whole(_name: str, stored: StoredTensor) -> Iterable[npt.NDArray[np.uint8]]:
     return (stored.bytes(),)
 
 

@@ -30,7 +30,7 @@ from exporter.trace import OPSET, other_linears, trace, translate
 from fp4trt.built_in import path_of
 from fp4trt.errors import BadGraph, WrongPrecision
 from fp4trt.file_output import check_writable
-from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4, counted_by_format
+from fp4trt.number_formats import BF16, FORMATS, FP8, FP32, NVFP4, counted_by_format
 from fp4trt.options import one_of, takes
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.progress import Progress, tracking
@@ -115,13 +115,13 @@ def export(
         raise BadGraph(f"{directory} is not a folder that a graph could be written into; name one with --output")
     path = graph_path(output if output is not None else checkpoint.directory)
     reason = external_weights.must_copy(checkpoint.tensors, path.parent)
-    reason = reason or external_weights.must_round(checkpoint.tensors)
+    reason = reason or external_weights.must_round(checkpoint.tensors, checkpoint.wide)
     copies = copy_weights or reason is not None
     with external_weights.folder_for(path):
         refuse_existing_results(path, copies, force)
         check_writable(path)
         if copies:
-            external_weights.refuse_little_space(checkpoint.tensors, path)
+            external_weights.refuse_little_space(checkpoint.tensors, checkpoint.wide, path)
         nodes = _write(checkpoint, path, scale_dtype or "float32", copies)
     formats = counted_by_format(checkpoint.formats)
     return Exported(
@@ -181,7 +181,7 @@ def graph_of(
         rewrite = pkgutil.resolve_name(kind.rewrite)
         rewrite(model, {path: leaders.get(path, path) for path in checkpoint.of_format(name)}, scale_dtype)
     fp8_attention(model, {path: checkpoint.rounds_output(path) for path in checkpoint.fp8_attentions})
-    widen_weights(model)
+    widen_weights(model, checkpoint.wide)
     order_initializers(model)
     name_nodes(model)
     _describe(model, checkpoint, scale_dtype)
@@ -252,7 +252,10 @@ def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
 def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None:
     """Write into the graph's metadata what it promises and what the builder has to know."""
     linears = {name: list(paths) for name in FORMATS if (paths := checkpoint.of_format(name)) or name == NVFP4.name}
-    linears[BF16] = other_linears(checkpoint)
+    others = other_linears(checkpoint)
+    wide = [path for path in others if f"{path}.weight" in checkpoint.wide]
+    linears[BF16] = [path for path in others if path not in wide]
+    linears |= {FP32: wide} if wide else {}
     symbols = {name: dim.as_dict() for name, dim in checkpoint.family.dims.items()}
     model.metadata_props.clear()
     model.metadata_props.update(

@@ -1,4 +1,4 @@
-"""Plain checkpoints as the exporter reads them: 16- or 32-bit weights, exported in BF16."""
+"""Plain checkpoints as the exporter reads them: 16- or 32-bit weights, exported in BF16 but for what stays in FP32."""
 
 from __future__ import annotations
 

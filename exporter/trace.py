@@ -76,7 +76,7 @@ def translate(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> 
     """Return the traced program as an ONNX graph with the placeholders of :mod:`exporter.trt_ops`.
 
     Inputs and output have the family's names, order, dtypes and symbolic shapes. Initializers have their state-dict
-    names, BF16, and no values. The program is used up.
+    names and no values; they are BF16, or FP32 where the model computes with them so. The program is used up.
     """
     with _alone():
         exported = torch.onnx.export(

@@ -57,7 +57,7 @@ OUTPUT_SCALE: Final = "output_scale"
 _LINEAR_SCALES: Final = frozenset(leaf for leaves in SCALES.values() for leaf in leaves)
 
 SCALE_LEAVES: Final = _LINEAR_SCALES | {*ATTENTION_SCALES, OUTPUT_SCALE}
-"""All that is a scale, in its own type; every other tensor is rounded to BF16 in a graph."""
+"""All that is a scale, in its own type; other tensors are in BF16 in a graph, or in FP32 if computed with so."""
 
 BMM_AMAX: Final[Mapping[str, str]] = {
     "q_bmm_quantizer._amax": "q_scale",

@@ -15,6 +15,7 @@ __all__ = [
     "BF16",
     "FORMATS",
     "FP8",
+    "FP32",
     "MXFP8",
     "NAMES",
     "NVFP4",
@@ -29,6 +30,9 @@ __all__ = [
 
 BF16: Final = "bf16"
 """Name of what a linear has that is not quantized."""
+
+FP32: Final = "fp32"
+"""Name of what one has that is not, and that the model computes with in FP32."""
 
 
 @dataclass(frozen=True)

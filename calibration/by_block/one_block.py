@@ -103,7 +103,7 @@ class Reader(Protocol):
     """Reads a plain checkpoint for a worker."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor, in BF16."""
+        """Read a tensor, in BF16, or in FP32 where the model computes with it so."""
         ...
 
     def take(self, prefix: str = "") -> ReadTensors:

@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from calibration.formats.bfloat16 import as_bits, largest_magnitude, refuse_other_types, why_unusable
+from calibration.formats.bfloat16 import as_bits, as_fp32, largest_magnitude, refuse_other_types, why_unusable
 from fp4trt.errors import BadCheckpoint
 from fp4trt.safetensors_file import StoredTensor, hold
 
@@ -86,7 +86,7 @@ class ReadTensors:
     """Some tensors of a plain checkpoint, as they were read.
 
     Attributes:
-        held: name to value, in BF16; of those that are wanted again.
+        held: name to value, in BF16 or, of those that stay so, in FP32; of those that are wanted again.
         amax: name to the largest magnitude in BF16.
         sha256: name to the hash of the bytes.
     """
@@ -97,12 +97,13 @@ class ReadTensors:
 
 
 class TensorReader:
-    """Reads tensors in any order, each of them once, and holds them as BF16 until they are taken.
+    """Reads tensors in any order, each of them once, and holds them until they are taken: as BF16, or as FP32.
 
     Args:
         stored: name to tensor of a plain checkpoint.
         passed_on: names of tensors that only the caller needs: they are not held.
         changed: prefixes of names; of these tensors the caller gets copies, which it may change.
+        wide: names of those that stay in FP32.
         forgets: let the system drop what was read from its cache.
 
     Raises:
@@ -114,9 +115,11 @@ class TensorReader:
         stored: Mapping[str, StoredTensor],
         passed_on: Container[str],
         changed: tuple[str, ...],
+        wide: Container[str] = (),
         forgets: bool = False,
     ) -> None:
         self._stored, self._passed_on, self._changed, self._forgets = stored, passed_on, changed, forgets
+        self._wide = wide
         self._held: dict[str, torch.Tensor] = {}
         self._amax: dict[str, float] = {}
         self._sha256: dict[str, str] = {}
@@ -140,7 +143,8 @@ class TensorReader:
         self._amax[name] = largest
         if self._forgets:
             stored.forget()
-        value = torch.from_numpy(bits).view(torch.bfloat16).reshape(stored.shape)
+        wide = torch.from_numpy(as_fp32(data, stored.dtype)) if name in self._wide else None
+        value = (torch.from_numpy(bits).view(torch.bfloat16) if wide is None else wide).reshape(stored.shape)
         if name in self._passed_on:
             return value
         self._held[name] = value

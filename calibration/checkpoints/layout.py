@@ -62,6 +62,7 @@ def plan_shards(
     groups: Groups,
     formats: Mapping[str, str],
     prepared: Mapping[str, TensorHeader] = MappingProxyType({}),
+    kept: Container[str] = (),
     limit: int = SHARD_BYTES,
 ) -> list[Shard]:
     """Return the files to write: one, or more where a file would grow beyond ``limit`` bytes.
@@ -75,6 +76,7 @@ def plan_shards(
         formats: module path of each of them to its format.
         prepared: tensors of the result that are made already, in the place of what would be made of ``stored``, or
             beside it.
+        kept: those of ``stored`` that stay in FP32; all others that are not quantized are in BF16.
         limit: in bytes.
     """
     quantized = {f"{path}.weight" for group in groups for path in group}
@@ -87,12 +89,16 @@ def plan_shards(
         for path in paths
         if formats[path] == kind.name
     }
-    narrow = {name: ("BF16", tensor.shape) for name, tensor in stored.items() if name not in quantized}
     plans = [_group_plan(stored, group, FORMATS[formats[group[0]]]) for group in groups]
     packed = {tensor.name for plan in plans for tensor in plan}
-    for name, tensor in prepared.items():
-        if name not in packed:
-            (wide if tensor.dtype == "F32" else narrow)[name] = (tensor.dtype, tensor.shape)
+    others = {
+        name: ("F32" if name in kept else "BF16", tensor.shape)
+        for name, tensor in stored.items()
+        if name not in quantized
+    }
+    others |= {name: (tensor.dtype, tensor.shape) for name, tensor in prepared.items() if name not in packed}
+    wide |= {name: one for name, one in others.items() if one[0] == "F32"}
+    narrow = {name: one for name, one in others.items() if one[0] != "F32"}
     parts = [[TensorPlan(name, dtype, shape) for name, (dtype, shape) in (*wide.items(), *narrow.items())]]
     for plan in plans:
         if sum(tensor.nbytes for tensor in (*parts[-1], *plan)) > limit:
@@ -159,6 +165,7 @@ class ShardFiles:
     def __init__(self, folder: Path, shards: Sequence[Shard], written: Iterable[str] = ()) -> None:
         self._lock = threading.Lock()
         self._places: dict[str, tuple[Path, int]] = {}
+        self._dtypes = {tensor.name: tensor.dtype for shard in shards for tensor in shard.plan}
         self._missing: dict[Path, int] = {}
         sizes: dict[str, int] = {}
         for shard in shards:
@@ -169,6 +176,10 @@ class ShardFiles:
             sizes |= {tensor.name: tensor.nbytes for tensor in shard.plan}
         for name in written:
             self._missing[self._places[name][0]] -= sizes[name]
+
+    def dtype(self, name: str) -> str:
+        """Return the type that a tensor is stored in, by its safetensors name."""
+        return self._dtypes[name]
 
     def put(self, name: str, begin: int, data: npt.NDArray[Any]) -> None:
         """Write some of a tensor.

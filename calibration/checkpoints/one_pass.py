@@ -13,20 +13,21 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from calibration.checkpoints.file_reader import FileReader
 from calibration.checkpoints.layout import Groups, ShardFiles, seal
 from calibration.formats import input_quantizers, shared_scales
 from calibration.formats.arithmetic import Pack, arithmetic_of
-from calibration.formats.bfloat16 import bits_of, pieces_of
+from calibration.formats.bfloat16 import bits_of, fp32_pieces_of, pieces_of
 from fp4trt.number_formats import FORMATS, NVFP4, NumberFormat
 from fp4trt.safetensors_file import DTYPE_BYTES, StoredTensor
 
@@ -296,11 +297,13 @@ class _Pass:
         self._progress((end - begin) * columns * DTYPE_BYTES[stored.dtype])
 
     def _copy(self, name: str) -> None:
-        begin = 0
-        for bits in pieces_of(self._work.stored[name]):
-            self._files.put(name, begin, bits)
-            begin += bits.nbytes
-        self._progress(self._work.stored[name].nbytes)
+        begin, stored = 0, self._work.stored[name]
+        pieces: Iterator[npt.NDArray[Any]]
+        pieces = fp32_pieces_of(stored) if self._files.dtype(name) == "F32" else pieces_of(stored)
+        for piece in pieces:
+            self._files.put(name, begin, piece)
+            begin += piece.nbytes
+        self._progress(stored.nbytes)
 
     def _transfer(self, name: str) -> None:
         """Copy what is prepared, whatever its type."""

@@ -7,6 +7,7 @@ import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -40,6 +41,7 @@ __all__ = [
     "source_hashes",
     "stays_fp32",
     "weights_fingerprint",
+    "wide_tensors",
 ]
 
 _SAMPLED: Final = 2048
@@ -62,6 +64,14 @@ def stays_fp32(model: nn.Module, name: str) -> bool:
     return not set(getattr(model, "_keep_in_fp32_modules", None) or ()).isdisjoint(name.split("."))
 
 
+def wide_tensors(model: nn.Module, stored: Mapping[str, StoredTensor]) -> frozenset[str]:
+    """Return the tensors that a quantized checkpoint has in FP32, as the model computes with them.
+
+    That are those of a plain checkpoint that hold more than BF16 does; in BF16 there is nothing more to keep.
+    """
+    return frozenset(name for name, tensor in stored.items() if tensor.dtype != "BF16" and stays_fp32(model, name))
+
+
 @dataclass(frozen=True)
 class PlainCheckpoint:
     """A plain checkpoint whose headers fit its config.
@@ -80,14 +90,19 @@ class PlainCheckpoint:
     model: nn.Module
     stored: Mapping[str, StoredTensor]
 
+    @cached_property
+    def wide(self) -> frozenset[str]:
+        """Names of the tensors that stay in FP32, and hold more than BF16 does."""
+        return wide_tensors(self.model, self.stored)
+
     def tensor(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Read a tensor, rounded; one that stays in FP32 is held so.
+        """Read a tensor, rounded; one that stays in FP32 is not.
 
         Raises:
             BadCheckpoint: as :func:`finite_tensor`.
         """
-        value = finite_tensor(self.folder, name, self.stored[name]).to(dtype)
-        return value.float() if stays_fp32(self.model, name) else value
+        value = finite_tensor(self.folder, name, self.stored[name])
+        return value.float() if stays_fp32(self.model, name) else value.to(dtype)
 
 
 def load_source(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from calibration.checkpoints.plain import model_class, stays_fp32
+from calibration.checkpoints.plain import model_class, stays_fp32, wide_tensors
 from calibration.formats import fp8, fp8_attention
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.linears import QuantizedLinear
-from fp4trt.account import BRANCH, OUTPUT_SCALE, SMOOTHING, Account, account_of, is_quantized_checkpoint
+from fp4trt.account import BRANCH, OUTPUT_SCALE, SCALE_LEAVES, SMOOTHING, Account, account_of, is_quantized_checkpoint
 from fp4trt.checkpoint_folder import metadata_in_folder, tensors_in_folder
 from fp4trt.checkpoint_manifest import MANIFEST, load_manifest
 from fp4trt.errors import BadCheckpoint
@@ -138,6 +138,16 @@ class Checkpoint:
         """Return the rank of a linear's low-rank branch, 0 without one."""
         return self.account.linears[path].rank if self.account and path in self.account.linears else 0
 
+    @cached_property
+    def wide(self) -> frozenset[str]:
+        """Names of the tensors that hold more than BF16 does, and that the model computes with in FP32."""
+        others = {name: t for name, t in self.tensors.items() if t.dtype in ("F16", "F32") and not _is_scale(name)}
+        if not others:
+            return frozenset()
+        with torch.device("meta"):
+            model: nn.Module = model_class(self.family).from_config(plain_config(self.config))
+        return wide_tensors(model, others)
+
     def is_smoothed(self, path: str) -> bool:
         """Whether the input of a linear is scaled by channel first."""
         return f"{path}.{SMOOTHING}" in self.tensors
@@ -195,6 +205,10 @@ def read(directory: str | Path) -> Checkpoint:
     if not checkpoint.is_quantized:
         raise _not_quantized(folder)
     return checkpoint
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] in SCALE_LEAVES
 
 
 def _not_quantized(folder: Path) -> BadCheckpoint:
@@ -283,7 +297,7 @@ def _linear_like(checkpoint: Checkpoint, path: str, linear: Any) -> QuantizedLin
 def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
     """Return what reads a tensor of the model's state, a quantized weight dequantized, rounded to ``dtype``.
 
-    One that diffusers keeps in FP32 is rounded likewise, and held in FP32.
+    One that diffusers keeps in FP32 is not rounded, and held in FP32.
 
     It raises BadCheckpoint for a tensor that is missing or of another shape than the model's.
     """
@@ -296,8 +310,8 @@ def reader(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Call
         elif leaf in ("input_scale", *fp8_attention.SCALES, OUTPUT_SCALE):
             value = checkpoint.tensor(name)
         else:
-            value = checkpoint.tensor(name).to(dtype)
-            value = value.float() if stays_fp32(model, name) else value
+            stored = checkpoint.tensor(name)
+            value = stored.float() if stays_fp32(model, name) else stored.to(dtype)
         if not value.isfinite().all():
             raise BadCheckpoint(
                 f"{name} in {checkpoint.directory} holds values that are no finite {_name_of(dtype)} numbers; quantize "

@@ -1,4 +1,4 @@
-"""Stored weights as BF16 numbers, a few MiB at a time."""
+"""Stored weights as BF16 numbers, or those that stay in FP32, a few MiB at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import torch
 from fp4trt.errors import BadCheckpoint
 from fp4trt.safetensors_file import DTYPE_BYTES, StoredTensor
 
-__all__ = ["as_bits", "bits_of", "largest_magnitude", "pieces_of", "refuse_other_types", "why_unusable"]
+__all__ = [
+    "as_bits",
+    "as_fp32",
+    "bits_of",
+    "fp32_pieces_of",
+    "largest_magnitude",
+    "pieces_of",
+    "refuse_other_types",
+    "why_unusable",
+]
 
 _TORCH: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -49,6 +58,18 @@ def as_bits(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.uint16]:
 def pieces_of(stored: StoredTensor) -> Iterator[npt.NDArray[np.uint16]]:
     """Yield all of a tensor as :func:`bits_of` gives it, in order; a piece holds until the next is asked for."""
     return (as_bits(data, stored.dtype) for data in stored.pieces())
+
+
+def as_fp32(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+    """Return the bytes of numbers of a safetensors dtype as FP32, which holds them exactly."""
+    if dtype == "F32":
+        return data.view(np.float32)
+    return torch.from_numpy(data).view(_TORCH[dtype]).float().numpy()
+
+
+def fp32_pieces_of(stored: StoredTensor) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield all of a tensor as :func:`as_fp32` gives it, in order; a piece holds until the next is asked for."""
+    return (as_fp32(data, stored.dtype) for data in stored.pieces())
 
 
 def largest_magnitude(bits: npt.NDArray[np.uint16]) -> float | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from calibration.checkpoints.plain import open_plain
+from calibration.checkpoints.plain import open_plain, wide_tensors
 from calibration.methods import registry
 from calibration.recipes.recipe import Method, Quality, Recipe, linear_formats, with_ranks_placed
 from calibration.recipes.servers import fitted
@@ -57,6 +58,11 @@ class Plain:
         """
         method = self.recipe.method
         return with_ranks_placed(method, self.family, self.config) if isinstance(method, Quality) else method
+
+    @cached_property
+    def wide(self) -> frozenset[str]:
+        """Names of the tensors that stay in FP32, and hold more than BF16 does."""
+        return wide_tensors(self.model, self.stored)
 
     @property
     def paths(self) -> tuple[str, ...]:

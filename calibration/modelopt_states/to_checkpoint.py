@@ -128,7 +128,7 @@ def _plain(
     model, _ = empty_source(folder)
     values = restored.model.state_dict()
     ordered = {
-        name: _shape_of(name, values[name]) if name in tensors else hold(name, values[name])
+        name: _shape_of(name, values[name]) if name in tensors else _held(name, values[name])
         for name in model.state_dict()
     }
     own = set(family.quantized(config))
@@ -141,6 +141,12 @@ def _plain(
     )
     groups = _groups(formats, tensors, family.groups_of(config, formats))
     return Plain(folder, config, family, model, ordered, recipe, formats, groups, tuple(contents.attentions))
+
+
+def _held(name: str, value: torch.Tensor) -> HeldTensor:
+    """Return a tensor of the state, in BF16 where that holds it exactly, as in what was loaded from BF16 into FP32."""
+    narrow = value.to(torch.bfloat16)
+    return hold(name, narrow if torch.equal(narrow.to(value.dtype), value) else value)
 
 
 def _shape_of(name: str, value: torch.Tensor) -> HeldTensor:

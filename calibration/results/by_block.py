@@ -57,7 +57,7 @@ class ResultByBlock:
         self._inside = tuple(f"{block}." for block in plain.family.blocks(plain.config))
         self._decided = _decided(plain, self._inside)
         self._layout = plain.quantized_groups, plain.quantized_linears, self._decided
-        self._planned = layout.plan_shards(plain.stored, *self._layout)
+        self._planned = layout.plan_shards(plain.stored, *self._layout, plain.wide)
         self._plan = {tensor.name: tensor for shard in self._planned for tensor in shard.plan}
 
     @contextlib.contextmanager
@@ -139,7 +139,7 @@ class _Opener:
     forgets: bool
 
     def __call__(self, source: PlainCheckpoint) -> TensorReader:
-        return TensorReader(source.stored, self.passed_on, self.changed, self.forgets)
+        return TensorReader(source.stored, self.passed_on, self.changed, source.wide, self.forgets)
 
 
 def _decided(plain: Plain, inside: tuple[str, ...]) -> dict[str, TensorHeader]:

@@ -91,7 +91,7 @@ def write_result(partial: Path, plain: Plain, given: Given, device: str) -> dict
         BadCheckpoint, BadAmax, TooLittleSpace: naming what is wrong.
     """
     groups, prepared, linears = plain.quantized_groups, given.prepared.tensors, plain.quantized_linears
-    planned = layout.plan_shards(plain.stored, groups, linears, prepared)
+    planned = layout.plan_shards(plain.stored, groups, linears, prepared, plain.wide)
     earlier = publish.progress_of(partial)
     if earlier and layout.are_reserved(partial, planned):
         done = Done(**earlier)

@@ -33,7 +33,6 @@ from fp4trt.errors import BadCheckpoint, BadGraph, BadReference
 from fp4trt.json_file import load_json
 from fp4trt.made_folder import folder_of
 from fp4trt.number_formats import FORMATS, NVFP4
-from fp4trt.safetensors_file import StoredTensor
 from onnx_functions.formats import graph_format
 from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.index import Index
@@ -80,6 +79,8 @@ class Reference:
         rounds_scales: whether the graph rounds the product of the scales to BF16 (`--scale-dtype bfloat16`).
         names: of the tensors that the graph must hold byte by byte.
         formats: linears that the graph must compute in a number format, by its name.
+        wide: names of the tensors that the graph has in FP32, scales apart; all others that are stored in more than
+            BF16 it has rounded to that.
     """
 
     checkpoint: Checkpoint
@@ -87,6 +88,7 @@ class Reference:
     rounds_scales: bool
     names: tuple[str, ...]
     formats: Mapping[str, str]
+    wide: frozenset[str] = frozenset()
 
     @property
     def directory(self) -> Path:
@@ -111,12 +113,16 @@ class Reference:
         return self.checkpoint.raw(name)
 
     def weight(self, path: str) -> FloatArray:
-        """Return a linear's weight [N, K], FP32 rounded to BF16."""
+        """Return a linear's weight [N, K] as the graph multiplies by it, as FP32."""
         kind = self.checkpoint.formats.get(path)
         if kind is None:
-            return _round(self.raw(f"{path}.weight"))
+            return self.plain(f"{path}.weight")
         quantized, scale = graph_format(kind).stored(lambda leaf: self.raw(f"{path}.{leaf}"))
         return self.dequantize(kind, quantized, scale)
+
+    def plain(self, name: str) -> FloatArray:
+        """Return a tensor that is not quantized as the graph has it, as FP32: rounded to BF16, but for some."""
+        return self.raw(name).astype(np.float32) if name in self.wide else _round(self.raw(name))
 
     def dequantize(self, kind: str, quantized: Sequence[FloatArray], scale: np.float32) -> FloatArray:
         """Return what the graph's chain makes of codes, block scales and the scale of the tensor."""
@@ -185,7 +191,12 @@ def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | 
         paths += [path for word in words if word is not None for path in word.quantized(kind)]
         formats |= {path: kind for path in paths if path not in formats}
     rounds = metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16"
-    return Reference(checkpoint, quantized, rounds, names, formats)
+    wide = (tensor.name for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    return Reference(checkpoint, quantized, rounds, names, formats, frozenset(filter(_is_no_scale, wide)))
+
+
+def _is_no_scale(name: str) -> bool:
+    return name.rpartition(".")[2] not in SCALE_LEAVES
 
 
 def _folder_of(reference: str | Path | None, model: Path) -> Path:
@@ -206,16 +217,18 @@ class Walk:
     """The reference in one dtype, run block by block."""
 
     def __init__(self, held: Reference, dtype: torch.dtype, quantize_activations: bool) -> None:
-        folder, stored = held.directory, held.checkpoint.tensors
-        tensor: Callable[[str], torch.Tensor]
+        read_as: Callable[[str], torch.Tensor]
         if held.quantized:
             self._model = empty_model(held.checkpoint, quantize_activations)
             read_as = reader(held.checkpoint, self._model, dtype)
-            tensor = lambda name: _as_in_graph(name, stored, read_as(name))  # noqa: E731
         else:
-            source = open_plain(folder)
-            self._model, tensor = source.model, partial(source.tensor, dtype=dtype)
+            source = open_plain(held.directory)
+            self._model, read_as = source.model, partial(source.tensor, dtype=dtype)
         self._held, self._dtype = held, dtype
+
+        def tensor(name: str) -> torch.Tensor:
+            return _as_in_graph(name, held, read_as(name))
+
         self._runner = BlockRunner(self._model, held.blocks, tensor, read_by=held.checkpoint.family.read_by)
 
     def block(self, path: str, calls: Sequence[tuple[Inputs, Outputs]]) -> Iterator[tuple[Values, Outputs]]:
@@ -248,9 +261,10 @@ def _of_block(block: str, outputs: Outputs) -> Values:
     return {output_key(block, place): value.float().numpy() for place, value in enumerate(outputs)}
 
 
-def _as_in_graph(name: str, stored: Mapping[str, StoredTensor], value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as a graph has it: what is stored in FP16 or FP32 and is no scale is rounded to BF16."""
-    if name.rpartition(".")[2] in SCALE_LEAVES or stored[name].dtype not in ("F16", "F32"):
+def _as_in_graph(name: str, held: Reference, value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a graph has it: what is stored in FP16 or FP32 is rounded to BF16, if it is not FP32 there."""
+    exact = name in held.wide or not _is_no_scale(name)
+    if exact or held.checkpoint.tensors[name].dtype not in ("F16", "F32"):
         return value
     return value.to(torch.bfloat16).to(value.dtype)
 
@@ -350,7 +364,7 @@ def teacher_of(
 
     def product(path: str, x: FloatArray) -> FloatArray:
         bias = f"{path}.bias"
-        added = _round(held.raw(bias)) if bias in held.checkpoint.tensors else None
+        added = held.plain(bias) if bias in held.checkpoint.tensors else None
         if not held.quantized:
             return _multiply(x, held.weight(path), added)
         x = smoothed(path, x)

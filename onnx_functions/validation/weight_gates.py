@@ -61,7 +61,7 @@ class Reference(Protocol):
         """Return a tensor as it is stored."""
 
     def weight(self, path: str) -> FloatArray:
-        """Return the weight [N, K] of a linear that the graph must hold, as FP32 that BF16 can hold."""
+        """Return the weight [N, K] of a linear as the graph must multiply by it, as FP32."""
 
 
 def files_gate(model: onnx.ModelProto, directory: Path, checkpoints: Sequence[Path]) -> Gate:
@@ -205,9 +205,12 @@ def stored_tensors_gate(model: onnx.ModelProto, directory: Path, reference: Refe
 
 
 def _as_in_graph(tensor: onnx.TensorProto, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return a stored tensor as a graph has it: what is in FP16 or FP32 is rounded to BF16 where the graph has that."""
-    is_wider = stored.dtype in (np.float16, np.float32)
-    return stored.astype(ml_dtypes.bfloat16) if tensor.data_type == TensorProto.BFLOAT16 and is_wider else stored
+    """Return a stored tensor as a graph has it: what is in FP16 or FP32 in BF16, or FP32, where the graph has that."""
+    if stored.dtype not in (np.float16, np.float32):
+        return stored
+    if tensor.data_type == TensorProto.BFLOAT16:
+        return stored.astype(ml_dtypes.bfloat16)
+    return stored.astype(np.float32) if tensor.data_type == TensorProto.FLOAT else stored
 
 
 def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
