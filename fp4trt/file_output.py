@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["check_writable", "made_folder", "naming", "partial_path", "write_texts"]
+__all__ = ["all_or_none", "check_writable", "made_folder", "naming", "partial_path", "write_texts"]
 
 
 def partial_path(path: Path) -> Path:
@@ -71,13 +71,20 @@ def write_texts(texts: Mapping[Path, str]) -> None:
     Raises:
         OSError: one cannot be written; the error names it.
     """
-    partials = {path: partial_path(path) for path in texts}
-    try:
+    with all_or_none(texts) as partials:
         for path, partial in partials.items():
             with naming(path), partial.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(texts[path])
                 file.flush()
                 os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def all_or_none(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
+    """Give each file a name to be written under, and its own once all are complete; those of a failure are removed."""
+    partials = {path: partial_path(path) for path in paths}
+    try:
+        yield partials
         for path, partial in partials.items():
             os.replace(partial, path)
     finally:

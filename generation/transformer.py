@@ -14,7 +14,7 @@ from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import UnknownArtifact
 from fp4trt.families import Transformer
 from fp4trt.json_file import load_json
-from fp4trt.made_folder import folder_of
+from fp4trt.make_source import folder_of
 from onnx_functions.simulation import session
 
 __all__ = ["GraphTransformer", "open_transformer"]

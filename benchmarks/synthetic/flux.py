@@ -33,6 +33,7 @@ from calibration.checkpoints.plain import model_class  # noqa: E402
 from calibration.inputs.captured import save_inputs  # noqa: E402
 from fp4trt.families import family_of  # noqa: E402
 from fp4trt.safetensors_file import TensorPlan, write  # noqa: E402
+from fp4trt.single_files.tables import FLUX1  # noqa: E402
 
 SHARD_BYTES = 9_990_000_000
 PIECE = 1 << 22
@@ -41,19 +42,8 @@ OUTLIERS = 1e-4
 
 def config_of(double: int, single: int, heads: int = 24) -> dict[str, Any]:
     """Return FLUX.1-dev's config with another depth, and another width by the number of heads of 128."""
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "attention_head_dim": 128,
-        "axes_dims_rope": [16, 56, 56],
-        "guidance_embeds": True,
-        "in_channels": 64,
-        "joint_attention_dim": 4096,
-        "num_attention_heads": heads,
-        "num_layers": double,
-        "num_single_layers": single,
-        "patch_size": 1,
-        "pooled_projection_dim": 768,
-    }
+    depths = {"num_attention_heads": heads, "num_layers": double, "num_single_layers": single}
+    return {**FLUX1.published["FLUX.1"], **depths}
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from calibration.lora.option import parse_lora
 from fp4trt.built_in import BUILT_IN, path_of
 from fp4trt.errors import BadCheckpoint, BadLora, BadOption
 from fp4trt.file_kind import what_it_lacks
-from fp4trt.made_folder import made_folder
+from fp4trt.make_source import make_source_folder
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.single_files.opening import SUFFIXES
 
@@ -43,7 +43,7 @@ def find_source(
         raise BadLora(f"{absent} {what_it_lacks(absent)}; expected a LoRA file there")
     if not loras and found.is_dir():
         return found
-    return made_folder(found, like, loras)
+    return make_source_folder(found, like, loras)
 
 
 def _found(source: str | Path, like: str | Path | None) -> Path:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +17,7 @@ from calibration.interchange.writing import DIFFUSERS_FILES, Advance, unusual_or
 from fp4trt.built_in import path_of
 from fp4trt.disk_space import foresee
 from fp4trt.errors import BadOption, OutputExists
-from fp4trt.file_output import made_folder, partial_path
+from fp4trt.file_output import all_or_none, made_folder
 from fp4trt.number_formats import counted_by_format
 from fp4trt.options import file_name, file_names, one_of, takes
 from fp4trt.progress import PATIENCE_S, Progress, note, tracking
@@ -189,23 +187,9 @@ def _write(
         return
     files: dict[Path, Mapping[str, ByteRows]] = {result: made.tensors}
     files |= {branch_path(result): made.branch} if made.branch else {}
-    with _all_or_none(list(files)) as partials:
+    with all_or_none(files) as partials:
         for path, tensors in files.items():
             write_tensors(partials[path], tensors, header, advance)
-
-
-@contextlib.contextmanager
-def _all_or_none(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
-    """Give each file a name to be written under, and its own once all are complete."""
-    partials = {path: partial_path(path) for path in paths}
-    try:
-        yield partials
-        for path, partial in partials.items():
-            os.replace(partial, path)
-    finally:
-        for partial in partials.values():
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
 
 
 def _tell(result: Path, to: str, made: SingleFileTensors) -> None:

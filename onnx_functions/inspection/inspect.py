@@ -17,7 +17,7 @@ from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json, object_of, strings
 from fp4trt.layouts import recognised, refuse_foreign_layout
-from fp4trt.made_folder import made_folder
+from fp4trt.make_source import make_source_folder
 from fp4trt.number_formats import FORMATS, FP8, NVFP4, stored_format
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.progress import Progress
@@ -126,7 +126,7 @@ def _single_file(path: Path) -> dict[str, Any]:
         UnknownArtifact: it is quantized, damaged, or of no known model.
     """
     try:
-        folder = made_folder(path)
+        folder = make_source_folder(path)
     except BadCheckpoint as error:
         if path.suffix.lower() == ".gguf":
             raise UnknownArtifact(str(error)) from None

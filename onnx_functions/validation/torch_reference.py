@@ -31,7 +31,7 @@ from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.errors import BadCheckpoint, BadGraph, BadReference
 from fp4trt.json_file import load_json
-from fp4trt.made_folder import folder_of
+from fp4trt.make_source import folder_of
 from fp4trt.number_formats import FORMATS, NVFP4
 from onnx_functions.formats import graph_format
 from onnx_functions.graph.external_data import array_of

@@ -18,7 +18,7 @@ from fp4trt.safetensors_file import sha256_of
 from fp4trt.single_files.opening import config_like, open_file
 from fp4trt.source_folder import SOURCE, Lora, Source
 
-__all__ = ["cache_folder", "folder_of", "made_folder"]
+__all__ = ["cache_folder", "folder_of", "make_source_folder"]
 
 
 def cache_folder() -> Path:
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     return (Path(local) if local else Path.home() / ".cache") / "fp4trt"
 
 
-def made_folder(weights: Path, like: str | Path | None = None, loras: Sequence[tuple[Path, float]] = ()) -> Path:
+def make_source_folder(weights: Path, like: str | Path | None = None, loras: Sequence[tuple[Path, float]] = ()) -> Path:
     """Return the folder that stands for a single file, or for anything with LoRAs, and say how it is read.
 
     Args:
@@ -81,7 +81,7 @@ def folder_of(artifact: str | Path) -> Path:
     """Return the folder of a transformer: a folder, that in a pipeline's, or one that stands for a single file.
 
     Raises:
-        BadCheckpoint: it is a pipeline's without a transformer, or as :func:`made_folder`.
+        BadCheckpoint: it is a pipeline's without a transformer, or as :func:`make_source_folder`.
     """
     path = path_of(artifact)
-    return made_folder(path) if path.is_file() else transformer_folder(path)
+    return make_source_folder(path) if path.is_file() else transformer_folder(path)
