@@ -341,6 +341,7 @@ def _build_and_publish(
             "engine_bytes": event["bytes"],
             "engine_sha256": event["sha256"],
             "symbols": _symbols(plan.profiles[0]),
+            **plan.graph.signature.as_dict(),
             "kernels": len(layers[0]),
             **coverage.summary(),
             **attentions.summary(),

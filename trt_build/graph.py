@@ -32,6 +32,7 @@ from onnx_functions.graph.linears import (
 )
 from onnx_functions.linting import require_form
 from trt_build.profiles import InputShape
+from trt_build.signature import Signature, signature_of
 
 __all__ = ["Graph", "read_graph"]
 
@@ -195,13 +196,14 @@ class Graph:
         )
 
     @cached_property
+    def signature(self) -> Signature:
+        """Its inputs and outputs."""
+        return signature_of(self.model)
+
+    @property
     def input_shapes(self) -> dict[str, InputShape]:
         """Dimensions of the inputs that are not initializers."""
-        return {
-            value.name: tuple(_dimension(dimension) for dimension in value.type.tensor_type.shape.dim)
-            for value in self.model.graph.input
-            if value.name not in self.index.initializers
-        }
+        return {port.name: port.dims for port in self.signature.inputs}
 
     @cached_property
     def external_ranges(self) -> tuple[Span, ...]:
@@ -264,12 +266,6 @@ def _of_model(path: Path) -> Iterator[None]:
 def _linear_of(node_name: str) -> str:
     path, _, operator = node_name.rpartition("/")
     return path if operator in PRODUCTS else node_name
-
-
-def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    if dimension.HasField("dim_value"):
-        return int(dimension.dim_value)
-    return dimension.dim_param or None
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -112,13 +112,16 @@ def test_weight_streaming_keeps_fp4(attention_graph: Any) -> None:
     assert trt_build.build(attention_graph(), weight_streaming=True)["fp4_linears"] == 4
 
 
-def test_the_manifest_holds_neither_time_nor_absolute_path(attention_graph: Any) -> None:
+def test_the_manifest_tells_inputs_and_outputs_but_neither_time_nor_absolute_path(attention_graph: Any) -> None:
     first = trt_build.build(attention_graph("here"))
     second = trt_build.build(attention_graph("there"))
     contents = [json.loads(Path(result["manifest"]).read_text()) for result in (first, second)]
     assert contents[0]["request"] == contents[1]["request"]
     assert contents[0].keys() == contents[1].keys()
     assert str(Path(first["engine"]).parent) not in Path(first["manifest"]).read_text()
+    told = {"dtype": "BFLOAT16", "shape": ["B", "L", 128]}
+    assert contents[0]["inputs"] == [{"name": "hidden_states", **told}]
+    assert contents[0]["outputs"] == [{"name": "latent", **told}]
 
 
 def test_fp4_for_a_gpu_without_it_is_refused_before_anything_is_built(attention_graph: Any) -> None:

@@ -1,0 +1,64 @@
+"""Inputs and outputs of a graph, and of the engine that was built from it: names, types and dimensions, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from onnx_functions.graph.external_data import type_name
+
+__all__ = ["Port", "Signature", "signature_of"]
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output.
+
+    Attributes:
+        name: its name.
+        dtype: its ONNX element type, such as BFLOAT16.
+        dims: of each axis a number, a symbol, or None where nothing is said.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int | str | None, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON holds of it."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.dims)}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs and the outputs, each in order."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON holds of it."""
+        return {
+            "inputs": [port.as_dict() for port in self.inputs],
+            "outputs": [port.as_dict() for port in self.outputs],
+        }
+
+
+def signature_of(model: onnx.ModelProto) -> Signature:
+    """Return the signature of a graph; initializers that are listed as inputs are none."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = (value for value in model.graph.input if value.name not in stored)
+    return Signature(tuple(map(_port, inputs)), tuple(map(_port, model.graph.output)))
+
+
+def _port(value: onnx.ValueInfoProto) -> Port:
+    tensor = value.type.tensor_type
+    return Port(value.name, type_name(tensor.elem_type), tuple(map(_dimension, tensor.shape.dim)))
+
+
+def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dimension.HasField("dim_value"):
+        return int(dimension.dim_value)
+    return dimension.dim_param or None
