@@ -18,7 +18,6 @@ from fp4trt.options import names, takes
 from fp4trt.progress import Progress, Step
 from fp4trt.targets import Target, parse_gpus, require_format
 from fp4trt.verb import Result
-from onnx_functions.linting import require_clean
 from trt_build import manifest
 from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
 from trt_build.branch_cost import branch_cost
@@ -27,6 +26,7 @@ from trt_build.disk_space import require_room
 from trt_build.engine_losses import attentions_of_all, coverage_of_all
 from trt_build.graph import Graph, read_graph
 from trt_build.layer_info import layers_of_profiles
+from trt_build.lint_notes import lint_notes
 from trt_build.local_gpu import local_compute_capabilities
 from trt_build.memory import GIB, memory_lines
 from trt_build.profile_set import Asked, are_profiles, make_profiles
@@ -36,8 +36,6 @@ from trt_build.served_sizes import require_served
 from trt_build.supervise import run_child
 
 __all__ = ["build"]
-
-_SHOWN_FINDINGS = 5
 
 OnProgress = Callable[[float, str], None]
 
@@ -193,7 +191,7 @@ def build(
     manifest.check_output(plan.engine, plan.graph, force=force)
     weights = plan.graph.weight_bytes
     told = (note for profile in plan.profiles for note in profile.notes)
-    notes = (*told, *_without_gemms(plan), *_lint(plan.graph.path, allow_slow=allow_slow))
+    notes = (*told, *_without_gemms(plan), *lint_notes(plan.graph.path, allow_slow=allow_slow))
     for line in notes:
         on_line(line)
     version = _tensorrt_version(plan, force)
@@ -261,18 +259,6 @@ def _without_gemms(plan: _Plan) -> Iterator[str]:
         if paths and kind not in plan.formats:
             names = ", ".join(plan.compute_capabilities)
             yield f"{len(paths)} linears in {FORMATS[kind].title}: {FORMATS[kind].elsewhere} on {names}"
-
-
-def _lint(path: Path, *, allow_slow: bool) -> Iterator[str]:
-    """Refuse what would be built wrongly; yield a line for each of the first warnings.
-
-    Raises:
-        LintError
-    """
-    findings = require_clean(path, allow_slow).findings
-    yield from (finding.line() for finding in findings[:_SHOWN_FINDINGS])
-    if len(findings) > _SHOWN_FINDINGS:
-        yield f"and {len(findings) - _SHOWN_FINDINGS} warnings more: fp4trt lint lists them"
 
 
 def _tensorrt_version(plan: _Plan, force: bool) -> str:

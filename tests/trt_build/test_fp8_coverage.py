@@ -97,7 +97,7 @@ def graph() -> FP8Graph:
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[FP8Graph], dict[str, Any]]:
     """Return what builds a graph that the lint is not asked about."""
-    monkeypatch.setattr(builder, "_lint", lambda *_, **__: iter(()))
+    monkeypatch.setattr(builder, "lint_notes", lambda *_, **__: iter(()))
 
     def build(graph: FP8Graph, gpu: str = "rtx5090") -> dict[str, Any]:
         shapes = ["x=1x16x128:1x64x128:2x128x128"]
