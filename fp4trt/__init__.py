@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     inspect: Callable[..., Any]
     lint: Callable[..., Any]
     load: Callable[..., Any]
+    package: Callable[..., Any]
     quantize: Callable[..., Any]
     search: Callable[..., Any]
     validate: Callable[..., Any]
@@ -41,6 +42,7 @@ __all__ = [
     "lint",
     "load",
     "main",
+    "package",
     "quantize",
     "run",
     "search",
@@ -56,6 +58,7 @@ VERBS: Final = {
     "inspect": "onnx_functions.inspection.inspect:inspect",
     "lint": "onnx_functions.linting:lint",
     "load": "calibration.checkpoints.quantized:load",
+    "package": "trt_build.packages.package:package",
     "quantize": "calibration.quantization:quantize",
     "search": "calibration.layer_choice.search:search",
     "validate": "onnx_functions.validation.run_gates:validate",

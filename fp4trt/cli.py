@@ -50,6 +50,9 @@ COMMANDS: dict[str, Entry] = {
     "validate": Entry("onnx_functions.cli:validate", "Check the numerics of a graph against its checkpoint."),
     "lint": Entry("onnx_functions.cli:lint", "Find what TensorRT would accept wrongly or degrade in silence."),
     "build": Entry("trt_build.cli:build_command", "Compile a graph into a TensorRT engine; no GPU needed."),
+    "package": Entry(
+        "trt_build.packages.cli:package_command", "Lay a graph or engine out as another program reads it."
+    ),
     "compare": Entry(
         "generation.comparison.cli:compare", "Draw the same images with several checkpoints, and measure."
     ),

@@ -33,6 +33,7 @@ __all__ = [
     "OutputExistsError",
     "StageFailed",
     "TooLittleSpace",
+    "UnfitArtifact",
     "UnknownArtifact",
     "UnknownFamily",
     "UnknownGpuError",
@@ -254,3 +255,12 @@ class CoverageError(BuildError):
     """Linears that the graph promises in FP4 did not get an FP4 GEMM."""
 
     exit_code = 1
+
+
+# Packages for other programs
+
+
+class UnfitArtifact(ValueError):
+    """A graph, an engine or a checkpoint is not what the program takes that it is to be handed to."""
+
+    exit_code = 2

@@ -34,7 +34,7 @@ from onnx_functions.linting import require_form
 from trt_build.profiles import InputShape
 from trt_build.signature import Signature, signature_of
 
-__all__ = ["Graph", "read_graph"]
+__all__ = ["Graph", "read_graph", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Graph:
         Raises BadModelError where one leaves the model's folder, or a file is missing or too short.
         """
         with _of_model(self.path):
-            spans = [span_of(tensor, self.path.parent) for tensor in _tensors(self.model.graph)]
+            spans = [span_of(tensor, self.path.parent) for tensor in tensors_of(self.model.graph)]
         return tuple(span for span in spans if span is not None)
 
     @property
@@ -268,7 +268,8 @@ def _linear_of(node_name: str) -> str:
     return path if operator in PRODUCTS else node_name
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def tensors_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that a graph, or a body in it, stores: initializers and attributes."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
@@ -276,4 +277,4 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield attribute.t
             yield from attribute.tensors
         for body in bodies_of(node):
-            yield from _tensors(body)
+            yield from tensors_of(body)

@@ -20,6 +20,7 @@ from trt_build.graph import Graph
 __all__ = [
     "answering_manifest",
     "check_output",
+    "describes",
     "file_sha256",
     "graph_sha256",
     "make_request",
@@ -97,7 +98,7 @@ def read_manifest(engine: Path) -> dict[str, Any] | None:
 def answering_manifest(engine: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """Return the manifest beside an engine when the engine is whole and was built for the same request."""
     found = read_manifest(engine)
-    if found is None or found.get("request") != request or not _describes(found, engine):
+    if found is None or found.get("request") != request or not describes(found, engine):
         return None
     return found
 
@@ -123,7 +124,7 @@ def check_output(engine: Path, graph: Graph, *, force: bool) -> None:
     found = read_manifest(engine)
     if found is None and beside.exists():
         raise OutputExistsError(f"{beside} exists and is not an engine's manifest; name another engine file")
-    if engine.exists() and not force and not (found and _describes(found, engine)):
+    if engine.exists() and not force and not (found and describes(found, engine)):
         raise OutputExistsError(f"{engine} exists and was not built by fp4trt, or has changed; replace it with --force")
 
 
@@ -145,7 +146,8 @@ def write_manifest(engine: Path, request: dict[str, Any], result: dict[str, Any]
     return content
 
 
-def _describes(manifest: dict[str, Any], engine: Path) -> bool:
+def describes(manifest: dict[str, Any], engine: Path) -> bool:
+    """Whether an engine is, byte for byte, the one that a manifest was written of."""
     return (
         engine.is_file()
         and engine.stat().st_size == manifest.get("engine_bytes")

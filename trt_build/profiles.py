@@ -10,7 +10,18 @@ from fp4trt.errors import BadModelError, BadProfileError
 from fp4trt.families.dim import BOUNDS, OPTIONS, out_of_order
 from trt_build.least_tokens import raised
 
-__all__ = ["Count", "Extent", "InputShape", "Pixels", "Profile", "as_text", "make_profile", "pictures_of"]
+__all__ = [
+    "Count",
+    "Extent",
+    "InputShape",
+    "Pixels",
+    "Profile",
+    "as_text",
+    "check_symbol",
+    "declared_range",
+    "make_profile",
+    "pictures_of",
+]
 
 Extent = tuple[int, int, int]
 """Minimum, optimum and maximum of one dimension."""
@@ -77,7 +88,7 @@ def make_profile(
         BadModelError: the symbols are not as fp4trt declares them.
     """
     for name, symbol in symbols.items():
-        _check_symbol(name, symbol)
+        check_symbol(name, symbol)
     options = {"--resolution": resolution, "--frames": frames, "--audio": audio, "--batch": batch, "--text": text}
     given = {option: as_text(option, value) for option, value in options.items() if value is not None}
     known = {option for symbol in symbols.values() for option in OPTIONS[symbol["kind"]]}
@@ -97,7 +108,7 @@ def make_profile(
             whole[name] = _input_extent(shape, input_shapes[name])
             named.update(dimension for dimension in input_shapes[name] if isinstance(dimension, str))
         elif any(name in dimensions for dimensions in input_shapes.values()):
-            extents[name] = _extent(f"--shape {shape}", value, _declared(symbols.get(name)))
+            extents[name] = _extent(f"--shape {shape}", value, declared_range(symbols.get(name)))
             named.add(name)
         else:
             there = ", ".join([*_free_symbols(input_shapes), *input_shapes])
@@ -129,7 +140,7 @@ def pictures_of(resolution: Pixels) -> list[tuple[int, int]]:
     return pictures if len(pictures) > 1 else 3 * pictures
 
 
-def _check_symbol(name: str, symbol: Mapping[str, Any]) -> None:
+def check_symbol(name: str, symbol: Mapping[str, Any]) -> None:
     """Raise BadModelError unless a symbol has a kind of ours, and with it an ordered range of positive numbers."""
     kind = symbol.get("kind")
     if not isinstance(kind, str) or kind not in BOUNDS:
@@ -248,7 +259,7 @@ def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
     return (width // step) * (height // step)
 
 
-def _declared(symbol: Mapping[str, Any] | None) -> tuple[int, int | None] | None:
+def declared_range(symbol: Mapping[str, Any] | None) -> tuple[int, int | None] | None:
     """Return the range of a symbol; that of a picture's tokens is open, because pictures to refer to are tokens too."""
     if symbol is None:
         return None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 
+from fp4trt.errors import BadModelError
 from onnx_functions.graph.external_data import type_name
 
-__all__ = ["Port", "Signature", "signature_of"]
+__all__ = ["Port", "Signature", "signature_in", "signature_of"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,32 @@ def signature_of(model: onnx.ModelProto) -> Signature:
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = (value for value in model.graph.input if value.name not in stored)
     return Signature(tuple(map(_port, inputs)), tuple(map(_port, model.graph.output)))
+
+
+def signature_in(manifest: Mapping[str, Any]) -> Signature | None:
+    """Return the signature that an engine's JSON tells; None where it tells none, as those of earlier versions.
+
+    Raises:
+        BadModelError: it is not as fp4trt writes it.
+    """
+    if "inputs" not in manifest:
+        return None
+    try:
+        return Signature(_ports(manifest["inputs"]), _ports(manifest["outputs"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadModelError(
+            f"the engine's JSON tells its inputs and outputs wrongly ({error}); build it again"
+        ) from None
+
+
+def _ports(listed: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
+    ports = tuple(Port(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in listed)
+    for port in ports:
+        if not isinstance(port.name, str) or port.dtype not in onnx.TensorProto.DataType.keys():  # noqa: SIM118
+            raise TypeError(f"{port.name!r} of type {port.dtype!r}")
+        if not all(dim is None or isinstance(dim, int | str) for dim in port.dims):
+            raise TypeError(f"{port.name} of shape {list(port.dims)}")
+    return ports
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:

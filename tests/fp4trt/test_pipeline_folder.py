@@ -19,7 +19,7 @@ from onnx_functions.validation.torch_reference import open_reference
 from trt_build.graph import read_graph
 
 INDEX = "model_index.json"
-COMMANDS = ("lint", "inspect", "validate", "build", "export", "calibrate", "quantize", "search", "compare")
+COMMANDS = ("lint", "inspect", "validate", "build", "package", "export", "calibrate", "quantize", "search", "compare")
 
 
 @pytest.fixture
@@ -61,7 +61,8 @@ def test_a_pipeline_without_a_transformer_is_refused_in_one_line(
     for name in folders:
         (pipe / name).mkdir(parents=True)
     (pipe / INDEX).write_text("{}")
-    more = {"compare": ["a=digits"], "search": ["--fp8-budget", "0.1"]}.get(command, [])
+    options = {"compare": ["a=digits"], "search": ["--fp8-budget", "0.1"], "package": ["--for", "bfl"]}
+    more = options.get(command, [])
     output = [] if command in ("lint", "inspect") else ["-o", str(tmp_path / "out")]
     assert fp4trt.run([command, str(pipe), *more, *output]) == 2
     printed = capsys.readouterr().err.strip()

@@ -121,7 +121,7 @@ def test_calibration_inputs_that_are_none_are_refused(
 
 NO_ARTIFACTS = [
     (command, what)
-    for command in ("export", "validate", "build", "inspect", "lint")
+    for command in ("export", "validate", "build", "package", "inspect", "lint")
     for what in ("nothing", "an empty folder", "random bytes", "an ONNX without its data")
     # inspect tells what a graph is from the graph alone, and of missing data lint makes a finding, with status 1
     if not (command in ("inspect", "lint") and what == "an ONNX without its data")
@@ -143,7 +143,7 @@ def test_what_is_no_artifact_is_refused(
         shutil.copy(quantized_digits / "model.onnx", path)
         path = path / "model.onnx" if command != "export" else path
     before = _contents(tmp_path)
-    _refused(capfd, command, path)
+    _refused(capfd, command, path, *(["--for", "demo-diffusion"] if command == "package" else []))
     assert _contents(tmp_path) == before
 
 

@@ -67,6 +67,14 @@ FLOORS = {
         {"inspection", "validation"},
         {"cli"},
     ),
+    "trt_build": (
+        {"layer_info", "least_tokens", "lint_notes", "local_gpu", "memory", "progress", "signature", "supervise"},
+        {"callbacks", "disk_space", "profiles"},
+        {"child", "graph", "profile_set", "served_sizes"},
+        {"attention_coverage", "branch_cost", "coverage", "manifest", "script"},
+        {"builder", "packages"},
+        {"cli"},
+    ),
     "generation": ({"comparison", "transformer"}, {"demo"}),
 }
 

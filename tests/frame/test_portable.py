@@ -18,7 +18,7 @@ SOURCES = [path for room in PACKAGES for path in sorted((ROOT / room).rglob("*.p
 POSIX_MODULES = set("crypt curses fcntl grp nis ossaudiodev posix pty pwd resource spwd syslog termios tty".split())
 POSIX_OS = set(
     "chown chroot ctermid fchdir fchmod fchown fork forkpty getegid geteuid getgid getgrouplist getloadavg"
-    " getpgid getpgrp getpriority getsid getuid killpg lchown link lockf major mkfifo mknod nice openpty"
+    " getpgid getpgrp getpriority getsid getuid killpg lchown lockf major mkfifo mknod nice openpty"
     " posix_fadvise posix_fallocate posix_spawn pread preadv pwrite pwritev register_at_fork"
     " sched_getaffinity sendfile setgid setpgid setsid setuid statvfs symlink sysconf tcgetpgrp ttyname uname"
     " wait wait3 wait4 waitid".split()

@@ -1,0 +1,70 @@
+"""The `package` command."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from trt_build.packages.package import Packaged
+
+__all__ = ["package_command"]
+
+_EXAMPLE = """\b
+Example:
+  fp4trt package flux-fp4 --for rtx-demo -o demo_cache
+  fp4trt package rtx5090.engine --for rtx-demo -o demo_cache
+  fp4trt package flux-fp4 --for demo-diffusion
+  fp4trt package flux-fp4 --for bfl -o FLUX.1-dev-onnx
+"""
+
+
+@click.command("package", epilog=_EXAMPLE, short_help="Lay a graph or engine out as another program reads it.")
+@click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option(
+    "--for",
+    "program",
+    type=click.Choice(["rtx-demo", "demo-diffusion", "bfl"]),
+    required=True,
+    help="The program: TensorRT-RTX's demo, TensorRT's demoDiffusion, or Black Forest Labs' flux.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; demo-diffusion needs none.")
+@click.option(
+    "--variant",
+    type=click.Choice(["dev", "schnell", "kontext", "canny", "depth"]),
+    help="Which FLUX.1 it is, where its inputs do not tell.  [default: what they tell; dev rather than kontext]",
+)
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    help="The graph of an engine, or its folder.  [default: model.onnx beside it]",
+)
+@click.option("--copy", is_flag=True, help="Copy weights and engines where hard links would do.")
+@click.option("--force", is_flag=True, help="Replace a package that is there.")
+def package_command(artifact: Path, **options: Any) -> Packaged:
+    """Lay ARTIFACT out as another program reads it, and say how that runs it.
+
+    ARTIFACT is a graph or the folder with it, or an engine with its JSON. Before anything is written it is held
+    against what the program gives and asks for: names, types, order and sizes of inputs and outputs.
+    """
+    from trt_build.packages.package import package
+
+    result = package(artifact, **options)
+    click.echo(_summary(result))
+    for note in result.notes:
+        click.echo(f"  {note}")
+    click.echo(f"run {result.where}:\n{result.command}")
+    return result
+
+
+def _summary(result: Packaged) -> str:
+    taken = f"{result.program} takes it as {result.model} ({result.precision})" if result.model else ""
+    if result.folder is None:
+        return f"{taken}: used in its place, nothing was written"
+    ways = Counter(file["how"] for file in result.files)
+    how = ", ".join(f"{count} {way}" for way, count in ways.items())
+    total = sum(file["bytes"] for file in result.files)
+    return f"{f'{taken}: ' if taken else ''}{len(result.files)} files ({how}), {total:,} bytes -> {result.folder}"

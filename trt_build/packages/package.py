@@ -1,0 +1,145 @@
+"""The verb: check an artifact against what a program expects, lay it out as the program reads it, say how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, get_args
+
+from fp4trt.errors import BadOption, OutputExists
+from fp4trt.options import file_name, one_of, takes
+from fp4trt.progress import Progress
+from fp4trt.publish import replacing
+from fp4trt.verb import Result, verb
+from trt_build.packages.artifacts import is_engine
+from trt_build.packages.bfl import plan_for_bfl
+from trt_build.packages.contracts import Program, Variant
+from trt_build.packages.demo_diffusion import plan_for_demo_diffusion
+from trt_build.packages.placing import Placed, place
+from trt_build.packages.plan import Plan
+from trt_build.packages.rtx_demo import plan_for_rtx_demo
+
+__all__ = ["Packaged", "package"]
+
+
+@dataclass(frozen=True, eq=False)
+class Packaged(Result):
+    """A package for a program.
+
+    Attributes:
+        program: the program.
+        model: what it calls the model; None for one that takes any.
+        precision: ``fp4``, ``fp8`` or ``bf16``, likewise.
+        folder: absolute path of the package; None where the artifact is used in its place.
+        files: name, bytes, and whether it is ``linked``, ``copied`` or ``written``.
+        command: the command line, of a POSIX shell, that then runs it.
+        where: in which folder.
+        notes: what is to be told besides.
+    """
+
+    program: Program
+    model: str | None
+    precision: str | None
+    folder: str | None
+    files: Sequence[Mapping[str, Any]]
+    command: str
+    where: str
+    notes: Sequence[str]
+
+
+_OPTIONS: Final[Mapping[Program, frozenset[str]]] = {
+    "rtx-demo": frozenset({"variant", "graph"}),
+    "demo-diffusion": frozenset({"variant", "graph"}),
+    "bfl": frozenset({"variant"}),
+}
+"""Which options each program has, besides those of all."""
+
+
+@verb
+@takes(
+    artifact=file_name, output=file_name, program=one_of(*_OPTIONS), variant=one_of(*get_args(Variant)), graph=file_name
+)
+def package(
+    artifact: str | Path,
+    output: str | Path | None = None,
+    *,
+    program: Program,
+    variant: Variant | None = None,
+    graph: str | Path | None = None,
+    copy: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,  # noqa: ARG001 - the verb's
+) -> Packaged:
+    """Lay an artifact out for another program, having checked that it is what the program takes.
+
+    Args:
+        artifact: a graph or the folder with it, or an engine with its JSON.
+        output: the folder to write; ``demo-diffusion`` needs none.
+        program: ``rtx-demo``, ``demo-diffusion`` or ``bfl``.
+        variant: which FLUX.1 it is, where its inputs do not tell: ``kontext``, ``canny`` or ``depth``.
+        graph: the graph of an engine, where it does not lie beside it.
+        copy: copy the weights and the engine where hard links would do.
+        force: replace a package that is there.
+        progress: called with each step.
+
+    Raises:
+        BadOption: an option is missing, or is not the program's.
+        UnfitArtifact: the artifact is not what the program takes; the first difference.
+        BadModelError, BadProfileError, LintError: the graph cannot be used.
+        OutputExists, TooLittleSpace, OSError: naming what is wrong with the output.
+    """
+    for name, given in {"variant": variant, "graph": graph}.items():
+        if given is not None and name not in _OPTIONS[program]:
+            raise BadOption(f"{name} is not for {program}; leave it out")
+    source = Path(artifact).absolute()
+    if graph is not None and not is_engine(source):
+        raise BadOption(f"graph is that of an engine, and {source} is no engine with its JSON; leave it out")
+    folder = None if output is None else Path(output).absolute()
+    plan = _plan(program, source, folder, variant, None if graph is None else Path(graph).absolute())
+    placed: list[Placed] = []
+    if folder is not None:
+        _require_apart(source, folder)
+        with replacing(folder, force, ours=plan.contents.keys()) as partial:
+            placed = place(partial, plan.contents, copy=copy)
+    return Packaged(
+        program=program,
+        model=plan.model,
+        precision=plan.precision,
+        folder=None if folder is None else str(folder),
+        files=[dict(file) for file in placed],
+        command=plan.command,
+        where=plan.where,
+        notes=[*plan.notes, *_of_links(placed)],
+    )
+
+
+def _plan(program: Program, source: Path, folder: Path | None, variant: str | None, graph: Path | None) -> Plan:
+    if program == "demo-diffusion":
+        return plan_for_demo_diffusion(source, folder, variant, graph)
+    if folder is None:
+        raise BadOption(f"a package for {program} is a folder; name it with --output")
+    plans: Mapping[Program, Callable[[Path], Plan]] = {
+        "rtx-demo": lambda folder: plan_for_rtx_demo(source, folder, variant, graph),
+        "bfl": lambda folder: plan_for_bfl(source, folder, variant),
+    }
+    return plans[program](folder)
+
+
+def _of_links(placed: Sequence[Placed]) -> Iterator[str]:
+    """Yield what is to be told of files that have two names."""
+    if any(file.how == "linked" for file in placed):
+        yield (
+            "linked files are the artifact's own bytes under a second name, which onnx.checker and onnx.load refuse as "
+            "external data, here and there: --copy makes copies"
+        )
+
+
+def _require_apart(source: Path, folder: Path) -> None:
+    """Refuse to replace the artifact itself, or the folder that it lies in.
+
+    Raises:
+        OutputExists
+    """
+    if folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise OutputExists(f"{folder} is where {source.name} lies; choose another --output")
