@@ -163,6 +163,18 @@ def attention_graph(tmp_path: Path) -> GraphWriter:
     return write
 
 
+@pytest.fixture(scope="session")
+def attention_engine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The attention graph, and an engine of it in another folder; not to be changed."""
+    pytest.importorskip("tensorrt_rtx")
+    from trt_build import build
+
+    graph = write_attention_graph(tmp_path_factory.mktemp("graph"))
+    engine = tmp_path_factory.mktemp("engine") / "rtx5090.engine"
+    build(graph, output=engine, resolution=512, batch="1:1:2")
+    return graph, engine
+
+
 @pytest.fixture
 def double_dequantize() -> type[DoubleDequantizeGraph]:
     """What a test writes a graph of its own with."""

@@ -72,7 +72,7 @@ def plan_for_bfl(artifact: Path, folder: Path, variant: str | None) -> Plan:
     starts = dict(zip(files, joined.offsets, strict=True))
     contents: dict[str, Content] = {f"{inside}/model.onnx": Written(_with_one_file(graph, starts))}
     if files:
-        contents[f"{inside}/{_DATA}"] = joined if len(files) > 1 else Linked(*joined.sources)
+        contents[f"{inside}/{_DATA}"] = joined if len(files) > 1 else Linked(joined.sources[0], is_data=True)
     command, notes = _command(contract, precision, folder, fingerprint(graph))
     return Plan(contents, command, _WHERE, contract.model, precision, notes)
 

@@ -19,6 +19,7 @@ Example:
   fp4trt package rtx5090.engine --for rtx-demo -o demo_cache
   fp4trt package flux-fp4 --for demo-diffusion
   fp4trt package flux-fp4 --for bfl -o FLUX.1-dev-onnx
+  fp4trt package rtx5090.engine --for onnxruntime -o flux-ort
 """
 
 
@@ -27,9 +28,10 @@ Example:
 @click.option(
     "--for",
     "program",
-    type=click.Choice(["rtx-demo", "demo-diffusion", "bfl"]),
+    type=click.Choice(["rtx-demo", "demo-diffusion", "bfl", "onnxruntime"]),
     required=True,
-    help="The program: TensorRT-RTX's demo, TensorRT's demoDiffusion, or Black Forest Labs' flux.",
+    help="The program: TensorRT-RTX's demo, TensorRT's demoDiffusion, Black Forest Labs' flux, or ONNX Runtime with "
+    "NVIDIA's provider for TensorRT-RTX.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; demo-diffusion needs none.")
 @click.option(

@@ -55,7 +55,7 @@ def plan_for_demo_diffusion(artifact: Path, folder: Path | None, variant: str | 
     pipeline = "FluxKontextPipeline" if contract.variant == "kontext" else "FluxPipeline"
     inside = f"{pipeline}_{contract.model}/{_FOLDERS[precision]}"
     contents: dict[str, Content] = {f"{inside}/model_optimized.onnx": Copied(opened.path)}
-    contents |= {f"{inside}/{name}": Linked(file) for name, file in data_of(opened).items()}
+    contents |= {f"{inside}/{name}": Linked(file, is_data=True) for name, file in data_of(opened).items()}
     command = _command(contract, precision, "--onnx-dir", require_plain(folder, _PROGRAM), *engines)
     return Plan(contents, command, _WHERE, contract.model, precision, notes)
 

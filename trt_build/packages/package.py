@@ -16,7 +16,8 @@ from trt_build.packages.artifacts import is_engine
 from trt_build.packages.bfl import plan_for_bfl
 from trt_build.packages.contracts import Program, Variant
 from trt_build.packages.demo_diffusion import plan_for_demo_diffusion
-from trt_build.packages.placing import Placed, place
+from trt_build.packages.ep_context import plan_for_onnxruntime
+from trt_build.packages.placing import Content, Linked, Placed, place
 from trt_build.packages.plan import Plan
 from trt_build.packages.rtx_demo import plan_for_rtx_demo
 
@@ -52,6 +53,7 @@ _OPTIONS: Final[Mapping[Program, frozenset[str]]] = {
     "rtx-demo": frozenset({"variant", "graph"}),
     "demo-diffusion": frozenset({"variant", "graph"}),
     "bfl": frozenset({"variant"}),
+    "onnxruntime": frozenset({"graph"}),
 }
 """Which options each program has, besides those of all."""
 
@@ -76,7 +78,7 @@ def package(
     Args:
         artifact: a graph or the folder with it, or an engine with its JSON.
         output: the folder to write; ``demo-diffusion`` needs none.
-        program: ``rtx-demo``, ``demo-diffusion`` or ``bfl``.
+        program: ``rtx-demo``, ``demo-diffusion``, ``bfl`` or ``onnxruntime``.
         variant: which FLUX.1 it is, where its inputs do not tell: ``kontext``, ``canny`` or ``depth``.
         graph: the graph of an engine, where it does not lie beside it.
         copy: copy the weights and the engine where hard links would do.
@@ -110,7 +112,7 @@ def package(
         files=[dict(file) for file in placed],
         command=plan.command,
         where=plan.where,
-        notes=[*plan.notes, *_of_links(placed)],
+        notes=[*plan.notes, *_of_links(plan.contents, placed)],
     )
 
 
@@ -122,16 +124,18 @@ def _plan(program: Program, source: Path, folder: Path | None, variant: str | No
     plans: Mapping[Program, Callable[[Path], Plan]] = {
         "rtx-demo": lambda folder: plan_for_rtx_demo(source, folder, variant, graph),
         "bfl": lambda folder: plan_for_bfl(source, folder, variant),
+        "onnxruntime": lambda folder: plan_for_onnxruntime(source, folder, graph),
     }
     return plans[program](folder)
 
 
-def _of_links(placed: Sequence[Placed]) -> Iterator[str]:
-    """Yield what is to be told of files that have two names."""
-    if any(file.how == "linked" for file in placed):
+def _of_links(contents: Mapping[str, Content], placed: Sequence[Placed]) -> Iterator[str]:
+    """Yield what is to be told of external data that have two names."""
+    linked = {file.name for file in placed if file.how == "linked"}
+    if any(isinstance(content, Linked) and content.is_data and name in linked for name, content in contents.items()):
         yield (
-            "linked files are the artifact's own bytes under a second name, which onnx.checker and onnx.load refuse as "
-            "external data, here and there: --copy makes copies"
+            "linked weights are the artifact's own bytes under a second name, which onnx.checker and onnx.load refuse, "
+            "here and there: --copy makes copies"
         )
 
 

@@ -25,9 +25,15 @@ ALIGNMENT: Final = 4096
 
 @dataclass(frozen=True)
 class Linked:
-    """A file that is large, and that no program writes to: linked to, or copied where that is not possible."""
+    """A file that is large, and that no program writes to: linked to, or copied where that is not possible.
+
+    Attributes:
+        source: the file.
+        is_data: whether it is external data of a graph, which some readers refuse where a file has two names.
+    """
 
     source: Path
+    is_data: bool = False
 
 
 @dataclass(frozen=True)

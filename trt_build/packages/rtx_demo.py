@@ -46,7 +46,9 @@ def plan_for_rtx_demo(artifact: Path, folder: Path, variant: str | None, graph: 
     model = contract.model
     onnx = f"shared/onnx/{model}/{precision}/{model}.onnx"
     contents: dict[str, Content] = {onnx: Copied(opened.path)}
-    contents |= {f"{Path(onnx).parent.as_posix()}/{name}": Linked(file) for name, file in data_of(opened).items()}
+    contents |= {
+        f"{Path(onnx).parent.as_posix()}/{name}": Linked(file, is_data=True) for name, file in data_of(opened).items()
+    }
     words = ["--hf-token", TOKEN, "--precision", precision, "--cache-dir", cache, "--prompt", PROMPT]
     notes: list[str] = []
     if engine is not None:
