@@ -149,7 +149,7 @@ def refuse_foreign(directory: Path, force: bool, ours: Collection[str] = ()) -> 
     Args:
         directory: the result.
         force: replace one that is there.
-        ours: files that it consists of, where it is not a checkpoint.
+        ours: files that it consists of, besides those that a checkpoint's manifest lists.
 
     Raises:
         OutputExists: naming the folder, or what is in it.
@@ -161,7 +161,8 @@ def refuse_foreign(directory: Path, force: bool, ours: Collection[str] = ()) -> 
     if not force:
         raise OutputExists(f"{directory} exists; choose another --output, or replace it with --force")
     manifest = directory / MANIFEST
-    known = {MANIFEST, *_DERIVED, *load_manifest(manifest).get("files", {})} if manifest.exists() else set(ours)
+    known = {MANIFEST, *_DERIVED, *load_manifest(manifest).get("files", {})} if manifest.exists() else set()
+    known |= set(ours)
     known |= {_MARK, _PROGRESS} if known else set()  # where a kill met a result that had just got its name
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

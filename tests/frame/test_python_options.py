@@ -74,6 +74,16 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
         "to is 'gguf'; expected one of: comfyui, diffusers, bfl, modelopt",
     ),
     "no gpu": (lambda: fp4trt.build("m.onnx", gpu=None), BadOption, "gpu is None; expected 'rtx5090', or several"),
+    "no such program": (
+        lambda: fp4trt.package("m.onnx", "out", program="comfy"),
+        BadOption,
+        "program is 'comfy'; expected one of: rtx-demo, demo-diffusion, bfl, onnxruntime, hub",
+    ),
+    "no package": (
+        lambda: fp4trt.package("m.onnx", program="bfl"),
+        BadOption,
+        "a package for bfl is a folder; name it with --output",
+    ),
     "no shapes": (lambda: fp4trt.build("m.onnx", shapes=None), BadOption, "shapes is None; expected 'B=1:1:4'"),
 }
 

@@ -20,7 +20,7 @@ from trt_build.packages.artifacts import data_of, fingerprint, is_engine, open_g
 from trt_build.packages.contracts import TITLES, Contract, Variant
 from trt_build.packages.fit import fit_of
 from trt_build.packages.placing import Content, Joined, Linked, Written
-from trt_build.packages.plan import PROMPT, Plan, require_plain, shell_line
+from trt_build.packages.plan import PROMPT, Asked, Plan, require_plain, shell_line
 
 __all__ = ["plan_for_bfl"]
 
@@ -49,13 +49,13 @@ _BY_VARIABLE: Final = ("canny", "depth")
 """Those whose command reads the environment variable CUSTOM_ONNX_PATHS; the others overwrite it."""
 
 
-def plan_for_bfl(artifact: Path, folder: Path, variant: str | None) -> Plan:
+def plan_for_bfl(artifact: Path, folder: Path, asked: Asked) -> Plan:
     """Return the plan of a repository's folder.
 
     Args:
         artifact: a graph, or its folder.
         folder: where, absolute.
-        variant: which model it is.
+        asked: ``variant``.
 
     Raises:
         UnfitArtifact, and what opening a graph raises.
@@ -65,7 +65,7 @@ def plan_for_bfl(artifact: Path, folder: Path, variant: str | None) -> Plan:
             f"{artifact} is an engine, and {TITLES[_PROGRAM]} builds its own: give the graph that it was built from"
         )
     graph = open_graph(artifact, _PROGRAM)
-    contract, precision = fit_of(graph, _PROGRAM, variant)
+    contract, precision = fit_of(graph, _PROGRAM, asked.variant)
     inside = f"transformer.opt/{precision}"
     files = data_of(graph)
     joined = Joined(tuple(files.values()))

@@ -20,6 +20,7 @@ Example:
   fp4trt package flux-fp4 --for demo-diffusion
   fp4trt package flux-fp4 --for bfl -o FLUX.1-dev-onnx
   fp4trt package rtx5090.engine --for onnxruntime -o flux-ort
+  fp4trt package flux-fp4 --for hub -o upload --base-model black-forest-labs/FLUX.1-schnell --license apache-2.0
 """
 
 
@@ -28,10 +29,10 @@ Example:
 @click.option(
     "--for",
     "program",
-    type=click.Choice(["rtx-demo", "demo-diffusion", "bfl", "onnxruntime"]),
+    type=click.Choice(["rtx-demo", "demo-diffusion", "bfl", "onnxruntime", "hub"]),
     required=True,
-    help="The program: TensorRT-RTX's demo, TensorRT's demoDiffusion, Black Forest Labs' flux, or ONNX Runtime with "
-    "NVIDIA's provider for TensorRT-RTX.",
+    help="The program: TensorRT-RTX's demo, TensorRT's demoDiffusion, Black Forest Labs' flux, ONNX Runtime with "
+    "NVIDIA's provider for TensorRT-RTX, or the hub, for upload.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; demo-diffusion needs none.")
 @click.option(
@@ -44,13 +45,17 @@ Example:
     type=click.Path(path_type=Path),
     help="The graph of an engine, or its folder.  [default: model.onnx beside it]",
 )
+@click.option("--base-model", metavar="OWNER/NAME", help="For hub: what was quantized.")
+@click.option("--license", metavar="ID", help="For hub: its license, as the hub calls it.")
+@click.option("--license-name", metavar="ID", help="For hub: what a license is called that is `other` there.")
 @click.option("--copy", is_flag=True, help="Copy weights and engines where hard links would do.")
 @click.option("--force", is_flag=True, help="Replace a package that is there.")
 def package_command(artifact: Path, **options: Any) -> Packaged:
     """Lay ARTIFACT out as another program reads it, and say how that runs it.
 
-    ARTIFACT is a graph or the folder with it, or an engine with its JSON. Before anything is written it is held
-    against what the program gives and asks for: names, types, order and sizes of inputs and outputs.
+    ARTIFACT is a graph or the folder with it, an engine with its JSON, or a quantized checkpoint. Before anything is
+    written it is held against what the program gives and asks for: names, types, order and sizes of inputs and
+    outputs.
     """
     from trt_build.packages.package import package
 
@@ -63,10 +68,10 @@ def package_command(artifact: Path, **options: Any) -> Packaged:
 
 
 def _summary(result: Packaged) -> str:
-    taken = f"{result.program} takes it as {result.model} ({result.precision})" if result.model else ""
+    taken = f"{result.program} takes it as {result.model} ({result.precision})" if result.model else result.program
     if result.folder is None:
         return f"{taken}: used in its place, nothing was written"
     ways = Counter(file["how"] for file in result.files)
     how = ", ".join(f"{count} {way}" for way, count in ways.items())
     total = sum(file["bytes"] for file in result.files)
-    return f"{f'{taken}: ' if taken else ''}{len(result.files)} files ({how}), {total:,} bytes -> {result.folder}"
+    return f"{taken}: {len(result.files)} files ({how}), {total:,} bytes -> {result.folder}"

@@ -14,7 +14,7 @@ from trt_build.packages.artifacts import data_of, fingerprint, is_engine, open_e
 from trt_build.packages.contracts import TITLES, Contract
 from trt_build.packages.fit import extents_in, fit_of, fitting, picture_of, precision_of
 from trt_build.packages.placing import Content, Copied, Linked
-from trt_build.packages.plan import PROMPT, TOKEN, Plan, require_plain, shell_line
+from trt_build.packages.plan import PROMPT, TOKEN, Asked, Plan, require_plain, shell_line
 
 __all__ = ["plan_for_demo_diffusion"]
 
@@ -28,23 +28,22 @@ _FOLDERS: Final = {"fp4": "transformer_fp4", "fp8": "transformer_fp8.l4.0.bs2.c3
 """What the demo calls the folder of a transformer, with the options above and its own defaults."""
 
 
-def plan_for_demo_diffusion(artifact: Path, folder: Path | None, variant: str | None, graph: Path | None) -> Plan:
+def plan_for_demo_diffusion(artifact: Path, folder: Path | None, asked: Asked) -> Plan:
     """Return the plan of what the demo takes.
 
     Args:
         artifact: a graph, its folder, or an engine of TensorRT.
         folder: a tree as ``--onnx-dir`` has it, absolute; None to use the artifact in its place.
-        variant: which model it is.
-        graph: of an engine whose JSON does not tell its inputs, where it does not lie beside it.
+        asked: ``variant``, and the ``graph`` of an engine whose JSON does not tell its inputs.
 
     Raises:
         BadOption: there is no tree for an engine.
         UnfitArtifact, and what opening a graph raises.
     """
     if is_engine(artifact):
-        return _plan_of_engine(artifact, folder, variant, graph)
+        return _plan_of_engine(artifact, folder, asked)
     opened = open_graph(artifact, _PROGRAM)
-    contract, precision = fit_of(opened, _PROGRAM, variant)
+    contract, precision = fit_of(opened, _PROGRAM, asked.variant)
     engine = f"engine/transformer_{precision}_{fingerprint(opened)}.plan"
     engines = ("--custom-engine-paths", f"transformer:{engine}")
     notes = ("the other models are downloaded; TensorRT builds the transformer's engine at the first run",)
@@ -60,7 +59,7 @@ def plan_for_demo_diffusion(artifact: Path, folder: Path | None, variant: str | 
     return Plan(contents, command, _WHERE, contract.model, precision, notes)
 
 
-def _plan_of_engine(path: Path, folder: Path | None, variant: str | None, graph: Path | None) -> Plan:
+def _plan_of_engine(path: Path, folder: Path | None, asked: Asked) -> Plan:
     engine = open_engine(path)
     if engine.backend != "tensorrt":
         raise UnfitArtifact(
@@ -69,7 +68,7 @@ def _plan_of_engine(path: Path, folder: Path | None, variant: str | None, graph:
         )
     if folder is not None:
         raise BadOption(f"{path} is used in its place; leave out --output")
-    contract = fitting(_PROGRAM, str(path), engine.signature(graph), {}, variant)
+    contract = fitting(_PROGRAM, str(path), engine.signature(asked.graph), {}, asked.variant)
     extents = extents_in(str(path), engine.shapes, contract)
     precision = precision_of(str(path), engine.promised, _PROGRAM)
     words = ["--custom-engine-paths", f"transformer:{require_plain(path, _PROGRAM, ':,')}"]

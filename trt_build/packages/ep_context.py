@@ -19,7 +19,7 @@ from trt_build.manifest import manifest_path
 from trt_build.packages.artifacts import Engine, is_engine, open_engine
 from trt_build.packages.contracts import TITLES
 from trt_build.packages.placing import Content, Copied, Linked, Written
-from trt_build.packages.plan import Plan, shell_line
+from trt_build.packages.plan import Asked, Plan, shell_line
 from trt_build.signature import Port, Signature
 
 __all__ = ["plan_for_onnxruntime"]
@@ -39,13 +39,13 @@ _RUN: Final = (
 )
 
 
-def plan_for_onnxruntime(artifact: Path, folder: Path, graph: Path | None) -> Plan:
+def plan_for_onnxruntime(artifact: Path, folder: Path, asked: Asked) -> Plan:
     """Return the plan of an EPContext file and its engine.
 
     Args:
         artifact: an engine of TensorRT for RTX.
         folder: where, absolute.
-        graph: of an engine whose JSON does not tell its inputs, where it does not lie beside it.
+        asked: the ``graph`` of an engine whose JSON does not tell its inputs.
 
     Raises:
         UnfitArtifact: it is no such engine, or nothing tells its inputs and outputs.
@@ -62,7 +62,7 @@ def plan_for_onnxruntime(artifact: Path, folder: Path, graph: Path | None) -> Pl
         )
     name = f"{artifact.stem}_ctx.onnx"
     contents: dict[str, Content] = {
-        name: Written(_wrapped(engine, engine.signature(graph)).SerializeToString(deterministic=True)),
+        name: Written(_wrapped(engine, engine.signature(asked.graph)).SerializeToString(deterministic=True)),
         artifact.name: Linked(artifact),
         manifest_path(artifact).name: Copied(manifest_path(artifact)),
     }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, get_args
 
 from fp4trt.errors import BadOption, OutputExists
-from fp4trt.options import file_name, one_of, takes
+from fp4trt.options import file_name, one_of, takes, word
 from fp4trt.progress import Progress
 from fp4trt.publish import replacing
 from fp4trt.verb import Result, verb
@@ -17,8 +17,9 @@ from trt_build.packages.bfl import plan_for_bfl
 from trt_build.packages.contracts import Program, Variant
 from trt_build.packages.demo_diffusion import plan_for_demo_diffusion
 from trt_build.packages.ep_context import plan_for_onnxruntime
+from trt_build.packages.hub import plan_for_hub
 from trt_build.packages.placing import Content, Linked, Placed, place
-from trt_build.packages.plan import Plan
+from trt_build.packages.plan import Asked, Plan
 from trt_build.packages.rtx_demo import plan_for_rtx_demo
 
 __all__ = ["Packaged", "package"]
@@ -54,13 +55,29 @@ _OPTIONS: Final[Mapping[Program, frozenset[str]]] = {
     "demo-diffusion": frozenset({"variant", "graph"}),
     "bfl": frozenset({"variant"}),
     "onnxruntime": frozenset({"graph"}),
+    "hub": frozenset({"base_model", "license", "license_name"}),
 }
 """Which options each program has, besides those of all."""
+
+_PLANS: Final[Mapping[Program, Callable[[Path, Path, Asked], Plan]]] = {
+    "rtx-demo": plan_for_rtx_demo,
+    "bfl": plan_for_bfl,
+    "onnxruntime": plan_for_onnxruntime,
+    "hub": plan_for_hub,
+}
+"""Those that a package is a folder for in any case."""
 
 
 @verb
 @takes(
-    artifact=file_name, output=file_name, program=one_of(*_OPTIONS), variant=one_of(*get_args(Variant)), graph=file_name
+    artifact=file_name,
+    output=file_name,
+    program=one_of(*_OPTIONS),
+    variant=one_of(*get_args(Variant)),
+    graph=file_name,
+    base_model=word("black-forest-labs/FLUX.1-dev"),
+    license=word("apache-2.0"),
+    license_name=word("flux-1-dev-non-commercial-license"),
 )
 def package(
     artifact: str | Path,
@@ -69,6 +86,9 @@ def package(
     program: Program,
     variant: Variant | None = None,
     graph: str | Path | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
     copy: bool = False,
     force: bool = False,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
@@ -76,11 +96,13 @@ def package(
     """Lay an artifact out for another program, having checked that it is what the program takes.
 
     Args:
-        artifact: a graph or the folder with it, or an engine with its JSON.
+        artifact: a graph or the folder with it, an engine with its JSON, or a quantized checkpoint.
         output: the folder to write; ``demo-diffusion`` needs none.
-        program: ``rtx-demo``, ``demo-diffusion``, ``bfl`` or ``onnxruntime``.
+        program: ``rtx-demo``, ``demo-diffusion``, ``bfl``, ``onnxruntime`` or ``hub``.
         variant: which FLUX.1 it is, where its inputs do not tell: ``kontext``, ``canny`` or ``depth``.
         graph: the graph of an engine, where it does not lie beside it.
+        base_model, license, license_name: what the hub's model card says: the hub name of what was quantized, and the
+            hub's identifier of its license, or ``other`` and what it is called.
         copy: copy the weights and the engine where hard links would do.
         force: replace a package that is there.
         progress: called with each step.
@@ -91,14 +113,11 @@ def package(
         BadModelError, BadProfileError, LintError: the graph cannot be used.
         OutputExists, TooLittleSpace, OSError: naming what is wrong with the output.
     """
-    for name, given in {"variant": variant, "graph": graph}.items():
-        if given is not None and name not in _OPTIONS[program]:
-            raise BadOption(f"{name} is not for {program}; leave it out")
     source = Path(artifact).absolute()
-    if graph is not None and not is_engine(source):
-        raise BadOption(f"graph is that of an engine, and {source} is no engine with its JSON; leave it out")
     folder = None if output is None else Path(output).absolute()
-    plan = _plan(program, source, folder, variant, None if graph is None else Path(graph).absolute())
+    asked = Asked(variant, None if graph is None else Path(graph).absolute(), base_model, license, license_name)
+    _require_options(program, source, asked)
+    plan = _plan(program, source, folder, asked)
     placed: list[Placed] = []
     if folder is not None:
         _require_apart(source, folder)
@@ -116,17 +135,20 @@ def package(
     )
 
 
-def _plan(program: Program, source: Path, folder: Path | None, variant: str | None, graph: Path | None) -> Plan:
+def _require_options(program: Program, source: Path, asked: Asked) -> None:
+    for field in fields(asked):
+        if getattr(asked, field.name) is not None and field.name not in _OPTIONS[program]:
+            raise BadOption(f"{field.name} is not for {program}; leave it out")
+    if asked.graph is not None and not is_engine(source):
+        raise BadOption(f"graph is that of an engine, and {source} is no engine with its JSON; leave it out")
+
+
+def _plan(program: Program, source: Path, folder: Path | None, asked: Asked) -> Plan:
     if program == "demo-diffusion":
-        return plan_for_demo_diffusion(source, folder, variant, graph)
+        return plan_for_demo_diffusion(source, folder, asked)
     if folder is None:
         raise BadOption(f"a package for {program} is a folder; name it with --output")
-    plans: Mapping[Program, Callable[[Path], Plan]] = {
-        "rtx-demo": lambda folder: plan_for_rtx_demo(source, folder, variant, graph),
-        "bfl": lambda folder: plan_for_bfl(source, folder, variant),
-        "onnxruntime": lambda folder: plan_for_onnxruntime(source, folder, graph),
-    }
-    return plans[program](folder)
+    return _PLANS[program](source, folder, asked)
 
 
 def _of_links(contents: Mapping[str, Content], placed: Sequence[Placed]) -> Iterator[str]:

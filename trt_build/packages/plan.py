@@ -13,7 +13,7 @@ from fp4trt.errors import UnfitArtifact
 from trt_build.packages.contracts import TITLES, Program
 from trt_build.packages.placing import Content
 
-__all__ = ["PROMPT", "TOKEN", "Plan", "require_plain", "shell_line"]
+__all__ = ["PROMPT", "TOKEN", "Asked", "Plan", "require_plain", "shell_line"]
 
 PROMPT: Final = "a lighthouse in the fog"
 """What the commands draw."""
@@ -22,6 +22,25 @@ TOKEN: Final = '"$HF_TOKEN"'
 """The user's access token, as a shell reads it."""
 
 _PLAIN: Final = re.compile(r"[\w@%+=:,./\\~-]*")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user says besides artifact and program; each of some programs.
+
+    Attributes:
+        variant: which FLUX.1 it is.
+        graph: the graph of an engine, where it does not lie beside it.
+        base_model: hub name of what was quantized.
+        license: its license, as the hub calls it.
+        license_name: where that is ``other``, what it is called.
+    """
+
+    variant: str | None = None
+    graph: Path | None = None
+    base_model: str | None = None
+    license: str | None = None
+    license_name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from trt_build.packages.artifacts import Engine, data_of, graph_of, is_engine, o
 from trt_build.packages.contracts import TITLES, Contract
 from trt_build.packages.fit import extents_in, fit_of, picture_of
 from trt_build.packages.placing import Content, Copied, Linked, Written
-from trt_build.packages.plan import PROMPT, TOKEN, Plan, require_plain, shell_line
+from trt_build.packages.plan import PROMPT, TOKEN, Asked, Plan, require_plain, shell_line
 
 __all__ = ["plan_for_rtx_demo"]
 
@@ -25,14 +25,13 @@ _PROGRAM: Final = "rtx-demo"
 _WHERE: Final = "in a clone of NVIDIA/TensorRT-RTX"
 
 
-def plan_for_rtx_demo(artifact: Path, folder: Path, variant: str | None, graph: Path | None) -> Plan:
+def plan_for_rtx_demo(artifact: Path, folder: Path, asked: Asked) -> Plan:
     """Return the plan of a cache.
 
     Args:
         artifact: a graph, its folder, or an engine of TensorRT-RTX.
         folder: the cache, absolute.
-        variant: the model, which may be None or ``dev``.
-        graph: of an engine, where it does not lie beside it.
+        asked: ``variant``, which may be None or ``dev``, and ``graph``.
 
     Raises:
         UnfitArtifact, and what opening a graph raises.
@@ -40,8 +39,8 @@ def plan_for_rtx_demo(artifact: Path, folder: Path, variant: str | None, graph: 
     engine = open_engine(artifact) if is_engine(artifact) else None
     if engine is not None:
         _require_rtx(engine)
-    opened = graph_of(engine, graph) if engine is not None else open_graph(artifact, _PROGRAM)
-    contract, precision = fit_of(opened, _PROGRAM, variant)
+    opened = graph_of(engine, asked.graph) if engine is not None else open_graph(artifact, _PROGRAM)
+    contract, precision = fit_of(opened, _PROGRAM, asked.variant)
     cache = require_plain(folder, _PROGRAM)
     model = contract.model
     onnx = f"shared/onnx/{model}/{precision}/{model}.onnx"
