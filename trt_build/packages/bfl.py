@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 import onnx
-from onnx import external_data_helper
 
 from fp4trt.errors import UnfitArtifact
+from onnx_functions.graph.external_data import span_of
 from trt_build.graph import Graph, tensors_of
 from trt_build.packages.artifacts import data_of, fingerprint, is_engine, open_graph
 from trt_build.packages.contracts import TITLES, Contract, Variant
@@ -71,8 +71,10 @@ def plan_for_bfl(artifact: Path, folder: Path, asked: Asked) -> Plan:
     joined = Joined(tuple(files.values()))
     starts = dict(zip(files, joined.offsets, strict=True))
     contents: dict[str, Content] = {f"{inside}/model.onnx": Written(_with_one_file(graph, starts))}
-    if files:
-        contents[f"{inside}/{_DATA}"] = joined if len(files) > 1 else Linked(joined.sources[0], is_data=True)
+    if len(files) == 1:
+        contents[f"{inside}/{_DATA}"] = Linked(joined.sources[0], is_data=True)
+    else:  # where none is there, the program would download its own
+        contents[f"{inside}/{_DATA}"] = joined
     command, notes = _command(contract, precision, folder, fingerprint(graph))
     return Plan(contents, command, _WHERE, contract.model, precision, notes)
 
@@ -84,17 +86,16 @@ def _with_one_file(graph: Graph, starts: Mapping[str, int]) -> bytes:
         graph: the graph.
         starts: each of its files to where it begins in the one.
     """
+    folder = graph.path.parent
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     for tensor in tensors_of(model.graph):
-        if external_data_helper.uses_external_data(tensor):
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            start = starts[Path(entries["location"]).as_posix()]
-            entries |= {"location": _DATA, "offset": str(start + int(entries.get("offset", "0")))}
-            entries.pop("checksum", None)
+        span = span_of(tensor, folder)
+        if span is not None:
+            start = starts[span.file.relative_to(folder).as_posix()]
             del tensor.external_data[:]
-            for key, value in entries.items():
-                tensor.external_data.add(key=key, value=value)
+            for key, value in (("location", _DATA), ("offset", start + span.offset), ("length", span.length)):
+                tensor.external_data.add(key=key, value=str(value))
     return model.SerializeToString(deterministic=True)
 
 

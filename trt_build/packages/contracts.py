@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from fp4trt.number_formats import FP8, NVFP4
+
 __all__ = ["CONTRACTS", "PRECISIONS", "TITLES", "Contract", "Extent", "Program", "Tensor", "Variant", "contracts_of"]
 
 Program = Literal["rtx-demo", "demo-diffusion", "bfl", "onnxruntime", "hub"]
@@ -27,7 +29,7 @@ TITLES: Final[Mapping[Program, str]] = {
 }
 """What messages call the programs."""
 
-PRECISIONS: Final = {"nvfp4": "fp4", "fp8": "fp8"}
+PRECISIONS: Final = {NVFP4.name: "fp4", FP8.name: "fp8"}
 """Number format to what the programs call a transformer that has it, the first that is there; without any bf16."""
 
 

@@ -10,7 +10,7 @@ import pytest
 from fp4trt.errors import BadModelError, BadOption, UnfitArtifact
 from fp4trt.families.flux import FLUX
 from trt_build.packages.contracts import CONTRACTS, contracts_of
-from trt_build.packages.fit import fitting, picture_of
+from trt_build.packages.fit import fitting, picture_of, precision_of
 from trt_build.signature import Port, Signature
 
 # TensorRT-RTX: demo/utils/model_registry.py, MODELS["flux_transformer"]["fp4"], and so for fp8 and bf16
@@ -180,3 +180,20 @@ def test_declared_ranges_count() -> None:
 )
 def test_a_picture_of_so_many_tokens(count: int, sides: tuple[int, int], picture: tuple[int, int] | None) -> None:
     assert picture_of(count, sides) == picture
+
+
+@pytest.mark.parametrize(
+    ("promised", "precision"),
+    [
+        ({"nvfp4": ["a"], "fp8": ["b"]}, "fp4"),
+        ({"nvfp4": [], "fp8": ["b"], "mxfp8": ["c"]}, "fp8"),
+        ({"nvfp4": [], "fp8": []}, "bf16"),
+    ],
+)
+def test_a_precision_is_that_of_the_smallest_format(promised: dict[str, list[str]], precision: str) -> None:
+    assert precision_of("m.onnx", promised, "bfl") == precision
+
+
+def test_a_format_that_the_programs_do_not_name_is_refused() -> None:
+    with pytest.raises(UnfitArtifact, match=r"^m\.onnx is in MXFP8, and demoDiffusion has fp4, fp8 and bf16; quantize"):
+        precision_of("m.onnx", {"nvfp4": [], "mxfp8": ["a"]}, "demo-diffusion")

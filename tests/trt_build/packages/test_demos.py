@@ -16,7 +16,7 @@ import pytest
 
 import fp4trt
 from fp4trt.errors import BadOption, OutputExists, UnfitArtifact
-from onnx_functions.graph.external_data import array_of, load_graph
+from onnx_functions.graph.external_data import array_of, embedded, load_graph
 from onnx_functions.simulation.simulate import runtime_session, simulate
 from trt_build.graph import read_graph
 from trt_build.manifest import graph_sha256
@@ -237,6 +237,17 @@ def test_external_data_of_several_files_become_one(flux_dev: Path, tmp_path: Pat
     fp4trt.package(source / "model.onnx", tmp_path / "cache", program="rtx-demo")
     inside = (tmp_path / "cache" / RTX_TREE["onnx"]).parent
     assert files_in(inside) == {f"{MODEL}.onnx", "some.bin", "more/data.bin"}
+
+
+def test_a_graph_that_holds_its_weights_has_a_data_file_too_that_nothing_is_downloaded_for(
+    flux_dev: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "whole").mkdir()
+    onnx.save(embedded(flux_dev / "model.onnx"), tmp_path / "whole" / "model.onnx")
+    fp4trt.package(tmp_path / "whole", tmp_path / "bfl", program="bfl")
+    assert files_in(tmp_path / "bfl") == set(BFL_TREE.values())
+    assert (tmp_path / "bfl" / BFL_TREE["weights"]).stat().st_size == 0
+    assert same_values(tmp_path / "bfl" / BFL_TREE["onnx"], flux_dev / "model.onnx")
 
 
 Case = tuple[Callable[[Path, Path, Path], Mapping[str, Any]], type[Exception], str]
