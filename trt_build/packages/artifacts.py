@@ -13,8 +13,10 @@ from fp4trt.errors import UnfitArtifact
 from fp4trt.file_kind import is_file, what_it_lacks
 from fp4trt.linked_files import real_file
 from fp4trt.pipeline_folder import graph_in
+from fp4trt.progress import note
 from trt_build.graph import Graph, read_graph
 from trt_build.manifest import describes, graph_sha256, manifest_path, read_manifest
+from trt_build.memory import GIB, size_text
 from trt_build.packages.contracts import TITLES, Program
 from trt_build.signature import Signature, signature_in
 
@@ -91,6 +93,7 @@ def open_engine(path: Path) -> Engine:
         raise UnfitArtifact(
             f"{manifest_path(path)} is of an earlier version of fp4trt, or damaged; build {path.name} again"
         )
+    _say_hashing(path.name, path.stat().st_size)
     if not describes(manifest, path):
         raise UnfitArtifact(f"{path} is not the engine that {manifest_path(path).name} tells of; build it again")
     return Engine(path, manifest)
@@ -113,11 +116,17 @@ def graph_of(engine: Engine, path: Path | None) -> Graph:
             f"{engine.path} has no {_MODEL} beside it; name the graph that it was built from with --graph"
         )
     graph = read_graph(place)
+    _say_hashing(graph.path.name, graph.weight_bytes)
     if graph_sha256(graph) != engine.manifest["request"]["onnx_sha256"]:
         raise UnfitArtifact(
             f"{engine.path} was built from another graph, or other weights, than {graph.path}; build it again"
         )
     return graph
+
+
+def _say_hashing(name: str, count: int) -> None:
+    if count > GIB:
+        note(f"hashing {size_text(count)} of {name}, to see that it is what the engine's JSON tells of")
 
 
 def open_graph(path: Path, program: Program) -> Graph:
