@@ -32,7 +32,7 @@ from onnx_functions.graph.linears import (
 )
 from onnx_functions.linting import require_form
 from trt_build.profiles import InputShape
-from trt_build.signature import Signature, signature_of
+from trt_build.signature import Signature, dimension_of, signature_of
 
 __all__ = ["Graph", "read_graph", "tensors_of"]
 
@@ -174,7 +174,7 @@ class Graph:
         shapes = {value.name: value.type.tensor_type.shape.dim for value in self.model.graph.value_info}
         promised = (self.attentions[path] for path in self.promised_attentions if path in self.attentions)
         found = (shapes.get(each.scores.output[0]) for each in promised)
-        sizes = {_dimension(shape[-1]) if shape else None for shape in found}
+        sizes = {dimension_of(shape[-1]) if shape else None for shape in found}
         sums = [tuple(size.split(" + ")) for size in sizes if isinstance(size, str)]
         known = None not in sizes and {name for names in sums for name in names} <= self.symbols.keys()
         return tuple(sorted(sums, key=lambda names: (len(names), names))) if known else ()

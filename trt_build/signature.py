@@ -11,7 +11,7 @@ import onnx
 from fp4trt.errors import BadModelError
 from onnx_functions.graph.external_data import type_name
 
-__all__ = ["Port", "Signature", "signature_in", "signature_of"]
+__all__ = ["Port", "Signature", "dimension_of", "signature_in", "signature_of"]
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,11 @@ def _ports(listed: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
 
 def _port(value: onnx.ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
-    return Port(value.name, type_name(tensor.elem_type), tuple(map(_dimension, tensor.shape.dim)))
+    return Port(value.name, type_name(tensor.elem_type), tuple(map(dimension_of, tensor.shape.dim)))
 
 
-def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
+def dimension_of(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    """Return a size, the name of a symbolic one, or None where nothing is known of it."""
     if dimension.HasField("dim_value"):
         return int(dimension.dim_value)
     return dimension.dim_param or None

@@ -72,6 +72,7 @@ FLOORS = {
         {"callbacks", "disk_space", "profiles"},
         {"child", "graph", "profile_set", "served_sizes"},
         {"attention_coverage", "branch_cost", "coverage", "manifest", "script"},
+        {"engine_losses"},
         {"builder", "packages"},
         {"cli"},
     ),

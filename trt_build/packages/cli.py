@@ -48,7 +48,7 @@ Example:
 @click.option("--base-model", metavar="OWNER/NAME", help="For hub: what was quantized.")
 @click.option("--license", metavar="ID", help="For hub: its license, as the hub calls it.")
 @click.option("--license-name", metavar="ID", help="For hub: what a license is called that is `other` there.")
-@click.option("--copy", is_flag=True, help="Copy weights and engines where hard links would do.")
+@click.option("--link", is_flag=True, help="Give weights and engines a second name (hard link) in place of a copy.")
 @click.option("--force", is_flag=True, help="Replace a package that is there.")
 def package_command(artifact: Path, **options: Any) -> Packaged:
     """Lay ARTIFACT out as another program reads it, and say how that runs it.

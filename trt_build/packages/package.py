@@ -89,7 +89,7 @@ def package(
     base_model: str | None = None,
     license: str | None = None,
     license_name: str | None = None,
-    copy: bool = False,
+    link: bool = False,
     force: bool = False,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Packaged:
@@ -103,7 +103,7 @@ def package(
         graph: the graph of an engine, where it does not lie beside it.
         base_model, license, license_name: what the hub's model card says: the hub name of what was quantized, and the
             hub's identifier of its license, or ``other`` and what it is called.
-        copy: copy the weights and the engine where hard links would do.
+        link: give the weights and the engine a second name, a hard link, in place of a copy, where that is possible.
         force: replace a package that is there.
         progress: called with each step.
 
@@ -122,7 +122,7 @@ def package(
     if folder is not None:
         _require_apart(source, folder)
         with replacing(folder, force, ours=plan.contents.keys()) as partial:
-            placed = place(partial, plan.contents, copy=copy)
+            placed = place(partial, plan.contents, link=link)
     return Packaged(
         program=program,
         model=plan.model,
@@ -157,7 +157,7 @@ def _of_links(contents: Mapping[str, Content], placed: Sequence[Placed]) -> Iter
     if any(isinstance(content, Linked) and content.is_data and name in linked for name, content in contents.items()):
         yield (
             "linked weights are the artifact's own bytes under a second name, which onnx.checker and onnx.load refuse, "
-            "here and there: --copy makes copies"
+            "here and there: leave out --link for copies"
         )
 
 

@@ -25,7 +25,7 @@ ALIGNMENT: Final = 4096
 
 @dataclass(frozen=True)
 class Linked:
-    """A file that is large, and that no program writes to: linked to, or copied where that is not possible.
+    """A file that is large, and that no program writes to: copied, or linked to where that is asked for.
 
     Attributes:
         source: the file.
@@ -84,13 +84,13 @@ class Placed(Result):
     how: str
 
 
-def place(folder: Path, contents: Mapping[str, Content], *, copy: bool) -> list[Placed]:
+def place(folder: Path, contents: Mapping[str, Content], *, link: bool) -> list[Placed]:
     """Write the files of a package into a folder that has none of them.
 
     Args:
         folder: where.
         contents: name to content.
-        copy: make no links.
+        link: make hard links of large files where that is possible.
 
     Raises:
         TooLittleSpace: what has to be copied does not fit on the disk.
@@ -99,7 +99,7 @@ def place(folder: Path, contents: Mapping[str, Content], *, copy: bool) -> list[
     how: dict[str, str] = {}
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Linked) and not copy and _linked(content.source, folder / name):
+        if isinstance(content, Linked) and link and _linked(content.source, folder / name):
             how[name] = "linked"
     rest = {name: content for name, content in contents.items() if name not in how}
     needed = sum(source.stat().st_size for content in rest.values() for source in _sources(content))

@@ -109,7 +109,7 @@ def test_the_demo_of_tensorrt_rtx_finds_graph_and_engine_in_its_cache(
     import tensorrt_rtx
 
     arguments = ["package", str(engines / "dynamic.engine"), "--graph", str(flux_dev), "--for", "rtx-demo"]
-    assert fp4trt.run([*arguments, "-o", str(tmp_path / "cache"), "--json"]) == 0
+    assert fp4trt.run([*arguments, "-o", str(tmp_path / "cache"), "--link", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     tree = {name: path.replace("%s", "dynamic") for name, path in RTX_TREE.items()}
     assert files_in(tmp_path / "cache") == set(tree.values())
@@ -142,7 +142,7 @@ def test_a_static_engine_is_taken_for_its_own_sizes_alone(flux_dev: Path, engine
     shutil.copytree(flux_dev, tmp_path / "flux")
     for name in ("static.engine", "static.json"):
         shutil.copy(engines / name, tmp_path / "flux")
-    packaged = fp4trt.package(tmp_path / "flux" / "static.engine", tmp_path / "cache", program="rtx-demo", copy=True)
+    packaged = fp4trt.package(tmp_path / "flux" / "static.engine", tmp_path / "cache", program="rtx-demo")
     tree = {name: path.replace("%s", "static") for name, path in RTX_TREE.items()}
     assert files_in(tmp_path / "cache") == set(tree.values())
     assert {file["how"] for file in packaged.files} == {"copied", "written"}
@@ -167,7 +167,7 @@ def test_demo_diffusion_takes_the_graph_in_its_place_or_in_a_tree_of_its_own(flu
     name, path = words[words.index("--custom-onnx-paths") + 1].split(":")
     assert (name, Path(path)) == ("transformer", flux_dev / "model.onnx")
     assert words[words.index("--custom-engine-paths") + 1].split(":")[1].startswith("engine/transformer_fp4_")
-    tree = fp4trt.package(flux_dev, tmp_path / "onnx", program="demo-diffusion", copy=True)
+    tree = fp4trt.package(flux_dev, tmp_path / "onnx", program="demo-diffusion")
     inside = tmp_path / "onnx" / DIFFUSION_TREE["onnx"]
     assert files_in(tmp_path / "onnx") == {DIFFUSION_TREE["onnx"], f"{Path(DIFFUSION_TREE['onnx']).parent}/{WEIGHTS}"}
     onnx.checker.check_model(inside, full_check=True)
@@ -200,7 +200,7 @@ def test_black_forest_labs_folder_has_one_data_file_under_their_name(flux_dev: P
     assert files_in(tmp_path / "bfl") == set(BFL_TREE.values())
     assert {file["name"]: file["how"] for file in packaged.files} == {
         BFL_TREE["onnx"]: "written",
-        BFL_TREE["weights"]: "linked",
+        BFL_TREE["weights"]: "copied",
     }
     locations = {e.value for t in load_graph(graph).graph.initializer for e in t.external_data if e.key == "location"}
     assert locations == {"backbone.onnx_data"}
@@ -348,7 +348,7 @@ def test_a_package_is_replaced_with_force_alone_and_nothing_of_the_user_s(
     arguments = ["package", str(flux_dev), "--for", "bfl", "-o", str(tmp_path / "bfl")]
     assert fp4trt.run(arguments) == 0
     out = capsys.readouterr().out
-    assert "bfl takes it as flux-dev (fp4): 2 files (1 written, 1 linked)" in out
+    assert "bfl takes it as flux-dev (fp4): 2 files (1 written, 1 copied)" in out
     assert "run in a clone of black-forest-labs/flux:\nmkdir -p checkpoints && ln -sT " in out
     with pytest.raises(OutputExists, match="replace it with --force"):
         fp4trt.package(flux_dev, tmp_path / "bfl", program="bfl")
@@ -367,7 +367,7 @@ def test_a_disk_that_refuses_leaves_nothing(flux_dev: Path, tmp_path: Path) -> N
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, most))  # the graph fits, its weights do not
     try:
         with pytest.raises(OSError, match=r"File too large: .*backbone\.onnx_data"):
-            fp4trt.package(flux_dev, tmp_path / "bfl", program="bfl", copy=True)
+            fp4trt.package(flux_dev, tmp_path / "bfl", program="bfl")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert list(tmp_path.iterdir()) == []
@@ -378,7 +378,7 @@ def test_what_cannot_be_linked_to_is_copied(flux_dev: Path) -> None:
     if not shared.is_dir() or shared.stat().st_dev == flux_dev.stat().st_dev:
         pytest.skip("needs a second file system")
     with tempfile.TemporaryDirectory(dir=shared) as folder:
-        packaged = fp4trt.package(flux_dev, Path(folder) / "bfl", program="bfl")
+        packaged = fp4trt.package(flux_dev, Path(folder) / "bfl", program="bfl", link=True)
         assert {file["name"]: file["how"] for file in packaged.files}[BFL_TREE["weights"]] == "copied"
         assert not any("second name" in note for note in packaged.notes)
         onnx.checker.check_model(Path(folder) / "bfl" / BFL_TREE["onnx"])

@@ -151,7 +151,7 @@ def test_a_graph_with_copies_of_the_weights_is_left_out(
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     copy_of_digits.rename(tmp_path / "pipe" / "transformer")
-    packaged = fp4trt.package(tmp_path / "pipe", tmp_path / "up", program="hub", copy=True)
+    packaged = fp4trt.package(tmp_path / "pipe", tmp_path / "up", program="hub")
     assert {path.name for path in (tmp_path / "up").iterdir()} == {"config.json", WEIGHTS, "fp4trt.json", "README.md"}
     assert "left out: model.onnx, whose weights are copies of the checkpoint's" in packaged.notes
     assert "the card does not say what --base-model and --license would tell" in packaged.notes
