@@ -12,9 +12,10 @@ from exporter.placeholders import ExportedGraph, export_graph
 from fp4trt.errors import BadGraph
 from fp4trt.options import one_of, takes
 from fp4trt.progress import Progress
+from fp4trt.single_files.opening import SUFFIXES
 from fp4trt.verb import verb
 
-__all__ = ["export"]
+__all__ = ["export", "is_checkpoint"]
 
 
 @verb
@@ -45,7 +46,7 @@ def export(
         BadGraph: there is no such option for what is exported; and all that the two functions raise.
     """
     source = Path(directory)
-    if not source.is_file() and (source.suffix != ".onnx" or source.is_dir()):
+    if is_checkpoint(source):
         if allow_slow:
             raise BadGraph(f"allow_slow is for a third-party graph, and {directory} is a checkpoint; leave it out")
         return onnx_export.export(
@@ -63,3 +64,10 @@ def export(
     if output is None:
         raise BadGraph(f"{source} is a graph; name the one to write with output")
     return export_graph(source, output, force=force, allow_slow=allow_slow)
+
+
+def is_checkpoint(source: Path) -> bool:
+    """Return whether what a user names is a checkpoint, a single file among them, and no third-party graph."""
+    if source.is_file():
+        return source.suffix in SUFFIXES
+    return source.suffix != ".onnx" or source.is_dir()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fp4trt.single_files.opening import SUFFIXES
+
 if TYPE_CHECKING:
     from exporter.onnx_export import Exported
     from exporter.placeholders import ExportedGraph
@@ -57,7 +59,7 @@ def export(
     """
     from fp4trt.errors import BadGraph
 
-    if source.is_file() or source.suffix == ".onnx":
+    if (source.is_file() and source.suffix not in SUFFIXES) or source.suffix == ".onnx":
         if precision != "nvfp4" or scale_dtype is not None or copy_weights:
             raise click.UsageError("--precision, --scale-dtype and --copy-weights are for checkpoints, not for a graph")
         if output is None:

@@ -9,7 +9,7 @@ __all__ = ["is_file", "shortened", "what_it_is", "what_it_lacks"]
 
 _KINDS: Final = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file that it stands for: run git lfs pull"),
-    (b"GGUF", "is a GGUF file, which fp4trt does not read: take the model's safetensors"),
+    (b"GGUF", "is a GGUF file, which is read as a source in 16 bit alone: take the model's safetensors"),
     (b"PK\x03\x04", "is a zip archive, as torch.save writes, which fp4trt does not read: save it as safetensors"),
     (b"\x80\x02", "is a pickle, which fp4trt does not read: save it as safetensors"),
     (b"\x80\x04", "is a pickle, which fp4trt does not read: save it as safetensors"),

@@ -6,16 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
-from fp4trt.fused_tensors import changed_by
+from fp4trt.fused_tensors import changed_by, left_out, named
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import index_of, transformer_folder
 from fp4trt.progress import note
 from fp4trt.safetensors_file import sha256_of
 from fp4trt.single_files.opening import config_like, open_file
+from fp4trt.single_files.tables import SINGLE_FILES
 from fp4trt.source_folder import SOURCE, Lora, Source
 
 __all__ = ["cache_folder", "folder_of", "make_source_folder"]
@@ -45,15 +48,18 @@ def make_source_folder(weights: Path, like: str | Path | None = None, loras: Seq
     if weights.is_dir():
         config, tensors = load_json(weights / "config.json"), tensors_in_folder(weights)
     else:
-        opened = open_file(weights, None if like is None else config_like(like))
+        opened = open_file(weights, config_like(like) if like is not None else _config_beside(weights))
         config, tensors = opened.config, dict(opened.tensors)
         note(f"{weights.name}: {config['_class_name']} under {opened.described}")
     found = tuple(Lora(path.resolve(), strength, sha256_of(path)) for path, strength in loras)
     source = Source(weights.resolve(), found, _in_place_of(weights, like))
     if loras:
         changed = changed_by(source, tensors, config)
-        names = " and ".join(f"{lora.path.name} at {lora.strength:g}" for lora in source.loras)
-        note(f"{names}: {len(changed)} of {len(tensors)} tensors are changed as they are read")
+        note(f"{named(found)}: {len(changed)} of {len(tensors)} tensors are changed as they are read")
+        if others := left_out(source, config):
+            counted = ", ".join(f"{count} of {begin}" for begin, count in others.items())
+            note(f"keys that are left out, being of no transformer: {counted}")
+        source = replace(source, loras=tuple(lora for lora in found if lora.strength))
     texts = {"config.json": config, SOURCE: source.described()}
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / "sources" / f"{weights.stem or weights.name}-{digest}"
@@ -75,6 +81,13 @@ def _in_place_of(weights: Path, like: str | Path | None) -> Path | None:
         places = (Path(like) / "transformer", Path(like), Path(like).parent)
     found = (each for each in places if (each / "config.json").is_file() and index_of(each.parent) is not None)
     return next((each.resolve() for each in found), None)
+
+
+def _config_beside(weights: Path) -> dict[str, Any] | None:
+    """Return the config.json that lies beside a single file, where it is that of a model as such files hold."""
+    place = weights.parent / "config.json"
+    config = config_like(place) if place.is_file() else {}
+    return config if config.get("_class_name") in SINGLE_FILES else None
 
 
 def folder_of(artifact: str | Path) -> Path:

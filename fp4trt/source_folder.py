@@ -7,6 +7,7 @@ themselves.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from typing import Any, Final
 from fp4trt.errors import BadCheckpoint
 from fp4trt.json_file import load_json
 
-__all__ = ["SOURCE", "Lora", "Source", "loras_of", "source_in", "stands_in"]
+__all__ = ["SOURCE", "Lora", "Source", "loras_of", "source_in", "stamp_of", "stands_in"]
 
 SOURCE: Final = "fp4trt-source.json"
 """What tells such a folder."""
@@ -82,6 +83,13 @@ def source_in(folder: Path) -> Source | None:
     return source
 
 
+def stamp_of(file: Path) -> dict[str, int]:
+    """Return what tells a file from another of its name and size: when it was changed, which nobody can set back."""
+    stat = file.stat()
+    changed = {} if os.name == "nt" else {"changed_ns": stat.st_ctime_ns}  # there it is when it was made
+    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, **changed}
+
+
 def loras_of(folder: Path) -> list[tuple[str, float]]:
     """Return hash and strength of the LoRAs that change what a folder stands for; none of any other folder."""
     source = source_in(folder)
@@ -97,6 +105,5 @@ def stands_in(folder: Path) -> Path:
 def _identity(path: Path) -> dict[str, int]:
     if path.is_dir():
         files = sorted((*path.glob("*.safetensors"), *path.glob("*.json")))
-        return {file.name: file.stat().st_mtime_ns for file in files}
-    stat = path.stat()
-    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        return {f"{file.name} {key}": value for file in files for key, value in stamp_of(file).items()}
+    return stamp_of(path)

@@ -235,7 +235,7 @@ def _refuse_other_source(file: Path, metadata: Any, source: str) -> None:
     elif measured_on != source:
         raise BadAmax(
             f"{file} was measured on another model (weights {str(measured_on)[:12]}, this one's are {source[:12]}); "
-            "calibrate this model"
+            "calibrate this model, with the same --lora where there is one"
         )
 
 

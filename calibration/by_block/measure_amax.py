@@ -22,7 +22,7 @@ from fp4trt.checkpoint_folder import files_of
 from fp4trt.errors import BadInputs
 from fp4trt.progress import tracking
 from fp4trt.safetensors_file import bytes_of
-from fp4trt.source_folder import loras_of
+from fp4trt.source_folder import loras_of, stamp_of
 
 __all__ = ["DEVICES", "OUTSIDE", "identity_of", "measured_by_block", "measured_outside", "require_device"]
 
@@ -161,7 +161,7 @@ def identity_of(folder: Path, config: dict[str, Any], calls: Sequence[Inputs], d
         for name, value in call.items():
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             digest.update(bytes_of(value).data)
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(folder)]
+    weights = [[file.name, *stamp_of(file).values()] for file in files_of(folder)]
     loras = {"lora": found} if (found := loras_of(folder)) else {}
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     return {

@@ -51,6 +51,8 @@ def _found(source: str | Path, like: str | Path | None) -> Path:
     folder = path_of(source)
     if folder.is_file():
         return folder
+    if not folder.is_dir() and folder.suffix in SUFFIXES and not _names_a_file(source):
+        raise BadCheckpoint(f"{source} {what_it_lacks(folder)}; expected a single file there")
     if like is not None and not _names_a_file(source):
         raise BadOption(f"like is {str(like)!r}, which gives a single file its config; {source} has its own: drop it")
     if folder.is_dir():
@@ -78,4 +80,5 @@ def _found(source: str | Path, like: str | Path | None) -> Path:
 def _names_a_file(source: str | Path) -> bool:
     """Return whether a source is the name of a file in a repository of the hub."""
     place = Path(source)
-    return len(place.parts) > 2 and not place.is_absolute() and place.suffix in SUFFIXES and not place.exists()
+    is_repository = len(place.parts) > 2 and not place.is_absolute() and not place.parent.exists()
+    return is_repository and place.suffix in SUFFIXES and not str(source).startswith((".", "~"))

@@ -16,12 +16,14 @@ from calibration.interchange.unified import unified
 from calibration.interchange.writing import DIFFUSERS_FILES, Advance, unusual_order, write_checkpoint, write_tensors
 from fp4trt.built_in import path_of
 from fp4trt.disk_space import foresee
-from fp4trt.errors import BadOption, OutputExists
+from fp4trt.errors import BadCheckpoint, BadOption, OutputExists
 from fp4trt.file_output import all_or_none, made_folder
+from fp4trt.layouts import PROVENANCE
 from fp4trt.number_formats import counted_by_format
 from fp4trt.options import file_name, file_names, one_of, takes
 from fp4trt.progress import PATIENCE_S, Progress, note, tracking
 from fp4trt.publish import refuse_existing, refuse_foreign, replacing, write_json
+from fp4trt.safetensors_file import metadata_in_file, tensors_in_file
 from fp4trt.verb import Result, verb
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ def convert(
         whole = unified(source, calibrated.amax if calibrated is not None else None)
         made = single_file(whole, to) if to != MODELOPT else SingleFileTensors(dict(whole.tensors))
         if made.branch:
-            refuse_existing(branch_path(result), force)
+            _refuse_file(branch_path(result), force)
         needed = sum(rows.nbytes for rows in (*made.tensors.values(), *made.branch.values()))
         foresee(result.parent, needed, needed)
         hashes = source_hashes(source.files)
@@ -158,7 +160,26 @@ def _refuse_result(source: Source, result: Path, to: str, force: bool) -> None:
         return
     if result.suffix != _SUFFIX:
         raise BadOption(f"the output is {result}; expected a name that ends in {_SUFFIX}: {to} is one file")
-    refuse_existing(result, force)
+    _refuse_file(result, force)
+
+
+def _refuse_file(path: Path, force: bool) -> None:
+    """Refuse to replace a file, and even with ``force`` one that ``convert`` did not write.
+
+    Raises:
+        OutputExists: naming it.
+    """
+    refuse_existing(path, force)
+    if path.is_file() and PROVENANCE not in _metadata(path):
+        raise OutputExists(f"{path} was not written by fp4trt convert, and --force does not replace it; move it")
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    try:
+        tensors_in_file(path)
+        return metadata_in_file(path)
+    except BadCheckpoint:
+        return {}
 
 
 def _calibrated(source: Source, given: str | Path | Sequence[str | Path]) -> Calibration:

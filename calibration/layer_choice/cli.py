@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,5 +112,8 @@ def search(
         device=device,
     )
     click.echo(result.table)
-    click.echo(f"\nthe recipe is in {output}: fp4trt quantize {source} --recipe {output / 'recipe.yaml'} -o ...")
+    words = ["fp4trt", "quantize", source, *(["--like", str(like)] if like is not None else ())]
+    words += [word for one in lora for word in ("--lora", one)]
+    recipe_file = output / "recipe.yaml"
+    click.echo(f"\nthe recipe is in {output}: {shlex.join([*words, '--recipe', str(recipe_file)])} -o ...")
     return result

@@ -80,8 +80,16 @@ def fitted(
     formats = linear_formats(recipe.formats, family, config, shapes)
     patterns = known.in_bf16[name]
     there = tuple(each for each in patterns if fnmatch.filter(formats, each))
-    if any(formats[path] != BF16 for each in there for path in fnmatch.filter(formats, each)):
-        rules = (*recipe.formats.rules, Rule(linears=there, format=BF16))
+    kept = tuple(path for each in there for path in fnmatch.filter(formats, each))
+    wrong = tuple(path for path in kept if formats[path] != BF16)
+    if wrong:
+        ruled = {path for rule in recipe.formats.rules for _, found in rule.matching(family, config) for path in found}
+        if conflict := next((path for path in wrong if path in ruled), None):
+            raise BadRecipe(
+                f"{recipe.name} has a rule that puts {conflict} in {formats[conflict]}, and {known.title} takes it in "
+                "BF16 alone; drop that rule, or leave out --for"
+            )
+        rules = (*recipe.formats.rules, Rule(linears=wrong if ruled else there, format=BF16))
         changed: FormatRules = recipe.formats.model_copy(update={"rules": rules})
         recipe = recipe.model_copy(update={"formats": changed})
         formats = linear_formats(recipe.formats, family, config, shapes)

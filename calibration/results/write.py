@@ -33,7 +33,7 @@ from fp4trt.disk_space import WORTH_SAYING, foresee, readable_size
 from fp4trt.number_formats import FORMATS, FP8
 from fp4trt.progress import note, tracking
 from fp4trt.safetensors_file import sha256_of
-from fp4trt.source_folder import loras_of, source_in
+from fp4trt.source_folder import loras_of, source_in, stamp_of
 
 __all__ = ["Given", "complete", "shared_input_amax", "versions", "write_result"]
 
@@ -65,8 +65,7 @@ class Given:
         """Return what tells the result from any other before a weight was read; empty where nothing is to be read."""
         if self.done is not None:
             return ""
-        stats = {file.name: file.stat() for file in files_of(plain.folder)}
-        files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+        files = {file.name: stamp_of(file) for file in files_of(plain.folder)}
         parts: list[Any] = [
             plain.config,
             plain.recipe.resolved(),

@@ -43,8 +43,17 @@ def dequantized(name: str, tensors: Mapping[str, StoredTensor]) -> MadeTensor:
     """
     stored = tensors[name]
     path = name.removesuffix(".weight")
-    scale = next((tensors[f"{path}.{leaf}"] for leaf in _SCALES if f"{path}.{leaf}" in tensors), None)
-    values = np.ones(1, np.float32) if scale is None else _floats(f"{stored.file}: {path}", scale)
+    where = f"{stored.file}: {path}"
+    scales = [_floats(where, tensors[f"{path}.{leaf}"]) for leaf in _SCALES if f"{path}.{leaf}" in tensors]
+    if not scales and (other := _scaled(tensors)) is not None:
+        raise BadCheckpoint(f"{where}.weight has no scale, as {other} has one; copy the file again, or take another")
+    if len(scales) > 1 and not np.array_equal(scales[0], scales[1]):
+        raise BadCheckpoint(f"{where} has two scales ({' and '.join(_SCALES)}) that differ; take another file")
+    values = scales[0] if scales else np.ones(1, np.float32)
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise BadCheckpoint(
+            f"{where} has a scale of {float(values.min()):g}; expected numbers above 0: take another file"
+        )
     if values.size not in (1, stored.shape[0]):
         raise BadCheckpoint(
             f"{stored.file}: {path} has {values.size} scales for {stored.shape[0]} rows; expected one, or one a row: "
@@ -55,6 +64,16 @@ def dequantized(name: str, tensors: Mapping[str, StoredTensor]) -> MadeTensor:
         tables = as_bf16_bits(values.reshape(-1, 1) * numbers)
     columns = stored.nbytes // max(1, stored.shape[0])
     return MadeTensor.of(stored, "BF16", stored.shape, functools.partial(_rows, stored, tables, columns))
+
+
+def _scaled(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Return a weight in FP8 that has a scale beside it, None where all of them were cast without any."""
+    for name in tensors:
+        path, _, leaf = name.rpartition(".")
+        weight = tensors.get(f"{path}.weight")
+        if leaf in _SCALES and weight is not None and weight.dtype in FP8:
+            return f"{path}.weight"
+    return None
 
 
 def _rows(

@@ -53,7 +53,8 @@ def config_of(where: str, table: SingleFile, shapes: Shapes, name_in_file: Calla
     if not fitting:
         raise BadCheckpoint(
             f"{where} is a {_class_name(table)} of other sizes or tensors than its published models ({names}), whose "
-            "config its shapes alone do not tell; give the config.json of its diffusers model with --like"
+            "config its shapes alone do not tell; give the config.json of its diffusers model with --like, or put it "
+            "beside"
         )
     if len(distinct) > 1:
         raise BadCheckpoint(f"{where} has the shapes of {names}, which compute differently; say which with --like")

@@ -128,14 +128,12 @@ def _single_file(path: Path) -> dict[str, Any]:
     try:
         folder = make_source_folder(path)
     except BadCheckpoint as error:
-        if path.suffix.lower() == ".gguf":
+        if path.suffix.lower() == ".gguf" or "is quantized already" not in str(error):
             raise UnknownArtifact(str(error)) from None
         layout = recognised({}, metadata_in_file(path), tensors_in_file(path))
-        if layout.is_read or layout.nibbles == "none":
-            raise UnknownArtifact(str(error)) from None
         raise UnknownArtifact(
-            f"{path} is a single file, of {layout.name} ({layout.evidence}); expected a checkpoint's folder, or the "
-            "16-bit checkpoint to prove its layout --against"
+            f"{path} is a single file, of {layout.name} ({layout.evidence}); fp4trt convert --to modelopt makes a "
+            "checkpoint's folder of it where it knows that layout, and --against its 16-bit checkpoint proves it"
         ) from None
     return {**_checkpoint(folder), "path": str(path.resolve()), "bytes": path.stat().st_size}
 

@@ -81,6 +81,20 @@ def test_the_usual_checkpoint_is_read_alike_by_all_readers_of_its_list(quantized
         assert stars == shell == parts == (path in plain), path
 
 
+def test_rules_of_the_recipe_and_of_the_server_are_one(digits: Path, five_calls: Path, tmp_path: Path) -> None:
+    """A rule that keeps some blocks in BF16 fits; one that puts a modulation in FP8 does not."""
+    for kind in ("bf16", "fp8"):
+        recipe = tmp_path / f"{kind}.yaml"
+        rules = f"formats: {{rules: [{{linears: 'transformer_blocks.0.norm1.linear', format: {kind}}}]}}"
+        recipe.write_text(f"name: mine\nmethod: {{name: ptq}}\n{rules}\n")
+    given: dict[str, Any] = {"calibration": five_calls, "server": "sglang"}
+    fp4trt.quantize(digits, tmp_path / "out", recipe=tmp_path / "bf16.yaml", **given)
+    packed, _ = _linears(tmp_path / "out")
+    assert not any(".norm" in path for path in packed)
+    with pytest.raises(BadRecipe, match=r"puts transformer_blocks.0.norm1.linear in fp8, and SGLang takes it in BF16"):
+        fp4trt.quantize(digits, tmp_path / "other", recipe=tmp_path / "fp8.yaml", **given)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "branches": ({"recipe": "nvfp4-quality-r8", "server": "sglang"}, "quant_algo NVFP4_SVD, and SGLang loads NVFP4;"),
     "their rank": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import fp4trt
 from calibration.checkpoints.plain import find_source, load_source, open_plain, weights_fingerprint
-from fp4trt.errors import BadCheckpoint, BadOption
+from fp4trt.errors import BadCheckpoint, BadLora, BadOption
 from fp4trt.families import family_of
 from fp4trt.single_files.opening import open_file
 from fp4trt.single_files.tables import SINGLE_FILES
@@ -253,6 +254,9 @@ def test_loras_are_fused_as_weights_are_read(
     }
     prints = {weights_fingerprint(find_source(digits, lora=strength)) for strength in ((), given, str(lora))}
     assert len(prints) == 3
+    assert weights_fingerprint(find_source(digits, lora=f"{lora}:0")) in prints  # which changes nothing
+    with pytest.raises(BadLora, match=r"no longer finite once style.safetensors at 1e\+38 is fused into it"):
+        _values(find_source(digits, lora=f"{lora}:1e38"))
 
 
 def test_prompts_go_through_the_pipeline_that_like_names(pipeline: Path, tmp_path: Path) -> None:
@@ -315,7 +319,20 @@ def _without(tensors: Tensors, name: str) -> Tensors:
     return {key: value for key, value in tensors.items() if key != name}
 
 
+def _scaled(tensors: Tensors, scale: float, among: int = 2) -> Tensors:
+    """Return tensors of which two weights are in FP8 and the first ones have a scale."""
+    names = ["img_in", "txt_in"]
+    cast = {f"{name}.weight": tensors[f"{name}.weight"].to(torch.float8_e4m3fn) for name in names}
+    return {**tensors, **cast, **{f"{name}.weight_scale": torch.tensor(scale) for name in names[:among]}}
+
+
 REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "a scale is missing": (lambda t: _scaled(t, 1.0, 1), "txt_in.weight has no scale, as img_in.weight has one"),
+    "a scale below 0": (lambda t: _scaled(t, -1.0), "_in has a scale of -1; expected numbers above 0"),
+    "scales that differ": (
+        lambda t: {**_scaled(t, 1.0), "img_in.scale_weight": torch.tensor(2.0)},
+        "img_in has two scales .weight_scale and scale_weight. that differ",
+    ),
     "no model": (lambda _: {"a.b": torch.zeros(2)}, "under the names of no model that is known"),
     "lacks one": (lambda t: _without(t, "img_in.bias"), r"lacks img_in.bias, which is \[128\] in the model"),
     "has another": (lambda t: {**t, "extra.weight": torch.zeros(2)}, "holds extra.weight, which is no tensor"),
@@ -352,12 +369,17 @@ def test_what_like_may_be(digits: Path, original: Tensors, tmp_path: Path) -> No
         find_source(tmp_path / "x.safetensors", "nothing")
     with pytest.raises(BadOption, match="digits has its own: drop it"):
         find_source("digits", digits)
+    with pytest.raises(BadCheckpoint, match=r"gone.safetensors does not exist; expected a single file there"):
+        find_source(tmp_path / "gone.safetensors", digits)
+    shutil.copyfile(digits / "config.json", tmp_path / "config.json")  # which is enough
+    assert find_source(tmp_path / "x.safetensors") == find_source(tmp_path / "x.safetensors", digits)
 
 
 def test_a_file_that_has_changed_since_is_not_read_on(digits: Path, original: Tensors, tmp_path: Path) -> None:
     save_file(original, tmp_path / "x.safetensors")
-    folder = find_source(tmp_path / "x.safetensors", digits)
-    save_file(_without(original, "img_in.bias"), tmp_path / "x.safetensors")
+    folder, before = find_source(tmp_path / "x.safetensors", digits), (tmp_path / "x.safetensors").stat()
+    save_file({**original, "img_in.bias": original["img_in.bias"] * 2}, tmp_path / "x.safetensors")
+    os.utime(tmp_path / "x.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p leaves it
     with pytest.raises(BadCheckpoint, match="has changed or is gone; give the source itself again"):
         open_plain(folder)
 

@@ -176,7 +176,8 @@ def test_a_conversion_that_fails_leaves_what_was_there(
     from calibration.interchange import writing
 
     kept = tmp_path / "flux.safetensors"
-    kept.write_bytes(b"another file")
+    fp4trt.convert(quantized_digits, kept, to="comfyui")
+    before = kept.read_bytes()
 
     def fail(*_: object) -> str:
         raise OSError(28, "No space left on device")
@@ -185,8 +186,16 @@ def test_a_conversion_that_fails_leaves_what_was_there(
     for to, output in (("comfyui", kept), ("modelopt", tmp_path / "new" / "ours"), ("diffusers", tmp_path / "folder")):
         with pytest.raises(OSError, match="No space left"):
             fp4trt.convert(quantized_digits, output, to=to, force=True)
-    assert kept.read_bytes() == b"another file"
+    assert kept.read_bytes() == before
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_a_file_that_convert_did_not_write_is_never_replaced(quantized_digits: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "flux.safetensors"
+    mine.write_bytes((quantized_digits / "diffusion_pytorch_model.safetensors").read_bytes())
+    with pytest.raises(OutputExists, match="was not written by fp4trt convert, and --force does not replace it"):
+        fp4trt.convert(quantized_digits, mine, to="comfyui", force=True)
+    assert mine.read_bytes() == (quantized_digits / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
