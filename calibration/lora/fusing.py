@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +44,14 @@ def changed_weight(name: str, base: Base, loras: Sequence[tuple[Changes, float]]
 
 
 def _changed(change: Change, weight: torch.Tensor, strength: float, unchanged: torch.Tensor, at: Base) -> torch.Tensor:
-    parts = change.original.parts
+    parts, rows = change.original.parts, change.rows
     part = parts[change.index]
-    sizes = tuple(each.shape[0] if each.shape else 1 for each in parts)
-    begin = list(accumulate(sizes, initial=0))[change.index]
-    rows = Rows(begin, begin + sizes[change.index], change.index, sizes)
     if change.adapter.by_rows or rows.all:
         weight, unchanged = _turned(weight, part.swapped), _turned(unchanged, part.swapped)
         changed = change.adapter.changed(weight, strength, rows, unchanged)
     else:
         whole = torch.cat([_turned(at(each.name), each.swapped) for each in parts])
-        everything = Rows(0, sum(sizes), 0, (sum(sizes),))
+        everything = Rows(0, len(whole), 0, (len(whole),))
         changed = rows.of(change.adapter.changed(whole, strength, everything, whole))
     return _turned(changed, part.swapped)
 

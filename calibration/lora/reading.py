@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from calibration.lora.adapter import Adapter, Added, Replaced, Tensors
+from calibration.lora.adapter import Adapter, Added, Replaced, Rows, Tensors
 from calibration.lora.keys import LYCORIS, PREFIXES, TEXT, role_of, unsupported
 from calibration.lora.lycoris import KINDS, Lycoris
 from calibration.lora.names import Module, names_of
@@ -60,6 +60,13 @@ class Change:
     adapter: Adapter
     original: Original
     index: int
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the weight or bias that are the tensor."""
+        sizes = tuple(part.shape[0] if part.shape else 1 for part in self.original.parts)
+        begin = sum(sizes[: self.index])
+        return Rows(begin, begin + sizes[self.index], self.index, sizes)
 
 
 @dataclass(frozen=True)
@@ -304,22 +311,23 @@ def _changes(
     Raises:
         BadLora: a file changes a weight under two names.
     """
-    by_weight: dict[str, list[str]] = {}
-    for text, each in found.items():
-        for part in each.module.weight.parts:
-            by_weight.setdefault(part.name, []).append(text)
+    found_in: dict[str, dict[str, list[Change]]] = {}
+    for text, adapters in placed.items():
+        for one in adapters:
+            for index, part in enumerate(one.original.parts):
+                change = Change(one.adapter, one.original, index)
+                found_in.setdefault(part.name, {}).setdefault(text, []).append(change)
     copies = set[str]()
-    for name, texts in by_weight.items():
-        fused = [text for text in texts if len(found[text].module.weight.parts) > 1]
-        if len(texts) > 1 and class_name == _COPIED and len(texts) == len(fused) + 1:
-            copies.update(fused)
-        elif len(texts) > 1:
-            raise BadLora(f"{path} changes {name} under two names: {' and '.join(texts)}; expected one")
+    for name, by_text in found_in.items():
+        fused = {text for text in by_text if len(found[text].module.weight.parts) > 1}
+        if class_name == _COPIED and len(by_text) == len(fused) + 1:
+            copies |= fused
+        elif len(by_text) > 1:
+            raise BadLora(f"{path} changes {name} under two names: {' and '.join(by_text)}; expected one")
     for text in copies:
         left_out["copies of parts: " + text] += len(found[text].keys)
-    changes: dict[str, list[Change]] = {}
-    for text, adapters in placed.items():
-        for one in adapters if text not in copies else ():
-            for index, part in enumerate(one.original.parts):
-                changes.setdefault(part.name, []).append(Change(one.adapter, one.original, index))
-    return {name: tuple(done) for name, done in changes.items()}
+    kept = {
+        name: tuple(change for text, done in by_text.items() if text not in copies for change in done)
+        for name, by_text in found_in.items()
+    }
+    return {name: done for name, done in kept.items() if done}

@@ -86,6 +86,13 @@ CASES: dict[str, tuple[str, Any]] = {
     "diffusers": ("flux", lambda: pairs("flux", [*OWN, "x_embedder", "norm_out.linear"], "transformer.")),
     "diffusers with alpha": ("flux", lambda: pairs("flux", OWN, "transformer.", alpha=3, alpha_dtype=torch.bfloat16)),
     "diffusers, old": ("flux", lambda: pairs("flux", OWN, "transformer.", ("lora.down.weight", "lora.up.weight"))),
+    "diffusers, of a model with fewer channels": (
+        "flux",
+        lambda: {
+            "transformer.x_embedder.lora_A.weight": normal(4, 8),
+            "transformer.x_embedder.lora_B.weight": normal(32, 4),
+        },
+    ),
     "DoRA of peft": (
         "flux",
         lambda: (

@@ -48,6 +48,16 @@ def _flat(key: str) -> str:
     return f"{module.replace('.', '_')}.lora_{end}"
 
 
+def test_a_weight_and_its_bias_may_be_changed_under_two_names(tmp_path: Path) -> None:
+    """Merged files of two tools have that; only one tensor may not be changed twice."""
+    bias = {f"diffusion_model.{OWN[0]}.diff_b": torch.ones(32)}
+
+    got = fused("flux", (saved(tmp_path, pairs("flux", OWN[:1], "transformer.") | bias), 1.0))
+
+    assert got.keys() == {f"{OWN[0]}.weight", f"{OWN[0]}.bias"}
+    assert torch.equal(got[f"{OWN[0]}.bias"], weights("flux")[f"{OWN[0]}.bias"] + 1)
+
+
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_a_naming_of_diffusers_modules_means_the_same_as_diffusers_own(naming: str, tmp_path: Path) -> None:
     tensors = pairs("flux", OWN, "")
