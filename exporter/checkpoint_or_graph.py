@@ -10,7 +10,7 @@ from exporter.onnx_export import Exported, Precision
 from exporter.passes.double_dequantize import ScaleDtype
 from exporter.placeholders import ExportedGraph, export_graph
 from fp4trt.errors import BadGraph
-from fp4trt.options import one_of, takes
+from fp4trt.options import at_least, one_of, takes
 from fp4trt.progress import Progress
 from fp4trt.single_files.opening import SUFFIXES
 from fp4trt.verb import verb
@@ -19,7 +19,12 @@ __all__ = ["export", "is_checkpoint"]
 
 
 @verb
-@takes(BadGraph, precision=one_of(*get_args(Precision)), scale_dtype=one_of(*get_args(ScaleDtype)))
+@takes(
+    BadGraph,
+    precision=one_of(*get_args(Precision)),
+    scale_dtype=one_of(*get_args(ScaleDtype)),
+    lora_rank=at_least(1),
+)
 def export(
     directory: str | Path,
     output: str | Path | None = None,
@@ -28,6 +33,7 @@ def export(
     copy_weights: bool = False,
     force: bool = False,
     precision: Precision = "nvfp4",
+    lora_rank: int | None = None,
     allow_slow: bool = False,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Exported | ExportedGraph:
@@ -37,7 +43,7 @@ def export(
         directory: a checkpoint, as :func:`exporter.onnx_export.export` takes it, or an ONNX file, as
             :func:`exporter.placeholders.export_graph` does.
         output: the graph to write, or a folder for ``model.onnx``; of a checkpoint by default ``DIRECTORY/model.onnx``.
-        scale_dtype, copy_weights, precision: of a checkpoint.
+        scale_dtype, copy_weights, precision, lora_rank: of a checkpoint.
         force: replace an existing graph.
         allow_slow: of a graph, let pass what the lint finds to lose FP4 speed only.
         progress: called with each step.
@@ -56,9 +62,10 @@ def export(
             copy_weights=copy_weights,
             force=force,
             precision=precision,
+            lora_rank=lora_rank,
         )
     of_checkpoints = {"scale_dtype": scale_dtype, "copy_weights": copy_weights, "precision": precision != "nvfp4"}
-    for name, given in of_checkpoints.items():
+    for name, given in (*of_checkpoints.items(), ("lora_rank", lora_rank)):
         if given:
             raise BadGraph(f"{name} is for checkpoints, and {source} is a graph; leave it out")
     if output is None:

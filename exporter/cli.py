@@ -33,6 +33,11 @@ _PATH = click.Path(path_type=Path)
     type=click.Choice(["float32", "bfloat16"]),
     help="Of the dequantized block scales; float32 equals fake quantization bit for bit.  [default: float32]",
 )
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(1),
+    help="Give the linears slots for LoRAs of ranks up to this, as inputs of the graph.",
+)
 @click.option("--copy-weights", is_flag=True, help="Copy the weights beside the graph instead of pointing at them.")
 @click.option("--allow-slow", is_flag=True, help="For THEIRS.onnx: accept lint findings of severity slow.")
 @click.option("--force", is_flag=True, help="Replace an existing graph.")
@@ -41,6 +46,7 @@ def export(
     output: Path | None,
     precision: str,
     scale_dtype: str | None,
+    lora_rank: int | None,
     copy_weights: bool,
     allow_slow: bool,
     force: bool,
@@ -55,13 +61,16 @@ def export(
       fp4trt export flux-fp4
       fp4trt export flux-fp4 -o elsewhere/model.onnx --copy-weights
       fp4trt export FLUX.1-dev --precision bf16 -o flux-bf16
+      fp4trt export flux-fp4 --lora-rank 64
       fp4trt export theirs.onnx -o ours
     """
     from fp4trt.errors import BadGraph
 
     if (source.is_file() and source.suffix not in SUFFIXES) or source.suffix == ".onnx":
-        if precision != "nvfp4" or scale_dtype is not None or copy_weights:
-            raise click.UsageError("--precision, --scale-dtype and --copy-weights are for checkpoints, not for a graph")
+        if precision != "nvfp4" or scale_dtype is not None or lora_rank is not None or copy_weights:
+            raise click.UsageError(
+                "--precision, --scale-dtype, --lora-rank and --copy-weights are for checkpoints, not for a graph"
+            )
         if output is None:
             raise click.UsageError(f"{source} is a graph; name the one to write with --output")
         return _export_graph(source, output, force=force, allow_slow=allow_slow)
@@ -70,7 +79,7 @@ def export(
     if allow_slow:
         raise click.UsageError("--allow-slow is for a third-party graph, not for a checkpoint")
     options = {"scale_dtype": scale_dtype, "copy_weights": copy_weights, "force": force, "precision": precision}
-    return _export_checkpoint(source, output, **options)
+    return _export_checkpoint(source, output, **options, lora_rank=lora_rank)
 
 
 def _export_checkpoint(source: Path, output: Path | None, **options: Any) -> Exported:

@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import onnx_ir as ir
 
@@ -17,6 +17,7 @@ from exporter import external_weights, plain_checkpoint
 from exporter.existing_results import refuse_existing_results
 from exporter.lint_gate import passed_lint
 from exporter.passes.add_branches import Branch, add_branches
+from exporter.passes.add_lora_slots import add_lora_slots
 from exporter.passes.double_dequantize import ScaleDtype
 from exporter.passes.drop_placeholders import drop_placeholders
 from exporter.passes.fold_constants import fold_constants
@@ -29,12 +30,15 @@ from exporter.passes.widen_weights import widen_weights
 from exporter.trace import OPSET, other_linears, trace, translate
 from fp4trt.built_in import path_of
 from fp4trt.errors import BadGraph, WrongPrecision
+from fp4trt.families import Dim
 from fp4trt.file_output import check_writable
 from fp4trt.number_formats import BF16, FORMATS, FP8, FP32, NVFP4, counted_by_format
-from fp4trt.options import one_of, takes
+from fp4trt.options import at_least, one_of, takes
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.progress import Progress, tracking
 from fp4trt.verb import Result, verb
+from onnx_functions.graph.lora_slots import METADATA as LORA
+from onnx_functions.graph.lora_slots import SYMBOL, Slots
 
 __all__ = ["IR_VERSION", "Precision", "branches", "export", "graph_of", "graph_path", "group_leaders"]
 
@@ -42,6 +46,9 @@ Precision = Literal["nvfp4", "bf16"]
 
 IR_VERSION = 11
 """The first ONNX IR version with FLOAT4E2M1."""
+
+_USUAL_RANK: Final = 16
+"""Rank of LoRAs that an engine is tuned for where nothing else is said, as far as its slots go."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,7 @@ class Exported(Result):
         onnx_bytes: size of the graph without its weights.
         copied_weights: whether the weights were copied beside it.
         copied_because: why; None where they were not.
+        lora_rank: the largest rank of its slots for LoRAs; None without slots.
     """
 
     onnx: str
@@ -75,10 +83,16 @@ class Exported(Result):
     onnx_bytes: int
     copied_weights: bool
     copied_because: str | None
+    lora_rank: int | None = None
 
 
 @verb
-@takes(BadGraph, precision=one_of(*get_args(Precision)), scale_dtype=one_of(*get_args(ScaleDtype)))
+@takes(
+    BadGraph,
+    precision=one_of(*get_args(Precision)),
+    scale_dtype=one_of(*get_args(ScaleDtype)),
+    lora_rank=at_least(1),
+)
 def export(
     directory: str | Path,
     output: str | Path | None = None,
@@ -87,6 +101,7 @@ def export(
     copy_weights: bool = False,
     force: bool = False,
     precision: Precision = "nvfp4",
+    lora_rank: int | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Exported:
     """Export a checkpoint as an opset-23 graph: quantized, in double-DequantizeLinear form, or plain, in BF16.
@@ -100,6 +115,8 @@ def export(
         copy_weights: copy the weights into ``NAME.onnx.data``; implied where the graph cannot point at them.
         force: replace an existing graph.
         precision: ``nvfp4`` takes a quantized checkpoint, in whatever formats, ``bf16`` a plain one.
+        lora_rank: give the linears slots for LoRAs of ranks up to this: the factors are inputs of the graph.
+            Not for ``bf16``, into whose weights LoRAs are fused.
         progress: called with each step.
 
     Raises:
@@ -110,6 +127,10 @@ def export(
     """
     if precision == "bf16" and scale_dtype is not None:
         raise WrongPrecision(f"--scale-dtype {scale_dtype} is of block scales, which a bf16 graph has none of; drop it")
+    if precision == "bf16" and lora_rank is not None:
+        raise WrongPrecision(
+            "--lora-rank is for quantized checkpoints; LoRAs are fused into the weights of a bf16 graph"
+        )
     checkpoint = _open(directory, precision)
     if output is None and not Path(directory).is_dir():
         raise BadGraph(f"{directory} is not a folder that a graph could be written into; name one with --output")
@@ -122,7 +143,7 @@ def export(
         check_writable(path)
         if copies:
             external_weights.refuse_little_space(checkpoint.tensors, checkpoint.wide, path)
-        nodes = _write(checkpoint, path, scale_dtype or "float32", copies)
+        nodes = _write(checkpoint, path, scale_dtype or "float32", copies, lora_rank)
     formats = counted_by_format(checkpoint.formats)
     return Exported(
         onnx=str(path.resolve()),
@@ -137,14 +158,15 @@ def export(
         onnx_bytes=path.stat().st_size,
         copied_weights=copies,
         copied_because="--copy-weights" if copy_weights else reason,
+        lora_rank=lora_rank,
     )
 
 
-def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: bool) -> int:
+def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: bool, lora_rank: int | None) -> int:
     """Trace, rewrite and save; return the graph's number of nodes."""
     # The units are hundredths of the time: tracing takes nearly all of it, whatever the model's size.
     with tracking(100, "exporting") as advance:
-        model = graph_of(checkpoint, group_leaders(checkpoint), scale_dtype, advance)
+        model = graph_of(checkpoint, group_leaders(checkpoint), scale_dtype, advance, lora_rank)
         # A finding, even a slow one, is a mistake of this room's, or of the checkpoint's data.
         accept = functools.partial(passed_lint, source=checkpoint.directory)
         if copies:
@@ -156,7 +178,11 @@ def _write(checkpoint: Checkpoint, path: Path, scale_dtype: ScaleDtype, copies: 
 
 
 def graph_of(
-    checkpoint: Checkpoint, leaders: Mapping[str, str], scale_dtype: ScaleDtype, advance: Callable[[int], object]
+    checkpoint: Checkpoint,
+    leaders: Mapping[str, str],
+    scale_dtype: ScaleDtype,
+    advance: Callable[[int], object],
+    lora_rank: int | None = None,
 ) -> ir.Model:
     """Return the graph of a checkpoint, whose weights have no values yet.
 
@@ -165,6 +191,7 @@ def graph_of(
         leaders: see :func:`exporter.passes.double_dequantize.double_dequantize`.
         scale_dtype: likewise.
         advance: called with hundredths of an export that are done, 90 in all.
+        lora_rank: the largest rank of slots for LoRAs; None without slots.
     """
     program = trace(checkpoint)
     advance(30)
@@ -175,6 +202,7 @@ def graph_of(
     heights = {stack.path: checkpoint.config[stack.count] for stack in equal}
     stamp_blocks(model, heights, [stack.path for stack in equal if stack.tail])
     join_gated(model, _gated(checkpoint, leaders))
+    slots = None if lora_rank is None else Slots(lora_rank, _add_slots(model, checkpoint))
     add_branches(model, branches(checkpoint))
     drop_placeholders(model, checkpoint.formats)
     for name, kind in reversed(list(FORMATS.items())):  # NVFP4's pass takes all placeholders that are left
@@ -184,8 +212,16 @@ def graph_of(
     widen_weights(model, checkpoint.wide)
     order_initializers(model)
     name_nodes(model)
-    _describe(model, checkpoint, scale_dtype)
+    _describe(model, checkpoint, scale_dtype, slots)
     return model
+
+
+def _add_slots(model: ir.Model, checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
+    """Give slots to the linears that are quantized and to those that could be; return them by shared input."""
+    paths = dict.fromkeys((*checkpoint.family.quantized(checkpoint.config), *checkpoint.formats))
+    groups = checkpoint.groups_of(list(paths))
+    add_lora_slots(model, groups)
+    return groups
 
 
 def _gated(checkpoint: Checkpoint, leaders: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -249,7 +285,7 @@ def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
     return checkpoint.raw(name).tobytes() if name in checkpoint.tensors else b""
 
 
-def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None:
+def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str, slots: Slots | None) -> None:
     """Write into the graph's metadata what it promises and what the builder has to know."""
     linears = {name: list(paths) for name in FORMATS if (paths := checkpoint.of_format(name)) or name == NVFP4.name}
     others = other_linears(checkpoint)
@@ -257,6 +293,9 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
     linears[BF16] = [path for path in others if path not in wide]
     linears |= {FP32: wide} if wide else {}
     symbols = {name: dim.as_dict() for name, dim in checkpoint.family.dims.items()}
+    if slots is not None:
+        usual = min(_USUAL_RANK, slots.max_rank)
+        symbols[SYMBOL] = Dim("lora_rank", min=0, max=slots.max_rank, default=usual).as_dict()
     model.metadata_props.clear()
     model.metadata_props.update(
         {
@@ -270,6 +309,8 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str) -> None
     )
     if checkpoint.fp8_attentions:
         model.metadata_props["fp4trt.attention"] = json.dumps({FP8.name: checkpoint.fp8_attentions})
+    if slots is not None:
+        model.metadata_props[LORA] = json.dumps(slots.as_dict())
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "fp4trt", None, None
     model.graph.name = checkpoint.family.name

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from calibration.checkpoints.plain import load_source
@@ -15,9 +18,15 @@ from fp4trt.errors import UnknownArtifact
 from fp4trt.families import Transformer
 from fp4trt.json_file import load_json
 from fp4trt.make_source import folder_of
+from onnx_functions.graph.lora_slots import is_factor_input
 from onnx_functions.simulation import session
 
 __all__ = ["GraphTransformer", "open_transformer"]
+
+Slots = Mapping[str, Sequence[int | str]]
+"""Factor of a slot to its shape; the rank has a name."""
+
+Factors = dict[str, npt.NDArray[np.float32]]
 
 
 def open_transformer(artifact: str | Path, device: str = "cpu") -> Transformer:
@@ -46,7 +55,7 @@ class GraphTransformer:
     """An exported graph in ONNX Runtime on the CPU, with the numerics that the engine should have.
 
     Args:
-        graph: what ``fp4trt export`` wrote; its weights stay where they are.
+        graph: what ``fp4trt export`` wrote; its weights stay where they are, and its slots for LoRAs empty.
 
     Raises:
         BadGraph: it is no such graph.
@@ -54,7 +63,10 @@ class GraphTransformer:
 
     def __init__(self, graph: Path) -> None:
         self._session = session(graph)
-        self._inputs = [value.name for value in self._session.get_inputs()]
+        inputs = {value.name: value.shape for value in self._session.get_inputs()}
+        slots = {name: shape for name, shape in inputs.items() if is_factor_input(name)}
+        self._inputs = [name for name in inputs if name not in slots]
+        self._factors = _empty(slots)
 
     def __call__(self, *, return_dict: bool = False, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the outputs, each in the dtype of the first input.
@@ -66,4 +78,12 @@ class GraphTransformer:
         assert not return_dict, "a graph returns a tuple"
         given = {name: inputs[name].detach().float().cpu().numpy() for name in self._inputs}
         dtype = inputs[self._inputs[0]].dtype
-        return tuple(torch.from_numpy(value).to(dtype) for value in self._session.run(None, given))
+        found = self._session.run(None, {**given, **self._factors})
+        return tuple(torch.from_numpy(value).to(dtype) for value in found)
+
+
+def _empty(slots: Slots) -> Factors:
+    """Return factors of rank 0, with which a graph computes what it does without slots."""
+    return {
+        name: np.zeros([0 if isinstance(n, str) else n for n in shape], np.float32) for name, shape in slots.items()
+    }

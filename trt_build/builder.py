@@ -20,7 +20,7 @@ from fp4trt.targets import Target, parse_gpus, require_format
 from fp4trt.verb import Result
 from trt_build import manifest
 from trt_build.attention_coverage import LostAttention, measure_attentions, require_attentions
-from trt_build.branch_cost import branch_cost
+from trt_build.branch_cost import branch_cost, slot_cost
 from trt_build.coverage import SixteenBit, measure_coverage, require_coverage
 from trt_build.disk_space import require_room
 from trt_build.engine_losses import attentions_of_all, coverage_of_all
@@ -91,6 +91,7 @@ class Built(Result):
         sixteen_bit: linears that run in BF16 as they should, and why.
         kernels: number of the engine's kernels.
         branch: what SVDQuant's branches cost (see :mod:`trt_build.branch_cost`); None without any.
+        lora: what slots for LoRAs cost, likewise.
         gpus, compute_capabilities: what it runs on.
         profile: minimum, optimum and maximum of each symbol.
         shapes: the same of each input.
@@ -119,6 +120,7 @@ class Built(Result):
     sixteen_bit: Sequence[Mapping[str, Any]]
     kernels: int | None
     branch: Mapping[str, Any] | None
+    lora: Mapping[str, Any] | None
     gpus: Sequence[str]
     compute_capabilities: Sequence[str]
     profile: Mapping[str, Any]
@@ -332,6 +334,7 @@ def _build_and_publish(
             **coverage.summary(),
             **attentions.summary(),
             "branch": branch_cost(plan.graph, layers[0]),
+            "lora": slot_cost(plan.graph, layers[0]),
         }
         if len(plan.profiles) > 1:
             result["profiles"] = [
@@ -382,6 +385,7 @@ def _result(plan: _Plan, content: dict[str, Any], *, cached: bool, seconds: floa
         **{key: content[key] for key in (*kept, *attention, "sixteen_bit")},
         kernels=content.get("kernels"),
         branch=content.get("branch"),
+        lora=content.get("lora"),
         gpus=[target.name for target in plan.targets],
         compute_capabilities=plan.compute_capabilities,
         profile=_symbols(plan.profiles[0]),

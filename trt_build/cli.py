@@ -87,6 +87,9 @@ def build_command(model: Path, **options: Any) -> Built:
     if branch := result.branch:
         what = f"low-rank branches of {branch['linears']} linears" if branch["linears"] else "smoothed inputs"
         click.echo(f"  {what}: {branch['bytes']:,} bytes, {branch['kernels']} of {result.kernels} kernels")
+    if slots := result.lora:
+        cost = f"{slots['kernels']} of {result.kernels} kernels"
+        click.echo(f"  slots for LoRAs of {slots['linears']} linears: {cost}, lora_rank to {slots['max_rank']}")
     for item in result.lost:
         click.echo(f"  16 bit: {item['linear']}: {item['reason']}")
     for item in result.lost_attentions:

@@ -25,11 +25,13 @@ from onnx_functions.graph.index import PRODUCTS, Index
 from onnx_functions.graph.linears import (
     FP8_QUANTIZER,
     QUANTIZER,
+    declared_slots,
     declared_symbols,
     gives_fp8,
     metadata_of,
     promised_linears,
 )
+from onnx_functions.graph.lora_slots import Slots, is_factor_input
 from onnx_functions.linting import require_form
 from trt_build.profiles import InputShape
 from trt_build.signature import Signature, dimension_of, signature_of
@@ -57,15 +59,29 @@ class Graph:
     @cached_property
     def products(self) -> dict[str, onnx.NodeProto]:
         """Matrix products by the linear they belong to (the node's name without its "/MatMul"), branches apart."""
-        branches = set(self.branch_products)
+        branches = {*self.branch_products, *self.slot_products}
         nodes = (node for node in self.model.graph.node if node.op_type in PRODUCTS)
         return {_linear_of(node.name): node for node in nodes if node.name and node.name not in branches}
 
     @cached_property
     def branch_products(self) -> tuple[str, ...]:
         """Names of the products by the low-rank factors of SVDQuant."""
-        nodes = (node for node in self.model.graph.node if node.op_type == "MatMul")
-        return tuple(node.name for node in nodes if self._is_branch(node))
+        return tuple(node.name for node, factor in self._factors if is_factor(factor))
+
+    @cached_property
+    def slot_products(self) -> tuple[str, ...]:
+        """Names of the products by the factors of slots for LoRAs, which are inputs."""
+        inputs = self.index.inputs
+        return tuple(node.name for node, factor in self._factors if is_factor_input(factor) and factor in inputs)
+
+    @property
+    def slots(self) -> Slots | None:
+        """What the metadata say of slots for LoRAs; None without any.
+
+        Raises BadModelError where they cannot be read.
+        """
+        with _of_model(self.path):
+            return declared_slots(self.model)
 
     @property
     def branched(self) -> tuple[str, ...]:
@@ -220,8 +236,11 @@ class Graph:
         """Bytes of the graph file and of all external data: what the builder has to hold."""
         return self.path.stat().st_size + sum(piece.length for piece in self.external_ranges)
 
-    def _is_branch(self, product: onnx.NodeProto) -> bool:
-        return is_factor(self.index.to_source(product.input[1]))
+    @cached_property
+    def _factors(self) -> tuple[tuple[onnx.NodeProto, str], ...]:
+        """Products, each with the tensor that it multiplies by."""
+        nodes = (node for node in self.model.graph.node if node.op_type == "MatMul")
+        return tuple((node, self.index.to_source(node.input[1])) for node in nodes)
 
     def _with_weights(self, data_type: int) -> tuple[str, ...]:
         stored = ((path, self.index.stored(node.input[1])) for path, node in self.products.items())

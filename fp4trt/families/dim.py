@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 __all__ = ["BOUNDS", "OPTIONS", "TOKENS", "Dim", "Kind", "out_of_order"]
 
-Kind = Literal["batch", "image_tokens", "text_tokens", "video_tokens", "audio_tokens", "size"]
+Kind = Literal["batch", "image_tokens", "text_tokens", "video_tokens", "audio_tokens", "size", "lora_rank"]
 
 _COUNT: Final = ("min", "default", "max")
 _PICTURE: Final = ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token")
@@ -21,6 +21,7 @@ BOUNDS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "video_tokens": (_PICTURE, _LENGTH),
     "audio_tokens": (_COUNT,),
     "size": (_COUNT,),
+    "lora_rank": (_COUNT,),
 }
 """What bounds a dimension of each kind: ranges in order, each followed by what it is counted in."""
 
@@ -31,6 +32,7 @@ OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "video_tokens": ("--resolution", "--frames"),
     "audio_tokens": ("--audio",),
     "size": ("--shape",),
+    "lora_rank": ("--shape",),
 }
 """The options of ``fp4trt build`` that set a dimension of each kind."""
 
@@ -42,10 +44,11 @@ TOKENS: Final = ("image_tokens", "video_tokens", "text_tokens")
 class Dim:
     """One symbolic dimension of the graph, with the bounds that an optimization profile may take.
 
-    A dimension of the kind ``batch``, ``text_tokens``, ``audio_tokens`` or ``size`` is bounded directly; one of
-    ``image_tokens`` through the resolution in pixels: a picture of H x W pixels has (H / pixels_per_token) *
-    (W / pixels_per_token) tokens. One of ``video_tokens`` has such a picture's tokens 1 + (frames - 1) /
-    frames_per_token times; its least and largest resolution bound the area of a frame, not its sides.
+    A dimension of the kind ``batch``, ``text_tokens``, ``audio_tokens``, ``size`` or ``lora_rank`` (of all slots for
+    LoRAs, 0 for none) is bounded directly; one of ``image_tokens`` through the resolution in pixels: a picture of H x W
+    pixels has (H / pixels_per_token) * (W / pixels_per_token) tokens. One of ``video_tokens`` has such a picture's
+    tokens 1 + (frames - 1) / frames_per_token times; its least and largest resolution bound the area of a frame, not
+    its sides.
     ``references`` says whether pictures to refer to, or to edit, are tokens of the same sequence, behind those of the
     picture that is made.
     """
@@ -89,10 +92,14 @@ class Dim:
 
 
 def out_of_order(values: Mapping[str, Any], kind: str) -> bool:
-    """Return whether some of a dimension's bounds are no positive numbers, or a range is not in order."""
+    """Return whether some of a dimension's bounds are no positive numbers, or a range is not in order.
+
+    The rank of LoRAs may be 0, but for its maximum.
+    """
     for keys in BOUNDS[kind]:
         numbers = [values.get(key) for key in keys]
-        whole = [value for value in numbers if type(value) is int and value > 0]
-        if len(whole) < len(numbers) or whole[:3] != sorted(whole[:3]):
+        least = 0 if kind == "lora_rank" else 1
+        whole = [value for value in numbers if type(value) is int and value >= least]
+        if len(whole) < len(numbers) or whole[:3] != sorted(whole[:3]) or whole[-1:] == [0]:
             return True
     return False

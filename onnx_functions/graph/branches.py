@@ -9,7 +9,7 @@ equal ones, those of its first member::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +30,7 @@ __all__ = [
     "FACTORS",
     "SMOOTHING",
     "Branch",
+    "branch_at",
     "described_branches",
     "effective_weight",
     "find_branch",
@@ -85,19 +86,31 @@ def find_branch(index: Index, path: str, product: NodeProto) -> Branch | None:
     add = index.nodes.get(f"{path}{BRANCH_ADD}")
     if add is None or product.output[0] not in add.input:
         return None
-    tensor = next(name for name in add.input if name != product.output[0])
+    return branch_at(index, add, product.output[0], index.constants, "an initializer")
+
+
+def branch_at(index: Index, add: NodeProto, product: str, factors: Container[str], kind: str) -> Branch:
+    """Return the branch that a node adds to a product.
+
+    Args:
+        index: of the graph.
+        add: the node.
+        product: the tensor that it adds the branch to.
+        factors: the tensors that may be factors.
+        kind: what these are, for messages.
+
+    Raises:
+        BadGraph: what is added is not a product of two of them.
+    """
+    tensor = next(name for name in add.input if name != product)
     found: list[tuple[str, str]] = []
     for _ in FACTORS:
         node = index.producer.get(tensor)
         if node is None or node.op_type != "MatMul":
-            raise BadGraph(
-                f"node {add.name} adds {tensor}, which is not a product of two stored factors; export it again"
-            )
+            raise BadGraph(f"node {add.name} adds {tensor}, which is not a product of two factors; export it again")
         factor = index.through_moves(node.input[1])
-        if factor not in index.constants:
-            raise BadGraph(
-                f"node {node.name} multiplies by {factor}, which is not an initializer; export the graph again"
-            )
+        if factor not in factors:
+            raise BadGraph(f"node {node.name} multiplies by {factor}, which is not {kind}; export the graph again")
         found.insert(0, (factor, node.name))
         tensor = node.input[0]
     (a, first), (b, second) = found

@@ -112,6 +112,11 @@ class Index:
                 found[node.output[0]] = value
         return found
 
+    @cached_property
+    def inputs(self) -> frozenset[str]:
+        """The names of the graph's inputs."""
+        return frozenset(value.name for value in self.model.graph.input)
+
     def constant(self, tensor: str) -> str:
         """Return the constant that a tensor is under another name; "" where it is none."""
         found = self.through(tensor, ALIASES)

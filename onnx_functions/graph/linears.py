@@ -19,6 +19,8 @@ from fp4trt.json_file import lists_of_strings, object_of, strings
 from fp4trt.number_formats import FORMATS
 from onnx_functions.graph.branches import Branch, find_branch, find_smoothing
 from onnx_functions.graph.index import PRODUCTS, Index
+from onnx_functions.graph.lora_slots import METADATA as LORA
+from onnx_functions.graph.lora_slots import Slots, find_slot, slots_of
 from onnx_functions.library import FP8_QUANTIZER, QUANTIZER
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Quantizer",
     "declared",
     "declared_groups",
+    "declared_slots",
     "declared_symbols",
     "gives_fp8",
     "metadata_of",
@@ -80,6 +83,7 @@ class Linear:
         smoothing: the initializer that its input is multiplied by, None without one.
         smoother: name of the node that does that.
         branch: the low-rank branch that is added to the product, None without one.
+        slot: the slot for a LoRA that is added behind it, None without one; it reads `input`.
     """
 
     path: str
@@ -95,6 +99,7 @@ class Linear:
     smoothing: str | None = None
     smoother: str | None = None
     branch: Branch | None = None
+    slot: Branch | None = None
 
     @property
     def head(self) -> str:
@@ -104,15 +109,17 @@ class Linear:
     @property
     def entries(self) -> tuple[str, ...]:
         """The nodes that read its input."""
+        slot = () if self.slot is None else (self.slot.products[0],)
         if self.smoother is not None:
-            return (self.smoother,)
-        return (self.head,) if self.branch is None else (self.head, self.branch.products[0])
+            return (self.smoother, *slot)
+        return (self.head, *slot) if self.branch is None else (self.head, self.branch.products[0], *slot)
 
     @property
     def computing(self) -> tuple[str, ...]:
         """The nodes that multiply and add, after any quantization."""
-        branch = () if self.branch is None else (*self.branch.products, self.branch.add)
-        return (self.matmul, *branch) if self.add is None else (self.matmul, *branch, self.add)
+        beside = (each for each in (self.branch, self.slot) if each is not None)
+        branches = (name for each in beside for name in (*each.products, each.add))
+        return (self.matmul, *branches, *(() if self.add is None else (self.add,)))
 
 
 def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
@@ -154,6 +161,15 @@ def declared_symbols(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
         lambda value: {name: object_of(symbol, repr(name)) for name, symbol in object_of(value, "it").items()},
         {},
     )
+
+
+def declared_slots(model: onnx.ModelProto) -> Slots | None:
+    """Return what the metadata say of slots for LoRAs; None for a graph without any.
+
+    Raises:
+        BadGraph: they cannot be read.
+    """
+    return declared(model, LORA, slots_of) if LORA in metadata_of(model) else None
 
 
 def declared(model: onnx.ModelProto, key: str, read: Callable[[Any], _T], default: _T | None = None) -> _T:
@@ -220,6 +236,8 @@ class Graph(Index):
             raise BadGraph(f"node {node.name} reads {weight} as its weight, which comes from no initializer")
         branch = find_branch(self, path, node)
         product = branch.output if branch else node.output[0]
+        slot = find_slot(self, path, product)
+        product = slot.output if slot else product
         add = self._bias_add(path, product)
         bias = node.input[2] if len(node.input) > 2 else None
         if add is not None:
@@ -229,12 +247,15 @@ class Graph(Index):
         smoother = find_smoothing(self, enters)
         if branch is not None and branch.input != enters:
             raise BadGraph(f"node {branch.products[0]} reads {branch.input}, the quantizer of {path} {enters}")
+        read = smoother.input[0] if smoother is not None else enters
+        if slot is not None and slot.input != read:
+            raise BadGraph(f"node {slot.products[0]} reads {slot.input}, and {path} reads {read}; export it again")
         return Linear(
             path,
             node.name,
             activation,
             weight,
-            smoother.input[0] if smoother is not None else enters,
+            read,
             add.output[0] if add is not None else product,
             add.name if add is not None else None,
             bias,
@@ -243,6 +264,7 @@ class Graph(Index):
             smoother.input[1] if smoother is not None else None,
             smoother.name if smoother is not None else None,
             branch,
+            slot,
         )
 
     def weight_scale(self, linear: Linear) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import onnx
 from onnx import NodeProto
 
 from fp4trt.errors import BadGraph
@@ -20,7 +21,7 @@ from onnx_functions.graph.branches import described_branches, is_factor
 from onnx_functions.graph.element_types import attributes_of, integer, opset_of
 from onnx_functions.graph.external_data import BadSpan, load_graph, nbytes_of, type_name
 from onnx_functions.graph.index import PRODUCTS, QUANTIZED, name_of
-from onnx_functions.graph.linears import declared_groups, promised_linears
+from onnx_functions.graph.linears import declared_groups, declared_slots, promised_linears
 from onnx_functions.graph.stored_linears import FORMAT_OF, StoredLinear, compare, coverage
 from onnx_functions.graph.subgraphs import lay_open
 from onnx_functions.inspection import attention
@@ -86,7 +87,14 @@ def describe_graph(path: Path) -> dict[str, Any]:
         "attention": attention.of_graph(subject),
         **covered,
         "branches": described_branches({name: (subject.dims(name), size) for name, size in sizes.items()}),
+        "lora": _slots(model),
     }
+
+
+def _slots(model: onnx.ModelProto) -> dict[str, int] | None:
+    """Return what slots for LoRAs a graph says that it has, as JSON; None without any."""
+    slots = declared_slots(model)
+    return None if slots is None else {"linears": sum(map(len, slots.groups)), "max_rank": slots.max_rank}
 
 
 def _files(subject: Subject) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from fp4trt.number_formats import FORMATS
+from onnx_functions.graph.lora_slots import is_factor_input
 from onnx_functions.inspection.attention import attention_lines
 from onnx_functions.inspection.module_tree import tree
 
@@ -53,7 +54,9 @@ def _leaf(linear: Mapping[str, Any], differs: Mapping[str, Any] | None) -> str:
 def _stored_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield from (_entry(key, found[key]) for key in _SHOWN if found.get(key) not in (None, [], {}))
     yield _entry("stored", _size(found["bytes"]))
-    for value in (*found.get("inputs", ()), *found.get("outputs", ())):
+    slots = found.get("lora")
+    inputs = (value for value in found.get("inputs", ()) if not (slots and is_factor_input(value["name"])))
+    for value in (*inputs, *found.get("outputs", ())):
         yield f"    {value['name']:26} {value['type']:9} {_plain(value['shape'])}"
     width = max((len(kind) for kind in found["formats"]), default=0)
     width = max(width, 10)
@@ -67,6 +70,8 @@ def _stored_lines(found: Mapping[str, Any]) -> Iterator[str]:
         ranks = " and ".join(map(str, branches["ranks"]))
         beside = f"SVDQuant: {branches['linears']} low-rank branches of rank {ranks}, " if ranks else "AWQ: "
         yield f"  {beside}{branches['smoothed']} smoothed inputs: {_size(branches['bytes'])} beside them"
+    if slots:
+        yield f"  slots for LoRAs: {slots['linears']} linears, lora_rank 0 to {slots['max_rank']}"
 
 
 def _group_lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -141,6 +146,9 @@ def _engine_lines(found: Mapping[str, Any]) -> Iterator[str]:
     if branch := found.get("branch"):
         cost = f"{branch.get('kernels')} of {found.get('kernels')} kernels, {_size(int(branch.get('bytes') or 0))}"
         yield _entry("low-rank branches", cost)
+    if slots := found.get("lora"):
+        cost = f"{slots.get('linears')} linears, {slots.get('kernels')} of {found.get('kernels')} kernels"
+        yield _entry("slots for LoRAs", cost)
 
 
 def _coverage_lines(coverage: Mapping[str, Mapping[str, int]], promised: int) -> Iterator[str]:

@@ -10,13 +10,17 @@ from typing import Any, Final
 
 from onnx import TensorProto
 
+from fp4trt.errors import BadGraph
 from fp4trt.families import FAMILIES, family_named
 from fp4trt.families.dim import BOUNDS, out_of_order
 from fp4trt.json_file import lists_of_strings, object_of, strings
 from fp4trt.number_formats import FORMATS, FP8, NVFP4
+from onnx_functions.graph.branches import Branch
 from onnx_functions.graph.external_data import type_name
 from onnx_functions.graph.index import name_of
+from onnx_functions.graph.lora_slots import FACTORS, SYMBOL, slots_of
 from onnx_functions.graph.stored_linears import FORMAT_OF
+from onnx_functions.graph.symbols import symbolic_inputs
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import Subject
 from onnx_functions.linting.weights import output_type
@@ -133,6 +137,31 @@ def _attention(_: Subject, text: str) -> Iterator[str]:
     yield from (f"{path} is promised {count} times" for path, count in Counter(paths).items() if count > 1)
 
 
+def _lora(subject: Subject, text: str) -> Iterator[str]:
+    """Yield what is wrong with slots for LoRAs: each declared linear has one, which reads the inputs of its name."""
+    try:
+        slots = slots_of(_json(text))
+    except TypeError as error:
+        yield str(error)
+        return
+    shapes = symbolic_inputs(subject.model)
+    for group in slots.groups:
+        for path in group:
+            found = _slot(subject, path)
+            wanted = (f"{group[0]}.{FACTORS[0]}", f"{path}.{FACTORS[1]}")
+            if found is None or found.factors != wanted:
+                yield f"{path} has no slot that reads {wanted[0]} and {wanted[1]}"
+            elif not (shapes[wanted[0]][:1] == shapes[wanted[1]][1:] == (SYMBOL,)):
+                yield f"the inputs of the slot of {path} are {shapes[wanted[0]]} and {shapes[wanted[1]]}"
+
+
+def _slot(subject: Subject, path: str) -> Branch | None:
+    try:
+        return subject.graph.linear(path).slot
+    except BadGraph:  # other rules tell what is wrong with the linear
+        return None
+
+
 def _groups(subject: Subject, text: str) -> Iterator[str]:
     try:
         members = [path for group in lists_of_strings(_json(text), "the value") for path in group]
@@ -189,4 +218,5 @@ _CHECKS: Final[Mapping[str, Any]] = {
     "groups": _groups,
     "symbols": _symbols,
     "attention": _attention,
+    "lora": _lora,
 }

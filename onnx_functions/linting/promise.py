@@ -205,7 +205,8 @@ def _width(subject: Subject, output: str) -> int | None:
 def _sides(subject: Subject) -> Iterator[tuple[tuple[Tensor, ...], list[ValueInfoProto], str]]:
     contract = contract_of(subject.metadata.get("fp4trt.family", ""))
     if contract is not None:
-        inputs = [value for value in subject.model.graph.input if value.name not in subject.graph.initializers]
+        others = {*subject.graph.initializers, *subject.slot_inputs}
+        inputs = [value for value in subject.model.graph.input if value.name not in others]
         yield contract[0], inputs, "input"
         yield contract[1], list(subject.model.graph.output), "output"
 

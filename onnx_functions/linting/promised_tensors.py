@@ -12,6 +12,7 @@ from fp4trt.errors import BadGraph
 from fp4trt.number_formats import FORMATS
 from onnx_functions.graph.branches import BRANCH_ADD, FACTORS, SMOOTHING, find_branch, find_smoothing
 from onnx_functions.graph.index import CASTS, PRODUCTS
+from onnx_functions.graph.lora_slots import SLOT_ADD
 from onnx_functions.linting.rule import Hit, rule
 from onnx_functions.linting.subject import FP8Product, Product, Subject
 
@@ -202,6 +203,6 @@ def _bias(subject: Subject, node: NodeProto) -> str:
             other = [name for name in reader.input if name != tensor] if reader.op_type == "Add" else []
             if other and (constant := subject.constant(subject.graph.through_casts(other[0]))):
                 return constant
-            if other and reader.name.endswith(BRANCH_ADD):
+            if other and reader.name.endswith((BRANCH_ADD, SLOT_ADD)):
                 tensors.append(reader.output[0])
     return ""

@@ -21,6 +21,8 @@ from onnx_functions.graph.dependence import Dependence, dependences
 from onnx_functions.graph.external_data import BadSpan, Span, nbytes_of, span_of
 from onnx_functions.graph.index import MOVES, PRODUCTS, RESHAPES, Reader, exchanges_axes
 from onnx_functions.graph.linears import FP8_QUANTIZER, QUANTIZER, Graph, gives_fp8, metadata_of
+from onnx_functions.graph.lora_slots import FACTORS, slots_of
+from onnx_functions.graph.lora_slots import METADATA as LORA
 from onnx_functions.linting.shapes import Shapes
 from onnx_functions.linting.values import Values, read_values
 
@@ -178,6 +180,16 @@ class Subject:
         if not isinstance(value, dict):
             return {}
         return {str(key): [str(path) for path in paths] for key, paths in value.items() if isinstance(paths, list)}
+
+    @cached_property
+    def slot_inputs(self) -> frozenset[str]:
+        """The inputs that are factors of declared slots for LoRAs."""
+        try:
+            groups = slots_of(self.declared(LORA)).groups
+        except TypeError:
+            return frozenset()
+        read = {f"{path}.{FACTORS[1]}" for group in groups for path in group}
+        return frozenset(read | {f"{group[0]}.{FACTORS[0]}" for group in groups if group})
 
     def declared(self, key: str) -> Any:
         """Return a metadata entry that holds JSON, None where it is missing or unreadable."""

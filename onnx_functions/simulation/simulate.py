@@ -163,7 +163,8 @@ def teacher_forced(model: onnx.ModelProto, linears: Sequence[Linear]) -> onnx.Mo
     Inputs, FP32 [..., K]: `NODE:x` for every quantizer NODE of the linears (for a linear without one its
     MatMul), rounded to BF16 where the graph does not compute it in FP32. Outputs, FP32: every quantizer's
     codes [..., K] as E2M1 or E4M3 values and, in NVFP4, its block scales [..., K / 16], then every linear's
-    product [..., N] with branch and bias, which is not rounded to BF16 while its operands are.
+    product [..., N] with branch and bias, which is not rounded to BF16 while its operands are. The factors of slots for
+    LoRAs stay inputs.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -181,7 +182,9 @@ def teacher_forced(model: onnx.ModelProto, linears: Sequence[Linear]) -> onnx.Mo
             given = (linear.quantizer.codes, linear.quantizer.block_scales)
             codes.update(dict.fromkeys(name for name in given if name))
     exact = {name for linear in linears for name in linear.computing}
-    piece = cut(copy, {name: name for name in inputs.values()}, [*codes, *(linear.output for linear in linears)])
+    factors = (factor for linear in linears if linear.slot is not None for factor in linear.slot.factors)
+    entering = dict.fromkeys((*inputs.values(), *factors))
+    piece = cut(copy, {name: name for name in entering}, [*codes, *(linear.output for linear in linears)])
     return simulate(piece, exact=exact)
 
 

@@ -32,7 +32,6 @@ from onnx_functions.validation.torch_reference import (
     Shape,
     Values,
     Walk,
-    arrays_of,
     attention_teacher_of,
     name_of,
     teacher_of,
@@ -185,7 +184,7 @@ class _Checker:
                 return
             runs = []
             for shape, call, entered, (values, _) in zip(task.structure, self._calls, before, ran, strict=True):
-                inputs = arrays_of(call) | {name: entered[place].float().numpy() for place, name in fed.items()}
+                inputs = task.held.arrays(call) | {name: entered[place].float().numpy() for place, name in fed.items()}
                 runs.append(Run(name_of(shape), inputs, values))
             checked = block_structure(task.graph, task.folder, block, task.members(block), runs, task.limit, task.known)
             given = sum(path == block and what.startswith("output ") for path, what in values)

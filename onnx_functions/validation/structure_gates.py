@@ -16,6 +16,7 @@ from onnx import TensorProto
 from onnx_functions.graph.cut import cut
 from onnx_functions.graph.index import Index
 from onnx_functions.graph.linears import Linear
+from onnx_functions.graph.lora_slots import is_factor_input
 from onnx_functions.simulation.simulate import runtime_session, simulate
 from onnx_functions.validation.example_inputs import other_values
 from onnx_functions.validation.verdict import (
@@ -317,14 +318,17 @@ def _reads_constant_alone(graph: Index, name: str) -> bool:
 
 
 def inputs_gate(model: onnx.ModelProto, directory: Path, inputs: Mapping[str, FloatArray]) -> Gate:
-    """Check that each graph input, changed alone, changes an output (FP32, activations unquantized)."""
+    """Check that each graph input, changed alone, changes an output (FP32, activations unquantized).
+
+    Not the factors of slots for LoRAs: with each of them its linear is checked.
+    """
     if not model.graph.input:
         return Gate("inputs", False, 0, 0, "the graph has no input: it computes a constant")
     session = float32_session(model, directory)
     base = session.run(None, dict(inputs))
     rng = np.random.default_rng(0)
     without, changes = [], {}
-    for value in model.graph.input:
+    for value in (value for value in model.graph.input if not is_factor_input(value.name)):
         given = inputs[value.name]
         if given.dtype == np.float32:
             changed = (given * 0.5 + rng.uniform(0.5, 1.5, given.shape)).astype(np.float32)

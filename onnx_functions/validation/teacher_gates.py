@@ -7,7 +7,7 @@ whole step. Fed with the same input they must agree: quantizers exactly, product
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -54,12 +54,14 @@ class Teacher:
             alone, all FP32.
         product: (path, input) to the linear's FP32 output [..., N], bias included, not rounded.
         outputs: module path to what the reference's own module gave, rounded to BF16.
+        factors: of slots for LoRAs, by the graph's inputs, FP32 that BF16 can hold.
     """
 
     inputs: Mapping[str, FloatArray]
     quantize: Callable[[str, FloatArray], tuple[FloatArray, ...]]
     product: Callable[[str, FloatArray], FloatArray]
     outputs: Mapping[str, FloatArray]
+    factors: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def compare_block(
     """Run some linears in ONNX Runtime, each on the reference's input; compare codes, scales, products."""
     session = runtime_session(teacher_forced(model, linears), directory)
     feeds = {f"{linear.head}:x": teacher.inputs[linear.path] for linear in linears}
+    slots = (linear.slot for linear in linears if linear.slot is not None)
+    feeds |= {factor: teacher.factors[factor] for slot in slots for factor in slot.factors}
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, feeds), strict=True))
     counted: dict[str, tuple[int, int]] = {}

@@ -6,6 +6,7 @@ It runs block by block (`calibration.by_block.runner`), so that one block's weig
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +27,7 @@ from calibration.formats import fp8
 from calibration.formats.arithmetic import arithmetic_of
 from calibration.formats.fp8_attention import MODULE as FP8_ATTENTION
 from calibration.formats.fp8_attention import FP8Attention
+from calibration.formats.linears import branch_output
 from fp4trt.account import SCALE_LEAVES
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
@@ -36,7 +38,8 @@ from fp4trt.number_formats import FORMATS, NVFP4
 from onnx_functions.formats import graph_format
 from onnx_functions.graph.external_data import array_of
 from onnx_functions.graph.index import Index
-from onnx_functions.graph.linears import Linear, metadata_of, promised_linears
+from onnx_functions.graph.linears import Linear, declared_slots, metadata_of, promised_linears
+from onnx_functions.graph.lora_slots import FACTORS, Slots
 from onnx_functions.validation.attention_gates import AttentionTeacher
 from onnx_functions.validation.reference_sizes import refuse_other_sizes
 from onnx_functions.validation.structure_gates import Run, output_key
@@ -68,6 +71,9 @@ attention in FP8 also `q`, `k` and `v`, what its products read before rounding, 
 
 ATTENDED: Final = ("q", "k", "v")
 
+_LORA_RANK: Final = 4
+"""Of the LoRA that slots are checked with."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -81,6 +87,7 @@ class Reference:
         formats: linears that the graph must compute in a number format, by its name.
         wide: names of the tensors that the graph has in FP32, scales apart; all others that are stored in more than
             BF16 it has rounded to that.
+        slots: for LoRAs, that the graph has; None without any.
     """
 
     checkpoint: Checkpoint
@@ -89,6 +96,7 @@ class Reference:
     names: tuple[str, ...]
     formats: Mapping[str, str]
     wide: frozenset[str] = frozenset()
+    slots: Slots | None = None
 
     @property
     def directory(self) -> Path:
@@ -107,6 +115,36 @@ class Reference:
         family, config = self.checkpoint.family, self.checkpoint.config
         linears = (path for path, _, leaf in matrices if leaf == "weight" and path not in family.lookups)
         return tuple(path for path in linears if not family.is_unused(config, path))
+
+    @cached_property
+    def factors(self) -> Mapping[str, FloatArray]:
+        """Seeded factors of a LoRA for every slot, by the graph's inputs: FP32 that BF16 can hold."""
+        found: dict[str, FloatArray] = {}
+        if self.slots is None:
+            return found
+        random, rank = np.random.default_rng(0), min(_LORA_RANK, self.slots.max_rank)
+        sizes = self.checkpoint.family.linears(self.checkpoint.config)
+        for group in self.slots.groups:
+            columns = sizes[group[0]][1]
+            found[f"{group[0]}.{FACTORS[0]}"] = _round(random.standard_normal((rank, columns)) / math.sqrt(columns))
+            for path in group:
+                values = random.standard_normal((sizes[path][0], rank))
+                found[f"{path}.{FACTORS[1]}"] = _round(values / math.sqrt(rank))
+        return found
+
+    @cached_property
+    def slot_factors(self) -> Mapping[str, tuple[FloatArray, FloatArray]]:
+        """The two of :attr:`factors` that each linear with a slot has."""
+        groups = self.slots.groups if self.slots is not None else ()
+        return {
+            path: (self.factors[f"{group[0]}.{FACTORS[0]}"], self.factors[f"{path}.{FACTORS[1]}"])
+            for group in groups
+            for path in group
+        }
+
+    def arrays(self, call: Inputs) -> dict[str, FloatArray]:
+        """Return the graph's inputs for a call of the model, with factors for its slots."""
+        return {**arrays_of(call), **self.factors}
 
     def raw(self, name: str) -> npt.NDArray[Any]:
         """Return a tensor as it is stored."""
@@ -192,7 +230,8 @@ def open_reference(graph: onnx.ModelProto, model: Path, reference: str | Path | 
         formats |= {path: kind for path in paths if path not in formats}
     rounds = metadata_of(graph).get("fp4trt.scale_dtype") == "bfloat16"
     wide = (tensor.name for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
-    return Reference(checkpoint, quantized, rounds, names, formats, frozenset(filter(_is_no_scale, wide)))
+    in_fp32 = frozenset(filter(_is_no_scale, wide))
+    return Reference(checkpoint, quantized, rounds, names, formats, in_fp32, declared_slots(graph))
 
 
 def _is_no_scale(name: str) -> bool:
@@ -224,6 +263,7 @@ class Walk:
         else:
             source = open_plain(held.directory)
             self._model, read_as = source.model, partial(source.tensor, dtype=dtype)
+        _add_loras(self._model, held, dtype)
         self._held, self._dtype = held, dtype
 
         def tensor(name: str) -> torch.Tensor:
@@ -254,7 +294,19 @@ class Walk:
                 outputs = after
                 values.update(kept if keep_modules else {})
         values.update(self.finish(call, outputs))
-        return Run(name_of(shape), arrays_of(call), values)
+        return Run(name_of(shape), self._held.arrays(call), values)
+
+
+def _add_loras(model: nn.Module, held: Reference, dtype: torch.dtype) -> None:
+    """Let the linears with slots add the product of the reference's factors to what they give."""
+
+    def add(a: torch.Tensor, b: torch.Tensor, _module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor:
+        # Of the linear's own input, before any smoothing. On the meta device only shapes are asked for.
+        return output if output.is_meta else output + branch_output(args[0], a, b)
+
+    for path, pair in held.slot_factors.items():
+        a, b = (torch.from_numpy(factor).to(dtype) for factor in pair)
+        model.get_submodule(path).register_forward_hook(partial(add, a, b))
 
 
 def _of_block(block: str, outputs: Outputs) -> Values:
@@ -377,7 +429,18 @@ def teacher_of(
 
     inputs = {path: value for (path, which), value in values.items() if which == "input"}
     outputs = {path: value for (path, which), value in values.items() if which == "output"}
-    return Teacher(inputs, quantize, product, outputs)
+    return Teacher(inputs, quantize, partial(_with_slot, held, product), outputs, held.factors)
+
+
+def _with_slot(
+    held: Reference, product: Callable[[str, FloatArray], FloatArray], path: str, x: FloatArray
+) -> FloatArray:
+    """Return what a linear gives, FP32 [..., N], with the LoRA in its slot where it has one."""
+    result = product(path, x)
+    if path not in held.slot_factors:
+        return result
+    a, b = held.slot_factors[path]
+    return result + _multiply(_multiply(x, a), b)
 
 
 def _multiply(x: npt.NDArray[Any], weight: FloatArray, bias: FloatArray | None = None) -> FloatArray:
