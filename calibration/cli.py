@@ -1,4 +1,4 @@
-"""The commands of this room: ``fp4trt calibrate``, ``recipes``, ``quantize`` and ``convert``."""
+"""The commands of this room: ``fp4trt calibrate``, ``recipes``, ``quantize``, ``convert`` and ``lora``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from calibration.source_options import LIKE, LORA
 if TYPE_CHECKING:
     from calibration.by_block.calibration import Calibrated
     from calibration.interchange.convert import Converted
+    from calibration.lora_inputs import LoraInputs
     from calibration.quantization import Quantized
 
-__all__ = ["calibrate", "convert", "quantize", "recipes"]
+__all__ = ["calibrate", "convert", "lora", "quantize", "recipes"]
 
 _PATH = click.Path(path_type=Path)
 _LAYOUT = click.Choice(["comfyui", "diffusers", "bfl", "modelopt"])
@@ -305,4 +306,29 @@ def convert(
     files = " and ".join(path for path in (result.output, result.branch) if path)
     layouts = f"from {result.layout_from} to {to}"
     click.echo(f"converted {linears_in_words(result.formats)} {layouts}: {result.bytes:,} bytes -> {files}")
+    return result
+
+
+@click.command()
+@click.argument("files", metavar="FILE[:STRENGTH]...", nargs=-1, required=True)
+@click.option("-o", "--output", type=_PATH, required=True, help="The safetensors file to write.")
+@click.option("--checkpoint", type=_PATH, required=True, help="The quantized checkpoint that the graph was made of.")
+@click.option("--rank", type=click.IntRange(0), help="Of the factors, padded with zeros.  [default: what is needed]")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def lora(files: tuple[str, ...], output: Path, checkpoint: Path, rank: int | None, force: bool) -> LoraInputs:
+    """Turn LoRA files into the inputs of a graph that was exported with --lora-rank.
+
+    Several LoRAs add up; each may have a strength, 1 by default. The file holds an input for each slot, by name, in
+    BF16, so that another LoRA needs no other engine.
+
+    \b
+    Example:
+      fp4trt lora style.safetensors:0.8 -o style-inputs.safetensors --checkpoint flux-fp4
+    """
+    from calibration.lora_inputs import lora_inputs as run
+
+    result = run(list(files), output, checkpoint=checkpoint, rank=rank, force=force)
+    for beginning, count in result.left_out.items():
+        click.echo(f"{count} keys are left out: {beginning}")
+    click.echo(f"{result.linears} of {result.slots} slots are used, at lora_rank {result.rank} -> {output}")
     return result

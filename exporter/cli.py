@@ -36,7 +36,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--lora-rank",
     type=click.IntRange(1),
-    help="Give the linears slots for LoRAs of ranks up to this, as inputs of the graph.",
+    help="Give the linears slots for LoRAs of ranks up to this, as inputs of the graph (see fp4trt lora).",
 )
 @click.option("--copy-weights", is_flag=True, help="Copy the weights beside the graph instead of pointing at them.")
 @click.option("--allow-slow", is_flag=True, help="For THEIRS.onnx: accept lint findings of severity slow.")

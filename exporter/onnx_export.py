@@ -12,6 +12,7 @@ from typing import Final, Literal, get_args
 
 import onnx_ir as ir
 
+from calibration.checkpoints.folds import folded_linears
 from calibration.checkpoints.quantized import BRANCH, SMOOTHING, Checkpoint, read
 from exporter import external_weights, plain_checkpoint
 from exporter.existing_results import refuse_existing_results
@@ -35,7 +36,7 @@ from fp4trt.file_output import check_writable
 from fp4trt.number_formats import BF16, FORMATS, FP8, FP32, NVFP4, counted_by_format
 from fp4trt.options import at_least, one_of, takes
 from fp4trt.pipeline_folder import transformer_folder
-from fp4trt.progress import Progress, tracking
+from fp4trt.progress import Progress, note, tracking
 from fp4trt.verb import Result, verb
 from onnx_functions.graph.lora_slots import METADATA as LORA
 from onnx_functions.graph.lora_slots import SYMBOL, Slots
@@ -115,8 +116,8 @@ def export(
         copy_weights: copy the weights into ``NAME.onnx.data``; implied where the graph cannot point at them.
         force: replace an existing graph.
         precision: ``nvfp4`` takes a quantized checkpoint, in whatever formats, ``bf16`` a plain one.
-        lora_rank: give the linears slots for LoRAs of ranks up to this: the factors are inputs of the graph.
-            Not for ``bf16``, into whose weights LoRAs are fused.
+        lora_rank: give the linears slots for LoRAs of ranks up to this: the factors are inputs of the graph, which
+            ``fp4trt lora`` makes. Not for ``bf16``, into whose weights LoRAs are fused.
         progress: called with each step.
 
     Raises:
@@ -221,6 +222,11 @@ def _add_slots(model: ir.Model, checkpoint: Checkpoint) -> tuple[tuple[str, ...]
     paths = dict.fromkeys((*checkpoint.family.quantized(checkpoint.config), *checkpoint.formats))
     groups = checkpoint.groups_of(list(paths))
     add_lora_slots(model, groups)
+    if folded := folded_linears(checkpoint) & {path for group in groups for path in group}:
+        note(
+            f"warning: LoRAs fit into {len(paths) - len(folded)} of {len(paths)} slots: channels of the others are "
+            f"scaled, by recipe {checkpoint.recipe}; quantize with shift_fold and smooth_fold false in its method"
+        )
     return groups
 
 

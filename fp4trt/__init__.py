@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     inspect: Callable[..., Any]
     lint: Callable[..., Any]
     load: Callable[..., Any]
+    lora: Callable[..., Any]
     package: Callable[..., Any]
     quantize: Callable[..., Any]
     search: Callable[..., Any]
@@ -41,6 +42,7 @@ __all__ = [
     "inspect",
     "lint",
     "load",
+    "lora",
     "main",
     "package",
     "quantize",
@@ -58,6 +60,7 @@ VERBS: Final = {
     "inspect": "onnx_functions.inspection.inspect:inspect",
     "lint": "onnx_functions.linting:lint",
     "load": "calibration.checkpoints.quantized:load",
+    "lora": "calibration.lora_inputs:lora_inputs",
     "package": "trt_build.packages.package:package",
     "quantize": "calibration.quantization:quantize",
     "search": "calibration.layer_choice.search:search",

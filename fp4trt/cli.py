@@ -49,6 +49,7 @@ COMMANDS: dict[str, Entry] = {
     "export": Entry("exporter.cli:export", "Turn a quantized checkpoint into an ONNX graph for TensorRT."),
     "validate": Entry("onnx_functions.cli:validate", "Check the numerics of a graph against its checkpoint."),
     "lint": Entry("onnx_functions.cli:lint", "Find what TensorRT would accept wrongly or degrade in silence."),
+    "lora": Entry("calibration.cli:lora", "Turn LoRA files into inputs of an engine that has slots for them."),
     "build": Entry("trt_build.cli:build_command", "Compile a graph into a TensorRT engine; no GPU needed."),
     "package": Entry(
         "trt_build.packages.cli:package_command", "Lay a graph or engine out as another program reads it."

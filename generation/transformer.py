@@ -14,10 +14,11 @@ from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import load
 from fp4trt.account import is_quantized_checkpoint
 from fp4trt.checkpoint_folder import tensors_in_folder
-from fp4trt.errors import UnknownArtifact
+from fp4trt.errors import BadLora, UnknownArtifact
 from fp4trt.families import Transformer
 from fp4trt.json_file import load_json
 from fp4trt.make_source import folder_of
+from fp4trt.safetensors_file import tensors_in_file
 from onnx_functions.graph.lora_slots import is_factor_input
 from onnx_functions.simulation import session
 
@@ -55,18 +56,21 @@ class GraphTransformer:
     """An exported graph in ONNX Runtime on the CPU, with the numerics that the engine should have.
 
     Args:
-        graph: what ``fp4trt export`` wrote; its weights stay where they are, and its slots for LoRAs empty.
+        graph: what ``fp4trt export`` wrote; its weights stay where they are.
+        lora: what ``fp4trt lora`` wrote, for the slots of a graph that has some; without it they are left empty.
 
     Raises:
         BadGraph: it is no such graph.
+        BadLora: the factors are not those of its slots.
+        BadCheckpoint: their file is missing or damaged.
     """
 
-    def __init__(self, graph: Path) -> None:
+    def __init__(self, graph: Path, lora: Path | None = None) -> None:
         self._session = session(graph)
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
         slots = {name: shape for name, shape in inputs.items() if is_factor_input(name)}
         self._inputs = [name for name in inputs if name not in slots]
-        self._factors = _empty(slots)
+        self._factors = _empty(slots) if lora is None else _factors(slots, lora)
 
     def __call__(self, *, return_dict: bool = False, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the outputs, each in the dtype of the first input.
@@ -87,3 +91,22 @@ def _empty(slots: Slots) -> Factors:
     return {
         name: np.zeros([0 if isinstance(n, str) else n for n in shape], np.float32) for name, shape in slots.items()
     }
+
+
+def _factors(slots: Slots, lora: Path) -> Factors:
+    """Return the factors that a file holds.
+
+    Raises:
+        BadLora: they are not those of the slots.
+    """
+    stored = tensors_in_file(lora)
+    for name in sorted(slots.keys() ^ stored.keys()):
+        there = "has no slot for" if name in stored else "needs"
+        raise BadLora(f"{lora} is not made for this graph, which {there} {name}: make it with fp4trt lora --checkpoint")
+    for name, shape in slots.items():
+        found = stored[name].shape
+        if len(found) != len(shape) or any(isinstance(b, int) and a != b for a, b in zip(found, shape, strict=True)):
+            raise BadLora(
+                f"{lora}: {name} is {list(found)}, and the graph's {shape}: make it of the graph's checkpoint"
+            )
+    return {name: stored[name].tensor().float().numpy() for name in slots}

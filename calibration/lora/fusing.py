@@ -12,12 +12,14 @@ import torch
 
 from calibration.formats.bfloat16 import refuse_other_types
 from calibration.lora.adapter import Rows
+from calibration.lora.lycoris import Lycoris
+from calibration.lora.pairs import Pair
 from calibration.lora.reading import Change, LoraFile, read_lora
 from fp4trt.errors import BadLora
 from fp4trt.families import Family
 from fp4trt.safetensors_file import StoredTensor
 
-__all__ = ["Changes", "FusedTensor", "changed_weight", "fused_tensors", "lora_tensors"]
+__all__ = ["Changes", "FusedTensor", "changed_weight", "fused_tensors", "is_low_rank", "lora_tensors", "low_rank_of"]
 
 Changes = Mapping[str, tuple[Change, ...]]
 """Name of a tensor of diffusers to what a LoRA does to it."""
@@ -54,6 +56,21 @@ def _changed(change: Change, weight: torch.Tensor, strength: float, unchanged: t
         everything = Rows(0, len(whole), 0, (len(whole),))
         changed = rows.of(change.adapter.changed(whole, strength, everything, whole))
     return _turned(changed, part.swapped)
+
+
+def is_low_rank(change: Change) -> bool:
+    """Return whether a change of a linear's weight is a product of two factors, and nothing else."""
+    return isinstance(change.adapter, Pair | Lycoris) and change.adapter.is_low_rank
+
+
+def low_rank_of(change: Change, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a change that :func:`is_low_rank` as (down [rank, K], up [N, rank]), FP32: ``up @ down`` is added.
+
+    Strength and alpha are in ``up``.
+    """
+    assert isinstance(change.adapter, Pair | Lycoris)
+    down, up = change.adapter.low_rank(strength, change.rows)
+    return down, _turned(up, change.original.parts[change.index].swapped)
 
 
 def _turned(value: torch.Tensor, swapped: bool) -> torch.Tensor:

@@ -240,6 +240,18 @@ class Lycoris:
         """Whether DoRA's magnitudes are those of columns."""
         return "dora_scale" in self.tensors and self.tensors.shape("dora_scale")[0] != self.shape[0]
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the change is the product of two factors alone, and of a linear."""
+        others = {"dora_scale", "mid"} & self.tensors.stored.keys()
+        return self.kind == "locon" and not others and len(self.tensors.shape("down")) == 2
+
+    def low_rank(self, strength: float, rows: Rows) -> tuple[_Tensor, _Tensor]:
+        """Return (down [rank, K], up [rows, rank]), FP32, the scale in up."""
+        module = _Module(self.tensors, torch.float32, self.given)
+        down = module("down")
+        return down, rows.of(module("up")) * (module.scale(down.shape[0]) * strength)
+
     def changed(self, weight: _Tensor, strength: float, rows: Rows, unchanged: _Tensor) -> _Tensor:
         """Return the changed weight, each step rounded to its dtype."""
         kind, module = KINDS[self.kind], _Module(self.tensors, weight.dtype, self.given)

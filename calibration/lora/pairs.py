@@ -90,6 +90,16 @@ class Pair:
             down = functional.pad(down, (0, weight.shape[1] - down.shape[1]))
         return (_product(down, up, weight.shape) * self.scaling(strength)).to(weight.dtype)
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the change is the product alone, and of a linear."""
+        return "magnitude" not in self.tensors and len(self.tensors.shape("down")) == len(self.tensors.shape("up")) == 2
+
+    def low_rank(self, strength: float, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (down [rank, K], up [rows, rank]), FP32, the scale in up."""
+        down, up = self.factors(rows)
+        return down.float(), up.float() * self.scaling(strength)
+
     def changed(self, weight: torch.Tensor, strength: float, rows: Rows, unchanged: torch.Tensor) -> torch.Tensor:
         """Return the changed rows; DoRA's norms are those of the weight before any LoRA."""
         added = self.product(weight, strength, rows)

@@ -52,7 +52,7 @@ FLOORS = {
         {"adapters", "formats", "pixel_space", "recipes", "source_options"},
         {"digits", "lora"},
         {"checkpoints", "inputs"},
-        {"by_block"},
+        {"by_block", "lora_inputs"},
         {"methods"},
         {"results"},
         {"crew", "first_checks", "modelopt_states"},
