@@ -46,6 +46,8 @@ def first_checked(
     if not is_amax(calibration):
         for path in paths_of(calibration):
             require_captured(path)
+    if ray is not None and importlib.util.find_spec("ray") is None:
+        import ray as _  # noqa: F401  which says what is not installed
     return chosen, folder
 
 
@@ -76,5 +78,3 @@ def _refuse_workers(workers: int | None, ray: str | None, recipe: Recipe | None)
         )
     if ray is None and (workers or 0) > cores():
         raise BadOption(f"{asked}; expected at most {cores()}, which is how many cores there are")
-    if ray is not None and importlib.util.find_spec("ray") is None:
-        import ray as _  # noqa: F401  which says what is not installed
