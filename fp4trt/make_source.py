@@ -12,6 +12,7 @@ from typing import Any
 
 from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
+from fp4trt.errors import BadEnvironment
 from fp4trt.fused_tensors import changed_by, left_out, named
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import index_of, transformer_folder
@@ -63,11 +64,16 @@ def make_source_folder(weights: Path, like: str | Path | None = None, loras: Seq
     texts = {"config.json": config, SOURCE: source.described()}
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / "sources" / f"{weights.stem or weights.name}-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in texts.items():
-        beside = folder / f"{name}.{os.getpid()}"
-        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in texts.items():
+            beside = folder / f"{name}.{os.getpid()}"
+            beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            os.replace(beside, folder / name)
+    except OSError as error:
+        raise BadEnvironment(
+            f"{cache_folder()} cannot be written to ({error.strerror}); name another folder in FP4TRT_CACHE"
+        ) from None
     return folder
 
 

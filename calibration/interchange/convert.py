@@ -15,6 +15,7 @@ from calibration.interchange.source import BFL, DIFFUSERS, LAYOUTS, MODELOPT, So
 from calibration.interchange.unified import unified
 from calibration.interchange.writing import DIFFUSERS_FILES, Advance, unusual_order, write_checkpoint, write_tensors
 from fp4trt.built_in import path_of
+from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.disk_space import foresee
 from fp4trt.errors import BadCheckpoint, BadOption, OutputExists
 from fp4trt.file_output import all_or_none, made_folder
@@ -113,6 +114,7 @@ def convert(
         needed = sum(rows.nbytes for rows in (*made.tensors.values(), *made.branch.values()))
         foresee(result.parent, needed, needed)
         hashes = source_hashes(source.files)
+        _refuse_other_files(source, hashes)
         with tracking(needed, "converting", PATIENCE_S) as advance:
             if to == MODELOPT:
                 said = {"source": hashes, "converted": {"from": source.layout}}
@@ -180,6 +182,21 @@ def _metadata(path: Path) -> Mapping[str, str]:
         return metadata_in_file(path)
     except BadCheckpoint:
         return {}
+
+
+def _refuse_other_files(source: Source, hashes: Mapping[str, str]) -> None:
+    """Refuse a checkpoint whose manifest, which the result repeats, is that of other files.
+
+    Raises:
+        BadCheckpoint: naming the first such file.
+    """
+    said = source.manifest.get("files", {})
+    other = next((name for name, digest in hashes.items() if said.get(name, digest) != digest), None)
+    if other is not None:
+        raise BadCheckpoint(
+            f"{source.path / other} is not the file that {MANIFEST} describes (SHA-256 {hashes[other][:12]}, there "
+            f"{str(said[other])[:12]}); take the checkpoint as it was written, or remove {MANIFEST}"
+        )
 
 
 def _calibrated(source: Source, given: str | Path | Sequence[str | Path]) -> Calibration:

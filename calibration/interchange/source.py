@@ -146,13 +146,13 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layout_of(path: Path, known: Layout, said: str | None) -> str:
-    said = MODELOPT if said == DIFFUSERS else said  # the same names and bytes, save FP8's scales
+    asked, said = said, MODELOPT if said == DIFFUSERS else said  # the same names and bytes, save FP8's scales
     if known.is_read and not known.convertible:
         raise WrongPrecision(f"{path} holds no quantized linear; expected a quantized checkpoint")
     if said is not None and said in (known.convertible, *known.choices):
         return said
     if said is not None and known.convertible and not known.is_read:
-        raise _contradicted(path, known, said)
+        raise _contradicted(path, known, str(asked))
     if not known.convertible:
         raise BadCheckpoint(f"{path} is in the layout of {known.name} ({known.evidence}); {known.what_to_do}")
     return said or known.convertible

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from fp4trt.errors import BadCheckpoint
+from fp4trt.built_in import path_of
+from fp4trt.errors import BadCheckpoint, UnknownFamily
 from fp4trt.families import family_of
 from fp4trt.file_kind import shortened, what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
@@ -90,13 +91,22 @@ def config_like(like: str | Path) -> dict[str, Any]:
     """
     if (published := published_config(str(like))) is not None:
         return published
-    path = Path(like)
+    path = path_of(like)
     for place in (path, path / "transformer" / "config.json", path / "config.json"):
         if place.is_file():
-            config = load_json(place)
+            config = load_json(place, expected="the config.json of a diffusers model")
+            _refuse_config(place, config)
             return {key: value for key, value in config.items() if key != "quantization_config"}
     known = ", ".join(f"'{name}'" for table in SINGLE_FILES.values() for name in table.published)
     raise BadCheckpoint(f"--like {like} is no config.json, no folder with one, and none of: {known}")
+
+
+def _refuse_config(place: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a config of no family of ours, by the name of its file."""
+    try:
+        family_of(config, place.parent)
+    except (BadCheckpoint, UnknownFamily) as error:
+        raise type(error)(str(error).replace(str(place.parent / "config.json"), str(place), 1)) from None
 
 
 def open_file(path: Path, config: Mapping[str, Any] | None = None) -> OpenFile:

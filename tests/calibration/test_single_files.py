@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import fp4trt
 from calibration.checkpoints.plain import find_source, load_source, open_plain, weights_fingerprint
-from fp4trt.errors import BadCheckpoint, BadLora, BadOption
+from fp4trt.errors import BadCheckpoint, BadEnvironment, BadLora, BadOption
 from fp4trt.families import family_of
 from fp4trt.single_files.opening import open_file
 from fp4trt.single_files.tables import SINGLE_FILES
@@ -359,7 +359,7 @@ def test_what_is_no_such_file_is_refused_by_name(case: str, digits: Path, origin
         find_source(tmp_path / "x.safetensors", digits)
 
 
-def test_what_like_may_be(digits: Path, original: Tensors, tmp_path: Path) -> None:
+def test_what_like_may_be(digits: Path, original: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(original, tmp_path / "x.safetensors")
     with pytest.raises(BadCheckpoint, match="of other sizes or tensors than its published models"):
         find_source(tmp_path / "x.safetensors")
@@ -367,6 +367,15 @@ def test_what_like_may_be(digits: Path, original: Tensors, tmp_path: Path) -> No
         find_source(tmp_path / "x.safetensors", "wan 14b")
     with pytest.raises(BadCheckpoint, match=r"--like nothing is no config.json, no folder with one, and none of: 'Ch"):
         find_source(tmp_path / "x.safetensors", "nothing")
+    (tmp_path / "axes.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": "two"}))
+    with pytest.raises(BadCheckpoint, match=r"axes.json: in_channels is None"):
+        find_source(tmp_path / "x.safetensors", tmp_path / "axes.json")
+    with pytest.raises(BadCheckpoint, match=r"lacks double_blocks.1.img_mod.lin.weight"):  # digits has more blocks
+        find_source(tmp_path / "x.safetensors", "digits")
+    with monkeypatch.context() as patch:
+        patch.setenv("FP4TRT_CACHE", str(tmp_path / "axes.json"))
+        with pytest.raises(BadEnvironment, match="name another folder in FP4TRT_CACHE"):
+            find_source(tmp_path / "x.safetensors", digits)
     with pytest.raises(BadOption, match="digits has its own: drop it"):
         find_source("digits", digits)
     with pytest.raises(BadCheckpoint, match=r"gone.safetensors does not exist; expected a single file there"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -188,6 +189,15 @@ def test_a_conversion_that_fails_leaves_what_was_there(
             fp4trt.convert(quantized_digits, output, to=to, force=True)
     assert kept.read_bytes() == before
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_a_manifest_of_other_files_is_not_repeated(quantized_digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(quantized_digits, tmp_path / "mine", ignore=shutil.ignore_patterns("*.onnx", "validation"))
+    manifest = json.loads((tmp_path / "mine" / "fp4trt.json").read_text())
+    manifest["files"]["diffusion_pytorch_model.safetensors"] = "0" * 64
+    (tmp_path / "mine" / "fp4trt.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadCheckpoint, match=r"is not the file that fp4trt.json describes"):
+        fp4trt.convert(tmp_path / "mine", tmp_path / "x.safetensors", to="comfyui")
 
 
 def test_a_file_that_convert_did_not_write_is_never_replaced(quantized_digits: Path, tmp_path: Path) -> None:
