@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp4trt.single_files.opening import SUFFIXES
-
 if TYPE_CHECKING:
     from exporter.onnx_export import Exported
     from exporter.placeholders import ExportedGraph
@@ -65,6 +63,7 @@ def export(
       fp4trt export theirs.onnx -o ours
     """
     from fp4trt.errors import BadGraph
+    from fp4trt.single_files.opening import SUFFIXES
 
     if (source.is_file() and source.suffix not in SUFFIXES) or source.suffix == ".onnx":
         if precision != "nvfp4" or scale_dtype is not None or lora_rank is not None or copy_weights:
