@@ -91,7 +91,7 @@ class SingleFile:
         }
 
     def place_of(self, name: str) -> tuple[str, int]:
-        """Return what a tensor of diffusers is called in a single file, and the how-manieth of its parts it is."""
+        """Return what a tensor of diffusers is called in a single file, and its index among the parts there."""
         path, dot, leaf = name.rpartition(".")
         for pattern, original, index in _inverted(self):
             if (found := pattern.fullmatch(name)) is not None:

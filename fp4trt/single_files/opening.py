@@ -24,7 +24,7 @@ from fp4trt.single_files.tables import SINGLE_FILES
 __all__ = ["SUFFIXES", "NamedTensors", "OpenFile", "config_like", "named_tensors", "open_file"]
 
 SUFFIXES: Final = (".safetensors", ".sft", ".gguf")
-"""Of the names of single files."""
+"""What the names of single files end in."""
 
 PREFIXES: Final = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "model.")
 """What single files put before the names of a transformer's tensors."""
@@ -194,7 +194,8 @@ def named_tensors(path: Path, tensors: Mapping[str, StoredTensor], class_name: s
     if candidates:
         found = _class_of(candidates[0].table)
         raise BadCheckpoint(
-            f"{path} holds a {found}, and --like describes a {class_name}; take the config of this model"
+            f"{path} holds a {found}, and its config (--like, or the config.json beside it) is of a {class_name}; take "
+            "that of this model"
         )
     some = ", ".join(shortened(name) for name in list(tensors)[:3])
     raise BadCheckpoint(
