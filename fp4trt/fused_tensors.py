@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -18,40 +19,46 @@ from fp4trt.made_tensors import MadeTensor
 from fp4trt.safetensors_file import StoredTensor, bytes_of
 from fp4trt.source_folder import Lora, Source
 
-__all__ = ["changed_by", "left_out", "named", "with_loras"]
+__all__ = ["Fused", "fused", "named", "with_loras"]
 
 _KEPT: Final = 8
 """Tensors that are held, because they are made whole and read in pieces."""
 
 
-def changed_by(source: Source, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return name to what makes each tensor that a source's LoRAs change.
+@dataclass(frozen=True)
+class Fused:
+    """What a source's LoRAs do to it.
+
+    Attributes:
+        makers: name of each tensor that they change to what makes it.
+        left_out: beginning of their keys that belong to no transformer, to the number of these.
+    """
+
+    makers: Mapping[str, Callable[[], Any]]
+    left_out: Mapping[str, int]
+
+
+def fused(source: Source, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Fused:
+    """Read a source's LoRAs against its model.
 
     Raises:
         BadLora: a file is damaged, or is another model's.
     """
-    fusing = importlib.import_module("calibration.lora.fusing")  # with torch
-    pairs = [(lora.path, lora.strength) for lora in source.loras]
-    made: Mapping[str, Any] = fusing.lora_tensors(tensors, pairs, family_of(config), config)
-    return made
-
-
-def left_out(source: Source, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the beginning of the LoRAs' keys that belong to no transformer, to their number."""
-    reading = importlib.import_module("calibration.lora.reading")  # with torch
-    counts: dict[str, int] = {}
-    for lora in source.loras:
-        for begin, count in reading.read_lora(lora.path, family_of(config), config).left_out.items():
-            counts[begin] = counts.get(begin, 0) + count
-    return counts
+    reading, fusing = map(importlib.import_module, ("calibration.lora.reading", "calibration.lora.fusing"))  # torch's
+    family = family_of(config)
+    files = [(reading.read_lora(lora.path, family, config), lora.strength) for lora in source.loras]
+    left_out: Counter[str] = Counter()
+    for file, _ in files:
+        left_out.update(file.left_out)
+    return Fused(fusing.fused_tensors(tensors, files, family), left_out)
 
 
 def with_loras(
     source: Source, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
 ) -> Mapping[str, StoredTensor]:
     """Return a source's tensors with what its LoRAs change."""
-    changed, found, held = changed_by(source, tensors, config), dict(tensors), _Held(named(source.loras))
-    for name, make in changed.items():
+    found, held = dict(tensors), _Held(named(source.loras))
+    for name, make in fused(source, tensors, config).makers.items():
         stored = found[name]
         rows = functools.partial(held.rows, name, make, stored.shape[0] if stored.shape else 1)
         found[name] = MadeTensor.of(stored, "BF16", stored.shape, rows)

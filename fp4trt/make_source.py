@@ -12,8 +12,8 @@ from typing import Any
 
 from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
-from fp4trt.errors import BadEnvironment
-from fp4trt.fused_tensors import changed_by, left_out, named
+from fp4trt.errors import BadCheckpoint, BadEnvironment
+from fp4trt.fused_tensors import fused, named
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import index_of, transformer_folder
 from fp4trt.progress import note
@@ -55,10 +55,10 @@ def make_source_folder(weights: Path, like: str | Path | None = None, loras: Seq
     found = tuple(Lora(path.resolve(), strength, sha256_of(path)) for path, strength in loras)
     source = Source(weights.resolve(), found, _in_place_of(weights, like))
     if loras:
-        changed = changed_by(source, tensors, config)
-        note(f"{named(found)}: {len(changed)} of {len(tensors)} tensors are changed as they are read")
-        if others := left_out(source, config):
-            counted = ", ".join(f"{count} of {begin}" for begin, count in others.items())
+        changed = fused(source, tensors, config)
+        note(f"{named(found)}: {len(changed.makers)} of {len(tensors)} tensors are changed as they are read")
+        if changed.left_out:
+            counted = ", ".join(f"{count} of {begin}" for begin, count in changed.left_out.items())
             note(f"keys that are left out, being of no transformer: {counted}")
         source = replace(source, loras=tuple(lora for lora in found if lora.strength))
     texts = {"config.json": config, SOURCE: source.described()}
@@ -92,8 +92,13 @@ def _in_place_of(weights: Path, like: str | Path | None) -> Path | None:
 def _config_beside(weights: Path) -> dict[str, Any] | None:
     """Return the config.json that lies beside a single file, where it is that of a model as such files hold."""
     place = weights.parent / "config.json"
-    config = config_like(place) if place.is_file() else {}
-    return config if config.get("_class_name") in SINGLE_FILES else None
+    if not place.is_file():
+        return None
+    try:
+        is_such = load_json(place).get("_class_name") in SINGLE_FILES
+    except BadCheckpoint:  # whatever it is, it is not ours to judge
+        return None
+    return config_like(place) if is_such else None
 
 
 def folder_of(artifact: str | Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from calibration.formats.bfloat16 import refuse_other_types
 from calibration.lora.adapter import Rows
 from calibration.lora.lycoris import Lycoris
 from calibration.lora.pairs import Pair
-from calibration.lora.reading import Change, LoraFile, read_lora
+from calibration.lora.reading import Change, LoraFile
 from fp4trt.errors import BadLora
 from fp4trt.families import Family
 from fp4trt.safetensors_file import StoredTensor
 
-__all__ = ["Changes", "FusedTensor", "changed_weight", "fused_tensors", "is_low_rank", "lora_tensors", "low_rank_of"]
+__all__ = ["Changes", "FusedTensor", "changed_weight", "fused_tensors", "is_low_rank", "low_rank_of"]
 
 Changes = Mapping[str, tuple[Change, ...]]
 """Name of a tensor of diffusers to what a LoRA does to it."""
@@ -111,30 +110,15 @@ class FusedTensor:
         return stored.tensor().to(torch.float32 if name in self.in_fp32 else torch.bfloat16)
 
 
-def lora_tensors(
-    stored: Mapping[str, StoredTensor],
-    loras: Sequence[tuple[Path, float]],
-    family: Family,
-    config: Mapping[str, Any],
-) -> Mapping[str, Callable[[], torch.Tensor]]:
+def fused_tensors(
+    stored: Mapping[str, StoredTensor], loras: Sequence[tuple[LoraFile, float]], family: Family
+) -> dict[str, FusedTensor]:
     """Return name to what makes each tensor that LoRA files change, in BF16.
 
     Args:
         stored: the tensors of a plain checkpoint, by diffusers' names.
         loras: (file, strength), in the order in which they are fused.
-        family, config: of the model.
-
-    Raises:
-        BadLora: as :func:`read_lora`.
-        BadCheckpoint: likewise.
-    """
-    return fused_tensors(stored, [(read_lora(path, family, config), strength) for path, strength in loras], family)
-
-
-def fused_tensors(
-    stored: Mapping[str, StoredTensor], loras: Sequence[tuple[LoraFile, float]], family: Family
-) -> dict[str, FusedTensor]:
-    """Return what :func:`lora_tensors` does of files that have been read.
+        family: of the model.
 
     Raises:
         BadLora: a file changes a tensor that the checkpoint does not have.

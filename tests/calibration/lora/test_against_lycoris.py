@@ -14,7 +14,7 @@ from torch import nn
 from tests.calibration.lora.made_loras import Tensors, fused, normal, saved, weights
 
 FUSED = "lora_unet_double_blocks_0_img_attn_qkv"
-"""Of FLUX.1: its rows are those of three tensors of diffusers."""
+"""A module of FLUX.1 whose rows are those of three tensors of diffusers."""
 
 PARTS = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.lora.fusing import lora_tensors
+from calibration.lora.fusing import fused_tensors
 from calibration.lora.names import names_of
 from calibration.lora.option import parse_lora
+from calibration.lora.reading import read_lora
 from fp4trt.errors import BadCheckpoint, BadLora, BadOption
 from fp4trt.safetensors_file import hold
 from tests.calibration.lora.made_loras import (
@@ -160,7 +161,8 @@ def test_peft_s_own_files_are_scaled_by_the_config_beside_them(tmp_path: Path) -
 def test_makers_of_tensors_can_be_sent_to_another_process(tmp_path: Path) -> None:
     path = saved(tmp_path, pairs("flux", OWN, "transformer."))
     stored = {name: hold(name, value) for name, value in weights("flux").items()}
-    makers = lora_tensors(stored, [(path, 1.0), (path, 0.0)], *described("flux"))
+    file = read_lora(path, *described("flux"))
+    makers = fused_tensors(stored, [(file, 1.0), (file, 0.0)], described("flux")[0])
 
     sent = pickle.loads(pickle.dumps(makers))
 
