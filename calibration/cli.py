@@ -277,7 +277,7 @@ def convert(
     """Write a quantized checkpoint in the layout of another program. Bytes are moved, nothing is rounded again.
 
     CHECKPOINT is a folder or a .safetensors file: of fp4trt or ModelOpt, of ComfyUI (BFL's and Comfy-Org's NVFP4 files
-    too), or one that this command wrote. With --to modelopt it goes on to export, validate and build.
+    too), or one that this command wrote. What --to modelopt writes is exported, validated and built like any other.
 
     \b
     comfyui    one file for ComfyUI; low-rank branches (SVDQuant) in OUTPUT-branch.safetensors, a LoRA to bypass

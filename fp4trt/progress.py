@@ -74,7 +74,7 @@ def note(text: str) -> None:
 def note_once(text: str) -> None:
     """Report one line, the first time that it is said within the outermost :func:`reporting`; elsewhere, never.
 
-    So a verb says it once, however often it comes across what is to be told, and its workers not again.
+    So a verb says it once, however often it comes across it, and its workers do not repeat it.
     """
     said = _said.get()
     if said is not None and text not in said:

@@ -1,4 +1,4 @@
-"""What is told of a graph's lint before anything is made of the graph."""
+"""Notes on a graph's lint, before anything is made of the graph."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def warnings_of(calls: Sequence[Inputs], family: Family, config: dict[str, objec
 
 
 def _beyond(name: str, size: int, dim: Dim) -> str | None:
-    """Return what is to be told of a size of calls that no engine takes; pictures to refer to are of any number."""
+    """Return the warning about a size of calls that no engine takes; pictures to refer to are of any number."""
     if dim.kind == "batch" or dim.references or size <= dim.most:
         return None
     what = f"{size} {dim.kind.replace('_', ' ')}" if dim.kind != "size" else f"{name} of {size}"

@@ -1,4 +1,4 @@
-"""The files that a user gives to calibrate by: amax values, or captured inputs; told apart without torch."""
+"""The files that a user gives to calibrate by: amax values, or captured inputs; recognized without torch."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def load_modular(root: Path, transformer: Any, blocks: str) -> Any:
         BadInputs: a part is not in the folder, or cannot be loaded.
     """
     import diffusers
-    import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
+    import transformers  # noqa: F401 - the text encoders' library; its absence is reported in one line
 
     made: Any = diffusers
     steps = getattr(made, blocks)()
@@ -45,7 +45,7 @@ def load_modular(root: Path, transformer: Any, blocks: str) -> Any:
     pipeline.update_components(transformer=transformer)
     pipeline.load_components(parts, torch_dtype=torch.bfloat16)
     if failed := [part for part in parts if getattr(pipeline, part) is None]:
-        raise BadInputs(f"{root / failed[0]} cannot be loaded, as told above; expected a whole part: copy it again")
+        raise BadInputs(f"{root / failed[0]} cannot be loaded (see above); expected a whole part: copy it again")
     pipeline.set_progress_bar_config(disable=True)
     if manager is not None:
         manager.enable_auto_cpu_offload(device="cuda")

@@ -181,7 +181,7 @@ def load_pipeline(root: Path, transformer: Any, part: str = "transformer") -> An
         part: the name of that.
     """
     import diffusers
-    import transformers  # noqa: F401 - the text encoders' library; its absence is told in one line
+    import transformers  # noqa: F401 - the text encoders' library; its absence is reported in one line
 
     # By DiffusionPipeline itself a part that the class makes optional, as Wan's transformers are, would be loaded anew.
     load: Any = getattr(diffusers, class_of(root)).from_pretrained

@@ -41,7 +41,7 @@ COMFYUI_FORMATS: Final[Mapping[str, str]] = {NVFP4.name: "nvfp4", FP8.name: "flo
 """What ComfyUI's marks call the number formats."""
 
 PADDING: Final[Mapping[str, int]] = {NVFP4.name: 16, FP8.name: 1, MXFP8.name: 32}
-"""Of what rows and columns of a weight are multiples in ComfyUI's layout. Source: comfy-kitchen's get_padded_shape."""
+"""Multiples to which rows and columns of a weight are padded for ComfyUI. Source: comfy-kitchen's get_padded_shape."""
 
 _WEIGHT: Final = ".weight"
 _SCALE: Final = "weight_scale"

@@ -61,7 +61,7 @@ class Rows:
 
     Attributes:
         begin, end: of the rows.
-        index: the how-manieth of the module's parts they are.
+        index: which of the module's parts they are, from 0.
         sizes: the number of rows of each part.
     """
 

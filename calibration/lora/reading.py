@@ -54,7 +54,7 @@ class Change:
     Attributes:
         adapter: what it does to the module's weight, or to its bias.
         original: that weight or bias, and the tensors of diffusers that it is made of.
-        index: the how-manieth of them the tensor is.
+        index: which of them the tensor is, from 0.
     """
 
     adapter: Adapter

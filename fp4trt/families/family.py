@@ -150,7 +150,7 @@ class Family:
         reorders: whether a token's channels come out in another order than they go in.
         unsupported: in one sentence, which model a config of this class describes that is not supported, and what to
             take in its place; None where it is one that is.
-        remark: what is to be told of a config that belongs here, in one line, or None.
+        remark: a note on a config that belongs here, in one line, or None.
     """
 
     name: str

@@ -125,7 +125,7 @@ MASKED: Final = "FluxTransformer2DModelWithMasking"
 
 
 def remark(config: Config) -> str | None:
-    """Return what is to be told of a config, or None."""
+    """Return the note on a config, or None."""
     if config.get("_class_name") != MASKED:
         return None
     return f"a {MASKED} is taken as {CLASS}: the mask that its attention may have is not applied"

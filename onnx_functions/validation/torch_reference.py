@@ -72,7 +72,7 @@ attention in FP8 also `q`, `k` and `v`, what its products read before rounding, 
 ATTENDED: Final = ("q", "k", "v")
 
 _LORA_RANK: Final = 4
-"""Of the LoRA that slots are checked with."""
+"""The rank of the LoRA that slots are checked with."""
 
 
 @dataclass(frozen=True)

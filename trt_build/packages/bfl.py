@@ -100,7 +100,7 @@ def _with_one_file(graph: Graph, starts: Mapping[str, int]) -> bytes:
 
 
 def _command(contract: Contract, precision: str, folder: Path, named: str) -> tuple[str, Sequence[str]]:
-    """Return the command line, and what is to be told of it."""
+    """Return the command line, and notes on it."""
     asks = ("--trt", "--trt_transformer_precision", precision, "--prompt", PROMPT)
     engines = {"TRT_ENGINE_DIR": f"checkpoints/trt_engines_{named}"}
     told = "the other models are downloaded; TensorRT builds the engines at the first run"

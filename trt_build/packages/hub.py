@@ -117,7 +117,7 @@ def _graph(source: Path, files: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _notes(source: Path, manifest: Mapping[str, Any], found: Mapping[str, Path], asked: Asked) -> Iterator[str]:
-    """Yield what is to be told of a folder for the hub."""
+    """Yield notes on a folder for the hub."""
     left = [name for name in manifest["files"] if name not in found]
     if left:
         yield f"left out, as no reader needs them: {', '.join(left)}"

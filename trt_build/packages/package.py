@@ -37,7 +37,7 @@ class Packaged(Result):
         files: name, bytes, and whether it is ``linked``, ``copied`` or ``written``.
         command: the command line, of a POSIX shell, that then runs it.
         where: in which folder.
-        notes: what is to be told besides.
+        notes: for the user, besides.
     """
 
     program: Program
@@ -152,7 +152,7 @@ def _plan(program: Program, source: Path, folder: Path | None, asked: Asked) -> 
 
 
 def _of_links(contents: Mapping[str, Content], placed: Sequence[Placed]) -> Iterator[str]:
-    """Yield what is to be told of external data that have two names."""
+    """Yield the note on external data that have two names."""
     linked = {file.name for file in placed if file.how == "linked"}
     if any(isinstance(content, Linked) and content.is_data and name in linked for name, content in contents.items()):
         yield (

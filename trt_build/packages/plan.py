@@ -53,7 +53,7 @@ class Plan:
         where: the folder to run it in, for people.
         model: what the program calls the model; None for one that takes any.
         precision: ``fp4``, ``fp8`` or ``bf16``; None likewise.
-        notes: what is to be told besides, one line each.
+        notes: for the user, one line each.
     """
 
     contents: Mapping[str, Content]
