@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,8 @@ from calibration.checkpoints.quantized import Checkpoint, read
 from calibration.lora.fusing import is_low_rank, low_rank_of
 from calibration.lora.option import parse_lora
 from calibration.lora.reading import LoraFile, read_lora
-from fp4trt.errors import BadLora, BadOption
-from fp4trt.file_output import partial_path
+from fp4trt.errors import BadLora, BadOption, OutputExists
+from fp4trt.file_output import all_or_none
 from fp4trt.options import at_least, file_name, takes
 from fp4trt.progress import PATIENCE_S, Progress, tracking
 from fp4trt.publish import refuse_existing
@@ -30,6 +30,8 @@ __all__ = ["Given", "LoraInputs", "lora_inputs"]
 
 Given = str | Path | tuple[str | Path, float]
 """A LoRA file: ``FILE[:STRENGTH]``, a path, or a path with its strength."""
+
+_METADATA: Final[Mapping[str, str]] = {"format": "fp4trt-lora-inputs"}
 
 _FACTORS: Final = ("lora_a", "lora_b")
 """Inputs of a slot, after the path of a linear, as ``fp4trt export --lora-rank`` names them."""
@@ -87,6 +89,8 @@ def lora_inputs(
     given = _given(files)
     held = read(Path(checkpoint))
     output = Path(output)
+    if output.resolve() in {path.resolve() for path, _ in given}:
+        raise OutputExists(f"{output} is one of the LoRA files; choose another --output")
     refuse_existing(output, force)
     paths = list(dict.fromkeys((*held.family.quantized(held.config), *held.formats)))
     loras = [(read_lora(path, held.family, held.config), strength) for path, strength in given]
@@ -99,16 +103,16 @@ def lora_inputs(
             f"the LoRAs need factors of rank {needed}, more than {rank}; give --rank {needed} or leave some out"
         )
     _write(output, groups, needed if rank is None else rank, held)
-    left_out = {key: count for lora, _ in loras for key, count in lora.left_out.items()}
+    left_out = sum((Counter(lora.left_out) for lora, _ in loras), Counter[str]())
     linears = sum(len(group.changed) for group in groups)
-    return LoraInputs(str(output.resolve()), needed if rank is None else rank, linears, len(paths), left_out)
+    return LoraInputs(str(output.resolve()), needed if rank is None else rank, linears, len(paths), dict(left_out))
 
 
 def _given(files: Given | Sequence[Given]) -> list[tuple[Path, float]]:
     """Return files and strengths.
 
     Raises:
-        BadOption: one is none.
+        BadOption: one is not a LoRA file, or its strength is not a number.
     """
     many = [files] if isinstance(files, str | Path | tuple) else list(files)
     found = []
@@ -209,19 +213,11 @@ def _write(output: Path, groups: Sequence[_Group], rank: int, checkpoint: Checkp
             *((f"{path}.{_FACTORS[1]}", (sizes[path][0], rank)) for path in group.paths),
         )
     ]
-    partial = partial_path(output)
-    with tracking(len(groups), "writing", PATIENCE_S) as advance:
+    with all_or_none([output]) as partials, tracking(len(groups), "writing", PATIENCE_S) as advance:
 
         def pieces() -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
             for group in groups:
                 yield from ((name, bytes_of(value)) for name, value in group.factors(rank, sizes) if value.numel())
                 advance()
 
-        try:
-            write(partial, plan, pieces(), _METADATA)
-            os.replace(partial, output)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-_METADATA: Final[Mapping[str, Any]] = {"format": "fp4trt-lora-inputs"}
+        write(partials[output], plan, pieces(), _METADATA)

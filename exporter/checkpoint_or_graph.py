@@ -12,10 +12,10 @@ from exporter.placeholders import ExportedGraph, export_graph
 from fp4trt.errors import BadGraph
 from fp4trt.options import at_least, one_of, takes
 from fp4trt.progress import Progress
-from fp4trt.single_files.opening import SUFFIXES
+from fp4trt.single_files.opening import is_checkpoint
 from fp4trt.verb import verb
 
-__all__ = ["export", "is_checkpoint"]
+__all__ = ["export"]
 
 
 @verb
@@ -71,10 +71,3 @@ def export(
     if output is None:
         raise BadGraph(f"{source} is a graph; name the one to write with output")
     return export_graph(source, output, force=force, allow_slow=allow_slow)
-
-
-def is_checkpoint(source: Path) -> bool:
-    """Return whether what a user names is a checkpoint, a single file among them, and no third-party graph."""
-    if source.is_file():
-        return source.suffix in SUFFIXES
-    return source.suffix != ".onnx" or source.is_dir()

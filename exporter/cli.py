@@ -63,9 +63,9 @@ def export(
       fp4trt export theirs.onnx -o ours
     """
     from fp4trt.errors import BadGraph
-    from fp4trt.single_files.opening import SUFFIXES
+    from fp4trt.single_files.opening import is_checkpoint
 
-    if (source.is_file() and source.suffix not in SUFFIXES) or source.suffix == ".onnx":
+    if not is_checkpoint(source):
         if precision != "nvfp4" or scale_dtype is not None or lora_rank is not None or copy_weights:
             raise click.UsageError(
                 "--precision, --scale-dtype, --lora-rank and --copy-weights are for checkpoints, not for a graph"

@@ -31,6 +31,7 @@ __all__ = [
     "NotReproduced",
     "OutputExists",
     "OutputExistsError",
+    "QuantizedAlready",
     "StageFailed",
     "TooLittleSpace",
     "UnfitArtifact",
@@ -66,6 +67,10 @@ class BadCheckpoint(UnknownArtifact):
     """A checkpoint is missing, damaged, or not what its config says."""
 
     exit_code = 2
+
+
+class QuantizedAlready(BadCheckpoint):
+    """A checkpoint is quantized where one in 16 bit is expected."""
 
 
 class UnknownFamily(ValueError):

@@ -31,7 +31,7 @@ class Fused:
 
     Attributes:
         makers: name of each tensor that they change to what makes it.
-        left_out: beginning of their keys that belong to no transformer, to the number of these.
+        left_out: what of their keys is left out, to the number of these.
     """
 
     makers: Mapping[str, Callable[[], Any]]

@@ -59,7 +59,7 @@ def make_source_folder(weights: Path, like: str | Path | None = None, loras: Seq
         note(f"{named(found)}: {len(changed.makers)} of {len(tensors)} tensors are changed as they are read")
         if changed.left_out:
             counted = ", ".join(f"{count} of {begin}" for begin, count in changed.left_out.items())
-            note(f"keys that are left out, being of no transformer: {counted}")
+            note(f"keys that are left out: {counted}")
         source = replace(source, loras=tuple(lora for lora in found if lora.strength))
     texts = {"config.json": config, SOURCE: source.described()}
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]

@@ -26,7 +26,7 @@ def attentions_of_all(profiles: Sequence[AttentionCoverage]) -> AttentionCoverag
 
 
 def _in_any(lost: Sequence[Iterable[Lost]]) -> tuple[Lost, ...]:
-    """Return what each of several profiles has lost, the first of them with its reason; of one profile as it is."""
+    """Return what any of several profiles has lost, each with the first one's reason; of one profile as it is."""
     if len(lost) == 1:
         return tuple(lost[0])
     found: dict[str, Lost] = {}

@@ -13,8 +13,7 @@ __all__ = ["folded_linears"]
 def folded_linears(checkpoint: Checkpoint) -> set[str]:
     """Return the linears whose inputs, or outputs, the method ``quality`` has shifted or scaled.
 
-    The model is the same as a whole, but what a LoRA gives to such a linear fits no more, and by what it was shifted
-    and scaled is not stored.
+    The model is the same as a whole, but a LoRA no longer fits such a linear, and the shifts and scales are not stored.
     """
     manifest = checkpoint.manifest
     method = _object(_object(_object(manifest, "training"), "start") or _object(manifest, "recipe"), "method")

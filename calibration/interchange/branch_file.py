@@ -55,8 +55,8 @@ def branches_beside(source: Source, found: Mapping[str, ByteRows]) -> dict[str, 
     Raises:
         BadCheckpoint: the file is not there, or is not that of this checkpoint.
     """
-    folder = source.path if source.path.is_dir() else source.path.parent
-    beside = folder / source.provenance.branch
+    beside = source.branch
+    assert beside is not None, "only of a checkpoint that says where its branches are"
     if not beside.is_file():
         raise BadCheckpoint(
             f"{source.path} has its low-rank branches in {beside.name}, which is not beside it; without them it is "
@@ -72,7 +72,7 @@ def branches_beside(source: Source, found: Mapping[str, ByteRows]) -> dict[str, 
             made |= dict(_split(beside, first, left.pop(first), left.pop(second), original, found))
     if left:
         raise BadCheckpoint(
-            f"{beside} has {next(iter(left))}, which is of no linear of {source.path.name}; copy it again"
+            f"{beside} has {next(iter(left))}, which belongs to no linear of {source.path.name}; copy it again"
         )
     return made
 

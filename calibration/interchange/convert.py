@@ -110,6 +110,7 @@ def convert(
         whole = unified(source, calibrated.amax if calibrated is not None else None)
         made = single_file(whole, to) if to != MODELOPT else SingleFileTensors(dict(whole.tensors))
         if made.branch:
+            _refuse_source(source, branch_path(result))
             _refuse_file(branch_path(result), force)
         needed = sum(rows.nbytes for rows in (*made.tensors.values(), *made.branch.values()))
         foresee(result.parent, needed, needed)
@@ -153,16 +154,24 @@ def _refuse_result(source: Source, result: Path, to: str, force: bool) -> None:
         OutputExists: something is there, or it is the checkpoint itself.
         BadOption: its reader would not find it under that name.
     """
-    taken = {source.path.resolve(), *(file.resolve() for file in source.files)}
-    inside = to in _IN_FOLDERS and any(file.parent == result.resolve() for file in taken)
-    if inside or result.resolve() in taken:
-        raise OutputExists(f"{result} is, or holds, the checkpoint that is converted; choose another --output")
+    _refuse_source(source, result)
     if to in _IN_FOLDERS:
         refuse_foreign(result, force, DIFFUSERS_FILES if to == DIFFUSERS else ())
         return
     if result.suffix != _SUFFIX:
         raise BadOption(f"the output is {result}; expected a name that ends in {_SUFFIX}: {to} is one file")
     _refuse_file(result, force)
+
+
+def _refuse_source(source: Source, result: Path) -> None:
+    """Refuse to replace the checkpoint that is converted, or a file of it.
+
+    Raises:
+        OutputExists: naming it.
+    """
+    taken = {source.path.resolve(), *(file.resolve() for file in source.files)}
+    if result.resolve() in taken or any(file.parent == result.resolve() for file in taken):
+        raise OutputExists(f"{result} is, or holds, the checkpoint that is converted; choose another --output")
 
 
 def _refuse_file(path: Path, force: bool) -> None:

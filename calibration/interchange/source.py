@@ -72,8 +72,14 @@ class Source:
     def files(self) -> list[Path]:
         """The files that it consists of, in the order of their names."""
         found = {tensor.file for tensor in self.tensors.values()}
-        beside = self.path / "config.json"
-        return sorted({*found, *([beside] if beside.is_file() else [])})
+        beside = [self.path / "config.json", *([self.branch] if self.branch is not None else [])]
+        return sorted({*found, *(file for file in beside if file.is_file())})
+
+    @property
+    def branch(self) -> Path | None:
+        """The file beside it with its low-rank branches; None where it has them itself, or has none."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return folder / self.provenance.branch if self.provenance.branch else None
 
 
 def open_source(artifact: str | Path, said: str | None = None, like: str | Path | None = None) -> Source:

@@ -18,7 +18,7 @@ from calibration.lora.shapes import fits
 from fp4trt.errors import BadLora
 from fp4trt.families import Family
 from fp4trt.safetensors_file import StoredTensor, tensors_in_file
-from fp4trt.single_files.names import Original
+from fp4trt.single_files.names import Original, Part
 from fp4trt.single_files.tables import SINGLE_FILES
 
 __all__ = ["Change", "LoraFile", "read_lora"]
@@ -205,14 +205,19 @@ def _adapters(found: _Found, class_name: str, given: PeftConfig | None) -> Itera
         BadLora: some are not there, or do not go together.
     """
     tensors, module = found.tensors, found.module
+    weight = None  # judged first, as the bias' scale is that of a whole pair
+    if found.roles - _OF_BIAS - _ASIDE or not found.roles & _OF_BIAS:
+        weight = _of_weight(found, class_name, given)
     for role in sorted(found.roles & _OF_BIAS):
         if module.bias is None:
             key = tensors.stored[role][0]
             raise BadLora(f"{tensors.path}: {key} changes the bias of {module.name}, which has none in this model")
+        if role == "up_bias" and "down" not in tensors:
+            raise BadLora(f"{tensors.path}: {tensors.stored[role][0]} is the bias of a pair that is not there")
         scale = _scale_of_bias(found, given) if role == "up_bias" else 1.0
         yield _Placed(Added(tensors, role, scale), module.bias, "bias", fits(role, tensors, module.bias.shape))
-    if found.roles - _OF_BIAS - _ASIDE or not found.roles & _OF_BIAS:
-        yield _of_weight(found, class_name, given)
+    if weight is not None:
+        yield weight
 
 
 def _scale_of_bias(found: _Found, given: PeftConfig | None) -> float:
@@ -319,7 +324,7 @@ def _changes(
                 found_in.setdefault(part.name, {}).setdefault(text, []).append(change)
     copies = set[str]()
     for name, by_text in found_in.items():
-        fused = {text for text in by_text if len(found[text].module.weight.parts) > 1}
+        fused = {text for text in by_text if _is_copy(found[text].module.weight.parts, found_in)}
         if class_name == _COPIED and len(by_text) == len(fused) + 1:
             copies |= fused
         elif len(by_text) > 1:
@@ -331,3 +336,8 @@ def _changes(
         for name, by_text in found_in.items()
     }
     return {name: done for name, done in kept.items() if done}
+
+
+def _is_copy(parts: Sequence[Part], found_in: Mapping[str, Mapping[str, object]]) -> bool:
+    """Return whether each of a fused module's parts is changed under its own name too."""
+    return len(parts) > 1 and all(len(found_in.get(part.name, {})) > 1 for part in parts)

@@ -60,9 +60,11 @@ def _pair_fits(tensors: Tensors, shape: Shape, padded: bool) -> bool:
 def _loha_fits(tensors: Tensors, shape: Shape) -> bool:
     for half in ("1", "2"):
         a, b = tensors.shape(f"hada_w{half}_a"), tensors.shape(f"hada_w{half}_b")
+        if min(len(a), len(b), len(shape)) < 2:
+            return False
         if "hada_t1" in tensors:
             core = tensors.shape(f"hada_t{half}")
-            if (a, b, core) != ((core[0], shape[0]), (core[1], shape[1]), (*core[:2], *shape[2:])):
+            if len(core) < 2 or (a, b, core) != ((core[0], shape[0]), (core[1], shape[1]), (*core[:2], *shape[2:])):
                 return False
         elif (a, b) != ((shape[0], b[0]), (b[0], math.prod(shape[1:]))):
             return False
@@ -74,6 +76,8 @@ def _lokr_fits(tensors: Tensors, shape: Shape) -> bool:
     for half in ("1", "2"):
         if f"lokr_w{half}" in tensors:
             factor = tensors.shape(f"lokr_w{half}")
+            if not factor:
+                return False
         else:
             a, b = tensors.shape(f"lokr_w{half}_a"), tensors.shape(f"lokr_w{half}_b")
             core = tensors.shape(f"lokr_t{half}") if f"lokr_t{half}" in tensors else None

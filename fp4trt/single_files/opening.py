@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp4trt.built_in import path_of
-from fp4trt.errors import BadCheckpoint, UnknownFamily
+from fp4trt.errors import BadCheckpoint, QuantizedAlready, UnknownFamily
 from fp4trt.families import family_of
 from fp4trt.file_kind import shortened, what_it_is, what_it_lacks
 from fp4trt.json_file import load_json
@@ -21,13 +21,20 @@ from fp4trt.single_files.config import config_of, published_config
 from fp4trt.single_files.names import Original, Part, SingleFile
 from fp4trt.single_files.tables import SINGLE_FILES
 
-__all__ = ["SUFFIXES", "NamedTensors", "OpenFile", "config_like", "named_tensors", "open_file"]
+__all__ = ["SUFFIXES", "NamedTensors", "OpenFile", "config_like", "is_checkpoint", "named_tensors", "open_file"]
 
 SUFFIXES: Final = (".safetensors", ".sft", ".gguf")
 """What the names of single files end in."""
 
 PREFIXES: Final = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "model.")
 """What single files put before the names of a transformer's tensors."""
+
+
+def is_checkpoint(source: Path) -> bool:
+    """Return whether what a user names is a checkpoint, a single file among them, and not an ONNX graph."""
+    if source.is_file():
+        return source.suffix.lower() in SUFFIXES
+    return source.suffix != ".onnx" or source.is_dir()
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def _refuse_quantized(path: Path, metadata: Mapping[str, str], tensors: Mapping[
     coded = next((name for name, one in tensors.items() if _is_coded(name, one, tensors)), None)
     if coded is not None:
         layout = recognised({}, metadata, tensors)
-        raise BadCheckpoint(
+        raise QuantizedAlready(
             f"{path} is quantized already ({coded} is {tensors[coded].dtype}, in the layout of {layout.name}); "
             "expected a file in 16 bit or FP8"
         )

@@ -12,7 +12,7 @@ from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import metadata_in_folder, tensors_in_folder
 from fp4trt.checkpoint_manifest import read_checkpoint_manifest
 from fp4trt.declared import require_shapes
-from fp4trt.errors import BadCheckpoint, UnknownArtifact, UnknownFamily
+from fp4trt.errors import BadCheckpoint, QuantizedAlready, UnknownArtifact, UnknownFamily
 from fp4trt.families import family_of
 from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json, object_of, strings
@@ -127,14 +127,14 @@ def _single_file(path: Path) -> dict[str, Any]:
     """
     try:
         folder = make_source_folder(path)
-    except BadCheckpoint as error:
-        if path.suffix.lower() == ".gguf" or "is quantized already" not in str(error):
-            raise UnknownArtifact(str(error)) from None
+    except QuantizedAlready:
         layout = recognised({}, metadata_in_file(path), tensors_in_file(path))
         raise UnknownArtifact(
             f"{path} is a single file, of {layout.name} ({layout.evidence}); fp4trt convert --to modelopt makes a "
             "checkpoint's folder of it where it knows that layout, and --against its 16-bit checkpoint proves it"
         ) from None
+    except BadCheckpoint as error:
+        raise UnknownArtifact(str(error)) from None
     return {**_checkpoint(folder), "path": str(path.resolve()), "bytes": path.stat().st_size}
 
 

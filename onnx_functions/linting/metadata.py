@@ -151,8 +151,10 @@ def _lora(subject: Subject, text: str) -> Iterator[str]:
             wanted = (f"{group[0]}.{FACTORS[0]}", f"{path}.{FACTORS[1]}")
             if found is None or found.factors != wanted:
                 yield f"{path} has no slot that reads {wanted[0]} and {wanted[1]}"
-            elif not (shapes[wanted[0]][:1] == shapes[wanted[1]][1:] == (SYMBOL,)):
-                yield f"the inputs of the slot of {path} are {shapes[wanted[0]]} and {shapes[wanted[1]]}"
+                continue
+            a, b = (shapes.get(name, ()) for name in wanted)
+            if not (a[:1] == b[1:] == (SYMBOL,)):
+                yield f"the inputs of the slot of {path} are {a} and {b}"
 
 
 def _slot(subject: Subject, path: str) -> Branch | None:

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from fp4trt.checkpoint_manifest import MANIFEST
 from fp4trt.errors import UnfitArtifact
-from fp4trt.file_kind import is_file, what_it_lacks
 from fp4trt.linked_files import real_file
 from fp4trt.pipeline_folder import graph_in
 from fp4trt.progress import note
@@ -72,18 +71,20 @@ class Engine:
 
 
 def is_engine(path: Path) -> bool:
-    """Whether a path is a file that has an engine's JSON beside it."""
-    return path.suffix not in (".onnx", ".json") and path.is_file() and read_manifest(path) is not None
+    """Whether a path is a file that is called an engine, or has an engine's JSON beside it."""
+    with_json = path.suffix not in (".onnx", ".json") and read_manifest(path) is not None
+    return path.is_file() and (path.suffix == ".engine" or with_json)
 
 
 def open_engine(path: Path) -> Engine:
     """Return an engine, all of which is read, and hashed.
 
+    Args:
+        path: for which :func:`is_engine` holds.
+
     Raises:
-        UnfitArtifact: it is no engine, has no JSON beside it, or is not the one that this tells of.
+        UnfitArtifact: it has no JSON beside it, or is not the one that this describes.
     """
-    if not is_file(path):
-        raise UnfitArtifact(f"{path} {what_it_lacks(path)}; expected an engine of fp4trt build")
     manifest = read_manifest(path)
     if manifest is None:
         raise UnfitArtifact(
@@ -95,7 +96,7 @@ def open_engine(path: Path) -> Engine:
         )
     _say_hashing(path.name, path.stat().st_size)
     if not describes(manifest, path):
-        raise UnfitArtifact(f"{path} is not the engine that {manifest_path(path).name} tells of; build it again")
+        raise UnfitArtifact(f"{path} is not the engine that {manifest_path(path).name} describes; build it again")
     return Engine(path, manifest)
 
 
@@ -126,7 +127,7 @@ def graph_of(engine: Engine, path: Path | None) -> Graph:
 
 def _say_hashing(name: str, count: int) -> None:
     if count > GIB:
-        note(f"hashing {size_text(count)} of {name}, to see that it is what the engine's JSON tells of")
+        note(f"hashing {size_text(count)} of {name}, to see that it is what the engine's JSON describes")
 
 
 def open_graph(path: Path, program: Program) -> Graph:

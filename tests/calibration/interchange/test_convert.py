@@ -180,7 +180,8 @@ def test_a_conversion_that_fails_leaves_what_was_there(
     fp4trt.convert(quantized_digits, kept, to="comfyui")
     before = kept.read_bytes()
 
-    def fail(*_: object) -> str:
+    def fail(path: Path, *_: object) -> str:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writing, "write", fail)
@@ -314,6 +315,8 @@ def test_what_is_no_quantized_model_of_a_known_class_is_refused(
         fp4trt.convert(tmp_path / "a", tmp_path / "ours", to="modelopt")
     fp4trt.convert(svdquant_checkpoint, tmp_path / "svd.safetensors", to="comfyui")
     branch = tmp_path / "svd-branch.safetensors"
+    with pytest.raises(OutputExists, match=r"svd-branch\.safetensors is, or holds, the checkpoint that is converted"):
+        fp4trt.convert(tmp_path / "svd.safetensors", branch, to="comfyui", force=True)
     save_file(load_file(branch), branch)
     with pytest.raises(BadCheckpoint, match=r"svd-branch\.safetensors was not written with svd\.safetensors"):
         fp4trt.convert(tmp_path / "svd.safetensors", tmp_path / "ours", to="modelopt")

@@ -193,6 +193,23 @@ BAD: dict[str, tuple[Callable[[], Tensors], str]] = {
         "transformer.nothing.lora_A.weight, of 9 keys, fit nothing of this FluxTransformer2DModel",
     ),
     "half a pair": (_without_up, "transformer.norm_out.linear.lora_A.weight: expected down + up of norm_out.linear"),
+    "the bias of half a pair": (
+        lambda: (
+            pairs("flux", OWN, "")
+            | {
+                "transformer_blocks.0.attn.to_k.lora_B.bias": normal(32),
+                "transformer_blocks.0.attn.to_k.alpha": normal(1),
+            }
+        ),
+        "transformer_blocks.0.attn.to_k.lora_B.bias is the bias of a pair that is not there",
+    ),
+    "a number for a matrix": (
+        lambda: (
+            pairs("flux", OWN, "")
+            | {f"transformer_blocks.0.attn.to_k.lokr_w{half}": torch.tensor(1.0) for half in (1, 2)}
+        ),
+        "transformer_blocks.0.attn.to_k.lokr_w1 (its shape is not that of",
+    ),
     "another shape": (_too_wide, "transformer.transformer_blocks.0.attn.to_q.lora_A.weight (its shape is not that of"),
     "two adapters": (
         lambda: pairs("flux", OWN, "") | pairs("flux", OWN, "", DEFAULT),

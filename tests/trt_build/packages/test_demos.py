@@ -265,6 +265,11 @@ def _for(program: str, artifact: str = "flux", **more: Any) -> Callable[[Path, P
     )
 
 
+def _alone(engines: Path, folder: Path) -> Path:
+    """Return a copy of an engine without its JSON."""
+    return Path(shutil.copyfile(engines / "static.engine", folder / "static.engine"))
+
+
 REFUSED: dict[str, Case] = {
     "an engine for Black Forest Labs": (_for("bfl", "static.engine"), UnfitArtifact, "is an engine, and Black Forest"),
     "an engine without its graph": (
@@ -272,10 +277,15 @@ REFUSED: dict[str, Case] = {
         UnfitArtifact,
         "has no model.onnx beside it; name the graph that it was built from with --graph",
     ),
+    "an engine without its JSON": (
+        lambda flux, engines, tmp: {"artifact": _alone(engines, tmp), "program": "rtx-demo", "graph": flux},
+        UnfitArtifact,
+        "static.engine has no static.json of fp4trt build beside it; expected an engine with its JSON",
+    ),
     "an engine that has changed": (
         lambda flux, engines, tmp: {"artifact": _changed(engines, tmp), "program": "rtx-demo", "graph": flux},
         UnfitArtifact,
-        "is not the engine that static.json tells of; build it again",
+        "is not the engine that static.json describes; build it again",
     ),
     "a file that is no graph": (
         _for("bfl", "static.json"),
