@@ -10,7 +10,7 @@ FINDER  = for python in python3.11 python3.12 python3.13 python3.14 python3 pyth
               && { echo "$$python"; break; }; done
 PYTHON ?= $(shell $(FINDER))
 
-.PHONY: demo test quick check bench clean
+.PHONY: demo test quick thorough check bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -24,6 +24,10 @@ test: $(INSTALLED)
 # Every test but those marked slow: three minutes where make test has been run before.
 quick: $(INSTALLED)
 	$(PYTEST) -m "not slow"
+
+# The tests that make test leaves out, as each is much like another one.
+thorough: $(INSTALLED)
+	$(PYTEST) -m thorough
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
