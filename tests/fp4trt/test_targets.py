@@ -29,6 +29,21 @@ def test_a_gpu_has_its_compute_capability_and_backend(name: str, capability: str
     assert (target.compute_capability, target.backend) == (capability, backend)
 
 
+def test_a_gpu_has_the_bandwidth_and_the_peak_of_each_format_that_it_multiplies() -> None:
+    (geforce,) = parse_gpus("rtx5090")
+    assert geforce.bandwidth == 1792
+    assert geforce.tflops == {"fp16": 209.5, "bf16": 209.5, "fp8": 419.0, "nvfp4": 1676.0}
+    rates = {name: set(TARGETS[name].tflops) for name in ("t4", "rtx3090", "rtx4090", "b200")}
+    sixteen_bit = {"fp16", "bf16"}
+    assert rates == {
+        "t4": {"fp16"},
+        "rtx3090": sixteen_bit,
+        "rtx4090": {*sixteen_bit, "fp8"},
+        "b200": {*sixteen_bit, "fp8", "mxfp8", "nvfp4"},
+    }
+    assert all(0 < target.bandwidth <= 8000 for target in TARGETS.values())
+
+
 def test_several_gpus_are_listed_once_each() -> None:
     assert [target.name for target in parse_gpus("rtx5090,gb10,dgx-spark")] == ["rtx5090", "gb10"]
 
