@@ -12,9 +12,10 @@ from torch import nn
 
 from calibration.checkpoints.plain import open_plain, wide_tensors
 from calibration.methods import registry
+from calibration.recipes.linear_rules import require_whole_blocks
 from calibration.recipes.recipe import Method, Quality, Recipe, linear_formats, with_ranks_placed
 from calibration.recipes.servers import fitted
-from fp4trt.errors import BadRecipe, UnsupportedLinear
+from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
 from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
 from fp4trt.safetensors_file import StoredTensor
@@ -134,17 +135,3 @@ def checked(folder: Path, recipe: Recipe, server: str | None = None) -> Plain:
         )
     registry.require_fit(plain.method, plain.groups, shapes)
     return plain
-
-
-def require_whole_blocks(path: str, in_features: int, kind: str = NVFP4.name) -> None:
-    """Refuse a linear whose rows do not split into the blocks of a format.
-
-    Raises:
-        UnsupportedLinear: naming the linear.
-    """
-    format = FORMATS[kind]
-    if format.block is not None and in_features % format.block:
-        raise UnsupportedLinear(
-            f"{path} has {in_features} in-features, {format.title} needs a multiple of {format.block}; leave the model "
-            "in BF16"
-        )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from calibration.by_block.quantize_blocks import BlockResult, BlockTask, Method
-from calibration.checkpoints.quantized import BRANCH, SMOOTHING
 from calibration.formats import input_quantizers
 from calibration.methods.quality import quantize_block
+from calibration.recipes.branches import added_tensors, largest_rank, require_fit
 from calibration.recipes.recipe import PTQ, ModelOpt, Quality, SVDQuant, adds_branch, quantizes_by_block
 from calibration.recipes.recipe import Method as Options
-from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
 from fp4trt.families.family import Config
 from fp4trt.number_formats import FORMATS
-from fp4trt.safetensors_file import TensorPlan
 
 __all__ = [
     "added_tensors",
@@ -48,65 +46,6 @@ def changes_plain_linears(options: Options) -> bool:
 def branched(options: Options, groups: Iterable[Sequence[str]]) -> bool:
     """Whether any of some groups of linears in NVFP4, by their module paths, gets a branch."""
     return isinstance(options, Quality | SVDQuant) and any(options.pooled_rank(group) for group in groups)
-
-
-def largest_rank(group: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> int:
-    """Return the largest rank that a branch of linears which read the same input can have, together."""
-    return min(sum(shapes[path][0] for path in group), shapes[group[0]][1])
-
-
-def require_fit(options: Options, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse options that linears of these shapes cannot have.
-
-    Args:
-        options: of the recipe.
-        groups: module paths of the linears in NVFP4 that read the same input.
-        shapes: of their weights, [N, K].
-
-    Raises:
-        BadRecipe: naming the first linear.
-    """
-    if not isinstance(options, Quality | SVDQuant):
-        return
-    for group in groups:
-        largest = largest_rank(group, shapes)
-        if options.pooled_rank(group) > largest:
-            together = "" if len(group) == 1 else f" with the {len(group) - 1} that read the same input"
-            multiple = options.rank_multiple if isinstance(options, Quality) else 1
-            rounded = f", rounded up to a multiple of {multiple}" if multiple > 1 else ""
-            rank = options.rank_of(group[0]) if isinstance(options, Quality) else options.rank
-            said = f"method.rank is {rank}" if rank == options.rank else f"method.ranks says {rank}"
-            rows, columns = sum(shapes[path][0] for path in group), shapes[group[0]][1]
-            fitting = largest // multiple * multiple // len(group)
-            raise BadRecipe(
-                f"{said}{rounded}, and {group[0]}{together} is a matrix of {rows} x {columns}; "
-                + (f"expected at most {fitting}" if fitting else f"expected a rank_multiple of at most {largest}")
-            )
-
-
-def added_tensors(
-    options: Options, family: Family, groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
-) -> Iterator[TensorPlan]:
-    """Yield what a method gives linears beside codes, scales and bias, in the order of the file.
-
-    Args:
-        options: of the recipe.
-        family: of the model.
-        groups: the linears in NVFP4 of its blocks.
-        shapes: of their weights, [N, K].
-    """
-    smooths = isinstance(options, SVDQuant) and options.smoothing
-    smooths |= isinstance(options, ModelOpt) and options.algorithm == "awq_lite"
-    for group in groups:
-        rank = options.pooled_rank(group) if isinstance(options, Quality | SVDQuant) else 0
-        for path in group:
-            rows, columns = shapes[path]
-            if rank:
-                yield TensorPlan(f"{path}.{BRANCH[0]}", "BF16", (rank, columns))
-            if smooths and family.rows(group[0]) > 1:
-                yield TensorPlan(f"{path}.{SMOOTHING}", "BF16", (columns,))
-            if rank:
-                yield TensorPlan(f"{path}.{BRANCH[1]}", "BF16", (rows, rank))
 
 
 def memory_of_block(

@@ -9,11 +9,11 @@ from pydantic import Field, StrictInt
 
 from calibration.recipes.method_options import Quality, RankRule
 from calibration.recipes.selection import Selection, Strict
-from fp4trt.errors import BadRecipe
+from fp4trt.errors import BadRecipe, UnsupportedLinear
 from fp4trt.families import Family
-from fp4trt.number_formats import BF16, NAMES, NVFP4
+from fp4trt.number_formats import BF16, FORMATS, NAMES, NVFP4
 
-__all__ = ["FormatRules", "Rule", "linear_formats", "with_ranks_placed"]
+__all__ = ["FormatRules", "Rule", "linear_formats", "require_whole_blocks", "with_ranks_placed"]
 
 if TYPE_CHECKING:
     Format = str
@@ -74,6 +74,20 @@ def linear_formats(
     if set(formats.values()) <= {BF16}:
         raise BadRecipe("the rules leave every linear in bf16; expected some that are quantized")
     return formats
+
+
+def require_whole_blocks(path: str, in_features: int, kind: str = NVFP4.name) -> None:
+    """Refuse a linear whose rows do not split into the blocks of a format.
+
+    Raises:
+        UnsupportedLinear: naming the linear.
+    """
+    format = FORMATS[kind]
+    if format.block is not None and in_features % format.block:
+        raise UnsupportedLinear(
+            f"{path} has {in_features} in-features, {format.title} needs a multiple of {format.block}; leave the model "
+            "in BF16"
+        )
 
 
 def with_ranks_placed(options: Quality, family: Family, config: Mapping[str, Any]) -> Quality:

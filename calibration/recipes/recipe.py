@@ -44,6 +44,7 @@ __all__ = [
     "Rule",
     "SVDQuant",
     "adds_branch",
+    "deciding_method",
     "linear_formats",
     "load_recipe",
     "load_start",
@@ -129,6 +130,15 @@ def load_start(recipe: Recipe) -> Recipe:
             "trains those without; expected learn: branch, or a start like nvfp4-quality"
         )
     return start
+
+
+def deciding_method(recipe: Recipe) -> Method:
+    """Return the method that decides which tensors a result holds: of a training, that of its start.
+
+    Raises:
+        BadRecipe: as :func:`load_start`.
+    """
+    return load_start(recipe).method if isinstance(recipe.method, QAT) else recipe.method
 
 
 def adds_branch(options: object) -> bool:

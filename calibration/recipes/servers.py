@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from calibration.recipes.linear_rules import FormatRules, Rule, linear_formats
-from calibration.recipes.method_options import QAT, ModelOpt, Quality, SVDQuant
-from calibration.recipes.recipe import Recipe, adds_branch, load_start
+from calibration.recipes.method_options import ModelOpt, Quality, SVDQuant
+from calibration.recipes.recipe import Recipe, adds_branch, deciding_method
 from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
 from fp4trt.number_formats import BF16, FORMATS
@@ -114,7 +114,7 @@ def _base(family: Family) -> str:
 
 def _algorithm(recipe: Recipe, kinds: set[str]) -> str:
     """Return what a result's config.json will have as ``quant_algo``."""
-    method = _method(recipe)
+    method = deciding_method(recipe)
     some_without = isinstance(method, Quality) and 0 in (method.rank, *(rule.rank for rule in method.ranks))
     if len(kinds) > 1 or (adds_branch(method) and some_without):
         return "MIXED_PRECISION"
@@ -127,15 +127,10 @@ def _algorithm(recipe: Recipe, kinds: set[str]) -> str:
 
 def _ranks(recipe: Recipe) -> tuple[int, ...]:
     """Return the ranks of a recipe's branches, each for one linear; a group pools those of its own."""
-    method = _method(recipe)
+    method = deciding_method(recipe)
     if isinstance(method, SVDQuant):
         return (method.rank,)
     if isinstance(method, Quality):
         ranks = (method.rank, *(rule.rank for rule in method.ranks))
         return tuple(dict.fromkeys(method.pooled(1, rank) for rank in ranks if rank))
     return ()
-
-
-def _method(recipe: Recipe) -> object:
-    """Return the method that decides what a result holds: of a training, that of its start."""
-    return load_start(recipe).method if isinstance(recipe.method, QAT) else recipe.method
