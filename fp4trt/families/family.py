@@ -195,11 +195,12 @@ class Family:
 
     def groups(self, config: Config) -> tuple[tuple[str, ...], ...]:
         """Return the linears to quantize, in graph order, as groups whose members read the same input."""
+        unused = self._unused(config)
         inside = (
             tuple(
                 path
                 for path in (f"{block}.{leaf}" for leaf in group.linears if not _is_in(leaf, lacks))
-                if not self.is_unused(config, path)
+                if not _is_in(path, unused)
             )
             for block, stack, lacks in self._blocks(config)
             for group in stack.groups
@@ -221,14 +222,18 @@ class Family:
             for index, block in enumerate(stack.blocks(config)):
                 yield block, stack, stack.lacks(config, index)
 
-    def is_unused(self, config: Config, name: str) -> bool:
-        """Return whether a module, or a tensor, is of a part whose result nothing reads, so that no graph has it."""
+    def _unused(self, config: Config) -> tuple[str, ...]:
+        """Return the modules whose result nothing reads."""
         last = (
-            f"{stack.blocks(config)[-1]}.{path}"
+            f"{stack.path}.{config[stack.count] - 1}.{path}"
             for stack in self.stacks
             for path in (stack.unused_in_last if config[stack.count] else ())
         )
-        return _is_in(name, (*self.unused, *last))
+        return (*self.unused, *last)
+
+    def is_unused(self, config: Config, name: str) -> bool:
+        """Return whether a module, or a tensor, is of a part whose result nothing reads, so that no graph has it."""
+        return _is_in(name, self._unused(config))
 
     def quantized(self, config: Config) -> tuple[str, ...]:
         """Return the module paths of the linears to quantize, in graph order."""
