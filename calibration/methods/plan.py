@@ -13,11 +13,10 @@ from torch import nn
 from calibration.checkpoints.plain import open_plain, wide_tensors
 from calibration.methods import registry
 from calibration.recipes.linear_rules import require_whole_blocks
-from calibration.recipes.recipe import Method, Quality, Recipe, linear_formats, with_ranks_placed
+from calibration.recipes.recipe import Method, Quality, Recipe, attentions_in_fp8, linear_formats, with_ranks_placed
 from calibration.recipes.servers import fitted
-from fp4trt.errors import BadRecipe
 from fp4trt.families import Family
-from fp4trt.number_formats import BF16, FORMATS, FP8, NVFP4
+from fp4trt.number_formats import BF16, FORMATS, NVFP4
 from fp4trt.safetensors_file import StoredTensor
 
 __all__ = ["Plain", "checked", "require_whole_blocks"]
@@ -102,7 +101,7 @@ class Plain:
         """The attentions in FP8."""
         if self.own_attentions is not None:
             return self.own_attentions
-        return self.family.fp8_attentions(self.config) if self.recipe.attention == FP8.name else ()
+        return attentions_in_fp8(self.recipe, self.family, self.config)
 
 
 def checked(folder: Path, recipe: Recipe, server: str | None = None) -> Plain:
@@ -127,11 +126,6 @@ def checked(folder: Path, recipe: Recipe, server: str | None = None) -> Plain:
             require_whole_blocks(path, shapes[path][1], kind)
     ordered = {name: stored[name] for name in source.model.state_dict()}
     plain = Plain(folder, config, family, source.model, ordered, recipe, formats)
-    if recipe.attention == FP8.name and not plain.fp8_attentions:
-        why = "all its attentions have a mask, and FP8 takes none" if family.attentions(config) else "it names none"
-        raise BadRecipe(
-            f"{recipe.name} says attention: fp8, and {family.name} has no attention for that: {why}; expected "
-            "attention: bf16"
-        )
+    attentions_in_fp8(recipe, family, config)
     registry.require_fit(plain.method, plain.groups, shapes)
     return plain

@@ -6,7 +6,7 @@ What of a recipe concerns numerics is in the result's manifest, so that a checkp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -27,8 +27,10 @@ from calibration.recipes.method_options import (
 )
 from calibration.recipes.selection import Blocks, Strict
 from fp4trt.errors import BadRecipe
+from fp4trt.families import Family
 from fp4trt.file_kind import is_file, shortened, what_it_lacks
 from fp4trt.json_file import kind_of
+from fp4trt.number_formats import FP8
 
 __all__ = [
     "METHODS",
@@ -44,6 +46,7 @@ __all__ = [
     "Rule",
     "SVDQuant",
     "adds_branch",
+    "attentions_in_fp8",
     "deciding_method",
     "linear_formats",
     "load_recipe",
@@ -139,6 +142,23 @@ def deciding_method(recipe: Recipe) -> Method:
         BadRecipe: as :func:`load_start`.
     """
     return load_start(recipe).method if isinstance(recipe.method, QAT) else recipe.method
+
+
+def attentions_in_fp8(recipe: Recipe, family: Family, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the module paths of the attentions that a recipe puts in FP8.
+
+    Raises:
+        BadRecipe: it asks for that, and the model has none which FP8 takes.
+    """
+    if recipe.attention != FP8.name:
+        return ()
+    if found := family.fp8_attentions(config):
+        return found
+    why = "all its attentions have a mask, and FP8 takes none" if family.attentions(config) else "it names none"
+    raise BadRecipe(
+        f"{recipe.name} says attention: fp8, and {family.name} has no attention for that: {why}; expected "
+        "attention: bf16"
+    )
 
 
 def adds_branch(options: object) -> bool:
