@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     load: Callable[..., Any]
     lora: Callable[..., Any]
     package: Callable[..., Any]
+    plan: Callable[..., Any]
     quantize: Callable[..., Any]
     search: Callable[..., Any]
     validate: Callable[..., Any]
@@ -45,6 +46,7 @@ __all__ = [
     "lora",
     "main",
     "package",
+    "plan",
     "quantize",
     "run",
     "search",
@@ -62,6 +64,7 @@ VERBS: Final = {
     "load": "calibration.checkpoints.quantized:load",
     "lora": "calibration.lora_inputs:lora_inputs",
     "package": "trt_build.packages.package:package",
+    "plan": "generation.planning.plan:plan",
     "quantize": "calibration.quantization:quantize",
     "search": "calibration.layer_choice.search:search",
     "validate": "onnx_functions.validation.run_gates:validate",

@@ -41,6 +41,7 @@ class Entry:
 
 
 COMMANDS: dict[str, Entry] = {
+    "plan": Entry("generation.planning.cli:plan", "Say what a model needs on a GPU, and whether it fits."),
     "calibrate": Entry("calibration.cli:calibrate", "Measure activation ranges over the denoising schedule."),
     "recipes": Entry("calibration.cli:recipes", "List the ways to quantize, or show one."),
     "search": Entry("calibration.layer_choice.cli:search", "Find the linears that FP8 or BF16 is best spent on."),

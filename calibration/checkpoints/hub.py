@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,10 +11,45 @@ from fp4trt.errors import BadCheckpoint
 from fp4trt.file_kind import is_file
 from fp4trt.pipeline_folder import PIPELINE
 
-__all__ = ["file_of", "transformer_of"]
+__all__ = ["cached_file", "described_in", "file_of", "transformer_of"]
 
 _WANTED: Final = ("config.json", "diffusion_pytorch_model*", "model_index.json", "transformer/*")
 """Files of a repository that are downloaded: of a transformer alone, or of a pipeline's."""
+
+
+_DESCRIBING: Final = ("model_index.json", "modular_model_index.json", "*config.json", "*.safetensors.index.json")
+"""Files of a repository that tell what it holds."""
+
+
+def cached_file(name: str) -> Path:
+    """Return a single file of a repository, named as ``OWNER/NAME/FILE``, from the cache alone.
+
+    Raises:
+        BadCheckpoint: it is not there.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    owner, repository, *parts = name.split("/")
+    found = try_to_load_from_cache(f"{owner}/{repository}", "/".join(parts))
+    if not isinstance(found, str):
+        raise BadCheckpoint(
+            f"{name} is neither a file here nor in the hub's cache, and is not fetched to be planned; give "
+            f"{owner}/{repository}, or a config.json of the model"
+        )
+    return Path(found)
+
+
+def described_in(repository: str) -> Path:
+    """Return the snapshot of a repository in the cache or, where there is none, of the files that describe it.
+
+    Raises:
+        BadCheckpoint: it is neither in the cache nor to be had.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    with suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return Path(str(snapshot_download(repository, local_files_only=True)))
+    return Path(_fetched(repository, lambda: snapshot_download(repository, allow_patterns=list(_DESCRIBING))))
 
 
 def transformer_of(repository: str) -> Path:

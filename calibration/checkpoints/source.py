@@ -14,7 +14,7 @@ from fp4trt.make_source import make_source_folder
 from fp4trt.pipeline_folder import transformer_folder
 from fp4trt.single_files.opening import SUFFIXES
 
-__all__ = ["find_source"]
+__all__ = ["find_source", "names_a_file"]
 
 
 def find_source(
@@ -51,9 +51,9 @@ def _found(source: str | Path, like: str | Path | None) -> Path:
     folder = path_of(source)
     if folder.is_file():
         return folder
-    if not folder.is_dir() and folder.suffix in SUFFIXES and not _names_a_file(source):
+    if not folder.is_dir() and folder.suffix in SUFFIXES and not names_a_file(source):
         raise BadCheckpoint(f"{source} {what_it_lacks(folder)}; expected a single file there")
-    if like is not None and not _names_a_file(source):
+    if like is not None and not names_a_file(source):
         raise BadOption(f"like is {str(like)!r}, which gives a single file its config; {source} has its own: drop it")
     if folder.is_dir():
         found = transformer_folder(folder)
@@ -67,7 +67,7 @@ def _found(source: str | Path, like: str | Path | None) -> Path:
                 f"{folder} has no config.json (nor transformer/config.json){lacks}; expected a diffusers checkpoint"
             )
         return found
-    if _names_a_file(source):
+    if names_a_file(source):
         return hub.file_of(str(source))
     if str(source).count("/") == 1 and not folder.is_absolute():
         return hub.transformer_of(str(source))
@@ -77,7 +77,7 @@ def _found(source: str | Path, like: str | Path | None) -> Path:
     )
 
 
-def _names_a_file(source: str | Path) -> bool:
+def names_a_file(source: str | Path) -> bool:
     """Return whether a source is the name of a file in a repository of the hub."""
     place = Path(source)
     is_repository = len(place.parts) > 2 and not place.is_absolute() and not place.parent.exists()

@@ -21,7 +21,16 @@ from fp4trt.single_files.config import config_of, published_config
 from fp4trt.single_files.names import Original, Part, SingleFile
 from fp4trt.single_files.tables import SINGLE_FILES
 
-__all__ = ["SUFFIXES", "NamedTensors", "OpenFile", "config_like", "is_checkpoint", "named_tensors", "open_file"]
+__all__ = [
+    "SUFFIXES",
+    "NamedTensors",
+    "OpenFile",
+    "config_like",
+    "is_checkpoint",
+    "named_tensors",
+    "open_file",
+    "require_config",
+]
 
 SUFFIXES: Final = (".safetensors", ".sft", ".gguf")
 """What the names of single files end in."""
@@ -102,14 +111,18 @@ def config_like(like: str | Path) -> dict[str, Any]:
     for place in (path, path / "transformer" / "config.json", path / "config.json"):
         if place.is_file():
             config = load_json(place, expected="the config.json of a diffusers model")
-            _refuse_config(place, config)
+            require_config(place, config)
             return {key: value for key, value in config.items() if key != "quantization_config"}
     known = ", ".join(f"'{name}'" for table in SINGLE_FILES.values() for name in table.published)
     raise BadCheckpoint(f"--like {like} is no config.json, no folder with one, and none of: {known}")
 
 
-def _refuse_config(place: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a config of no family of ours, by the name of its file."""
+def require_config(place: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a config of no family of ours, by the name of its file.
+
+    Raises:
+        BadCheckpoint, UnknownFamily: as :func:`fp4trt.families.family_of`.
+    """
     try:
         family_of(config, place.parent)
     except (BadCheckpoint, UnknownFamily) as error:

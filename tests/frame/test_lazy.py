@@ -67,13 +67,13 @@ WITH_TORCH = ("run_gates", "block_gates", "torch_reference")  # run the torch re
 
 
 def torch_free_modules() -> list[str]:
-    rooms = ("fp4trt", "onnx_functions", "trt_build")
+    rooms = ("fp4trt", "generation/planning", "onnx_functions", "trt_build")
     paths = [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
     left_out = (*WITH_TORCH, "__main__")
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.stem not in left_out]
 
 
-def test_fp4trt_onnx_functions_and_trt_build_import_without_torch():
+def test_fp4trt_onnx_functions_trt_build_and_planning_import_without_torch():
     script = WITHOUT_TORCH + "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
     done = python(script, *torch_free_modules())
     assert done.returncode == 0, done.stderr
@@ -95,3 +95,10 @@ def test_inspect_and_build_reach_their_verdict_without_torch(tmp_path, arguments
     assert done.returncode in (0, 1, 2), done.stderr
     assert "torch" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_plan_needs_no_torch():
+    script = WITHOUT_TORCH + "import fp4trt\nsys.exit(fp4trt.run(sys.argv[1:]))"
+    done = python(script, "plan", "Z-Image", "--gpu", "rtx5070", "--recipe", "svdquant-r8")
+    assert done.returncode == 0, done.stderr
+    assert "svdquant-r8" in done.stdout

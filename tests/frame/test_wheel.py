@@ -72,7 +72,7 @@ def test_the_wheel_declares_its_extras_license_and_command(wheel):
         assert "fp4trt = fp4trt:main" in archive.read(scripts).decode()
     assert {"Name: fp4trt", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"} <= set(lines)
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"quantize", "prompts", "rtx", "tensorrt", "report", "ray", "gguf", "metrics", "dev"}
+    assert extras == {"quantize", "prompts", "rtx", "tensorrt", "report", "ray", "gguf", "metrics", "plan", "dev"}
 
 
 def test_the_installed_command_runs_from_another_directory(installed, tmp_path):
