@@ -9,7 +9,9 @@ from __future__ import annotations
 __all__ = [
     "BackendMissingError",
     "BadAmax",
+    "BadCall",
     "BadCheckpoint",
+    "BadEngine",
     "BadEnvironment",
     "BadGraph",
     "BadInputs",
@@ -173,7 +175,13 @@ class BadSelection(ValueError):
 
 
 class CannotRun(ValueError):
-    """This machine cannot run a graph, which says nothing of the graph."""
+    """This machine cannot run a graph or an engine, which says nothing of either."""
+
+    exit_code = 2
+
+
+class BadCall(ValueError):
+    """The arrays of a call are not what a graph or an engine takes."""
 
     exit_code = 2
 
@@ -236,6 +244,10 @@ class BadProfileError(BuildError):
 
 class BadModelError(BuildError):
     """The ONNX file, or external data that it points to, cannot be used."""
+
+
+class BadEngine(BuildError):
+    """An engine that is damaged, or that this version, GPU or memory does not run."""
 
 
 class OutputExistsError(BuildError):

@@ -1,58 +1,103 @@
-"""One transformer for a model in any of its forms: a checkpoint in torch, or a graph in ONNX Runtime."""
+"""One transformer for a model in any of its forms: a checkpoint in torch, a graph in ONNX Runtime, an engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from calibration.checkpoints.plain import load_source
 from calibration.checkpoints.quantized import load
 from fp4trt.account import is_quantized_checkpoint
 from fp4trt.checkpoint_folder import tensors_in_folder
-from fp4trt.errors import BadLora, UnknownArtifact
+from fp4trt.errors import BadCall, BadLora
 from fp4trt.families import Transformer
 from fp4trt.json_file import load_json
 from fp4trt.make_source import folder_of
-from fp4trt.safetensors_file import tensors_in_file
-from onnx_functions.graph.lora_slots import is_factor_input
-from onnx_functions.simulation import session
+from trt_build.session import Session, open_session
+from trt_build.signature import Port
 
-__all__ = ["GraphTransformer", "open_transformer"]
+__all__ = ["GraphTransformer", "SessionTransformer", "open_transformer"]
 
-Slots = Mapping[str, Sequence[int | str]]
-"""Factor of a slot to its shape; the rank has a name."""
+_DTYPES: Final = {
+    "FLOAT": torch.float32,
+    "FLOAT16": torch.float16,
+    "BFLOAT16": torch.bfloat16,
+    "DOUBLE": torch.float64,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+    "BOOL": torch.bool,
+}
+"""ONNX element type to torch's dtype, of all that a transformer's inputs have."""
 
-Factors = dict[str, npt.NDArray[np.float32]]
 
-
-def open_transformer(artifact: str | Path, device: str = "cpu") -> Transformer:
+def open_transformer(artifact: str | Path, device: str = "cpu", lora: str | Path | None = None) -> Transformer:
     """Open a model that is called with the family's inputs by name, and returns a tuple with the velocity first.
 
     Args:
-        artifact: a checkpoint, plain or quantized (``digits`` for the built-in one), or an exported ONNX file.
-        device: where a checkpoint computes, ``cpu`` or ``cuda``; a graph runs on the CPU.
+        artifact: a checkpoint, plain or quantized (``digits`` for the built-in one), a graph, or an engine.
+        device: where a checkpoint computes, ``cpu`` or ``cuda``; a graph runs on the CPU, an engine on its GPU,
+            the first unless ``cuda:1`` or another is named.
+        lora: what ``fp4trt lora`` wrote, for a graph or an engine with slots.
 
     Raises:
         BadCheckpoint, BadGraph, UnknownFamily: the artifact is damaged.
-        UnknownArtifact: it is neither; an engine runs on its GPU alone.
+        BadLora: the factors are not for the artifact, or it has no slots.
     """
     path = Path(artifact)
-    if path.suffix == ".onnx":
-        return GraphTransformer(path)
-    if path.suffix == ".engine":
-        raise UnknownArtifact(f"{path} is an engine, which is not run here; expected the checkpoint or graph it is of")
+    if path.suffix in (".onnx", ".engine"):
+        number = int(device.partition(":")[2] or 0) if device.startswith("cuda") else 0
+        return SessionTransformer(open_session(path, lora=lora, device=number))
+    if lora is not None:
+        raise BadLora(f"{path} is a checkpoint, which has no slots; quantize with --lora, or open its graph or engine")
     folder = folder_of(path)
     quantized = is_quantized_checkpoint(load_json(folder / "config.json"), tensors_in_folder(folder))
     model: Any = load(folder) if quantized else load_source(folder)
     return model.to(device)
 
 
-class GraphTransformer:
+class SessionTransformer:
+    """A session as pipelines call a transformer: tensors of torch by name, in the pipeline's own types.
+
+    Args:
+        session: is closed with this.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, *, return_dict: bool = False, **inputs: Any) -> tuple[torch.Tensor, ...]:
+        """Return the outputs, each in the dtype and on the device of the first input.
+
+        Args:
+            return_dict: False, as nothing but a tuple is returned.
+            inputs: the family's, by name; those that the session does not have are ignored, as a pipeline gives some.
+
+        Raises:
+            BadCall: one that it has is missing, or not of its shape.
+        """
+        assert not return_dict, "a session returns a tuple"
+        ports = self.session.inputs
+        given = {name: self._converted(port, inputs[name]) for name, port in ports.items() if name in inputs}
+        found = self.session.run(given)
+        first = inputs[next(iter(ports))]
+        return tuple(from_dlpack(found[name]).to(first.device, first.dtype) for name in self.session.outputs)
+
+    def _converted(self, port: Port, value: Any) -> torch.Tensor:
+        """Return a tensor in an input's own type, as pipelines give positions in BF16, and where a session reads it."""
+        if not isinstance(value, torch.Tensor):
+            raise BadCall(f"the input {port.name} is a {type(value).__name__}; expected a tensor")
+        where = "cpu" if self.session.device == "cpu" else value.device
+        return value.detach().to(where, _DTYPES[port.dtype]).contiguous()
+
+    def close(self) -> None:
+        """Close the session."""
+        self.session.close()
+
+
+class GraphTransformer(SessionTransformer):
     """An exported graph in ONNX Runtime on the CPU, with the numerics that the engine should have.
 
     Args:
@@ -66,47 +111,4 @@ class GraphTransformer:
     """
 
     def __init__(self, graph: Path, lora: Path | None = None) -> None:
-        self._session = session(graph)
-        inputs = {value.name: value.shape for value in self._session.get_inputs()}
-        slots = {name: shape for name, shape in inputs.items() if is_factor_input(name)}
-        self._inputs = [name for name in inputs if name not in slots]
-        self._factors = _empty(slots) if lora is None else _factors(slots, lora)
-
-    def __call__(self, *, return_dict: bool = False, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the outputs, each in the dtype of the first input.
-
-        Args:
-            return_dict: False, as nothing but a tuple is returned.
-            inputs: the family's, by name; those that the graph does not have are ignored, as a pipeline gives some.
-        """
-        assert not return_dict, "a graph returns a tuple"
-        given = {name: inputs[name].detach().float().cpu().numpy() for name in self._inputs}
-        dtype = inputs[self._inputs[0]].dtype
-        found = self._session.run(None, {**given, **self._factors})
-        return tuple(torch.from_numpy(value).to(dtype) for value in found)
-
-
-def _empty(slots: Slots) -> Factors:
-    """Return factors of rank 0, with which a graph computes what it does without slots."""
-    return {
-        name: np.zeros([0 if isinstance(n, str) else n for n in shape], np.float32) for name, shape in slots.items()
-    }
-
-
-def _factors(slots: Slots, lora: Path) -> Factors:
-    """Return the factors that a file holds.
-
-    Raises:
-        BadLora: they are not those of the slots.
-    """
-    stored = tensors_in_file(lora)
-    for name in sorted(slots.keys() ^ stored.keys()):
-        there = "has no slot for" if name in stored else "needs"
-        raise BadLora(f"{lora} is not made for this graph, which {there} {name}: make it with fp4trt lora --checkpoint")
-    for name, shape in slots.items():
-        found = stored[name].shape
-        if len(found) != len(shape) or any(isinstance(b, int) and a != b for a, b in zip(found, shape, strict=True)):
-            raise BadLora(
-                f"{lora}: {name} is {list(found)}, and the graph's {shape}: make it of the graph's checkpoint"
-            )
-    return {name: stored[name].tensor().float().numpy() for name in slots}
+        super().__init__(open_session(graph, lora=lora))

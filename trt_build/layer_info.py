@@ -1,5 +1,9 @@
 """The engine's layers, read from the verbose build log: with no GPU, an engine cannot be loaded and asked.
 
+Of an engine that is loaded TensorRT's inspector tells them as JSON, in another schema since TensorRT 11
+(:func:`layers_in_json`).
+
+
 With DETAILED profiling verbosity the builder logs one message "Layers:" with a line per kernel:
     Name: block.to_q/MatMul_myl0_3, LayerType: gemm, Inputs: [ { Name: ..., Datatype: FP4E2M1, ... }, ... ],
     Constants: [ ... ], Outputs: [ ... ], TacticName: ..., StreamId: 0, Metadata: [ONNX Layer: X/MatMul]...
@@ -7,13 +11,15 @@ With DETAILED profiling verbosity the builder logs one message "Layers:" with a 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any, Final
 
 from fp4trt.number_formats import FORMATS, NVFP4
 
-__all__ = ["Gemm", "Layer", "find_gemms", "is_layer_message", "layers_of_profiles", "parse_layers"]
+__all__ = ["Gemm", "Layer", "find_gemms", "is_layer_message", "layers_in_json", "layers_of_profiles", "parse_layers"]
 
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*)\], "
@@ -27,6 +33,16 @@ _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _FORMATS = {kind.engine: name for name, kind in FORMATS.items()}
 """TensorRT's data types of which both operands of a product may be."""
 _PRODUCT_KINDS = ("gemm", "runtime_fusion")
+_TYPE_KEYS: Final = ("Format/Datatype", "Datatype", "DataType")
+"""Where the inspector's JSON has the type of a tensor: before TensorRT 11 in one text with the format."""
+_TYPE_NAMES: Final = {
+    **{kind.engine: kind.engine for kind in FORMATS.values()},
+    "FP4": "FP4E2M1",
+    **dict.fromkeys(("BFloat16", "BF16"), "BFloat16"),
+    **dict.fromkeys(("Half", "FP16"), "Half"),
+    **dict.fromkeys(("Float", "FP32"), "Float"),
+}
+"""A word of that text to the type as the build log has it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,34 @@ def layers_of_profiles(message: str, profiles: int) -> tuple[tuple[Layer, ...], 
         tuple(_layer(match) for (_, match), number in zip(found, numbers, strict=True) if number == profile)
         for profile in range(profiles)
     )
+
+
+def layers_in_json(text: str) -> tuple[Layer, ...]:
+    """Return the layers that ``IEngineInspector.get_engine_information`` tells as JSON, of either schema.
+
+    Empty for an engine that was built without DETAILED profiling verbosity, of which it tells names alone.
+
+    Raises:
+        ValueError: it is no such JSON.
+    """
+    told = json.loads(text)
+    if not isinstance(told, dict) or not isinstance(told.get("Layers"), list):
+        raise ValueError("the inspector's JSON has no list of Layers")
+    return tuple(_layer_of(entry) for entry in told["Layers"] if isinstance(entry, dict))
+
+
+def _layer_of(entry: dict[str, Any]) -> Layer:
+    inputs, constants, outputs = (
+        tuple(_type_of(tensor) for tensor in entry.get(part) or ()) for part in ("Inputs", "Constants", "Outputs")
+    )
+    nodes = tuple(_ONNX_NODE.findall(str(entry.get("Metadata", ""))))
+    return Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), inputs, constants, outputs, nodes)
+
+
+def _type_of(tensor: dict[str, Any]) -> str:
+    """Return a tensor's type as the build log has it; a type that is not known, as the inspector has it."""
+    text = str(next((tensor[key] for key in _TYPE_KEYS if key in tensor), ""))
+    return next((_TYPE_NAMES[word] for word in re.findall(r"\w+", text) if word in _TYPE_NAMES), text)
 
 
 def _subgraph(name: str) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from calibration.checkpoints.quantized import load, read
-from fp4trt.errors import UnknownArtifact
 from generation.transformer import open_transformer
 
 
@@ -28,8 +26,3 @@ def test_a_checkpoint_and_its_graph_give_the_same_velocity(quantized_digits: Pat
 def test_the_built_in_model_opens_by_its_name(built_in: Path) -> None:
     by_name, by_folder = open_transformer("digits"), open_transformer(built_in)
     assert all(torch.equal(one, other) for one, other in zip(by_name.parameters(), by_folder.parameters(), strict=True))
-
-
-def test_an_engine_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UnknownArtifact, match=r"rtx5090\.engine is an engine, which is not run here"):
-        open_transformer(tmp_path / "rtx5090.engine")

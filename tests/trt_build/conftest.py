@@ -179,3 +179,39 @@ def attention_engine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
 def double_dequantize() -> type[DoubleDequantizeGraph]:
     """What a test writes a graph of its own with."""
     return DoubleDequantizeGraph
+
+
+@pytest.fixture(scope="session")
+def small_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The attention graph, which ONNX Runtime and stand-ins compute; not to be changed."""
+    return write_attention_graph(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def opens(small_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return what opens an engine of that graph on a stand-in, and gives the session and the stand-in of TensorRT."""
+    from tests.trt_build.stand_in_card import HostCard
+    from tests.trt_build.stand_in_tensorrt import PROFILES, StandIn, write_engine
+    from trt_build.runtime import engine as engines
+    from trt_build.session import open_session
+
+    monkeypatch.setenv("FP4TRT_CACHE", str(tmp_path / "cache"))
+
+    def opened(
+        path: Path | None = None,
+        card: Any = None,
+        profiles: Any = PROFILES,
+        generation: str = "tensorrt_rtx",
+        of: Path = small_graph,
+        change: Callable[[Any], None] = lambda _: None,
+        streamable: int = 0,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        card = card or HostCard()
+        module = StandIn(of, profiles, card, generation, streamable)
+        change(module)
+        monkeypatch.setattr(engines, "open_card", lambda _: card)
+        monkeypatch.setattr(engines, "backend_of", lambda _: module)
+        return open_session(path or write_engine(tmp_path / "x.engine"), **options), module
+
+    return opened
