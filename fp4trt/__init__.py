@@ -15,6 +15,7 @@ from fp4trt.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    bench: Callable[..., Any]
     build: Callable[..., Any]
     calibrate: Callable[..., Any]
     compare: Callable[..., Any]
@@ -35,6 +36,7 @@ __all__ = [
     "EXTRAS",
     "Entry",
     "__version__",
+    "bench",
     "build",
     "calibrate",
     "compare",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 VERBS: Final = {
+    "bench": "generation.bench.bench:bench",
     "build": "trt_build.builder:build",
     "calibrate": "calibration.by_block.calibration:calibrate",
     "compare": "generation.comparison.compare:compare",

@@ -58,6 +58,7 @@ COMMANDS: dict[str, Entry] = {
     "compare": Entry(
         "generation.comparison.cli:compare", "Draw the same images with several checkpoints, and measure."
     ),
+    "bench": Entry("generation.bench.cli:bench", "Time an engine, or its graph on a CPU, beside the model in torch."),
     "inspect": Entry("onnx_functions.cli:inspect", "Say what an artifact is: formats, sizes, FP4 coverage."),
     "demo": Entry("generation.demo.cli:demo", "Walk the whole road on the built-in model."),
 }
