@@ -10,7 +10,7 @@ FINDER  = for python in python3.11 python3.12 python3.13 python3.14 python3 pyth
               && { echo "$$python"; break; }; done
 PYTHON ?= $(shell $(FINDER))
 
-.PHONY: demo test quick thorough check bench clean
+.PHONY: demo test quick thorough gpu check bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -28,6 +28,10 @@ quick: $(INSTALLED)
 # The tests that make test leaves out, as each is much like another one.
 thorough: $(INSTALLED)
 	$(PYTEST) -m thorough
+
+# What needs an NVIDIA GPU (docs/sessions.md): ten minutes at most.
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
