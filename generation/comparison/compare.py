@@ -35,6 +35,7 @@ from generation.comparison.drawing import Sampler, as_unit, follow
 from generation.comparison.grid import draw_grid
 from generation.comparison.measurement import Comparison, measure
 from generation.comparison.metrics import Metric, Shown
+from generation.comparison.pictures import pictured
 from generation.comparison.report import AMPLIFIED, NO_PLOTS, has_plots, write_report
 from generation.comparison.store import Store
 from generation.comparison.table import table
@@ -49,6 +50,7 @@ FORMAT: Final = "fp4trt compare 1"
 
 _WORK: Final = "finished"
 _COLUMNS: Final = 10
+_SHOWN: Final = 12
 _IMAGES: Final = 500
 _VERSIONED: Final = ("torch", "diffusers", "numpy")
 
@@ -172,7 +174,8 @@ def compare(
         result = {**_described(task), **comparison.as_dict()}
         publish.write_json(partial / DATA, result)
         _draw_grid(task, store, partial / GRID)
-        write_report(comparison, _described(task), partial / GRID, partial / PAGE)
+        shown = pictured(*_first_images(task, store, _SHOWN))
+        write_report(comparison, _described(task), shown, partial / PAGE)
         shutil.rmtree(store.folder)
     files = {"data": DATA, "report": PAGE, "grid": GRID}
     paths = {key: str((directory / name).resolve()) for key, name in files.items()}
@@ -350,9 +353,15 @@ def _manifest_hash(checkpoint: Checkpoint) -> str | None:
     return sha256_of(path) if path.is_file() else None
 
 
+def _first_images(
+    task: _Task, store: Store, count: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[str, ...]]:
+    """Return some of the first seed's images, by the reference and by each checkpoint, and their prompts."""
+    seed, some = task.seeds[0], slice(0, count)
+    reference = as_unit(store.reference_images(seed, task.sampler.batches)[some])
+    others = {name: as_unit(store.drawn(task.key(name), seed).images[some]) for name in task.checkpoints}
+    return reference, others, task.sampler.prompts[some]
+
+
 def _draw_grid(task: _Task, store: Store, path: Path) -> None:
-    """Draw some of the first seed's images."""
-    seed, columns = task.seeds[0], slice(0, _COLUMNS)
-    reference = as_unit(store.reference_images(seed, task.sampler.batches)[columns])
-    others = {name: as_unit(store.drawn(task.key(name), seed).images[columns]) for name in task.checkpoints}
-    draw_grid(reference, others, task.sampler.prompts[columns], path, AMPLIFIED)
+    draw_grid(*_first_images(task, store, _COLUMNS), path, AMPLIFIED)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import importlib.util
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from fp4trt.html_page import inline_svg, page, scrolling
+from fp4trt.html_pictures import PICTURE_SCRIPT, PICTURE_STYLE, Pictured, picture_section
 from fp4trt.publish import write_text
 from generation.comparison.measurement import Comparison
+from generation.comparison.pictures import TINY
 from generation.comparison.statistics import Estimate, estimate
 from generation.comparison.table import difference_text, estimate_text, verdict
 
 __all__ = [
     "AMPLIFIED",
     "NO_PLOTS",
-    "STYLE",
     "differences",
     "figures",
     "has_plots",
@@ -32,14 +33,6 @@ AMPLIFIED: Final = 8
 
 NO_PLOTS: Final = "matplotlib is not installed, so compare.html has no plot: pip install 'fp4trt[report]'"
 
-STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; width: 100% }
-td, th { border-bottom: 1px solid #ddd; padding: .35em .6em; text-align: left; vertical-align: top }
-td { font-variant-numeric: tabular-nums } .better { color: #176b2c } .worse { color: #b00020 }
-small { color: #666 } figure { margin: 1.5em 0; overflow-x: auto } svg, img { max-width: 100%; height: auto }
-"""
-
 _METHOD: Final = """
 The means are over the seeds of each seed's own figure; the spread is their standard deviation. Intervals are of 95 %:
 Student's t over the images, with the seeds as blocks (each seed's mean is taken out of its images' values before their
@@ -49,30 +42,39 @@ jackknife pseudo-values. The intervals are not corrected for how many of them ar
 """
 
 
-def write_report(comparison: Comparison, described: Mapping[str, Any], grid: Path, path: Path) -> None:
+def write_report(
+    comparison: Comparison, described: Mapping[str, Any], pictures: Sequence[Pictured], path: Path
+) -> None:
     """Write compare.html.
 
     Args:
         comparison: what was measured.
         described: what was compared, as compare.json says it.
-        grid: the picture, which goes into the page.
+        pictures: some of the images, by the reference and by each checkpoint.
         path: of the page.
     """
-    picture = base64.b64encode(grid.read_bytes()).decode()
     seeds, images = described["seeds"], described["images_per_seed"]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="fp4trt compare">'
-        f"<title>Comparison</title><style>{STYLE}</style><h1>Comparison</h1>"
+    body = (
+        f"<h1>Comparison</h1>"
         f"<p>{len(comparison.checkpoints)} quantized checkpoints of a {html.escape(described['family'])} model against "
         f"its BF16 weights: {images} images of each of {len(seeds)} seeds ({', '.join(map(str, seeds))}), from the "
         f"same prompts and noise.</p>"
+        f"<h2>Images</h2>{_images(comparison, pictures, seeds[0])}"
         f"<h2>Figures</h2>{figures(comparison)}{differences(comparison)}{left_out(comparison)}"
-        f"<h2>Images</h2><figure><img alt='the same prompts and noise by each model, and the differences' "
-        f"src='data:image/png;base64,{picture}'></figure>"
         f"<h2>Velocity error by time</h2>{_by_time(comparison)}"
-        f"<h2>What the figures mean</h2>{meanings(comparison)}<p>{_METHOD}</p></html>\n"
+        f"<h2>What the figures mean</h2>{meanings(comparison)}<p>{_METHOD}</p>"
     )
-    write_text(path, page)
+    write_text(path, page("fp4trt compare", "Comparison", body, style=PICTURE_STYLE, script=PICTURE_SCRIPT))
+
+
+def _images(comparison: Comparison, pictures: Sequence[Pictured], seed: int) -> str:
+    tiny = max(max(picture.size) for picture in pictures) <= TINY
+    kept = "" if tiny else " Images are reduced and compressed for this page; the figures are of the exact pixels."
+    note = (
+        f"<p>The first {len(pictures)} of seed {seed}. Drag over an image, or use the arrow keys: BF16 is on the left "
+        f"of the line, the checkpoint on the right.{kept}</p>"
+    )
+    return note + picture_section("BF16", list(comparison.checkpoints), pictures, tiny=tiny, key="images")
 
 
 def has_plots() -> bool:
@@ -122,7 +124,7 @@ def differences(comparison: Comparison) -> str:
 def _table(comparison: Comparison, rows: Mapping[str, str]) -> str:
     head = "".join(f"<th>{html.escape(metric.title)}</th>" for metric in comparison.metrics)
     body = "".join(f"<tr><th>{html.escape(name)}</th>{cells}</tr>" for name, cells in rows.items())
-    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+    return scrolling(f"<table><tr><th></th>{head}</tr>{body}</table>")
 
 
 def left_out(comparison: Comparison) -> str:
@@ -140,31 +142,49 @@ def meanings(comparison: Comparison) -> str:
         f"{'Higher' if metric.higher_is_better else 'Lower'} is better.</td></tr>"
         for metric in comparison.metrics
     )
-    return f"<table>{rows}</table>"
+    return scrolling(f"<table>{rows}</table>")
 
 
 def _by_time(comparison: Comparison) -> str:
-    """Return the plot, or the numbers where matplotlib is not installed."""
-    if not has_plots():
-        return "<p>matplotlib is not installed: pip install 'fp4trt[report]'; the numbers are in compare.json.</p>"
+    """Return the plot, where matplotlib is installed, and its numbers."""
+    if has_plots():
+        plot, state = f'<figure class="plot">{_plot(comparison)}</figure>', ""
+    else:
+        plot = "<p>matplotlib is not installed, so there is no plot: pip install 'fp4trt[report]'.</p>"
+        state = " open"
+    return f"{plot}<details{state}><summary>The numbers</summary>{_time_table(comparison)}</details>"
+
+
+def _time_table(comparison: Comparison) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in comparison.by_time)
+    rows = "".join(
+        f"<tr><th>{points[0][0]:.3f}</th>{''.join(f'<td>{one.mean:.4f}</td>' for _, one in points)}</tr>"
+        for points in zip(*comparison.by_time.values(), strict=True)
+    )
+    return scrolling(f"<table><tr><th>time</th>{head}</tr>{rows}</table>")
+
+
+def _plot(comparison: Comparison) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["svg.hashsalt"] = "fp4trt"  # the same figures give the same bytes
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, points in comparison.by_time.items():
-        times, means = [time for time, _ in points], [one.mean for _, one in points]
-        line = axes.plot(times, means, "o-", label=name)[0]
-        if all(one.half_width is not None for _, one in points):
-            low, high = [one.low or 0.0 for _, one in points], [one.high or 0.0 for _, one in points]
-            axes.fill_between(times, low, high, alpha=0.2, color=line.get_color())
-    axes.invert_xaxis()
-    axes.set_xlabel("time given to the transformer: noise on the left, the image on the right")
-    axes.set_ylabel("relative L2 error of the velocity")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return f"<figure>{text.getvalue()[text.getvalue().index('<svg') :]}</figure>"
+    # The same figures give the same bytes; letters that a phone shows large enough.
+    with mpl.rc_context({"svg.hashsalt": "fp4trt", "font.size": 12}):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for name, points in comparison.by_time.items():
+            times, means = [time for time, _ in points], [one.mean for _, one in points]
+            line = axes.plot(times, means, "o-", label=name)[0]
+            if all(one.half_width is not None for _, one in points):
+                low, high = [one.low or 0.0 for _, one in points], [one.high or 0.0 for _, one in points]
+                axes.fill_between(times, low, high, alpha=0.2, color=line.get_color())
+        axes.invert_xaxis()
+        axes.set_xlabel("time: noise on the left, the image on the right")
+        axes.set_ylabel("relative L2 error of the velocity")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        text = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=nothing, transparent=True)
+    return inline_svg(text.getvalue(), "velocity error of each checkpoint by time; the numbers follow")
