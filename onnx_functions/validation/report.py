@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fp4trt.errors import OutputExists, UnknownArtifact
 from fp4trt.file_output import check_writable, made_folder, write_texts
+from fp4trt.html_page import head, inline_svg, page, scrolling
 from fp4trt.json_file import load_json
 from onnx_functions.validation.verdict import Figures, Report
 
@@ -26,21 +27,13 @@ NO_PLOTS: Final = "matplotlib is not installed, so there is no report.html: pip 
 _KEYS: Final = frozenset(("passed", "model", "reference", "reference_kind", "level", "gates", "linears"))
 """What tells our report.json from another."""
 
-_HEAD: Final = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="fp4trt validate">'
+_GENERATOR: Final = "fp4trt validate"
+
+_HEAD: Final = head(_GENERATOR)
 """What tells our report.html from another."""
 
 _WORST: Final = 10
 _FLOOR: Final = 1e-9  # an error of exactly zero still gets a mark on a logarithmic axis
-
-_STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222
-} table { border-collapse: collapse; width: 100%; margin: 1em 0 }
-td, th { border-bottom: 1px solid #ddd; padding: .35em .6em; text-align: left; vertical-align: top }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-.passed { color: #176b2c } .failed { color: #b00020; font-weight: 600 } .skipped { color: #777 }
-figure { margin: 1.5em 0 } svg { max-width: 100%; height: auto } code { font-size: .92em; overflow-wrap:
-anywhere }
-"""
 
 
 def report_files(directory: Path) -> tuple[Path, Path | None]:
@@ -90,30 +83,30 @@ def write_report(report: Report, directory: Path, force: bool = False) -> tuple[
         OutputExists, OSError: as :func:`check_report_folder`, or the disk is full; then nothing is left or changed.
     """
     check_report_folder(directory, force)
-    data, page = report_files(directory)
+    data, html_page = report_files(directory)
     texts = {data: json.dumps(report.as_dict(absolute=False), indent=1, allow_nan=False) + "\n"}
-    if page is not None:
-        texts[page] = _page(report)
+    if html_page is not None:
+        texts[html_page] = _page(report)
     with made_folder(directory):
         write_texts(texts)
-    return data, page
+    return data, html_page
 
 
 def _page(report: Report) -> str:
     verdict = "passed" if report.passed else "failed" if report.failures else "not run"
-    figures = "".join(f"<figure>{svg}</figure>" for svg in _plots(report))
+    figures = "".join(f'<figure class="plot wide">{svg}</figure>' for svg in _plots(report))
     shown = "skipped" if verdict == "not run" else verdict
     measured = "the quantized checkpoint" if report.reference_kind == "quantized" else "the 16-bit checkpoint"
     name = report.reference.name if report.reference is not None else ""
     against = f"against {measured} <code>{html.escape(name)}</code>, level {report.level}" if name else "by itself"
     note = f"<p>{html.escape(report.note[:1].upper() + report.note[1:])}.</p>" if report.note else ""
     errors = f"<h2>Errors</h2>{figures}<h2>Worst linears</h2>{_worst_table(report.linears)}" if report.linears else ""
-    return (
-        f"{_HEAD}<title>Validation: {verdict}</title>"
-        f"<style>{_STYLE}</style><h1>Validation <span class={shown}>{verdict}</span></h1>"
+    body = (
+        f"<h1>Validation <span class={shown}>{verdict}</span></h1>"
         f"<p><code>{html.escape(report.model.name)}</code> {against}.</p>{note}"
-        f"<h2>Gates</h2>{_gates_table(report)}{errors}</html>\n"
+        f"<h2>Gates</h2>{_gates_table(report)}{errors}"
     )
+    return page(_GENERATOR, f"Validation: {verdict}", body)
 
 
 def _gates_table(report: Report) -> str:
@@ -126,8 +119,8 @@ def _gates_table(report: Report) -> str:
             f"<tr><td>{html.escape(gate.name)}</td><td class={state}>{state}</td>"
             f"<td class=number>{cells}</td><td>{html.escape(gate.detail)}</td></tr>"
         )
-    head = "<tr><th>Gate</th><th>Outcome</th><th>Worst</th><th>Limit</th><th>Detail</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+    titles = "<tr><th>Gate</th><th>Outcome</th><th>Worst</th><th>Limit</th><th>Detail</th></tr>"
+    return scrolling(f"<table>{titles}{''.join(rows)}</table>")
 
 
 def _worst(linears: Sequence[Figures]) -> list[Figures]:
@@ -144,11 +137,11 @@ def _worst_table(linears: Sequence[Figures]) -> str:
         f"{cell(row.weight_error)}{cell(row.scale_bias, '+.2%')}{cell(row.differing_codes, 'd')}</tr>"
         for row in _worst(linears)
     )
-    head = (
+    titles = (
         "<tr><th>Linear</th><th>Product, teacher-forced</th><th>Output, structure run</th><th>Weight</th>"
         "<th>Scale bias</th><th>Differing codes</th></tr>"
     )
-    return f"<table>{head}{rows}</table>"
+    return scrolling(f"<table>{titles}{rows}</table>")
 
 
 def _plots(report: Report) -> list[str]:
@@ -164,10 +157,12 @@ def _svg(draw: Callable[[Axes, Sequence[Figures]], None], linears: Sequence[Figu
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    draw(figure.add_subplot(), linears)
+    axes = figure.add_subplot()
+    draw(axes, linears)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(text, format="svg", metadata=nothing, transparent=True)
+    return inline_svg(text.getvalue(), axes.get_title())
 
 
 _SERIES: Final = (
@@ -217,7 +212,7 @@ def _short(block: str) -> str:
 def _finish(axes: Axes, title: str, x_label: str) -> None:
     if axes.lines:
         axes.set_yscale("log")
-        axes.legend()
+        axes.legend(frameon=False)
     axes.set_ylabel("relative L2 error")
     axes.set_xlabel(x_label)
     axes.set_title(title)
