@@ -17,9 +17,10 @@ from protocol.album import Album, saved
 from protocol.prompts import Asked
 from protocol.published import Likeness
 
+from fp4trt.html_page import page
 from generation.comparison.measurement import Comparison
 from generation.comparison.metrics import Metric
-from generation.comparison.report import STYLE, differences, figures, left_out, meanings
+from generation.comparison.report import differences, figures, left_out, meanings
 from generation.comparison.table import aligned, estimate_text, table
 
 SHOWN = 4
@@ -140,10 +141,8 @@ def write_page(found: Found, path: Path) -> None:
     middle = max(SHOWN, (count - SHOWN) // 2)
     worst, median = order[:SHOWN], order[middle : middle + SHOWN]
     title = "Quantized FLUX.1 against BF16"
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="benchmarks/flux_dev.py">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}{_PHONE}</style><h1>{title}</h1>"
+    body = (
+        f"<h1>{title}</h1>"
         f"<p>{count} images of each model, {html.escape(_settings(found.described))}.</p>"
         f"<h2>Figures</h2><div class=wide>{figures(comparison)}</div><div class=wide>{differences(comparison)}</div>"
         f"{left_out(comparison)}"
@@ -154,9 +153,10 @@ def write_page(found: Found, path: Path) -> None:
         f"<h2>Median differences</h2>{_rows(found, median)}"
         f"<p><small>Chosen by {html.escape(found.metric.title)}, the mean over the models; the pictures are reduced to "
         f"{_SIDE} pixels and compressed as JPEG, the figures are of the whole ones.</small></p>"
-        f"<h2>What the figures mean</h2>{meanings(comparison)}<p>{_METHOD}</p></html>\n"
+        f"<h2>What the figures mean</h2>{meanings(comparison)}<p>{_METHOD}</p>"
     )
-    saved(path, functools.partial(Path.write_text, data=page, encoding="utf-8", newline="\n"))
+    text = page("benchmarks/flux_dev.py", title, body, style=_PHONE)
+    saved(path, functools.partial(Path.write_text, data=text, encoding="utf-8", newline="\n"))
 
 
 def _settings(described: Mapping[str, Any]) -> str:

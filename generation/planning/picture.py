@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fp4trt.errors import BadOption
 from fp4trt.file_output import naming, partial_path
+from fp4trt.html_page import inline_svg, page
 from generation.planning.peaks import MODES
 from generation.planning.report import TITLES, report_lines
 from generation.planning.result import Plan
@@ -24,11 +25,6 @@ _KINDS: Final = (".html", ".png")
 
 _PARTS: Final = {"weights_bytes": "weights", "workspace_bytes": "activations and VAE", "runtime_bytes": "runtime"}
 _COLOURS: Final = ("tab:blue", "tab:orange", "tab:gray")
-
-_STYLE: Final = (
-    "body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 } "
-    "pre { overflow-x: auto; font-size: .85em } svg { max-width: 100%; height: auto }"
-)
 
 
 def require_kind(path: Path) -> None:
@@ -65,14 +61,12 @@ def _png(figure: Figure) -> bytes:
 
 def _page(plan: Plan, figure: Figure) -> str:
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    picture = svg.getvalue()[svg.getvalue().index("<svg") :]
-    title = html.escape(f"{plan.source} on {plan.gpu['name']}")
+    figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
+    title = f"{plan.source} on {plan.gpu['name']}"
+    picture = inline_svg(svg.getvalue(), "memory of each format and mode, beside the GPU's")
     lines = html.escape("\n".join(report_lines(plan)))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="fp4trt plan">'
-        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{picture}<pre>{lines}</pre></html>\n"
-    )
+    body = f"<h1>{html.escape(title)}</h1><figure class='plot wide'>{picture}</figure><pre class='scroll'>{lines}</pre>"
+    return page("fp4trt plan", title, body)
 
 
 def _figure(plan: Plan) -> Figure:
