@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import onnx_ir as ir
 
@@ -311,6 +311,7 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str, slots: 
             "fp4trt.linears": json.dumps(linears),
             "fp4trt.groups": json.dumps(checkpoint.groups_of(list(checkpoint.formats))),
             "fp4trt.symbols": json.dumps(symbols),
+            "fp4trt.config": json.dumps(_public(checkpoint.config), sort_keys=True),
         }
     )
     if checkpoint.fp8_attentions:
@@ -322,3 +323,9 @@ def _describe(model: ir.Model, checkpoint: Checkpoint, scale_dtype: str, slots: 
     model.graph.name = checkpoint.family.name
     model.graph.doc_string = None
     model.graph.metadata_props.clear()
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a config makes the model: not its quantization, nor which file and diffusers it is of."""
+    private = {key for key in config if key.startswith("_")} - {"_class_name"} | {"quantization_config"}
+    return {key: value for key, value in config.items() if key not in private}

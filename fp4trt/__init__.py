@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     compare: Callable[..., Any]
     convert: Callable[..., Any]
     export: Callable[..., Any]
+    generate: Callable[..., Any]
     inspect: Callable[..., Any]
     lint: Callable[..., Any]
     load: Callable[..., Any]
     lora: Callable[..., Any]
     package: Callable[..., Any]
+    pipeline_transformer: Callable[..., Any]
     plan: Callable[..., Any]
     quantize: Callable[..., Any]
     search: Callable[..., Any]
@@ -42,12 +44,14 @@ __all__ = [
     "compare",
     "convert",
     "export",
+    "generate",
     "inspect",
     "lint",
     "load",
     "lora",
     "main",
     "package",
+    "pipeline_transformer",
     "plan",
     "quantize",
     "run",
@@ -62,11 +66,13 @@ VERBS: Final = {
     "compare": "generation.comparison.compare:compare",
     "convert": "calibration.interchange.convert:convert",
     "export": "exporter.checkpoint_or_graph:export",
+    "generate": "generation.generate.generate:generate",
     "inspect": "onnx_functions.inspection.inspect:inspect",
     "lint": "onnx_functions.linting:lint",
     "load": "calibration.checkpoints.quantized:load",
     "lora": "calibration.lora_inputs:lora_inputs",
     "package": "trt_build.packages.package:package",
+    "pipeline_transformer": "generation.pipelines.transformer:pipeline_transformer",
     "plan": "generation.planning.plan:plan",
     "quantize": "calibration.quantization:quantize",
     "search": "calibration.layer_choice.search:search",

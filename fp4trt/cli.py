@@ -59,6 +59,7 @@ COMMANDS: dict[str, Entry] = {
         "generation.comparison.cli:compare", "Draw the same images with several checkpoints, and measure."
     ),
     "bench": Entry("generation.bench.cli:bench", "Time an engine, or its graph on a CPU, beside the model in torch."),
+    "generate": Entry("generation.generate.cli:generate", "Draw pictures with a checkpoint, a graph or an engine."),
     "inspect": Entry("onnx_functions.cli:inspect", "Say what an artifact is: formats, sizes, FP4 coverage."),
     "demo": Entry("generation.demo.cli:demo", "Walk the whole road on the built-in model."),
 }

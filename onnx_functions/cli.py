@@ -137,7 +137,8 @@ def lint(model: Path, allow_slow: bool) -> dict[str, Any]:
 def inspect(artifact: Path, as_tree: bool, against: Path | None) -> Inspected:
     """Say what an artifact is: formats, sizes, FP4 coverage, merged groups, promised against found.
 
-    ARTIFACT is a checkpoint folder, any ONNX file, or the JSON that lies beside an engine (or the engine). With
+    ARTIFACT is a checkpoint folder, any ONNX file, the JSON that lies beside an engine (or the engine), or a picture
+    that fp4trt generate wrote. With
     --against it is a quantized checkpoint of any producer, a folder or a .safetensors file; exits with 1 when its
     layout is not proven, or is not the one that fp4trt reads.
 

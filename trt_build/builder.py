@@ -328,6 +328,7 @@ def _build_and_publish(
         result = {
             "engine_bytes": event["bytes"],
             "engine_sha256": event["sha256"],
+            **({"model": plan.graph.described} if plan.graph.described else {}),
             "symbols": _symbols(plan.profiles[0]),
             **plan.graph.signature.as_dict(),
             "kernels": len(layers[0]),

@@ -14,6 +14,7 @@ import onnx
 from fp4trt.checkpoint_manifest import CheckpointManifest, read_checkpoint_manifest
 from fp4trt.errors import BadGraph, BadModelError, UnknownArtifact
 from fp4trt.file_kind import what_it_lacks
+from fp4trt.json_file import object_of
 from fp4trt.number_formats import FORMATS, FP8, NVFP4
 from fp4trt.pipeline_folder import graph_in
 from onnx_functions.graph.attentions import Attention, find_attentions, promised_attentions
@@ -25,6 +26,7 @@ from onnx_functions.graph.index import PRODUCTS, Index
 from onnx_functions.graph.linears import (
     FP8_QUANTIZER,
     QUANTIZER,
+    declared,
     declared_slots,
     declared_symbols,
     gives_fp8,
@@ -163,6 +165,19 @@ class Graph:
         """Return the linears that the metadata, or the manifest beside the graph, say to be in a format."""
         manifest = self._manifest.quantized(kind) if self._manifest else ()
         return tuple(dict.fromkeys((*self.declared_linears.get(kind, ()), *manifest)))
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Which model the metadata say it is: family, recipe and config; nothing for a graph that does not hold it.
+
+        Raises BadModelError where they cannot be read.
+        """
+        if "fp4trt.config" not in self.metadata:
+            return {}
+        with _of_model(self.path):
+            config = declared(self.model, "fp4trt.config", lambda value: object_of(value, "it"))
+        names = {key: self.metadata.get(f"fp4trt.{key}") for key in ("family", "recipe")}
+        return {**names, "config": config}
 
     @cached_property
     def attentions(self) -> dict[str, Attention]:

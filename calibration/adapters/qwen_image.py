@@ -143,19 +143,27 @@ class QwenImage(QwenImageTransformer2DModel):
         velocity = self.proj_out(self.norm_out(hidden_states, temb[: hidden_states.shape[0]]))
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def inputs_of(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **call: Any) -> Inputs:
+    def inputs_of(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        img_shapes: Shapes,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        additional_t_cond: torch.Tensor | None = None,
+        **_: Any,
+    ) -> Inputs:
         """Return the family's inputs, in its order, of a call as a pipeline makes it."""
-        mask, shapes = call.get("encoder_hidden_states_mask"), call["img_shapes"]
-        img_ids, txt_ids = self._ids(shapes, encoder_hidden_states)
+        img_ids, txt_ids = self._ids(img_shapes, encoder_hidden_states)
         found = {
             "hidden_states": hidden_states,
             "encoder_hidden_states": encoder_hidden_states,
-            "encoder_hidden_states_mask": seen_text(mask, encoder_hidden_states),
-            "timestep": call["timestep"],
+            "encoder_hidden_states_mask": seen_text(encoder_hidden_states_mask, encoder_hidden_states),
+            "timestep": timestep,
             "img_ids": img_ids,
             "txt_ids": txt_ids,
-            "modulate_index": self._references(shapes, hidden_states),
-            "additional_t_cond": call.get("additional_t_cond"),
+            "modulate_index": self._references(img_shapes, hidden_states),
+            "additional_t_cond": additional_t_cond,
         }
         return {name: value for name, value in found.items() if value is not None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,15 @@ class SD3(SD3Transformer2DModel):
             "timestep": timestep.float(),
             "img_ids": torch.cartesian_prod(*axes),
         }
+
+    def answer_of(
+        self, velocities: Sequence[torch.Tensor], hidden_states: torch.Tensor, *_args: Any, **_: Any
+    ) -> torch.Tensor:
+        """Return what diffusers' class returns for latents, of a graph's velocity [B, L, patch * patch * channels]."""
+        patch, (rows, columns) = self.pos_embed.patch_size, hidden_states.shape[2:]
+        patches = torch.cat(list(velocities)).unflatten(2, (patch, patch, -1))
+        patches = patches.unflatten(1, (rows // patch, columns // patch))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     def _embedded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return what ``pos_embed`` makes of tokens: its convolution is a linear on them."""

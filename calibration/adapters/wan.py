@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,12 @@ class Wan(WanTransformer3DModel):
             "encoder_hidden_states": encoder_hidden_states,
             "img_ids": _ids_of(hidden_states),
         }
+
+    def answer_of(
+        self, velocities: Sequence[torch.Tensor], hidden_states: torch.Tensor, *_args: Any, **_: Any
+    ) -> torch.Tensor:
+        """Return what diffusers' class returns for latents, of a graph's velocity [B, L, 4 * channels]."""
+        return _latents_of(torch.cat(list(velocities)), hidden_states.shape)
 
     def _velocity(
         self, tokens: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, ids: torch.Tensor

@@ -149,6 +149,13 @@ class ZImage(ZImageTransformer2DModel):
             "txt_pad": torch.arange(text) >= text - ends[0],
         }
 
+    def answer_of(
+        self, velocities: Sequence[torch.Tensor], x: Sequence[torch.Tensor], *_args: Any, **_: Any
+    ) -> list[torch.Tensor]:
+        """Return what diffusers' class returns for a list of latents, of a graph's velocity in each of its calls."""
+        tokens = (one for velocity in velocities for one in velocity)
+        return [_latents_of(one, latents.shape) for one, latents in zip(tokens, x, strict=True)]
+
     def _embedded(self, times: torch.Tensor) -> torch.Tensor:
         """Return what ``t_embedder`` makes of times, without a switch for autocasts, which no graph has."""
         half = self.t_embedder.frequency_embedding_size // 2
@@ -161,3 +168,11 @@ class ZImage(ZImageTransformer2DModel):
     def _rotation(self, positions: torch.Tensor) -> Rotation:
         found = angles(positions.double(), self.config["axes_dims"], self.rope_theta).float()
         return found.cos(), found.sin()
+
+
+def _latents_of(tokens: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return tokens [L, 4 * channels], padding behind them, as latents [channels, frames, rows, columns]."""
+    _, frames, height, width = shape
+    rows, columns = height // 2, width // 2
+    patches = tokens[: frames * rows * columns].view(frames, rows, columns, 2, 2, -1)
+    return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)

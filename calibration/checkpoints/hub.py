@@ -11,10 +11,13 @@ from fp4trt.errors import BadCheckpoint
 from fp4trt.file_kind import is_file
 from fp4trt.pipeline_folder import PIPELINE
 
-__all__ = ["cached_file", "described_in", "file_of", "transformer_of"]
+__all__ = ["cached_file", "described_in", "file_of", "pipeline_of_hub", "transformer_of"]
 
 _WANTED: Final = ("config.json", "diffusion_pytorch_model*", "model_index.json", "transformer/*")
 """Files of a repository that are downloaded: of a transformer alone, or of a pipeline's."""
+
+_NOT_OF_PIPELINES: Final = ("transformer*.safetensors", "transformer*.bin", "*.gguf", "*.onnx*", "*.msgpack", "*.md")
+"""Files of a pipeline's repository that are not downloaded where its transformer is another one."""
 
 
 _DESCRIBING: Final = ("model_index.json", "modular_model_index.json", "*config.json", "*.safetensors.index.json")
@@ -69,6 +72,23 @@ def transformer_of(repository: str) -> Path:
         f"{repository} has neither transformer/ nor a config.json of its own; expected a diffusion transformer, or a "
         f"pipeline around one: name a single file of it as {repository}/FILE.safetensors"
     )
+
+
+def pipeline_of_hub(repository: str) -> Path:
+    """Return the folder of a repository's pipeline, without its transformer's weights.
+
+    Raises:
+        BadCheckpoint: it is neither in the cache nor to be had, or is no pipeline.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted, unwanted = ["*/*", PIPELINE], list(_NOT_OF_PIPELINES)
+    snapshot = Path(
+        _fetched(repository, lambda: snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
+    )
+    if is_file(snapshot / PIPELINE):
+        return snapshot
+    raise BadCheckpoint(f"{repository} has no {PIPELINE}; expected the repository of a diffusers pipeline")
 
 
 def file_of(name: str) -> Path:

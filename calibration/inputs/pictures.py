@@ -17,7 +17,7 @@ from fp4trt.safetensors_file import sha256_of
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Conditions", "class_of", "conditions_of"]
+__all__ = ["Conditions", "class_of", "conditions_of", "mask_of", "opened_picture", "refuse_other_channels", "scaled"]
 
 _CONCATENATING: Final = ("FluxFillPipeline", "FluxControlPipeline")
 """Pipelines of FLUX.1 whose transformer reads the picture as further channels."""
@@ -51,7 +51,7 @@ class Conditions:
         if not self.pictures:
             return {}
         file = self.pictures[index % len(self.pictures)]
-        picture, called = _opened(file), PIPELINES[self.pipeline]
+        picture, called = opened_picture(file), PIPELINES[self.pipeline]
         if min(picture.size) < called.side:
             raise BadInputs(
                 f"{file} has {picture.width} x {picture.height} pixels; a {self.pipeline} reads pictures of "
@@ -59,11 +59,11 @@ class Conditions:
             )
         values = dict.fromkeys(("image", "control_image"), picture.convert(called.mode))
         if "mask_image" in called.pictures:
-            values["mask_image"] = _mask(file, picture)
+            values["mask_image"] = mask_of(file, picture)
         own: dict[str, Any] = {}
         if self.pipeline == "FluxKontextPipeline" and resolution is not None:
             own = {"max_area": resolution**2, "_auto_resize": False}
-            values["image"] = _scaled(values["image"], resolution)
+            values["image"] = scaled(values["image"], resolution**2)
         return {name: values[name] for name in called.pictures} | own
 
     def described(self) -> dict[str, str]:
@@ -105,14 +105,14 @@ def conditions_of(root: Path, config: Mapping[str, Any], pictures: Path | None) 
     if pictures is not None and not called.pictures:
         raise BadInputs(f"{root} is a {name}, which reads no pictures; leave out --pictures")
     if called.flux1:
-        _refuse_other_channels(root, name, config)
+        refuse_other_channels(root, name, config)
     found = Conditions(name, () if pictures is None else _files(pictures))
     for index in range(len(found.pictures)):  # each is opened once before hours are spent on the others
         found.arguments(index, 64)
     return found
 
 
-def _refuse_other_channels(root: Path, name: str, config: Mapping[str, Any]) -> None:
+def refuse_other_channels(root: Path, name: str, config: Mapping[str, Any]) -> None:
     """Refuse a transformer that is another pipeline's, by its channels: 2 x 2 of the VAE's latents, and more."""
     channels, out = config.get("in_channels"), config.get("out_channels") or config.get("in_channels")
     takes_more = name in _CONCATENATING
@@ -144,7 +144,12 @@ def _files(pictures: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _opened(file: Path) -> Image.Image:
+def opened_picture(file: Path) -> Image.Image:
+    """Return the picture in a file, turned as its EXIF says.
+
+    Raises:
+        BadInputs: it is none.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -164,13 +169,13 @@ def _other_kind(file: Path) -> str | None:
         return None
 
 
-def _mask(file: Path, picture: Image.Image) -> Image.Image:
+def mask_of(file: Path, picture: Image.Image) -> Image.Image:
     """Return what is to be filled, in white: ``NAME.mask.png`` beside the picture, or what is transparent in it."""
     from PIL import ImageOps
 
     beside = file.with_name(f"{file.stem}{_MASK}")
     if beside.is_file():
-        return _opened(beside).convert("L")
+        return opened_picture(beside).convert("L")
     if "A" not in picture.getbands() and "transparency" not in picture.info:
         raise BadInputs(
             f"{file} has no mask; expected {beside.name} beside it, white where to fill, or a picture that is "
@@ -179,7 +184,7 @@ def _mask(file: Path, picture: Image.Image) -> Image.Image:
     return ImageOps.invert(picture.convert("RGBA").getchannel("A"))
 
 
-def _scaled(picture: Image.Image, resolution: int) -> Image.Image:
-    """Return a picture of the same proportions, with the area of a square of that side."""
-    factor = resolution / (picture.width * picture.height) ** 0.5
+def scaled(picture: Image.Image, area: int) -> Image.Image:
+    """Return a picture of the same proportions, of about so many pixels."""
+    factor = area**0.5 / (picture.width * picture.height) ** 0.5
     return picture.resize((max(16, round(picture.width * factor)), max(16, round(picture.height * factor))))

@@ -36,6 +36,7 @@ from onnx_functions.graph.stored_linears import (
     is_quantized,
 )
 from onnx_functions.inspection.attention import of_engine, of_tensors
+from onnx_functions.inspection.picture import is_picture, picture
 
 __all__ = ["Inspected", "describe", "inspect"]
 
@@ -48,7 +49,7 @@ class Inspected(Result):
     """What :func:`inspect` found; its items are those of ``found``.
 
     Attributes:
-        kind: ``quantized checkpoint``, ``checkpoint``, ``onnx``, ``engine``, or ``layout detection``.
+        kind: ``quantized checkpoint``, ``checkpoint``, ``onnx``, ``engine``, ``picture``, or ``layout detection``.
         path: of the artifact.
         found: all that :func:`describe`, or the proof of a layout, says.
     """
@@ -68,7 +69,8 @@ def inspect(
     """Say what an artifact is.
 
     Args:
-        artifact: a checkpoint folder, `digits`, an ONNX file, an engine or the JSON beside it.
+        artifact: a checkpoint folder, `digits`, an ONNX file, an engine or the JSON beside it, or a picture (PNG) that
+            `fp4trt generate` wrote.
         against: the 16-bit checkpoint that it was made of, a folder or a ``.safetensors`` file: prove in which layout
             its NVFP4 and FP8 weights are, as :func:`onnx_functions.layouts.detection.detect` does.
         progress: called with each step.
@@ -89,7 +91,8 @@ def describe(artifact: str | Path) -> dict[str, Any]:
     """Return what an artifact is, as JSON holds it.
 
     Args:
-        artifact: a checkpoint folder, a single file in 16 bit, `digits`, an ONNX file, an engine or the JSON beside it.
+        artifact: a checkpoint folder, a single file in 16 bit, `digits`, an ONNX file, an engine or the JSON beside it,
+            or a picture that `fp4trt generate` wrote, of which its metadata is all that there is to say.
 
     Returns:
         `kind` (`quantized checkpoint`, `checkpoint`, `onnx`, `engine`), `path`, and what there is to say of
@@ -116,6 +119,8 @@ def describe(artifact: str | Path) -> dict[str, Any]:
         return _engine(path.with_suffix(".json"))
     if path.suffix.lower() in SUFFIXES:
         return _single_file(path)
+    if is_picture(path):
+        return picture(path)
     raise UnknownArtifact(f"{path} is nothing fp4trt knows; expected a checkpoint folder, an ONNX file or an engine")
 
 

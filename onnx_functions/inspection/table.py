@@ -29,6 +29,8 @@ _SHOWN: Final = (
 
 def table(found: Mapping[str, Any]) -> list[str]:
     """Return a description as lines for a terminal."""
+    if found["kind"] == "picture":
+        return list(_picture_lines(found))
     lines = [f"{found['kind']}  {found['path']}"]
     lines += _engine_lines(found) if found["kind"] == "engine" else _stored_lines(found)
     return [*lines, *_group_lines(found), *_verdict_lines(found), *_graph_lines(found)]
@@ -36,10 +38,24 @@ def table(found: Mapping[str, Any]) -> list[str]:
 
 def tree_table(found: Mapping[str, Any]) -> list[str]:
     """Return a description's linears as a tree of modules, each with format, shape and bytes."""
+    if found["kind"] == "picture":
+        return list(_picture_lines(found))
     differing = {item["path"]: item for item in (found["promise"] or {}).get("differing", ())}
     texts = [_leaf(linear, differing.get(linear["path"])) for linear in found["linears"]]
     lines = [f"  {line}" for line in tree(found["linears"], texts)]
     return [f"{found['kind']}  {found['path']}", *lines, *_verdict_lines(found), *_graph_lines(found)]
+
+
+def _picture_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a picture says of how it was made."""
+    yield f"picture  {found['path']}"
+    for key, value in found.items():
+        if key in ("kind", "path"):
+            continue
+        parts = value.items() if isinstance(value, Mapping) else ()
+        yield _entry(key, ", ".join(f"{name} {one}" for name, one in parts if name != "hashes") if parts else value)
+        hashes = value.get("hashes", {}) if isinstance(value, Mapping) else {}
+        yield from (f"    {digest[:16]}  {name}" for name, digest in hashes.items())
 
 
 def _leaf(linear: Mapping[str, Any], differs: Mapping[str, Any] | None) -> str:

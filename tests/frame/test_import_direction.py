@@ -76,7 +76,7 @@ FLOORS = {
         {"builder", "packages", "session"},
         {"cli"},
     ),
-    "generation": ({"comparison", "planning", "transformer"}, {"bench", "demo"}),
+    "generation": ({"comparison", "planning", "transformer"}, {"bench", "demo", "pipelines"}, {"generate"}),
 }
 
 

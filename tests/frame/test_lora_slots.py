@@ -11,16 +11,23 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import fp4trt
 from calibration import load
+from calibration.digits.description import DESCRIPTION
+from calibration.digits.latents import decode
+from calibration.digits.sampling import denoise
 from calibration.lora_inputs import lora_inputs
+from calibration.pixel_space.sampling import noise
 from exporter import export
 from fp4trt.errors import BadLora, OutputExists
 from fp4trt.families import family_of
 from fp4trt.json_file import load_json
+from generation.pipelines import model_of
+from generation.pipelines.batches import largest_batch
 from generation.transformer import GraphTransformer
 from onnx_functions.linting import lint
 from onnx_functions.simulation import session
@@ -153,6 +160,29 @@ def test_a_graph_draws_with_a_lora_as_the_checkpoint_does_in_torch(slotted: Path
     assert float((found - expected).norm()) < 0.25 * float((plain - expected).norm())
 
 
+def test_generate_fills_the_slots_and_refuses_a_graph_without(
+    slotted: Path, svdquant_digits: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file(_lora(4), file)
+    lora_inputs((file, 0.5), tmp_path / "x", checkpoint=slotted)
+    start = noise(DESCRIPTION, 1, 0)
+    by_hand = GraphTransformer(slotted / "model.onnx", lora=tmp_path / "x")
+    *_, last = denoise(by_hand, [7], start, steps=2, dtype=torch.bfloat16)
+    run: dict[str, Any] = {"prompts": "seven", "steps": 2}
+
+    fp4trt.generate(slotted / "model.onnx", tmp_path / "with.png", lora=f"{file}:0.5", **run)
+    fp4trt.generate(slotted / "model.onnx", tmp_path / "without.png", **run)
+
+    drawn, plain = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("with", "without"))
+    assert (drawn == (decode(last.latents)[0] * 255).round().numpy()).all()
+    assert (drawn != plain).any()
+    with pytest.raises(BadLora, match=r"model\.onnx has no slots for LoRAs"):
+        fp4trt.generate(svdquant_digits / "model.onnx", tmp_path / "x.png", lora=str(file), **run)
+    with pytest.raises(BadLora, match="LoRAs are not fused into codes"):
+        fp4trt.generate(slotted, tmp_path / "x.png", lora=str(file), **run)
+
+
 def test_two_loras_add_up_and_padding_changes_nothing(slotted: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{rank}.safetensors" for rank in (4, 8)]
     for rank, file in zip((4, 8), files, strict=True):
@@ -198,6 +228,10 @@ def test_the_engine_has_the_same_fp4_gemms_as_without_slots(slotted: Path, tmp_p
     assert (built.lora["linears"], built.lora["max_rank"]) == (20, MAX_RANK)
     assert built.lora["kernels"] >= 2 * 13
     assert json.loads(Path(built.manifest).read_text())["lora"] == built.lora
+    known = model_of(tmp_path / "x.engine")
+    assert (known.family.name, known.recipe, known.has_slots) == ("flux-digits", "svdquant-r8", True)
+    assert known.config == model_of(slotted / "model.onnx").config
+    assert largest_batch(known.profiles, known.family.input_shapes(known.config), _inputs(slotted)) == 4
 
 
 def _changed(extra: Tensors) -> Tensors:

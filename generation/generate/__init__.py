@@ -1,0 +1,1 @@
+"""``fp4trt generate``: prompts in, pictures out, by a model in any of its forms."""
