@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     plan: Callable[..., Any]
     quantize: Callable[..., Any]
     search: Callable[..., Any]
+    teacache: Callable[..., Any]
     validate: Callable[..., Any]
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "quantize",
     "run",
     "search",
+    "teacache",
     "validate",
 ]
 
@@ -76,6 +78,7 @@ VERBS: Final = {
     "plan": "generation.planning.plan:plan",
     "quantize": "calibration.quantization:quantize",
     "search": "calibration.layer_choice.search:search",
+    "teacache": "generation.step_caching.teacache:teacache",
     "validate": "onnx_functions.validation.run_gates:validate",
 }
 """Verb to the function that does it."""

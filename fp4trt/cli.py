@@ -60,6 +60,7 @@ COMMANDS: dict[str, Entry] = {
     ),
     "bench": Entry("generation.bench.cli:bench", "Time an engine, or its graph on a CPU, beside the model in torch."),
     "generate": Entry("generation.generate.cli:generate", "Draw pictures with a checkpoint, a graph or an engine."),
+    "teacache": Entry("generation.step_caching.cli:teacache", "Find which denoising steps a model may leave out."),
     "inspect": Entry("onnx_functions.cli:inspect", "Say what an artifact is: formats, sizes, FP4 coverage."),
     "demo": Entry("generation.demo.cli:demo", "Walk the whole road on the built-in model."),
 }

@@ -22,6 +22,7 @@ __all__ = [
     "BadRecipe",
     "BadReference",
     "BadSelection",
+    "BadStepCache",
     "BuildError",
     "BuilderFailedError",
     "CannotRun",
@@ -107,6 +108,12 @@ class BadLora(ValueError):
 
 class BadInputs(ValueError):
     """A file of captured transformer inputs or prompts cannot be used."""
+
+    exit_code = 2
+
+
+class BadStepCache(ValueError):
+    """The settings of step caching are damaged, or for another model."""
 
     exit_code = 2
 

@@ -61,7 +61,7 @@ def _png(figure: Figure) -> bytes:
 
 def _page(plan: Plan, figure: Figure) -> str:
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
+    figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
     title = f"{plan.source} on {plan.gpu['name']}"
     picture = inline_svg(svg.getvalue(), "memory of each format and mode, beside the GPU's")
     lines = html.escape("\n".join(report_lines(plan)))

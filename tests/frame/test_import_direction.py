@@ -25,7 +25,7 @@ ALLOWED = {
     "onnx_functions": LIGHT | {"onnxruntime", "matplotlib"},
     "trt_build": LIGHT | {"polygraphy", "tensorrt", "tensorrt_rtx", "onnx_functions"},
     "generation": TORCH
-    | {"click", "numpy", "matplotlib", "PIL", "scipy", "torchmetrics", "calibration"}
+    | {"click", "numpy", "matplotlib", "PIL", "pydantic", "scipy", "torchmetrics", "yaml", "calibration"}
     | {"onnx_functions", "trt_build"},
 }
 # Files that may import more than their room, and why.
@@ -76,7 +76,7 @@ FLOORS = {
         {"builder", "packages", "session"},
         {"cli"},
     ),
-    "generation": ({"comparison", "planning", "transformer"}, {"bench", "demo", "pipelines"}, {"generate"}),
+    "generation": ({"comparison", "planning", "transformer"}, {"bench", "demo", "pipelines", "step_caching"}, {"generate"}),
 }
 
 
