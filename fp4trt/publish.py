@@ -37,6 +37,7 @@ _DERIVED: Final = (
     "validation/report.html",
     "digits.png",
     "demo.json",
+    "teacache.yaml",
 )
 """What later stages, and the demo, write into a checkpoint's folder."""
 

@@ -7,14 +7,14 @@ from typing import Any, Final
 from generation.comparison.table import aligned
 from generation.step_caching.settings import StepCaching
 
-__all__ = ["table"]
+__all__ = ["BASELINES", "table"]
 
 BASELINES: Final = {
-    "every_nth": "every n-th step",
-    "every_nth_between": "the same between first and last",
-    "every_nth_hold": "every n-th step, the last velocity held",
+    "every_nth": "every n-th step, same reuse",
+    "every_nth_within": "the same, between first and last",
+    "every_nth_hold": "every n-th step, held",
 }
-"""Schedules that leave out as many steps without looking, as the file has them, and for people."""
+"""What skips as many steps without looking, by its key in the figures."""
 
 
 def table(settings: StepCaching) -> str:

@@ -211,14 +211,15 @@ def _check(bench: Bench, settings: StepCaching) -> dict[str, Any]:
         bench.record(advance)
     ours = bench.draw(settings)
     count = round(ours.skipped)
-    every = evenly(settings.steps, count)
-    others = {
-        "every_nth": bench.draw(settings, every),
-        "every_nth_between": bench.draw(settings, evenly(settings.steps, count, settings.first, settings.last)),
-        "every_nth_hold": bench.draw(settings.model_copy(update={"reuse": "hold"}), every),
-    }
     if abs(ours.skipped - count) > _WHOLE:
         note(f"{ours.skipped:.2f} steps are left out of a picture; every n-th step is compared at {count}")
+    even = evenly(settings.steps, count)
+    within = evenly(settings.steps, count, settings.first, settings.last)
+    others = {
+        "every_nth": bench.draw(settings, even),
+        "every_nth_within": bench.draw(settings, within),
+        "every_nth_hold": bench.draw(settings.model_copy(update={"reuse": "hold"}), even),
+    }
     found: dict[str, Any] = {"skipped": round(ours.skipped, 3), "of": settings.steps}
     reference = bench.reference()
     for metric in bench.metrics:

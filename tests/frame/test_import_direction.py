@@ -76,7 +76,15 @@ FLOORS = {
         {"builder", "packages", "session"},
         {"cli"},
     ),
-    "generation": ({"comparison", "planning", "transformer"}, {"bench", "demo", "pipelines", "step_caching"}, {"generate"}),
+    "generation": (
+        {"comparison", "planning", "transformer"},
+        {"bench", "demo", "pipelines", "step_caching"},
+        {"generate"},
+    ),
+        {"comparison", "planning", "transformer"},
+        {"bench", "demo", "pipelines", "step_caching"},
+        {"generate"},
+    ),
 }
 
 
