@@ -6,7 +6,7 @@ import html
 import re
 from typing import Final
 
-__all__ = ["head", "inline_svg", "page", "scrolling"]
+__all__ = ["head", "inline_svg", "page", "plot", "scrolling"]
 
 _POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -25,6 +25,7 @@ td { font-variant-numeric: tabular-nums } td.number { white-space: nowrap } smal
 code { font-size: .92em; overflow-wrap: anywhere } td code { overflow-wrap: normal }
 figure { margin: 1.5em 0 } .plot svg { max-width: 100%; height: auto; fill: currentColor }
 .plot { overflow-x: auto } .plot.wide svg { min-width: 640px }
+.plot:focus-visible, .scroll:focus-visible { outline: 3px solid var(--accent) }
 summary { cursor: pointer; padding: .4em 0 }
 """
 
@@ -58,6 +59,19 @@ def page(generator: str, title: str, body: str, *, style: str = "", script: str 
 def scrolling(table: str) -> str:
     """Return a table that scrolls sideways by itself where the screen is narrower."""
     return f'<div class="scroll" tabindex="0" role="group" aria-label="table">{table}</div>'
+
+
+def plot(svg: str, label: str, *, wide: bool = False) -> str:
+    """Return a plot of matplotlib as a figure that scrolls sideways by itself, by the keyboard too.
+
+    Args:
+        svg: as matplotlib saves it, transparent.
+        label: what the plot shows, for those who do not see it.
+        wide: keep it legible, and wider than a phone, rather than have it as narrow as the screen.
+    """
+    kind = "plot wide" if wide else "plot"
+    told = html.escape(label)
+    return f'<figure class="{kind}" tabindex="0" role="group" aria-label="{told}">{inline_svg(svg, label)}</figure>'
 
 
 def inline_svg(svg: str, label: str) -> str:

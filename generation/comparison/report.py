@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from fp4trt.html_page import inline_svg, page, scrolling
+from fp4trt.html_page import page, plot, scrolling
 from fp4trt.html_pictures import PICTURE_SCRIPT, PICTURE_STYLE, Pictured, picture_section
 from fp4trt.publish import write_text
 from generation.comparison.measurement import Comparison
@@ -148,11 +148,11 @@ def meanings(comparison: Comparison) -> str:
 def _by_time(comparison: Comparison) -> str:
     """Return the plot, where matplotlib is installed, and its numbers."""
     if has_plots():
-        plot, state = f'<figure class="plot">{_plot(comparison)}</figure>', ""
+        shown, state = _plot(comparison), ""
     else:
-        plot = "<p>matplotlib is not installed, so there is no plot: pip install 'fp4trt[report]'.</p>"
+        shown = "<p>matplotlib is not installed, so there is no plot: pip install 'fp4trt[report]'.</p>"
         state = " open"
-    return f"{plot}<details{state}><summary>The numbers</summary>{_time_table(comparison)}</details>"
+    return f"{shown}<details{state}><summary>The numbers</summary>{_time_table(comparison)}</details>"
 
 
 def _time_table(comparison: Comparison) -> str:
@@ -187,4 +187,4 @@ def _plot(comparison: Comparison) -> str:
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing, transparent=True)
-    return inline_svg(text.getvalue(), "velocity error of each checkpoint by time; the numbers follow")
+    return plot(text.getvalue(), "velocity error of each checkpoint by time; the numbers follow")

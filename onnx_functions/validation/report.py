@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fp4trt.errors import OutputExists, UnknownArtifact
 from fp4trt.file_output import check_writable, made_folder, write_texts
-from fp4trt.html_page import head, inline_svg, page, scrolling
+from fp4trt.html_page import head, page, plot, scrolling
+from fp4trt.html_pictures import PICTURE_SCRIPT, PICTURE_STYLE
 from fp4trt.json_file import load_json
+from onnx_functions.validation.report_pictures import by_time_part, pictures_part
 from onnx_functions.validation.verdict import Figures, Report
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def write_report(report: Report, directory: Path, force: bool = False) -> tuple[
 
 def _page(report: Report) -> str:
     verdict = "passed" if report.passed else "failed" if report.failures else "not run"
-    figures = "".join(f'<figure class="plot wide">{svg}</figure>' for svg in _plots(report))
+    figures = "".join(_plots(report))
     shown = "skipped" if verdict == "not run" else verdict
     measured = "the quantized checkpoint" if report.reference_kind == "quantized" else "the 16-bit checkpoint"
     name = report.reference.name if report.reference is not None else ""
@@ -104,9 +106,10 @@ def _page(report: Report) -> str:
     body = (
         f"<h1>Validation <span class={shown}>{verdict}</span></h1>"
         f"<p><code>{html.escape(report.model.name)}</code> {against}.</p>{note}"
-        f"<h2>Gates</h2>{_gates_table(report)}{errors}"
+        f"<h2>Gates</h2>{_gates_table(report)}{pictures_part(report.pictures)}{by_time_part(report.by_time)}{errors}"
     )
-    return page(_GENERATOR, f"Validation: {verdict}", body)
+    style, script = (PICTURE_STYLE, PICTURE_SCRIPT) if report.pictures else ("", "")
+    return page(_GENERATOR, f"Validation: {verdict}", body, style=style, script=script)
 
 
 def _gates_table(report: Report) -> str:
@@ -162,7 +165,7 @@ def _svg(draw: Callable[[Axes, Sequence[Figures]], None], linears: Sequence[Figu
     text = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(text, format="svg", metadata=nothing, transparent=True)
-    return inline_svg(text.getvalue(), axes.get_title())
+    return plot(text.getvalue(), axes.get_title(), wide=True)
 
 
 _SERIES: Final = (

@@ -6,8 +6,8 @@ import contextlib
 import importlib.metadata
 import math
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -35,15 +35,20 @@ from onnx_functions.validation import structure_gates, teacher_gates, weight_gat
 from onnx_functions.validation.attention_gates import attention_gates, attention_promise_gate
 from onnx_functions.validation.block_gates import ByBlock, Task, check_by_block, structure_by_block
 from onnx_functions.validation.block_selection import Blocks, Tokens, chosen_blocks, token_counts
+from onnx_functions.validation.error_by_time import batch_of_times, errors_by_time
 from onnx_functions.validation.functions_gate import functions_gate
+from onnx_functions.validation.output_pictures import pictures_of
 from onnx_functions.validation.promise_gate import promise_gate
 from onnx_functions.validation.report import check_report_folder, write_report
 from onnx_functions.validation.teacher_gates import block_of
 from onnx_functions.validation.third_party_validation import is_third_party, validate_third_party
-from onnx_functions.validation.torch_reference import Reference, Shape, Walk, open_reference
+from onnx_functions.validation.torch_reference import Reference, Shape, Walk, name_of, open_reference
 from onnx_functions.validation.verdict import (
+    ByTime,
     Figures,
+    FloatArray,
     Gate,
+    OutputPicture,
     Report,
     failed_to_run,
     guarded,
@@ -76,6 +81,14 @@ WHOLE_BYTES: Final = 6
 tokens, and activations grow with the tokens."""
 
 
+@dataclass
+class _Seen:
+    """What the page shows beside the gates, filled in as they run."""
+
+    by_time: ByTime = field(default_factory=ByTime)
+    pictures: list[OutputPicture] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class _Subject:
     """What is validated: a graph, its linears, the reference; and the figures that the gates fill in.
@@ -89,6 +102,7 @@ class _Subject:
         shapes: of the two runs, or of the only one.
         why_by_block: why the whole graph is not run; None where it is.
         figures: of each linear.
+        seen: what the page shows beside.
     """
 
     path: Path
@@ -99,6 +113,7 @@ class _Subject:
     shapes: tuple[Shape, ...]
     why_by_block: str | None
     figures: dict[str, dict[str, Any]]
+    seen: _Seen = field(default_factory=_Seen)
 
     @property
     def folder(self) -> Path:
@@ -182,7 +197,8 @@ def validate(
     rows = tuple(Figures(name, block_of(name, set(held.blocks)), **values) for name, values in figures.items())
     kind = "quantized" if held.quantized else "plain"
     note = LAYOUT_NOTE if held.quantized else ""
-    report = Report(path, held.directory, kind, level if why is None else "blocks", tuple(gates), rows, note)
+    level, seen = level if why is None else "blocks", subject.seen
+    report = Report(path, held.directory, kind, level, tuple(gates), rows, note, seen.by_time, tuple(seen.pictures))
     if report_dir is not None:
         write_report(report, Path(report_dir), force)
     return report
@@ -244,6 +260,7 @@ def _all_gates(subject: _Subject, work: Path) -> Iterator[Gate]:
         return
     for name, worst in found.structure_errors.items():
         subject.figures[name].update(structure_error=worst)
+    subject.seen.by_time = ByTime(left_out=subject.why_by_block)
     yield structure_by_block(_task(subject), found.structure)
     yield from (skipped(name, subject.why_by_block) for name in ("inputs", "end to end", "second witness"))
 
@@ -347,10 +364,19 @@ def _structure_gates(subject: _Subject) -> Iterator[Gate]:
 
 def _end_to_end_gates(subject: _Subject) -> Iterator[Gate]:
     """Yield the gates on the whole graph in BF16 with quantized activations."""
-    graph = subject.graph
-    walk = Walk(subject.held, torch.bfloat16, quantize_activations=True)
-    whole, tiny = (walk.whole(shape, keep_modules=False) for shape in (subject.shapes[0], TINY))
+    graph, held, seen = subject.graph, subject.held, subject.seen
+    family, config = held.checkpoint.family, held.checkpoint.config
+    calls = [(name_of(shape), held.example(shape, torch.bfloat16)) for shape in (subject.shapes[0], TINY)]
+    times = batch_of_times(family, config, held.example(SHAPES[0], torch.bfloat16))
+    more = [] if times is None else [("several times", times)]
+    whole, tiny, *others = Walk(held, torch.bfloat16, quantize_activations=True).outputs([*calls, *more])
     limit = structure_gates.END_TO_END_LIMIT if subject.held.quantized else structure_gates.QUANTIZED_STRUCTURE_LIMIT
     session = cache(lambda: runtime_session(simulate(graph), subject.folder))
-    yield from guarded("end to end", lambda: [structure_gates.end_to_end_gate(graph, session(), whole, limit)])
+
+    def keep(outputs: Sequence[FloatArray]) -> None:
+        seen.pictures += pictures_of(family, config, whole, outputs)
+
+    yield from guarded("end to end", lambda: [structure_gates.end_to_end_gate(graph, session(), whole, limit, keep)])
     yield from guarded("second witness", lambda: [structure_gates.witness_gate(subject.path, graph, session(), tiny)])
+    seen.by_time, pictures = errors_by_time(family, config, session, others)
+    seen.pictures += pictures

@@ -347,10 +347,19 @@ def inputs_gate(model: onnx.ModelProto, directory: Path, inputs: Mapping[str, Fl
 
 
 def end_to_end_gate(
-    model: onnx.ModelProto, session: ort.InferenceSession, run: Run, limit: float = END_TO_END_LIMIT
+    model: onnx.ModelProto,
+    session: ort.InferenceSession,
+    run: Run,
+    limit: float = END_TO_END_LIMIT,
+    keep: Callable[[Sequence[FloatArray]], None] | None = None,
 ) -> Gate:
-    """Compare the graph, in BF16 with quantized activations (`session`), with the reference's fake quantization."""
+    """Compare the graph, in BF16 with quantized activations (`session`), with the reference's fake quantization.
+
+    `keep` is called with the graph's outputs.
+    """
     found = session.run(None, dict(run.inputs))
+    if keep is not None:
+        keep(found)
     errors = [relative_l2(values, run.values[output_key("", place)]) for place, values in enumerate(found)]
     error = max(errors)
     detail = f"relative L2 {error:.3g} between ONNX Runtime and torch at {run.shape}"

@@ -54,6 +54,7 @@ __all__ = [
     "Values",
     "Walk",
     "attention_teacher_of",
+    "name_of",
     "open_reference",
     "teacher_of",
 ]
@@ -295,6 +296,19 @@ class Walk:
                 values.update(kept if keep_modules else {})
         values.update(self.finish(call, outputs))
         return Run(name_of(shape), self._held.arrays(call), values)
+
+    def outputs(self, calls: Sequence[tuple[str, Inputs]]) -> list[Run]:
+        """Run the whole model on named calls, keeping its outputs; each block is loaded once for all of them."""
+        before = [Outputs()] * len(calls)
+        for path in self._held.blocks:
+            before = [
+                after
+                for _, after in self.block(path, [(call, kept) for (_, call), kept in zip(calls, before, strict=True)])
+            ]
+        return [
+            Run(name, self._held.arrays(call), self.finish(call, outputs))
+            for (name, call), outputs in zip(calls, before, strict=True)
+        ]
 
 
 def _add_loras(model: nn.Module, held: Reference, dtype: torch.dtype) -> None:

@@ -14,8 +14,10 @@ from fp4trt.errors import BadEnvironment, BadGraph
 from fp4trt.verb import Result
 
 __all__ = [
+    "ByTime",
     "Figures",
     "Gate",
+    "OutputPicture",
     "Report",
     "failed_to_run",
     "gate_of_offenders",
@@ -87,6 +89,45 @@ class Figures:
     structure_error: float | None = None
 
 
+@dataclass(frozen=True)
+class ByTime:
+    """How far the graph's outputs are from the reference's at several times between noise and picture.
+
+    Attributes:
+        points: (time, output to its relative L2 error); a time is 1 at pure noise and 0 at a picture.
+        left_out: why there are none; "" where nothing was asked.
+    """
+
+    points: tuple[tuple[float, dict[str, float]], ...] = ()
+    left_out: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it; numbers that JSON has no word for are None."""
+        points = [
+            {"time": time, "errors": {name: _finite(error) for name, error in errors.items()}}
+            for time, errors in self.points
+        ]
+        return {"points": points, "left_out": self.left_out}
+
+
+@dataclass(frozen=True, eq=False)
+class OutputPicture:
+    """An output of the graph and of the reference, drawn.
+
+    Attributes:
+        caption: what it is an output of.
+        note: the channels that are drawn where not all are, and how far the two are apart.
+        reference, graph: uint8 [H, W] or [H, W, 3], on one scale.
+        difference: the square root of the absolute difference on that scale, likewise.
+    """
+
+    caption: str
+    note: str
+    reference: npt.NDArray[np.uint8]
+    graph: npt.NDArray[np.uint8]
+    difference: npt.NDArray[np.uint8]
+
+
 @dataclass(frozen=True, eq=False)
 class Report(Result):
     """The verdict on one graph; its items are those of :meth:`as_dict`.
@@ -100,6 +141,8 @@ class Report(Result):
         gates: in the order they ran.
         linears: figures of every linear.
         note: what the gates cannot see; "" where there is nothing to say.
+        by_time: the error of the outputs at several times; no gate.
+        pictures: outputs that can be drawn; not in the JSON.
     """
 
     model: Path
@@ -109,6 +152,8 @@ class Report(Result):
     gates: tuple[Gate, ...]
     linears: tuple[Figures, ...] = field(default=())
     note: str = ""
+    by_time: ByTime = ByTime()
+    pictures: tuple[OutputPicture, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -142,6 +187,7 @@ class Report(Result):
             "note": self.note,
             "gates": gates,
             "linears": [{key: _finite(value) for key, value in asdict(row).items()} for row in self.linears],
+            "error_by_time": self.by_time.as_dict(),
         }
 
     def _items(self) -> dict[str, Any]:
