@@ -374,7 +374,7 @@ def _end_to_end_gates(subject: _Subject) -> Iterator[Gate]:
     session = cache(lambda: runtime_session(simulate(graph), subject.folder))
 
     def keep(outputs: Sequence[FloatArray]) -> None:
-        seen.pictures += pictures_of(family, config, whole, outputs)
+        seen.pictures += pictures_of(family, config, replace(whole, shape=f"end to end, {whole.shape}"), outputs)
 
     yield from guarded("end to end", lambda: [structure_gates.end_to_end_gate(graph, session(), whole, limit, keep)])
     yield from guarded("second witness", lambda: [structure_gates.witness_gate(subject.path, graph, session(), tiny)])

@@ -15,7 +15,15 @@ import pytest
 import onnx_functions
 from fp4trt.errors import OutputExists
 from onnx_functions.validation.report import check_report_folder, write_report
-from onnx_functions.validation.verdict import Figures, Gate, Report, gate_of_offenders, relative_l2
+from onnx_functions.validation.verdict import (
+    ByTime,
+    Figures,
+    Gate,
+    OutputPicture,
+    Report,
+    gate_of_offenders,
+    relative_l2,
+)
 
 
 def report(tmp_path: Path) -> Report:
@@ -43,9 +51,41 @@ def test_the_html_holds_its_plots_and_loads_nothing(tmp_path: Path) -> None:
     _, page = write_report(report(tmp_path), tmp_path / "out")
     assert page is not None
     text = page.read_text(encoding="utf-8")
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == text.count('<figure class="plot wide" tabindex="0" role="group" aria-label="') == 3
     assert "node &lt;a&gt; &amp; b" in text
     assert not re.search(r'(src|href)="(?!#)', text.replace("xlink:href", "href"))
+
+
+def test_the_outputs_and_their_error_by_time_are_in_the_page(tmp_path: Path) -> None:
+    import numpy as np
+
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    seen = dataclasses.replace(
+        report(tmp_path),
+        linears=(),
+        by_time=ByTime(((1.0, {"<video>": 0.25}), (0.5, {"<video>": float("inf")}))),
+        pictures=(OutputPicture("end to end", "relative L2 error 0.25", pixels, pixels[..., 0], pixels[..., 0]),),
+    )
+    (data, page), (_, again) = (write_report(seen, tmp_path / name) for name in ("one", "two"))
+    assert page is not None
+    assert again is not None
+    text = page.read_text(encoding="utf-8")
+    assert text == again.read_text(encoding="utf-8")
+    assert text.count('src="data:image/png;base64,') == 3
+    assert "<em>not an image</em>" in text
+    assert "<th>&lt;video&gt;</th></tr><tr><th>1</th><td class=number>0.25</td></tr><tr><th>0.5</th>" in text
+    assert not re.search(r'(src|href)="(?!#|data:)', text.replace("xlink:href", "href"))
+    assert text.count('<figure class="plot" tabindex="0" role="group" aria-label="Error of the output') == 1
+    found = json.loads(data.read_text(encoding="utf-8"), parse_constant=pytest.fail)["error_by_time"]
+    assert [point["errors"] for point in found["points"]] == [{"<video>": 0.25}, {"<video>": None}]
+
+
+def test_why_there_is_no_error_by_time_is_said(tmp_path: Path) -> None:
+    _, page = write_report(
+        dataclasses.replace(report(tmp_path), linears=(), by_time=ByTime(left_out="a < b")), tmp_path / "out"
+    )
+    assert page is not None
+    assert "<h2>Error by time</h2><p>Left out: a &lt; b.</p>" in page.read_text(encoding="utf-8")
 
 
 def test_what_the_gates_cannot_see_stands_in_both_files(tmp_path: Path) -> None:

@@ -63,6 +63,21 @@ def test_the_built_in_model_passes_every_gate(clean: Report) -> None:
     assert "inspect --against the 16-bit source proves the layout" in clean.note
 
 
+def test_the_outputs_are_drawn_and_their_error_is_known_by_time(clean: Report) -> None:
+    gates = {gate.name: gate for gate in clean.gates}
+    assert [time for time, _ in clean.by_time.points] == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    errors = [errors["latent"] for _, errors in clean.by_time.points]
+    assert all(0 < error < gates["end to end"].limit for error in errors)
+    assert len(set(errors)) == len(errors)
+    whole, *others = clean.pictures
+    assert whole.caption == "end to end, B=1 L=16 T=8"
+    assert whole.note == f"relative L2 error {gates['end to end'].figure:.3g}"
+    assert [picture.note for picture in others] == [f"relative L2 error {error:.3g}" for error in errors]
+    assert {picture.reference.shape for picture in clean.pictures} == {(16, 16)}
+    assert whole.reference.std() > 20
+    assert 0 < abs(whole.graph.astype(int) - whole.reference).max() < 40
+
+
 def test_no_code_and_no_block_scale_differs_and_linears_are_within_1e_4(clean: Report) -> None:
     quantized = [row for row in clean.linears if row.differing_codes is not None]
     assert len(quantized) == 20

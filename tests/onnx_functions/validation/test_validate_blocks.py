@@ -59,6 +59,7 @@ def test_every_block_passes_on_the_references_inputs_and_every_linear_has_its_fi
     assert skipped == dict.fromkeys(
         ("inputs", "end to end", "second witness"), "it runs the whole graph; --level full does"
     )
+    assert clean.as_dict()["error_by_time"] == {"points": [], "left_out": skipped["end to end"]}
 
 
 def test_a_residual_that_adds_the_wrong_tensor_is_named(mutant, quantized_digits: Path) -> None:
