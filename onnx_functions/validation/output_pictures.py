@@ -24,8 +24,8 @@ _RGB: Final = 3
 def pictures_of(family: Family, config: Config, run: Run, outputs: Sequence[FloatArray]) -> list[OutputPicture]:
     """Return the first of the batch, and of a video its first frame, of every output that is a picture's.
 
-    Tokens [B, L, C] are a picture's where their positions are a grid; [B, C, H, W] and [B, C, F, H, W] are pictures and
-    videos.
+    Tokens [B, L, C] are a picture's where their positions are a grid: row and column, behind a frame where three
+    numbers of a position vary and all others are constant. [B, C, H, W] and [B, C, F, H, W] are pictures and videos.
 
     Args:
         family: of the model.
@@ -36,10 +36,10 @@ def pictures_of(family: Family, config: Config, run: Run, outputs: Sequence[Floa
     pictures = []
     for place, ((name, symbolic), graph) in enumerate(zip(family.outputs.items(), outputs, strict=False)):
         reference = run.values[output_key("", place)]
-        drawn = _grid(reference, _positions(family, config, run.inputs, symbolic))
-        if drawn is None or graph.shape != reference.shape:
+        positions = _positions(family, config, run.inputs, symbolic)
+        if graph.shape != reference.shape or (drawn := _grid(reference, positions)) is None:
             continue
-        other = _grid(graph, _positions(family, config, run.inputs, symbolic))
+        other = _grid(graph, positions)
         assert other is not None
         title = run.shape if len(family.outputs) == 1 else f"{name}, {run.shape}"
         pictures.append(_picture(title, drawn, other, relative_l2(graph, reference)))
@@ -50,7 +50,7 @@ def _positions(
     family: Family, config: Config, inputs: Mapping[str, FloatArray], symbolic: Sequence[str | int | None]
 ) -> FloatArray | None:
     """Return the positions of an output's tokens, [L, axes]; None where no input gives them."""
-    tokens = symbolic[1] if len(symbolic) == _RGB else None
+    tokens = symbolic[1] if len(symbolic) == 3 else None
     for name, sizes in family.input_shapes(config).items():
         if family.inputs[name].role != "positions" or not isinstance(tokens, str) or tokens not in sizes:
             continue
@@ -68,10 +68,13 @@ def _grid(values: FloatArray, positions: FloatArray | None) -> FloatArray | None
         return np.moveaxis(values[0, :, 0], 0, -1)
     if values.ndim == 4:
         return np.moveaxis(values[0], 0, -1)
-    if values.ndim != 3 or positions is None or positions.shape[1] < 2 or len(positions) != values.shape[1]:
+    if values.ndim != 3 or positions is None or len(positions) != values.shape[1]:
         return None
-    first = (positions[:, :-2] == positions[0, :-2]).all(axis=1)  # of several frames
-    rows, columns = (np.unique(axis, return_inverse=True)[1].reshape(-1) for axis in positions[first, -2:].T)
+    counting = [axis for axis in positions.T if (axis != axis[0]).any()]
+    if len(counting) not in (2, 3):
+        return None
+    first = counting[0] == counting[0][0] if len(counting) == 3 else np.ones(len(positions), bool)  # of several frames
+    rows, columns = (np.unique(axis[first], return_inverse=True)[1].reshape(-1) for axis in counting[-2:])
     height, width = int(rows.max()) + 1, int(columns.max()) + 1
     if not np.array_equal(rows * width + columns, np.arange(height * width)):
         return None

@@ -42,6 +42,13 @@ def test_a_token_is_a_square_at_its_place_and_the_difference_is_on_the_same_scal
     assert found.note == "relative L2 error inf"
 
 
+def test_axes_of_a_position_that_count_nothing_do_not_matter() -> None:
+    values = np.ones((1, 6, 4), np.float32)
+    (found,) = drawn("flux2", FLUX, [values], [values], 6)  # (time, row, column, layer)
+    assert found.reference.shape == (6, 4)
+    assert drawn("flux2", FLUX, [values[:, :5]], [values[:, :5]], 5) == []  # a line is no picture
+
+
 def test_of_a_video_it_is_the_first_frame_and_sound_is_no_picture() -> None:
     config = {"in_channels": 4, "audio_in_channels": 4, "caption_channels": 8, "cross_attn_mod": False}
     random = np.random.default_rng(0)
