@@ -81,7 +81,7 @@ def _plot(by_time: ByTime, names: Sequence[str]) -> str:
             points = [(time, errors[name]) for time, errors in by_time.points if math.isfinite(errors[name])]
             axes.plot([time for time, _ in points], [error for _, error in points], "o-", label=name)
         axes.set_xlim(1.03, 0)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_xlabel("time: noise on the left, the picture on the right")
         axes.set_ylabel("relative L2 error")
         axes.grid(alpha=0.3)
