@@ -81,10 +81,6 @@ FLOORS = {
         {"bench", "demo", "pipelines", "step_caching"},
         {"generate"},
     ),
-        {"comparison", "planning", "transformer"},
-        {"bench", "demo", "pipelines", "step_caching"},
-        {"generate"},
-    ),
 }
 
 
