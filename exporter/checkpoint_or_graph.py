@@ -34,6 +34,7 @@ def export(
     force: bool = False,
     precision: Precision = "nvfp4",
     lora_rank: int | None = None,
+    component: str | None = None,
     allow_slow: bool = False,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Exported | ExportedGraph:
@@ -43,7 +44,7 @@ def export(
         directory: a checkpoint, as :func:`exporter.onnx_export.export` takes it, or an ONNX file, as
             :func:`exporter.placeholders.export_graph` does.
         output: the graph to write, or a folder for ``model.onnx``; of a checkpoint by default ``DIRECTORY/model.onnx``.
-        scale_dtype, copy_weights, precision, lora_rank: of a checkpoint.
+        scale_dtype, copy_weights, precision, lora_rank, component: of a checkpoint.
         force: replace an existing graph.
         allow_slow: of a graph, let pass what the lint finds to lose FP4 speed only.
         progress: called with each step.
@@ -63,9 +64,10 @@ def export(
             force=force,
             precision=precision,
             lora_rank=lora_rank,
+            component=component,
         )
     of_checkpoints = {"scale_dtype": scale_dtype, "copy_weights": copy_weights, "precision": precision != "nvfp4"}
-    for name, given in (*of_checkpoints.items(), ("lora_rank", lora_rank)):
+    for name, given in (*of_checkpoints.items(), ("lora_rank", lora_rank), ("component", component)):
         if given:
             raise BadGraph(f"{name} is for checkpoints, and {source} is a graph; leave it out")
     if output is None:

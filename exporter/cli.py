@@ -36,6 +36,11 @@ _PATH = click.Path(path_type=Path)
     type=click.IntRange(1),
     help="Give the linears slots for LoRAs of ranks up to this, as inputs of the graph (see fp4trt lora).",
 )
+@click.option(
+    "--component",
+    metavar="NAME",
+    help="Of the folder of a whole pipeline, the part to export, in BF16: vae, text_encoder, text_encoder_2 ...",
+)
 @click.option("--copy-weights", is_flag=True, help="Copy the weights beside the graph instead of pointing at them.")
 @click.option("--allow-slow", is_flag=True, help="For THEIRS.onnx: accept lint findings of severity slow.")
 @click.option("--force", is_flag=True, help="Replace an existing graph.")
@@ -45,6 +50,7 @@ def export(
     precision: str,
     scale_dtype: str | None,
     lora_rank: int | None,
+    component: str | None,
     copy_weights: bool,
     allow_slow: bool,
     force: bool,
@@ -60,15 +66,21 @@ def export(
       fp4trt export flux-fp4 -o elsewhere/model.onnx --copy-weights
       fp4trt export FLUX.1-dev --precision bf16 -o flux-bf16
       fp4trt export flux-fp4 --lora-rank 64
+      fp4trt export FLUX.1-dev --component vae
       fp4trt export theirs.onnx -o ours
     """
     from fp4trt.errors import BadGraph
     from fp4trt.single_files.opening import is_checkpoint
 
     if not is_checkpoint(source):
-        if precision != "nvfp4" or scale_dtype is not None or lora_rank is not None or copy_weights:
+        if (
+            precision != "nvfp4"
+            or copy_weights
+            or any(each is not None for each in (scale_dtype, lora_rank, component))
+        ):
             raise click.UsageError(
-                "--precision, --scale-dtype, --lora-rank and --copy-weights are for checkpoints, not for a graph"
+                "--precision, --scale-dtype, --lora-rank, --component and --copy-weights are for checkpoints, not for "
+                "a graph"
             )
         if output is None:
             raise click.UsageError(f"{source} is a graph; name the one to write with --output")
@@ -78,7 +90,7 @@ def export(
     if allow_slow:
         raise click.UsageError("--allow-slow is for a third-party graph, not for a checkpoint")
     options = {"scale_dtype": scale_dtype, "copy_weights": copy_weights, "force": force, "precision": precision}
-    return _export_checkpoint(source, output, **options, lora_rank=lora_rank)
+    return _export_checkpoint(source, output, **options, lora_rank=lora_rank, component=component)
 
 
 def _export_checkpoint(source: Path, output: Path | None, **options: Any) -> Exported:

@@ -31,11 +31,12 @@ from exporter.passes.widen_weights import widen_weights
 from exporter.trace import OPSET, other_linears, trace, translate
 from fp4trt.built_in import path_of
 from fp4trt.errors import BadGraph, WrongPrecision
-from fp4trt.families import Dim
+from fp4trt.families import Dim, family_of
 from fp4trt.file_output import check_writable
+from fp4trt.json_file import load_json
 from fp4trt.number_formats import BF16, FORMATS, FP8, FP32, NVFP4, counted_by_format
 from fp4trt.options import at_least, one_of, takes
-from fp4trt.pipeline_folder import transformer_folder
+from fp4trt.pipeline_folder import component_folder, transformer_folder
 from fp4trt.progress import Progress, note, tracking
 from fp4trt.verb import Result, verb
 from onnx_functions.graph.lora_slots import METADATA as LORA
@@ -103,6 +104,7 @@ def export(
     force: bool = False,
     precision: Precision = "nvfp4",
     lora_rank: int | None = None,
+    component: str | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - the verb's
 ) -> Exported:
     """Export a checkpoint as an opset-23 graph: quantized, in double-DequantizeLinear form, or plain, in BF16.
@@ -116,6 +118,8 @@ def export(
         copy_weights: copy the weights into ``NAME.onnx.data``; implied where the graph cannot point at them.
         force: replace an existing graph.
         precision: ``nvfp4`` takes a quantized checkpoint, in whatever formats, ``bf16`` a plain one.
+        component: the part of a pipeline to export in BF16, such as ``vae`` or ``text_encoder_2``; ``directory`` is
+            then the whole pipeline's folder.
         lora_rank: give the linears slots for LoRAs of ranks up to this: the factors are inputs of the graph, which
             ``fp4trt lora`` makes. Not for ``bf16``, into whose weights LoRAs are fused.
         progress: called with each step.
@@ -126,6 +130,9 @@ def export(
         BadGraph, OutputExists, TooLittleSpace: naming what is wrong.
         LintError: the graph would not be built right; nothing is written.
     """
+    if component is not None:
+        directory, precision = component_folder(path_of(directory), component), "bf16"
+        family_of(load_json(directory / "config.json"), directory)  # before it speaks of weights
     if precision == "bf16" and scale_dtype is not None:
         raise WrongPrecision(f"--scale-dtype {scale_dtype} is of block scales, which a bf16 graph has none of; drop it")
     if precision == "bf16" and lora_rank is not None:

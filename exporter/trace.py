@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,10 +146,10 @@ def _name_interface(graph: ir.Graph, shapes: Mapping[str, Sequence[str | int]], 
 
 
 def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
-    """Return a dimension with its symbols renamed; sums such as ``s2 + s3`` too."""
+    """Return a dimension with its symbols renamed; in sums and products such as ``s2 + 8*s3`` too."""
     if isinstance(size, int) or size.value is None:
         return size if isinstance(size, int) else None
-    return " ".join(names.get(word, word) for word in str(size.value).split())
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size.value))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,14 @@ __all__ = ["STEM", "files_of", "metadata_in_folder", "tensors_in_folder", "tenso
 STEM: Final = "diffusion_pytorch_model"
 """What the names of the files begin with."""
 
+_OF_TRANSFORMERS: Final = "model"
+"""Likewise, of a model of transformers, such as a text encoder."""
+
+_TIED: Final = {"encoder.embed_tokens.weight": "shared.weight"}
+"""A tensor that may be stored in the place of another, or beside it, and is the same: T5's table of tokens."""
+
+_ENDS: Final = (".safetensors", ".safetensors.index.json")
+
 _OTHER_WEIGHTS: Final = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf")
 
 
@@ -33,7 +41,7 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     if (source := source_in(folder)) is not None:
         return files_of(source.weights) if source.weights.is_dir() else (source.weights,)
     shards = _index(folder)
-    names = sorted(set(shards.values())) if shards is not None else [f"{STEM}.safetensors"]
+    names = sorted(set(shards.values())) if shards is not None else [f"{_stem(folder)}.safetensors"]
     return tuple(folder / name for name in names)
 
 
@@ -49,7 +57,7 @@ def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
     if not any(file.exists() for file in files):
         _refuse_other_weights(folder)
     if shards is None:
-        return tensors_in_file(files[0])
+        return _untied(folder, tensors_in_file(files[0]))
     index, tensors = _index_of(folder), dict[str, StoredTensor]()
     for file, found in [(file, tensors_in_file(file)) for file in files]:
         for name, tensor in found.items():
@@ -59,7 +67,7 @@ def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     if absent := next((name for name in shards if name not in tensors), None):
         raise BadCheckpoint(f"{index} speaks of {absent}, which no shard holds; copy the shards again")
-    return tensors
+    return _untied(folder, tensors)
 
 
 def metadata_in_folder(folder: Path) -> dict[str, str]:
@@ -90,12 +98,27 @@ def _unchanged(source: Source, config: Mapping[str, Any]) -> Mapping[str, Stored
 
 
 def _index_of(folder: Path) -> Path:
-    return folder / f"{STEM}.safetensors.index.json"
+    return folder / f"{_stem(folder)}.safetensors.index.json"
+
+
+def _stem(folder: Path) -> str:
+    """Return what the names of a folder's files begin with: transformers' name where they have that one alone."""
+    found = (stem for stem in (STEM, _OF_TRANSFORMERS) for end in _ENDS if (folder / f"{stem}{end}").exists())
+    return next(found, STEM)
+
+
+def _untied(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors of a model of transformers with each that is stored under two names, or another, under one."""
+    if _stem(folder) == _OF_TRANSFORMERS:
+        for name in _TIED.keys() & tensors.keys():
+            tensors.setdefault(_TIED[name], tensors[name])
+            del tensors[name]
+    return tensors
 
 
 def _index(folder: Path) -> Mapping[str, str] | None:
     """Return tensor name to file name, or None where the checkpoint is one file."""
-    index, whole = _index_of(folder), folder / f"{STEM}.safetensors"
+    index, whole = _index_of(folder), folder / f"{_stem(folder)}.safetensors"
     if not index.exists():
         return None
     try:

@@ -7,7 +7,7 @@ from typing import Final
 
 from fp4trt.errors import BadCheckpoint
 
-__all__ = ["PIPELINE", "graph_in", "index_of", "transformer_folder"]
+__all__ = ["PIPELINE", "component_folder", "graph_in", "index_of", "transformer_folder"]
 
 PIPELINE: Final = "model_index.json"
 """What tells the folder of a whole pipeline."""
@@ -21,6 +21,25 @@ _MODEL: Final = "model.onnx"
 def index_of(folder: Path) -> Path | None:
     """Return the file that names a pipeline's class and parts; None of a folder that is no pipeline's."""
     return next((folder / name for name in (PIPELINE, _MODULAR) if (folder / name).is_file()), None)
+
+
+def component_folder(folder: Path, name: str) -> Path:
+    """Return the folder of a part of a pipeline, such as ``vae`` or ``text_encoder_2``.
+
+    Raises:
+        BadCheckpoint: the folder is no pipeline's, or the pipeline has no such part.
+    """
+    if not folder.is_dir() or index_of(folder) is None:
+        raise BadCheckpoint(
+            f"{folder} is no folder of a whole pipeline ({PIPELINE}), of which {name} could be a part; expected one, "
+            "such as save_pretrained writes"
+        )
+    if Path(name).name != name or not (folder / name / "config.json").is_file():
+        parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        raise BadCheckpoint(
+            f"{folder} has no {name}/ with a config.json; expected one of: {', '.join(parts) or 'nothing that it has'}"
+        )
+    return folder / name
 
 
 def graph_in(path: Path) -> Path:

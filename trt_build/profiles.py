@@ -242,7 +242,7 @@ def _largest_picture(symbol: Mapping[str, Any]) -> int | None:
 
 
 def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
-    """Return the image tokens of "1024" or "768x1360"."""
+    """Return the image tokens, or the rows or columns of latents, of "1024" or "768x1360"."""
     sides = resolution.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise BadProfileError(f"--resolution {given}: expected 1024, 768x1360 or MIN:OPT:MAX of such")
@@ -252,11 +252,12 @@ def _tokens(symbol: Mapping[str, Any], resolution: str, given: str) -> int:
         between = f"{low}x{low} to {high}x{high} pixels of a frame"
         raise BadProfileError(f"--resolution {given}: {width}x{height} is outside the model's {between}")
     for side in (width, height):
-        if symbol["kind"] == "image_tokens" and not low <= side <= high:
+        if symbol["kind"] != "video_tokens" and not low <= side <= high:
             raise BadProfileError(f"--resolution {given}: {side} is outside the model's {low} to {high} pixels")
         if side % step:
             raise BadProfileError(f"--resolution {given}: {side} is not a multiple of {step} pixels")
-    return (width // step) * (height // step)
+    sides_of = {"image_rows": height // step, "image_columns": width // step}
+    return sides_of.get(symbol["kind"], (width // step) * (height // step))
 
 
 def declared_range(symbol: Mapping[str, Any] | None) -> tuple[int, int | None] | None:
@@ -264,7 +265,10 @@ def declared_range(symbol: Mapping[str, Any] | None) -> tuple[int, int | None] |
     if symbol is None:
         return None
     if "min_resolution" in symbol:
-        return (int(symbol["min_resolution"]) // int(symbol["pixels_per_token"])) ** 2, None
+        low, high = (
+            int(symbol[key]) // int(symbol["pixels_per_token"]) for key in ("min_resolution", "max_resolution")
+        )
+        return (low, high) if symbol["kind"] in ("image_rows", "image_columns") else (low**2, None)
     return int(symbol["min"]), int(symbol["max"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 from fp4trt.errors import BadCheckpoint, UnknownFamily
@@ -16,21 +17,29 @@ from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Transformer
 from fp4trt.progress import note_once
 
-__all__ = ["FAMILIES", "Dim", "Family", "Symbol", "Transformer", "family_named", "family_of"]
+__all__ = ["COMPONENTS", "FAMILIES", "Dim", "Family", "Symbol", "Transformer", "family_named", "family_of"]
 
 Symbol = Dim
 """Former name of :class:`Dim`; works for one more version."""
 
 
-def _defined() -> tuple[Family, ...]:
+def _modules() -> list[ModuleType]:
     names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    modules = [importlib.import_module(f"fp4trt.families.{name}") for name in names]
-    found = {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Family)}
+    return [importlib.import_module(f"fp4trt.families.{name}") for name in names]
+
+
+def _defined() -> tuple[Family, ...]:
+    found = {value.name: value for module in _modules() for value in vars(module).values() if isinstance(value, Family)}
     return tuple(sorted(found.values(), key=lambda family: (not family.special, family.name)))
 
 
 FAMILIES: Final = _defined()
 """In the order in which a config is tried on them: special cases of another family first."""
+
+COMPONENTS: Final[tuple[Family, ...]] = tuple(
+    family for module in _modules() for family in vars(module).get("COMPONENTS", ())
+)
+"""The other parts of a pipeline, text encoders and autoencoders: they go the same road in BF16."""
 
 
 def family_of(config: Config, folder: str | Path | None = None) -> Family:
@@ -45,7 +54,7 @@ def family_of(config: Config, folder: str | Path | None = None) -> Family:
         BadCheckpoint: the config contradicts itself, or is of a model that is not supported.
     """
     name = Path(folder) / "config.json" if folder is not None else "config.json"
-    for family in (*custom_families(), *FAMILIES):
+    for family in (*custom_families(), *FAMILIES, *COMPONENTS):
         if family.matches(config):
             if (why := family.unsupported(config)) is not None:
                 raise BadCheckpoint(f"{name}: {why}")
@@ -55,6 +64,9 @@ def family_of(config: Config, folder: str | Path | None = None) -> Family:
             if (remark := family.remark(config)) is not None:
                 note_once(remark)
             return family
+    if (part := _part_of_a_pipeline(config)) is not None:
+        known = ", ".join(sorted({family.class_name for family in COMPONENTS}))
+        raise UnknownFamily(f"{name} describes a {part}; of the parts of a pipeline expected one of: {known}")
     known = ", ".join(sorted({family.class_name for family in FAMILIES}))
     raise UnknownFamily(
         f"{name} describes a {config.get('_class_name', 'model without _class_name')}; "
@@ -62,6 +74,14 @@ def family_of(config: Config, folder: str | Path | None = None) -> Family:
     )
 
 
+def _part_of_a_pipeline(config: Config) -> str | None:
+    """Return the class of a text encoder or an autoencoder; None of any other model."""
+    classes = [config["_class_name"]] if "_class_name" in config else config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else None
+    is_part = isinstance(first, str) and ("_class_name" not in config or first.startswith("Autoencoder"))
+    return first if is_part else None
+
+
 def family_named(name: str) -> Family | None:
     """Return the family that a manifest or a graph names, None where there is none of that name."""
-    return next((family for family in (*custom_families(), *FAMILIES) if family.name == name), None)
+    return next((family for family in (*custom_families(), *FAMILIES, *COMPONENTS) if family.name == name), None)

@@ -8,7 +8,17 @@ from typing import Any, Final, Literal
 
 __all__ = ["BOUNDS", "OPTIONS", "TOKENS", "Dim", "Kind", "out_of_order"]
 
-Kind = Literal["batch", "image_tokens", "text_tokens", "video_tokens", "audio_tokens", "size", "lora_rank"]
+Kind = Literal[
+    "batch",
+    "image_tokens",
+    "text_tokens",
+    "video_tokens",
+    "audio_tokens",
+    "image_rows",
+    "image_columns",
+    "size",
+    "lora_rank",
+]
 
 _COUNT: Final = ("min", "default", "max")
 _PICTURE: Final = ("min_resolution", "default_resolution", "max_resolution", "pixels_per_token")
@@ -20,6 +30,8 @@ BOUNDS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "image_tokens": (_PICTURE,),
     "video_tokens": (_PICTURE, _LENGTH),
     "audio_tokens": (_COUNT,),
+    "image_rows": (_PICTURE,),
+    "image_columns": (_PICTURE,),
     "size": (_COUNT,),
     "lora_rank": (_COUNT,),
 }
@@ -31,6 +43,8 @@ OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "text_tokens": ("--text",),
     "video_tokens": ("--resolution", "--frames"),
     "audio_tokens": ("--audio",),
+    "image_rows": ("--resolution",),
+    "image_columns": ("--resolution",),
     "size": ("--shape",),
     "lora_rank": ("--shape",),
 }
@@ -48,7 +62,7 @@ class Dim:
     LoRAs, 0 for none) is bounded directly; one of ``image_tokens`` through the resolution in pixels: a picture of H x W
     pixels has (H / pixels_per_token) * (W / pixels_per_token) tokens. One of ``video_tokens`` has such a picture's
     tokens 1 + (frames - 1) / frames_per_token times; its least and largest resolution bound the area of a frame, not
-    its sides.
+    its sides. One of ``image_rows`` or ``image_columns`` is H / pixels_per_token or W / pixels_per_token.
     ``references`` says whether pictures to refer to, or to edit, are tokens of the same sequence, behind those of the
     picture that is made.
     """
@@ -80,7 +94,10 @@ class Dim:
     def _count(self, number: int | None, resolution: int | None, frames: int | None) -> int:
         if resolution is None or self.pixels_per_token is None:
             return number or 1
-        picture = (resolution // self.pixels_per_token) ** 2
+        side = resolution // self.pixels_per_token
+        if self.kind in ("image_rows", "image_columns"):
+            return side
+        picture = side**2
         if frames is None or self.frames_per_token is None:
             return picture
         return picture * (1 + (frames - 1) // self.frames_per_token)
@@ -88,7 +105,8 @@ class Dim:
     def as_dict(self) -> dict[str, int | str]:
         """Return the fields that this kind of dimension has, as they stand in the graph's metadata."""
         found = {key: value for key, value in asdict(self).items() if value is not None}
-        return found if _PICTURE in BOUNDS[self.kind] else {key: found[key] for key in found if key != "references"}
+        has_references = self.kind in TOKENS and self.kind != "text_tokens"
+        return found if has_references else {key: found[key] for key in found if key != "references"}
 
 
 def out_of_order(values: Mapping[str, Any], kind: str) -> bool:

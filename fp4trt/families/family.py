@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from fp4trt.families.dim import Dim, Kind
@@ -24,9 +25,9 @@ Sizes = Mapping[str, int]
 Transformer = Callable[..., Any]
 """Called with the family's inputs by name and ``return_dict=False``; returns a tuple, the velocity first."""
 
-Role = Literal["normal", "time", "guidance", "positions", "mask", "padding", "choice"]
+Role = Literal["normal", "time", "guidance", "positions", "mask", "padding", "choice", "token"]
 """What example values of an input are: normal numbers, timesteps, guidance in [1, 5), positions, which tokens are no
-padding, which are (some at the end), or 0 and 1."""
+padding, which are (some at the end), 0 and 1, or token ids below the config's ``vocab_size``."""
 
 Size = str | int | Callable[[Config], int]
 """Size of an axis: a symbolic dimension's name, a key of the config, a number, or a function of the config."""
@@ -138,7 +139,8 @@ class Family:
         stacks: the blocks, in the order in which they run.
         dims: name of a symbolic dimension to its bounds.
         inputs: name to input, in graph order.
-        outputs: name of each output to its shape, as that of an input; None for a size that belongs to the model.
+        outputs: name of each output to its shape, as that of an input, or with a multiple of a symbolic dimension, such
+            as ``8*H``; None for a size that belongs to the model.
         positions: (sizes) to the values of the inputs whose role is ``positions``, FP32 whatever their dtype.
         state: name to shape of every tensor of a config's plain checkpoint, in the order of the model's own state.
         outside: linears to quantize that lie in no block.
@@ -320,10 +322,12 @@ class Family:
     def sizes(self, batch: int, image_tokens: int, text_tokens: int) -> dict[str, int]:
         """Return the symbolic dimensions' sizes by what they count: a video's as an image's, audio's 4 above text's.
 
-        Sizes of no kind begin at an image's too, each 4 above the one before it.
+        Rows and columns of a picture are those of a rectangle of about its tokens, one column more than rows. Sizes of
+        no kind begin at an image's too, each 4 above the one before it.
         """
         counts: dict[Kind, int] = {"batch": batch, "image_tokens": image_tokens, "text_tokens": text_tokens}
         counts |= {"video_tokens": image_tokens, "audio_tokens": text_tokens + 4}
+        counts |= {"image_rows": isqrt(image_tokens), "image_columns": isqrt(image_tokens) + 1}
         others = [name for name, dim in self.dims.items() if dim.kind == "size"]
         free = {name: image_tokens + 4 * index for index, name in enumerate(others)}
         return {name: free[name] if name in free else counts[dim.kind] for name, dim in self.dims.items()}
@@ -360,6 +364,8 @@ class Family:
                 case "mask" | "padding":
                     value = torch.arange(shape[-1]).expand(shape) < max(1, shape[-1] - shape[-1] // 4)
                     value = ~value if self.inputs[name].role == "padding" else value
+                case "token":
+                    value = torch.randint(0, config["vocab_size"], shape, generator=random)
                 case "choice":
                     value = torch.randint(0, 2, shape, generator=random)
             kinds = {"bool": torch.bool, "int32": torch.int32, "int64": torch.int64}

@@ -43,7 +43,9 @@ def contract_of(family: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | 
     }
 
     def own(size: Size | None) -> str | int | None:
-        return size if isinstance(size, int) or (isinstance(size, str) and size in found.dims) else None
+        if isinstance(size, int):
+            return size
+        return size if isinstance(size, str) and size.rpartition("*")[2] in found.dims else None
 
     inputs = (
         Tensor(name, types[each.dtype], tuple(own(size) for size in each.shape), optional=each.given_by is not None)

@@ -1,0 +1,114 @@
+"""Parts of a pipeline besides its transformer: exported, validated against torch, and built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from transformers import T5Config, T5EncoderModel
+
+import fp4trt
+from fp4trt.errors import BadCheckpoint, UnknownFamily
+from onnx_functions.simulation.simulate import simulate
+
+TARGETS = ("rtx5090", "rtx4090")  # SM120 and SM89
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Tiny models by the names of their folders."""
+    torch.manual_seed(0)
+    t5 = T5Config(
+        vocab_size=60, d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return {"text_encoder_2": T5EncoderModel(t5).eval(), "vae": vae.eval()}
+
+
+@pytest.fixture(scope="module")
+def pipeline(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("components") / "pipe"
+    for name, part in parts.items():
+        nn = part.to(torch.bfloat16)
+        nn.save_pretrained(folder / name)
+        nn.float()  # of values that BF16 can hold
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    return folder
+
+
+def run(graph: Path, inputs: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
+    """Run a graph in ONNX Runtime, which computes in FP32 on the weights in BF16."""
+    session = onnxruntime.InferenceSession(_saved(graph), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+
+
+def _saved(graph: Path) -> str:
+    path = graph.with_name("simulated.onnx")
+    onnx.save(simulate(onnx.load(graph, load_external_data=False), float32=True), path)
+    return str(path)
+
+
+def apart(one: np.ndarray[Any, Any], other: torch.Tensor) -> float:
+    reference = other.detach().numpy()
+    assert one.shape == reference.shape
+    return float(np.linalg.norm(one - reference) / np.linalg.norm(reference))
+
+
+def test_t5_is_transformers_at_any_size_and_becomes_an_engine(parts: dict[str, Any], pipeline: Path) -> None:
+    exported = fp4trt.export(pipeline, component="text_encoder_2")
+    assert exported.precision == "bf16"
+    assert not exported.copied_weights
+    graph = Path(exported.onnx)
+    assert graph == pipeline / "text_encoder_2" / "model.onnx"
+    for batch, tokens in ((1, 1), (2, 40), (3, 200)):
+        ids = torch.randint(0, 60, (batch, tokens))
+        mask = (torch.arange(tokens) < max(1, tokens - 3)).long().expand(batch, -1)
+        wanted = parts["text_encoder_2"](input_ids=ids, attention_mask=mask).last_hidden_state
+        assert apart(run(graph, {"input_ids": ids, "attention_mask": mask}), wanted) < 1e-4
+    assert fp4trt.validate(graph.parent).passed
+    assert fp4trt.lint(graph.parent).passed
+    built = fp4trt.build(graph.parent, gpu=",".join(TARGETS), batch=1, text="1:16:32")
+    assert Path(built.engine).is_file()
+    assert set(built.compute_capabilities) == {"SM89", "SM120"}
+
+
+def test_a_decoder_is_diffusers_at_any_size_and_becomes_an_engine(parts: dict[str, Any], pipeline: Path) -> None:
+    exported = fp4trt.export(pipeline, component="vae")
+    assert not exported.copied_weights
+    graph = Path(exported.onnx)
+    for batch, rows, columns in ((1, 3, 8), (2, 7, 2)):
+        latents = torch.randn(batch, 16, rows, columns)
+        with torch.no_grad():
+            wanted = parts["vae"].decode(latents).sample
+        assert apart(run(graph, {"latents": latents}), wanted) < 1e-4
+    assert fp4trt.validate(graph.parent).passed
+    assert fp4trt.lint(graph.parent).passed
+    built = fp4trt.build(graph.parent, gpu=",".join(TARGETS), batch=1, resolution="256:256x512:512")
+    assert Path(built.engine).is_file()
+    assert set(built.compute_capabilities) == {"SM89", "SM120"}
+
+
+def test_what_cannot_be_a_component_is_named(pipeline: Path) -> None:
+    with pytest.raises(BadCheckpoint, match=r"has no text_encoder_3/.*: text_encoder_2, vae$"):
+        fp4trt.export(pipeline, component="text_encoder_3")
+    with pytest.raises(BadCheckpoint, match="is no folder of a whole pipeline"):
+        fp4trt.export(pipeline / "vae", component="vae")
+    (pipeline / "safety").mkdir()
+    (pipeline / "safety" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(UnknownFamily, match=r"a LlamaForCausalLM; of the parts .* T5EncoderModel"):
+        fp4trt.export(pipeline, component="safety")
