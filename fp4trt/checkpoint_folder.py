@@ -27,9 +27,20 @@ _OF_TRANSFORMERS: Final = "model"
 _TIED: Final = {"encoder.embed_tokens.weight": "shared.weight"}
 """A tensor that may be stored in the place of another, or beside it, and is the same: T5's table of tokens."""
 
+_CLIP: Final = "text_model."
+_BARE: Final = ("embeddings.", "encoder.layers.", "final_layer_norm.")
+"""What published files of CLIP's text encoder have before its names, and what they begin with where it is left out."""
+
+_POSITIONS: Final = "text_model.embeddings.position_ids"
+"""The numbers 0, 1, 2 ..., which older files hold; nothing reads them."""
+
 _ENDS: Final = (".safetensors", ".safetensors.index.json")
 
 _OTHER_WEIGHTS: Final = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf")
+
+
+class _Renamed(StoredTensor):
+    """A tensor under another name than its file's, by which linting knows bytes: a graph gets a copy of it."""
 
 
 def files_of(folder: Path) -> tuple[Path, ...]:
@@ -108,11 +119,14 @@ def _stem(folder: Path) -> str:
 
 
 def _untied(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return the tensors of a model of transformers with each that is stored under two names, or another, under one."""
+    """Return the tensors of a model of transformers with each under the one name that is read."""
     if _stem(folder) == _OF_TRANSFORMERS:
         for name in _TIED.keys() & tensors.keys():
             tensors.setdefault(_TIED[name], tensors[name])
             del tensors[name]
+        tensors.pop(_POSITIONS, None)
+        for name in [name for name in tensors if name.startswith(_BARE)]:
+            tensors[f"{_CLIP}{name}"] = _Renamed(**vars(tensors.pop(name)))
     return tensors
 
 

@@ -36,10 +36,9 @@ class KLDecoder(AutoencoderKL):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
-        module: Any
-        for module in self.decoder.modules():
-            if type(module) is Upsample2D:
-                module.__class__ = _Upsample
+        upsamplers: list[Any] = [module for module in self.decoder.modules() if type(module) is Upsample2D]
+        for module in upsamplers:
+            module.__class__ = _Upsample
 
     @classmethod
     def tensors_of(cls, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

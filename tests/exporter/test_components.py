@@ -12,7 +12,15 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 import fp4trt
 from fp4trt.errors import BadCheckpoint, UnknownFamily
@@ -25,9 +33,14 @@ TARGETS = ("rtx5090", "rtx4090")  # SM120 and SM89
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Tiny models by the names of their folders."""
     torch.manual_seed(0)
-    t5 = T5Config(
-        vocab_size=60, d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2, feed_forward_proj="gated-gelu"
-    )
+    t5 = {
+        "vocab_size": 60, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }  # fmt: skip
+    clip = {
+        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "projection_dim": 16, "bos_token_id": 58, "eos_token_id": 59,
+    }  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -37,7 +50,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    return {"text_encoder_2": T5EncoderModel(t5).eval(), "vae": vae.eval()}
+    return {
+        "text_encoder_2": T5EncoderModel(T5Config(**t5)).eval(),
+        "umt5": UMT5EncoderModel(UMT5Config(**t5)).eval(),
+        "clip": CLIPTextModel(CLIPTextConfig(**clip)).eval(),
+        "clip_projected": CLIPTextModelWithProjection(
+            CLIPTextConfig(**clip | {"eos_token_id": 2, "hidden_act": "gelu"})
+        ).eval(),
+        "vae": vae.eval(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +74,13 @@ def pipeline(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 def run(graph: Path, inputs: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
     """Run a graph in ONNX Runtime, which computes in FP32 on the weights in BF16."""
+    return run_all(graph, inputs)[0]
+
+
+def run_all(graph: Path, inputs: dict[str, torch.Tensor]) -> list[Any]:
+    """Run a graph likewise; return all outputs."""
     session = onnxruntime.InferenceSession(_saved(graph), providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+    return list(session.run(None, {name: value.numpy() for name, value in inputs.items()}))
 
 
 def _saved(graph: Path) -> str:
@@ -87,6 +113,30 @@ def test_t5_is_transformers_at_any_size_and_becomes_an_engine(parts: dict[str, A
     assert set(built.compute_capabilities) == {"SM89", "SM120"}
 
 
+def test_umt5_is_transformers(parts: dict[str, Any], pipeline: Path) -> None:
+    graph = Path(fp4trt.export(pipeline, component="umt5").onnx)
+    ids, mask = torch.randint(0, 60, (2, 40)), (torch.arange(40) < 30).long().expand(2, -1)
+    wanted = parts["umt5"](input_ids=ids, attention_mask=mask).last_hidden_state
+    assert apart(run(graph, {"input_ids": ids, "attention_mask": mask}), wanted) < 1e-4
+
+
+def test_clip_is_transformers_with_and_without_a_projection(parts: dict[str, Any], pipeline: Path) -> None:
+    ids = torch.randint(3, 50, (3, 20))
+    for row, end in enumerate((5, 19, 11)):
+        ids[row, end:] = 59  # pipelines pad with the end of text
+    for name in ("clip", "clip_projected"):
+        exported = fp4trt.export(pipeline, component=name)
+        graph = Path(exported.onnx)
+        assert exported.copied_weights == (name == "clip")  # which transformers saves under names without a beginning
+        found = run_all(graph, {"input_ids": ids})
+        wanted = parts[name](ids, output_hidden_states=True)
+        pooled = wanted.pooler_output if name == "clip" else wanted.text_embeds
+        assert apart(found[0], pooled) < 1e-4
+        if name != "clip":
+            assert apart(found[1], wanted.hidden_states[-2]) < 1e-4
+    assert fp4trt.validate(graph.parent).passed
+
+
 def test_a_decoder_is_diffusers_at_any_size_and_becomes_an_engine(parts: dict[str, Any], pipeline: Path) -> None:
     exported = fp4trt.export(pipeline, component="vae")
     assert not exported.copied_weights
@@ -104,7 +154,7 @@ def test_a_decoder_is_diffusers_at_any_size_and_becomes_an_engine(parts: dict[st
 
 
 def test_what_cannot_be_a_component_is_named(pipeline: Path) -> None:
-    with pytest.raises(BadCheckpoint, match=r"has no text_encoder_3/.*: text_encoder_2, vae$"):
+    with pytest.raises(BadCheckpoint, match=r"has no text_encoder_3/.*: clip, .*, vae$"):
         fp4trt.export(pipeline, component="text_encoder_3")
     with pytest.raises(BadCheckpoint, match="is no folder of a whole pipeline"):
         fp4trt.export(pipeline / "vae", component="vae")
