@@ -31,8 +31,8 @@ _CLIP: Final = "text_model."
 _BARE: Final = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 """What published files of CLIP's text encoder have before its names, and what they begin with where it is left out."""
 
-_POSITIONS: Final = "text_model.embeddings.position_ids"
-"""The numbers 0, 1, 2 ..., which older files hold; nothing reads them."""
+_UNREAD: Final = ("text_model.embeddings.position_ids", "bn.num_batches_tracked")
+"""Whole numbers that nothing reads: positions in older files of CLIP, a count of training steps in FLUX.2's VAE."""
 
 _ENDS: Final = (".safetensors", ".safetensors.index.json")
 
@@ -120,11 +120,12 @@ def _stem(folder: Path) -> str:
 
 def _untied(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return the tensors of a model of transformers with each under the one name that is read."""
+    for name in _UNREAD:
+        tensors.pop(name, None)
     if _stem(folder) == _OF_TRANSFORMERS:
         for name in _TIED.keys() & tensors.keys():
             tensors.setdefault(_TIED[name], tensors[name])
             del tensors[name]
-        tensors.pop(_POSITIONS, None)
         for name in [name for name in tensors if name.startswith(_BARE)]:
             tensors[f"{_CLIP}{name}"] = _Renamed(**vars(tensors.pop(name)))
     return tensors

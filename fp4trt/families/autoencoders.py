@@ -1,4 +1,4 @@
-"""Autoencoders of pipelines, in BF16: the decoder of AutoencoderKL (FLUX.1, SD3, Chroma, Z-Image)."""
+"""Decoders of autoencoders, in BF16: of AutoencoderKL (FLUX.1, SD3, Chroma, Z-Image) and AutoencoderKLFlux2."""
 
 from __future__ import annotations
 
@@ -54,8 +54,11 @@ def _decoder(name: str, class_name: str, adapter: str) -> Family:
         positions=lambda _: {},
         state=lambda config: dict(_shapes(place, json.dumps(dict(config), sort_keys=True))),
         adapter=place,
-        unused=("encoder", "quant_conv"),
+        unused=("encoder", "quant_conv", "bn"),
     )
 
 
-COMPONENTS: Final = (_decoder("autoencoder-kl-decoder", "AutoencoderKL", "KLDecoder"),)
+COMPONENTS: Final = (
+    _decoder("autoencoder-kl-decoder", "AutoencoderKL", "KLDecoder"),
+    _decoder("autoencoder-kl-flux2-decoder", "AutoencoderKLFlux2", "KLFlux2Decoder"),
+)

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -41,15 +41,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
         "projection_dim": 16, "bos_token_id": 58, "eos_token_id": 59,
     }  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }  # fmt: skip
     return {
         "text_encoder_2": T5EncoderModel(T5Config(**t5)).eval(),
         "umt5": UMT5EncoderModel(UMT5Config(**t5)).eval(),
@@ -57,7 +52,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "clip_projected": CLIPTextModelWithProjection(
             CLIPTextConfig(**clip | {"eos_token_id": 2, "hidden_act": "gelu"})
         ).eval(),
-        "vae": vae.eval(),
+        "vae": AutoencoderKL(**vae, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False).eval(),
+        "flux2_vae": AutoencoderKLFlux2(**vae, latent_channels=8).eval(),
     }
 
 
@@ -95,6 +91,7 @@ def apart(one: np.ndarray[Any, Any], other: torch.Tensor) -> float:
     return float(np.linalg.norm(one - reference) / np.linalg.norm(reference))
 
 
+@pytest.mark.slow
 def test_t5_is_transformers_at_any_size_and_becomes_an_engine(parts: dict[str, Any], pipeline: Path) -> None:
     exported = fp4trt.export(pipeline, component="text_encoder_2")
     assert exported.precision == "bf16"
@@ -113,6 +110,7 @@ def test_t5_is_transformers_at_any_size_and_becomes_an_engine(parts: dict[str, A
     assert set(built.compute_capabilities) == {"SM89", "SM120"}
 
 
+@pytest.mark.slow
 def test_umt5_is_transformers(parts: dict[str, Any], pipeline: Path) -> None:
     graph = Path(fp4trt.export(pipeline, component="umt5").onnx)
     ids, mask = torch.randint(0, 60, (2, 40)), (torch.arange(40) < 30).long().expand(2, -1)
@@ -120,6 +118,7 @@ def test_umt5_is_transformers(parts: dict[str, Any], pipeline: Path) -> None:
     assert apart(run(graph, {"input_ids": ids, "attention_mask": mask}), wanted) < 1e-4
 
 
+@pytest.mark.slow
 def test_clip_is_transformers_with_and_without_a_projection(parts: dict[str, Any], pipeline: Path) -> None:
     ids = torch.randint(3, 50, (3, 20))
     for row, end in enumerate((5, 19, 11)):
@@ -137,6 +136,7 @@ def test_clip_is_transformers_with_and_without_a_projection(parts: dict[str, Any
     assert fp4trt.validate(graph.parent).passed
 
 
+@pytest.mark.slow
 def test_a_decoder_is_diffusers_at_any_size_and_becomes_an_engine(parts: dict[str, Any], pipeline: Path) -> None:
     exported = fp4trt.export(pipeline, component="vae")
     assert not exported.copied_weights
@@ -151,6 +151,15 @@ def test_a_decoder_is_diffusers_at_any_size_and_becomes_an_engine(parts: dict[st
     built = fp4trt.build(graph.parent, gpu=",".join(TARGETS), batch=1, resolution="256:256x512:512")
     assert Path(built.engine).is_file()
     assert set(built.compute_capabilities) == {"SM89", "SM120"}
+
+
+@pytest.mark.slow
+def test_flux2s_decoder_is_diffusers(parts: dict[str, Any], pipeline: Path) -> None:
+    graph = Path(fp4trt.export(pipeline, component="flux2_vae").onnx)
+    latents = torch.randn(2, 8, 3, 5)
+    with torch.no_grad():
+        wanted = parts["flux2_vae"].decode(latents).sample
+    assert apart(run(graph, {"latents": latents}), wanted) < 1e-4
 
 
 def test_what_cannot_be_a_component_is_named(pipeline: Path) -> None:
