@@ -18,6 +18,30 @@ from transformers.models.umt5 import modeling_umt5
 __all__ = ["T5TextEncoder", "UMT5TextEncoder"]
 
 
+def _edges(buckets: int, farthest: int) -> list[int]:
+    """Return the distances at which buckets begin, but for the first, by transformers' own function on the CPU."""
+    with torch.device("cpu"):
+        found = modeling_t5.T5Attention._relative_position_bucket(  # type: ignore[no-untyped-call]
+            -torch.arange(farthest + 1), num_buckets=buckets, max_distance=farthest
+        ).tolist()
+    return [index for index in range(1, len(found)) for _ in range(found[index] - found[index - 1])]
+
+
+def _bias(attention: Any, tokens: int, device: torch.device) -> torch.Tensor:
+    """Return what an attention adds to its scores, [1, heads, T, T].
+
+    transformers finds the bucket of a distance by a logarithm, which runtimes may round apart at the edges; here it is
+    found by comparison of whole numbers.
+    """
+    places = torch.arange(tokens, device=device)
+    ahead = places[None, :] - places[:, None]
+    bucket = (ahead > 0).to(torch.int64) * (attention.relative_attention_num_buckets // 2)
+    for edge in attention.edges:
+        bucket = bucket + (ahead.abs() >= edge).to(torch.int64)
+    values: torch.Tensor = attention.relative_attention_bias(bucket)
+    return values.permute(2, 0, 1)[None]
+
+
 class _Block(nn.Module):
     """What a block of either encoder becomes: ``layer`` is transformers', and so are its tensors' names."""
 
@@ -40,7 +64,7 @@ class _Block(nn.Module):
         given = norm(hidden_states)
         tokens = given.shape[1]
         if attention.has_relative_attention_bias:
-            bias = attention.compute_bias(tokens, tokens, device=given.device).to(given.dtype) + mask
+            bias = _bias(attention, tokens, given.device).to(given.dtype) + mask
         query, key, value = (
             linear(given).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
             for linear in (attention.q, attention.k, attention.v)
@@ -56,8 +80,10 @@ class _Encoder(nn.Module):
     def __init__(self, stack: type[Any], config: Any) -> None:
         super().__init__()
         made = stack(config)
+        edges = _edges(config.relative_attention_num_buckets, config.relative_attention_max_distance)
         for block in made.block:
             block.__class__ = _Block
+            block.layer[0].SelfAttention.edges = edges
             # transformers' gelu_new is the same, in six operators whose constants a graph would round to BF16
             block.layer[-1].DenseReluDense.act = nn.GELU(approximate="tanh")
         self.block, self.final_layer_norm = made.block, made.final_layer_norm

@@ -24,6 +24,7 @@ from transformers import (
 
 import fp4trt
 from calibration.checkpoints.plain import load_source
+from calibration.inputs.captured import save_inputs
 from fp4trt.errors import BadCheckpoint, UnknownFamily
 from onnx_functions.simulation.simulate import simulate
 
@@ -108,6 +109,25 @@ def test_t5_is_transformers_at_any_size_and_becomes_an_engine(parts: dict[str, A
     built = fp4trt.build(graph.parent, gpu=",".join(TARGETS), batch=1, text="1:16:32")
     assert Path(built.engine).is_file()
     assert set(built.compute_capabilities) == {"SM89", "SM120"}
+
+
+@pytest.mark.slow
+def test_t5_in_fp8_passes_every_gate_and_is_merged_on_sm89(pipeline: Path, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(1)
+    calls = [
+        {
+            "input_ids": torch.randint(0, 60, (2, tokens), generator=random),
+            "attention_mask": torch.ones(2, tokens).long(),
+        }
+        for tokens in (9, 40)
+    ]
+    save_inputs(tmp_path / "inputs.safetensors", calls)
+    source, rounded = pipeline / "text_encoder_2", tmp_path / "t5-fp8"
+    fp4trt.quantize(source, rounded, recipe="fp8-ptq", calibration=tmp_path / "inputs.safetensors")
+    fp4trt.export(rounded)
+    assert fp4trt.validate(rounded).passed
+    built = fp4trt.build(rounded, gpu="rtx4090", batch=1, text="1:16:32")
+    assert (built.fp8_gemms, built.fp8_linears) == (8, 14)
 
 
 def test_umt5s_adapter_is_transformers(parts: dict[str, Any], pipeline: Path) -> None:
