@@ -35,6 +35,9 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--lora", multiple=True, metavar="FILE[:STRENGTH]", help="A LoRA, into slots or plain weights; repeatable."
 )
+@click.option(
+    "--teacache", type=_PATH, metavar="FILE|DIR", help="Leave out steps as `fp4trt teacache` found; see its docs."
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--low-vram", is_flag=True, help="Text encoders, transformer and decoding one after the other.")
 @click.option(

@@ -21,6 +21,7 @@ from generation.generate.metadata import described
 from generation.generate.pipeline import DrawingPipeline, find_pipeline
 from generation.generate.pixels import description_of, draw_pixels, refuse_of_pipelines
 from generation.generate.request import Drawn, Request, size_of
+from generation.generate.step_cache import StepCachingOf
 from generation.pipelines import Model, PipelineTransformer, model_of
 from generation.transformer import open_transformer
 
@@ -42,6 +43,7 @@ class Generated(Result):
         device: where a checkpoint, and the pipeline's other parts, computed.
         embeddings_from_cache: how many text embeddings were taken from the cache on disk.
         text_encoders_loaded: how often text encoders were loaded.
+        calls: of the transformer, and ``calls_left_out`` by step caching.
     """
 
     images: list[dict[str, Any]]
@@ -50,6 +52,8 @@ class Generated(Result):
     device: str
     embeddings_from_cache: int = 0
     text_encoders_loaded: int = 0
+    calls: int | None = None
+    calls_left_out: int | None = None
 
 
 @verb
@@ -69,6 +73,7 @@ class Generated(Result):
     frames=at_least(1),
     fps=not_negative,
     lora=names("style.safetensors:0.8"),
+    teacache=file_name,
     device=one_of("cpu", "cuda"),
 )
 def generate(
@@ -91,6 +96,7 @@ def generate(
     frames: int | None = None,
     fps: float | None = None,
     lora: str | Sequence[str] = (),
+    teacache: str | Path | None = None,
     device: str | None = None,
     low_vram: bool = False,
     embeddings_cache: bool = True,
@@ -111,12 +117,13 @@ def generate(
         seed: of each prompt's first picture: of ``torch.Generator("cpu").manual_seed(seed)``, as diffusers has it; the
             next one has the next seed.
         count: pictures of each prompt.
-        steps, guidance, true_cfg_scale, frames: None leaves them to the pipeline.
+        steps, guidance, true_cfg_scale, frames: None leaves them to the pipeline, or steps to ``teacache``.
         image: pictures to edit, to refer to, or to be led by.
         mask: white where to fill; by default what is transparent in the picture, or ``NAME.mask.png`` beside it.
         resolution: pixels of a side, or ``1024x768``.
         fps: frames a second that a video's file says.
         lora: LoRA files, ``FILE`` or ``FILE:STRENGTH``.
+        teacache: what ``fp4trt teacache`` wrote for the model, or the folder with it: steps are left out as it says.
         device: ``cpu`` or ``cuda``; by default ``cuda`` where there is one.
         low_vram: have text encoders, transformer and decoding in memory one after the other.
         embeddings_cache: keep text embeddings on disk, and take them from there.
@@ -125,14 +132,16 @@ def generate(
 
     Raises:
         BadInputs: the model does not draw what is asked for.
-        BadOption, BadLora, BadEnvironment, OutputExists: naming what is wrong.
+        BadOption, BadLora, BadStepCache, BadEnvironment, OutputExists: naming what is wrong.
         UnknownArtifact, BadGraph, BadCheckpoint, UnknownFamily: the artifact is damaged, or says not which model it is.
     """
+    model = model_of(_found(artifact))
+    caching = None if teacache is None else StepCachingOf(model, Path(teacache), steps, transformer_2 is not None)
     request = Request(
         _prompts(prompts, prompts_file),
         _seed(seed, count),
         count,
-        steps,
+        steps if caching is None else caching.steps,
         guidance,
         true_cfg_scale,
         negative_prompt,
@@ -142,9 +151,7 @@ def generate(
         frames,
     )
     loras = given_loras([lora] if isinstance(lora, str) else list(lora))
-    job = _Job(
-        model_of(_found(artifact)), request, pipeline, transformer_2, _device(device), low_vram, embeddings_cache, loras
-    )
+    job = _Job(model, request, pipeline, transformer_2, _device(device), low_vram, embeddings_cache, loras, caching)
     place = Path(output)
     refuse_output(place, len(request.prompts) * count, force)
     images = []
@@ -162,6 +169,7 @@ def generate(
         job.device,
         0 if encoders is None else encoders.cache.taken,
         0 if encoders is None else encoders.loaded,
+        *((None, None) if caching is None else caching.counts()),
     )
 
 
@@ -182,6 +190,7 @@ class _Job:
     low_vram: bool
     on_disk: bool
     loras: Sequence[tuple[Path, float]]
+    caching: StepCachingOf | None = None
     pipeline_class: str | None = None
     opened: DrawingPipeline | None = None
     second: Model | None = None
@@ -202,7 +211,10 @@ class _Job:
             refuse_request(root, self.pipeline_class, self.request, self.transformer_2)
         with with_loras(self.model, self.loras) as (path, factors):
             first = PipelineTransformer(
-                self.model, lambda: open_transformer(path, self.device, factors), self._place(self.model)
+                self.model,
+                lambda: open_transformer(path, self.device, factors),
+                self._place(self.model),
+                None if self.caching is None else self.caching.around,
             )
             try:
                 if pixels is not None:
@@ -232,9 +244,10 @@ class _Job:
 
     def described(self, drawn: Drawn) -> dict[str, Any]:
         """Return the metadata of what was drawn."""
-        return described(
+        said = described(
             self.model, self.request, drawn, pipeline=self.pipeline_class, loras=self.loras, second=self.second
         )
+        return said if self.caching is None else {**said, "teacache": self.caching.described()}
 
 
 def _prompts(given: str | Sequence[str], file: str | Path | None) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ class PipelineTransformer:
         model: which model it is.
         opener: opens it, at the first call.
         device: where a checkpoint computes.
+        around: gives what stands around the model, such as a step cache: called with a transformer, returns one.
 
     Attributes:
         config: diffusers' config, by attribute and by key.
@@ -64,13 +65,20 @@ class PipelineTransformer:
         in_channels, out_channels, rope, audio_rope: as its diffusers class has them, where it does.
     """
 
-    def __init__(self, model: Model, opener: Callable[[], Transformer], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Model,
+        opener: Callable[[], Transformer],
+        device: str = "cpu",
+        around: Callable[[Transformer], Transformer] | None = None,
+    ) -> None:
         from diffusers.configuration_utils import FrozenDict
 
         self.model = model
         self.dtype, self.device = torch.bfloat16, torch.device(device)
         self._opener = opener
         self._opened: Transformer | None = None
+        self._step: Transformer = self._in_parts if around is None else around(self._in_parts)
         stub = None if model.family.make is not None else stub_of(model.family, model.config)
         defaults = {} if stub is None else {key: value for key, value in stub.config.items() if key[:1] != "_"}
         self.config: Any = FrozenDict({**defaults, **model.config})  # type: ignore[no-untyped-call]
@@ -96,11 +104,18 @@ class PipelineTransformer:
 
     def _run(self, call: Inputs) -> tuple[torch.Tensor, ...]:
         """Return the outputs of a call of the family's inputs."""
-        transformer = self.open()
-        placed = {name: value.to(self.device) for name, value in call.items()}
-        parts = split(placed, self._shapes, largest_batch(self.model.profiles, self._shapes, placed))
         with torch.inference_mode():
-            return joined([tuple(transformer(**part, return_dict=False)) for part in parts])
+            found: tuple[torch.Tensor, ...] = self._step(
+                **{name: value.to(self.device) for name, value in call.items()}, return_dict=False
+            )
+            return found
+
+    def _in_parts(self, *, return_dict: bool = False, **call: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the outputs of a call, of a batch as large as the model takes at once, or of several such."""
+        assert not return_dict
+        transformer = self.open()
+        parts = split(call, self._shapes, largest_batch(self.model.profiles, self._shapes, call))
+        return joined([tuple(transformer(**part, return_dict=False)) for part in parts])
 
     def open(self) -> Transformer:
         """Open the model if it is not, and return it."""
@@ -126,9 +141,11 @@ class PipelineTransformer:
         return call
 
     @contextlib.contextmanager
-    def cache_context(self, *_args: Any, **_: Any) -> Iterator[None]:
-        """Do nothing: pipelines wrap calls in it for caches that this transformer has not."""
-        yield
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Say which of several calls a step those within are, to what stands around the model."""
+        context = getattr(self._step, "cache_context", None)
+        with contextlib.nullcontext() if context is None else context(name):
+            yield
 
 
 def _as_output(answer: tuple[Any, ...]) -> Any:

@@ -17,7 +17,7 @@ from fp4trt.errors import UnsupportedModel
 from fp4trt.families import Family, family_of
 from fp4trt.families.family import Config
 from fp4trt.json_file import load_json
-from generation.step_caching.deciders import Signal, latents_name
+from generation.step_caching.deciders import Signal
 
 __all__ = ["first_reader", "modulated_signal"]
 
@@ -52,11 +52,11 @@ def modulated_signal(folder: Path, dtype: torch.dtype = torch.float32) -> Signal
     for name, module in model.named_modules():
         module.register_forward_pre_hook(_loading(name, value_of))
     model.get_submodule(first_reader(family, config)).register_forward_pre_hook(_stopping)
-    latents = latents_name(family)
 
     def signal(inputs: Mapping[str, Any]) -> torch.Tensor:
         given = {name: inputs[name] for name in family.input_shapes(config)}
-        given = {name: value.to(dtype) if name == latents else value for name, value in given.items()}
+        computed_in = {name for name in given if family.inputs[name].dtype == "bf16"}
+        given = {name: value.to(dtype) if name in computed_in else value for name, value in given.items()}
         try:
             with torch.inference_mode():
                 model(**given, return_dict=False)

@@ -16,6 +16,7 @@ from calibration.formats.bfloat16 import bits_of
 from fp4trt.checkpoint_folder import tensors_in_folder
 from fp4trt.errors import BadStepCache
 from fp4trt.families import Family, family_named, family_of
+from fp4trt.families.family import Config
 from fp4trt.file_kind import is_file, what_it_lacks
 from fp4trt.json_file import kind_of, load_json
 
@@ -28,6 +29,7 @@ __all__ = [
     "Polynomial",
     "Rule",
     "StepCaching",
+    "described_as",
     "model_of",
     "read_settings",
     "refuse_other_model",
@@ -173,8 +175,6 @@ def model_of(folder: Path) -> Model:
     """
     config = load_json(folder / "config.json")
     family = family_of(config, folder)
-    # What diffusers notes beside the model's own keys differs from copy to copy.
-    own = {key: value for key, value in plain_config(config).items() if not key.startswith("_")}
     blocks = tuple(f"{stack.path}." for stack in family.stacks)
     changed = tuple(f"{path}." for path in family.quantized(config))
     digest = hashlib.sha256()
@@ -183,8 +183,13 @@ def model_of(folder: Path) -> Model:
             continue
         digest.update(f"{name} {list(stored.shape)}".encode())
         digest.update(bits_of(stored, 0, min(math.prod(stored.shape), _SAMPLED)).tobytes())
-    described = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    return Model(family=family.name, config=described, embedders=digest.hexdigest())
+    return Model(family=family.name, config=described_as(config), embedders=digest.hexdigest())
+
+
+def described_as(config: Config) -> str:
+    """Return the SHA-256 of a config, without what quantization and diffusers, from copy to copy, note in it."""
+    own = {key: value for key, value in plain_config(config).items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_other_model(settings: StepCaching, folder: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,20 @@ def test_settings_of_another_model_or_damaged_ones_are_refused(
 def test_another_number_of_steps_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     StepCache(Counted(), _settings(), steps=30)
     assert f"step caching was fitted for {STEPS} steps, and 30 are drawn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("decider", ["time", "modulated"])
+def test_generate_leaves_out_steps_and_says_so(
+    decider: str, quantized_digits: Path, built_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = _settings(model=model_of(quantized_digits), decider=decider, steps=6, threshold=9.0)
+    (tmp_path / "teacache.yaml").write_text(settings.as_yaml(), encoding="utf-8")
+    words = ["-p", "seven", "--count", "2", "--teacache", str(tmp_path), "-o", str(tmp_path / "a.png"), "--json"]
+    capsys.readouterr()
+    assert fp4trt.run(["generate", str(quantized_digits / "model.onnx"), *words]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (said["calls"], said["calls_left_out"]) == (12, 6)
+    assert said["images"][0]["steps"] == 6
+    assert said["images"][0]["teacache"]["decider"] == decider
+    assert fp4trt.run(["generate", str(built_in), *words]) == 2
+    assert "is for a flux-digits model of another config than" in capsys.readouterr().err
