@@ -8,18 +8,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fp4trt.built_in import path_of
 from fp4trt.checkpoint_folder import tensors_in_folder
-from fp4trt.errors import BadCheckpoint, BadEnvironment
+from fp4trt.errors import BadEnvironment
 from fp4trt.fused_tensors import fused, named
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import index_of, transformer_folder
 from fp4trt.progress import note
 from fp4trt.safetensors_file import sha256_of
-from fp4trt.single_files.opening import config_like, open_file
-from fp4trt.single_files.tables import SINGLE_FILES
+from fp4trt.single_files.opening import config_beside, config_like, open_file
 from fp4trt.source_folder import SOURCE, Lora, Source
 
 __all__ = ["cache_folder", "folder_of", "make_source_folder"]
@@ -49,7 +47,7 @@ def make_source_folder(weights: Path, like: str | Path | None = None, loras: Seq
     if weights.is_dir():
         config, tensors = load_json(weights / "config.json"), tensors_in_folder(weights)
     else:
-        opened = open_file(weights, config_like(like) if like is not None else _config_beside(weights))
+        opened = open_file(weights, config_like(like) if like is not None else config_beside(weights))
         config, tensors = opened.config, dict(opened.tensors)
         note(f"{weights.name}: {config['_class_name']} under {opened.described}")
     found = tuple(Lora(path.resolve(), strength, sha256_of(path)) for path, strength in loras)
@@ -87,18 +85,6 @@ def _in_place_of(weights: Path, like: str | Path | None) -> Path | None:
         places = (Path(like) / "transformer", Path(like), Path(like).parent)
     found = (each for each in places if (each / "config.json").is_file() and index_of(each.parent) is not None)
     return next((each.resolve() for each in found), None)
-
-
-def _config_beside(weights: Path) -> dict[str, Any] | None:
-    """Return the config.json that lies beside a single file, where it is that of a model as such files hold."""
-    place = weights.parent / "config.json"
-    if not place.is_file():
-        return None
-    try:
-        is_such = load_json(place).get("_class_name") in SINGLE_FILES
-    except BadCheckpoint:  # whatever it is, it is not ours to judge
-        return None
-    return config_like(place) if is_such else None
 
 
 def folder_of(artifact: str | Path) -> Path:

@@ -20,7 +20,7 @@ from fp4trt.progress import note
 from fp4trt.safetensors_file import StoredTensor
 from fp4trt.single_files.config import config_of
 from fp4trt.single_files.names import Original, SingleFile
-from fp4trt.single_files.opening import NamedTensors, config_like, named_tensors
+from fp4trt.single_files.opening import NamedTensors, config_beside, config_like, named_tensors
 
 __all__ = ["BFL", "COMFYUI", "DIFFUSERS", "LAYOUTS", "MODELOPT", "Source", "open_source"]
 
@@ -103,7 +103,7 @@ def open_source(artifact: str | Path, said: str | None = None, like: str | Path 
     provenance = manifest_of(manifest, opened.config) if manifest else read_header(opened.metadata)
     if layout == MODELOPT:
         provenance = replace(provenance, order=tuple(opened.tensors))
-    config = dict(opened.config or provenance.config) if like is None else config_like(like)
+    config = _config_told(opened, provenance) if like is None else config_like(like)
     found = _transformer(opened, known, layout, config)
     return Source(
         path=opened.path,
@@ -118,6 +118,13 @@ def open_source(artifact: str | Path, said: str | None = None, like: str | Path 
         metadata=opened.metadata,
         provenance=replace(provenance, config=found.config),
     )
+
+
+def _config_told(opened: OpenCheckpoint, provenance: Provenance) -> dict[str, Any]:
+    """Return the config that a checkpoint has, in its header or beside it; empty where the shapes have to tell it."""
+    told = opened.config or provenance.config
+    beside = config_beside(opened.path) if not told and opened.path.is_file() else None
+    return dict(beside or told)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ __all__ = [
     "SUFFIXES",
     "NamedTensors",
     "OpenFile",
+    "config_beside",
     "config_like",
     "is_checkpoint",
     "named_tensors",
@@ -115,6 +116,21 @@ def config_like(like: str | Path) -> dict[str, Any]:
             return {key: value for key, value in config.items() if key != "quantization_config"}
     known = ", ".join(f"'{name}'" for table in SINGLE_FILES.values() for name in table.published)
     raise BadCheckpoint(f"--like {like} is no config.json, no folder with one, and none of: {known}")
+
+
+def config_beside(file: Path) -> dict[str, Any] | None:
+    """Return the config.json that lies beside a single file, where it is that of a model as such files hold.
+
+    What quantization added to it is left out.
+    """
+    place = file.parent / "config.json"
+    if not place.is_file():
+        return None
+    try:
+        is_such = load_json(place).get("_class_name") in SINGLE_FILES
+    except BadCheckpoint:  # whatever it is, it is not ours to judge
+        return None
+    return config_like(place) if is_such else None
 
 
 def require_config(place: Path, config: Mapping[str, Any]) -> None:

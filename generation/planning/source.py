@@ -18,7 +18,7 @@ from fp4trt.file_kind import what_it_lacks
 from fp4trt.json_file import load_json
 from fp4trt.pipeline_folder import index_of, transformer_folder
 from fp4trt.single_files.config import published_config
-from fp4trt.single_files.opening import SUFFIXES, config_like, open_file, require_config
+from fp4trt.single_files.opening import SUFFIXES, config_beside, config_like, open_file, require_config
 from fp4trt.single_files.tables import SINGLE_FILES
 from generation.planning.components import Component
 from generation.planning.pipeline_files import components_in, transformers_in
@@ -105,7 +105,7 @@ def _single_file(name: str, file: Path, like: str | Path | None) -> Source:
     config: Mapping[str, Any]
     stored = None
     try:
-        config = open_file(file, None if like is None else config_like(like)).config
+        config = open_file(file, config_beside(file) if like is None else config_like(like)).config
     except QuantizedAlready:
         config, stored = _quantized_file(file, like)
     places = () if like is None else (Path(like), Path(like).parent)

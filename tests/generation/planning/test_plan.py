@@ -129,11 +129,12 @@ def test_two_transformers_are_resident_together_and_on_demand_apart(pipeline: Pa
 def test_a_single_file_and_a_quantized_checkpoint_are_sources(digits: Path, quantized_digits: Path) -> None:
     file = digits / "diffusion_pytorch_model.safetensors"
     from_file, from_folder = fp4trt.plan(file, like=digits), fp4trt.plan(digits)
-    assert from_file.forms == from_folder.forms
+    assert from_file.forms == fp4trt.plan(file).forms == from_folder.forms  # with the config.json beside it
     stored = fp4trt.plan(quantized_digits)
     assert (stored.chosen, stored.forms[0]["name"]) == ("stored", "stored")
     sizes = {form["name"]: form["weights_bytes"] for form in stored.forms}
     assert sizes["stored"] == sizes["nvfp4-quality"]
+    assert fp4trt.plan(quantized_digits / file.name).forms == stored.forms
 
 
 def test_a_name_on_the_hub_is_read_from_the_cache(
