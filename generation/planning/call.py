@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from fp4trt.errors import BadProfileError
 from fp4trt.families import Family
+from fp4trt.families.dim import OPTIONS
 from fp4trt.families.family import Config, Sizes
 from trt_build.profiles import as_text, make_profile, pictures_of
 
@@ -198,16 +199,13 @@ def call_of(model: Model, options: Mapping[str, Any]) -> Call:
         BadProfileError: a size is malformed, a range, or outside what the model takes.
     """
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    for name, value in given.items():
-        shown = as_text(f"--{name.replace('_', '-')}", value)
-        if ":" in shown:
-            option = f"--{name.rstrip('s') if name == 'shapes' else name.replace('_', '-')}"
-            raise BadProfileError(f"{option} {shown}: a plan is of one size; give the largest of the range")
+    _require_one_size(given)
     family = model.family
     for said in sorted(_named_in(given) & family.inputs.keys()):
         raise BadProfileError(
             f"--shape {said}=...: a plan takes symbolic dimensions, not inputs: {', '.join(family.dims)}"
         )
+    _require_said_once(family, given)
     symbols = {name: dim.as_dict() for name, dim in family.dims.items()}
     profile = make_profile(family.input_shapes(model.config), symbols, **given)
     sizes = {name: extent[1] for name, extent in profile.symbols.items()}
@@ -217,22 +215,56 @@ def call_of(model: Model, options: Mapping[str, Any]) -> Call:
     return call if pictured is None else _with_picture(call, pictured, given)
 
 
+def _shapes(given: Mapping[str, Any]) -> tuple[str, ...]:
+    shapes = given.get("shapes", ())
+    return (shapes,) if isinstance(shapes, str) else tuple(shapes)
+
+
 def _named_in(given: Mapping[str, Any]) -> set[str]:
     """Return what is named in the shapes that are asked for."""
-    shapes = given.get("shapes", ())
-    return {shape.partition("=")[0] for shape in ((shapes,) if isinstance(shapes, str) else shapes)}
+    return {shape.partition("=")[0] for shape in _shapes(given)}
+
+
+def _require_one_size(given: Mapping[str, Any]) -> None:
+    said = [(f"--{name.replace('_', '-')}", value) for name, value in given.items() if name != "shapes"]
+    for option, value in (*said, *(("--shape", shape) for shape in _shapes(given))):
+        if ":" in (shown := as_text(option, value)):
+            raise BadProfileError(f"{option} {shown}: a plan is of one size; give the largest of the range")
+
+
+def _require_said_once(family: Family, given: Mapping[str, Any]) -> None:
+    """Refuse a size that is said twice; a picture may be one of several whose tokens a shape counts together."""
+    found: set[str] = set()
+    for shape in _shapes(given):
+        name = shape.partition("=")[0]
+        options = OPTIONS[family.dims[name].kind] if name in family.dims else ()
+        others = {"--reference-images"} if "--resolution" in options else set(options)
+        for option in sorted(others & {f"--{key.replace('_', '-')}" for key in given}):
+            raise BadProfileError(f"--shape {shape}: {option} says {name}, too; leave out one of them")
+        if name in found:
+            raise BadProfileError(f"--shape {shape}: {name} is given twice; leave out one of them")
+        found.add(name)
 
 
 def _with_picture(call: Call, name: str, given: Mapping[str, Any]) -> Call:
     """Return a call with the sides of its picture and its frames: those asked for, or the family's default ones.
 
-    Where the number of tokens itself is asked for, the picture is a square of as many.
+    Where the number of tokens alone is asked for, the picture is a square of as many.
+
+    Raises:
+        BadProfileError: fewer tokens are asked for than the picture has.
     """
     dim = call.model.family.dims[name]
     frames = int(as_text("--frames", given.get("frames", dim.default_frames or 1)))
-    if name in _named_in(given):
-        latents = 1 + (frames - 1) // (dim.frames_per_token or 1)
-        side = math.isqrt(call.sizes[name] // latents) * (dim.pixels_per_token or 1)
+    latents, step = 1 + (frames - 1) // (dim.frames_per_token or 1), dim.pixels_per_token or 1
+    counted = name in _named_in(given)
+    if counted and "resolution" not in given:
+        side = math.isqrt(call.sizes[name] // latents) * step
         return replace(call, width=side, height=side, frames=frames)
     width, height = pictures_of(given.get("resolution", dim.default_resolution))[1]
-    return replace(call, width=width, height=height, frames=frames, resizable=True)
+    tokens = (width // step) * (height // step) * latents
+    if call.sizes[name] < tokens:
+        raise BadProfileError(
+            f"--shape {name}={call.sizes[name]}: {width}x{height} alone is {tokens} tokens; give as many or more"
+        )
+    return replace(call, width=width, height=height, frames=frames, resizable=not counted)

@@ -137,6 +137,8 @@ def _rows(source: Source, call: Call, target: Target, asked: Sequence[str | Path
                 raise
             left_out.append(f"without {name}: {error}")
             continue
+        if weights.name in {form.name for form in forms}:
+            raise BadRecipe(f"{name}: {weights.name!r} names another row of the plan; name a recipe once, or rename it")
         for kind in weights.kinds if asked else ():
             if FORMATS[kind].elsewhere is None:
                 require_format((target,), kind)

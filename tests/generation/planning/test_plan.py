@@ -17,6 +17,7 @@ from fp4trt.errors import (
     BadCheckpoint,
     BadOption,
     BadProfileError,
+    BadRecipe,
     OutputExists,
     UnknownFamily,
     UnknownGpuError,
@@ -206,6 +207,8 @@ def test_the_sizes_that_are_asked_for_count() -> None:
     assert more.activation_bytes() == pytest.approx(2 * 31 / 21 * usual.activation_bytes(), rel=0.02)
     squared = call_of(model, {"shapes": "L=8400"})  # of 21 frames of 20 x 20 tokens of 32 pixels
     assert (squared.sizes["L"], squared.width, squared.height, squared.resizable) == (8400, 640, 640, False)
+    several = call_of(model, {"shapes": ("L=10000", "T=64"), "resolution": 640})  # beside pictures to refer to
+    assert (several.sizes["L"], several.sizes["T"], several.width, several.resizable) == (10000, 64, 640, False)
     edit = read_source("Qwen-Image-Edit-2511")
     sizes = {"resolution": (1024, 768), "reference_images": 1, "text": 256}
     call = call_of(Model(edit.family, edit.config), sizes)
@@ -223,6 +226,17 @@ REFUSED = {
         "--batch 1:1:4: a plan is of one size; give the large",
     ),
     "a range of a shape": (("FLUX.1", "--shape", "L=1:2:3"), BadProfileError, "--shape L=1:2:3: a plan is of one size"),
+    "fewer tokens": (
+        ("FLUX.1", "--shape", "L=1024", "--resolution", "1024"),
+        BadProfileError,
+        "--shape L=1024: 1024x1024 alone is 4096 tokens",
+    ),
+    "two batches": (("FLUX.1", "--batch", "1", "--shape", "B=2"), BadProfileError, "--shape B=2: --batch says B, too"),
+    "a recipe twice": (
+        ("FLUX.1", "--recipe", "nvfp4-ptq", "--recipe", "nvfp4-ptq"),
+        BadRecipe,
+        "nvfp4-ptq: 'nvfp4-ptq' names another row of the plan",
+    ),
     "odd pixels": (("FLUX.1", "--resolution", "1000"), BadProfileError, "--resolution 1000: 1000 is not a multiple of"),
     "no such size": (("FLUX.1", "--frames", "5"), BadProfileError, "--frames 5: the model declares no such dimension"),
     "a format that the GPU lacks": (
