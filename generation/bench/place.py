@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4trt.errors import BadEngine, CannotRun, UnknownArtifact
+from fp4trt.file_kind import is_file, what_it_lacks
 from fp4trt.pipeline_folder import transformer_folder
 from trt_build.runtime.card import open_card
 from trt_build.runtime.engine_file import EngineFile
@@ -80,7 +81,8 @@ def runnable(artifact: Path, place: Place) -> tuple[Path, Place]:
         EngineFile.at(artifact)
         return _graph_beside(artifact, place), place
     if not artifact.is_dir():
-        raise UnknownArtifact(f"{artifact} is no engine, graph or folder; expected what fp4trt export or build wrote")
+        found = "is no engine, graph or folder" if is_file(artifact) else what_it_lacks(artifact)
+        raise UnknownArtifact(f"{artifact} {found}; expected what fp4trt export or build wrote")
     folder = transformer_folder(artifact)
     return (_engine_in(folder, place) if place.capability else _graph_beside(folder / "model.engine", place)), place
 
@@ -96,18 +98,19 @@ def _graph_beside(engine: Path, place: Place) -> Path:
 
 def _engine_in(folder: Path, place: Place) -> Path:
     """Return the one engine of a folder that runs on a GPU."""
-    fit = []
+    fit, passed_over = [], ""
     for path in sorted(folder.glob("*.engine")):
         try:
             built_for = EngineFile.at(path).compute_capabilities
-        except BadEngine:
+        except BadEngine as error:
+            passed_over = f" ({error})"
             continue
         if place.capability in built_for:
             fit.append(path)
     if not fit:
         raise CannotRun(
-            f"{folder} holds no engine for {place.name} ({place.capability}); build one with fp4trt build --gpu, or "
-            "name model.onnx to time the graph on the CPU"
+            f"{folder} holds no engine for {place.name} ({place.capability}){passed_over}; build one with "
+            "fp4trt build --gpu, or name model.onnx to time the graph on the CPU"
         )
     if len(fit) > 1:
         raise CannotRun(f"{folder} holds several engines for {place.name}: {', '.join(p.name for p in fit)}; name one")

@@ -140,8 +140,12 @@ def test_what_is_timed_is_the_engine_for_the_card_or_the_graph_without_one(
     graph.touch()
     assert runnable(engine, NO_GPU) == runnable(tmp_path, NO_GPU) == (graph, NO_GPU)
     assert runnable(graph, CARD)[1].device == "cpu"
-    with pytest.raises(UnknownArtifact, match=r"x\.bin is no engine, graph or folder"):
+    with pytest.raises(UnknownArtifact, match=r"x\.bin does not exist; expected what fp4trt export or build wrote"):
         runnable(tmp_path / "x.bin", CARD)
+    for path in tmp_path.glob("*.json"):
+        path.write_text("{")
+    with pytest.raises(CannotRun, match=r"\(SM120\) \(.*rtx5090\.json is not JSON .*; copy it again\); build one"):
+        runnable(tmp_path, CARD)
 
 
 @pytest.fixture

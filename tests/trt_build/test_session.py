@@ -96,6 +96,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"hidden_states": _states().float()}, r"hidden_states is FLOAT; expected BFLOAT16: convert it"),
     "rank": ({"hidden_states": _states()[0]}, r"hidden_states is \[16, 128\]; expected \[B, L, 128\]"),
     "size": ({"hidden_states": _states()[..., :64]}, r"hidden_states is \[1, 16, 64\]; expected \[B, L, 128\]"),
+    "nothing": ({"hidden_states": _states()[:, :0]}, r"hidden_states is \[1, 0, 128\], which holds nothing; expected"),
     "no array": ({"hidden_states": [1.0]}, r"hidden_states is a list; expected an array: numpy's, or with __dlpack__"),
     "gradient": (
         {"hidden_states": _states().requires_grad_()},
@@ -114,6 +115,8 @@ def test_a_call_that_does_not_fit_is_refused_in_one_line(opened: Session, what: 
     with pytest.raises(BadCall, match=words) as caught:
         opened.run(given)
     assert "\n" not in str(caught.value)
+    with pytest.raises(BadCall, match="inputs is a list; expected input name to array: hidden_states"):
+        opened.run([given])  # type: ignore[arg-type]
 
 
 def test_one_symbol_has_one_size_in_a_call(quantized_digits: Path) -> None:

@@ -23,7 +23,9 @@ def views_of(ports: Mapping[str, Port], given: Mapping[str, Any], stream: int | 
     Raises:
         BadCall: an input is missing, unknown, or not of its port's type and shape.
     """
-    for name in sorted(ports.keys() ^ given.keys()):
+    if not isinstance(given, Mapping):
+        raise BadCall(f"inputs is a {type(given).__name__}; expected input name to array: {', '.join(ports)}")
+    for name in sorted(ports.keys() ^ given.keys(), key=str):
         if name in ports:
             raise BadCall(f"the input {name} is missing; expected {', '.join(ports)}")
         raise BadCall(f"{name} is no input; expected {', '.join(ports)}: leave it out")
@@ -44,6 +46,8 @@ def _check(port: Port, view: View, sizes: dict[str, tuple[str, int]]) -> None:
         raise BadCall(f"the input {port.name} is {view.dtype}; expected {port.dtype}: convert it")
     if len(view.shape) != len(port.dims):
         raise BadCall(f"the input {port.name} is {list(view.shape)}; expected {_dims(port)}")
+    if 0 in view.shape and 0 not in port.dims:
+        raise BadCall(f"the input {port.name} is {list(view.shape)}, which holds nothing; expected {_dims(port)}")
     for size, dim in zip(view.shape, port.dims, strict=True):
         if isinstance(dim, int) and size != dim:
             raise BadCall(f"the input {port.name} is {list(view.shape)}; expected {_dims(port)}")

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from fp4trt.errors import BackendMissingError, BadEngine
 from fp4trt.file_kind import is_file, what_it_is, what_it_lacks
+from fp4trt.json_file import load_json
 from fp4trt.progress import note
 from trt_build.manifest import manifest_path, read_manifest
 from trt_build.runtime.card import Card
@@ -64,13 +65,13 @@ class EngineFile:
         """Return the engine at a path.
 
         Raises:
-            BadEngine: there is none, or it is not the one that its JSON tells of.
+            BadEngine: there is none, it is not the one that its JSON tells of, or that is damaged.
         """
         if not is_file(path):
             raise BadEngine(f"{path} {what_it_lacks(path)}; expected an engine of fp4trt build")
         if kind := what_it_is(path):
             raise BadEngine(f"{path} {kind}")
-        manifest = read_manifest(path) or {}
+        manifest = read_manifest(path) or _not_ours(manifest_path(path))
         size = path.stat().st_size
         if manifest and manifest.get("engine_bytes") != size:
             raise BadEngine(
@@ -116,6 +117,17 @@ class EngineFile:
             file.seek(max(0, self.path.stat().st_size - _END))
             digest.update(file.read(_END))
         return digest.hexdigest()
+
+
+def _not_ours(beside: Path) -> dict[str, Any]:
+    """Return nothing, where no JSON lies beside an engine or another program's does.
+
+    Raises:
+        BadEngine: it is damaged, or in a format of another version.
+    """
+    if is_file(beside) and load_json(beside, error=BadEngine).get("kind") == "fp4trt engine":
+        raise BadEngine(f"{beside} is in a format of another version of fp4trt; build the engine again")
+    return {}
 
 
 def _asked(manifest: dict[str, Any], key: str, default: Any) -> Any:
