@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from fp4trt.errors import CannotRun
 from fp4trt.safetensors_file import tensors_in_file
 from generation.bench.memory import CardWatch, resident_peak
 from generation.bench.schedule import Call, Schedule, summary, timed
@@ -93,6 +94,8 @@ def _opened(request: Mapping[str, Any]) -> tuple[Arrays, Call]:
     if request["kind"] != "session":
         return _in_torch(request, path, file)
     session = open_session(path)
+    if lacking := session.inputs.keys() - tensors_in_file(file).keys():
+        raise CannotRun(f"it takes {', '.join(sorted(lacking))}, which the model of its config.json does not")
     return _on_card(session, file, request["device"]) if request["device"] != "cpu" else _on_cpu(session, file)
 
 

@@ -192,12 +192,12 @@ def _result(
             "checkpoint_bytes": chosen.weights.checkpoint_bytes,
             "bytes_of_a_call": call.stream_bytes(),
         },
-        notes=[*source.notes, *call.notes, *_notes(source, call, target)],
+        notes=[*source.notes, *call.notes, *_notes(source, call, target, rows)],
         picture=None,
     )
 
 
-def _notes(source: Source, call: Call, target: Target) -> list[str]:
+def _notes(source: Source, call: Call, target: Target, rows: Sequence[Row]) -> list[str]:
     """Return what is not in the numbers."""
     found = []
     unknown = [part.name for part in source.components if part.elements is None]
@@ -205,6 +205,11 @@ def _notes(source: Source, call: Call, target: Target) -> list[str]:
         found.append(f"the size of {', '.join(unknown)} is not known: peaks are without it")
     if call.width and any(part.decoder is not None and not part.decoder.known for part in source.components):
         found.append("the VAE's class is not known: its workspace is taken to be AutoencoderKL's")
+    for row in rows:
+        unpacked = [FORMATS[kind] for kind in row.weights.kinds if row.peaks and kind not in target.formats]
+        found += [
+            f"{row.weights.name}: {kind.title} is {kind.elsewhere} on {target.compute_capability}" for kind in unpacked
+        ]
     if sixteen_bit_of(target) == FP16:
         found.append(
             f"{target.compute_capability} multiplies no BF16, which fp4trt's graphs are in: figures for comparison"

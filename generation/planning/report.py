@@ -132,5 +132,7 @@ def _making(plan: Plan) -> Iterator[str]:
     sizes = (files["source_bytes"], files["checkpoint_bytes"], form["engine_file_bytes"])
     source, result, engine = (_size(count) for count in sizes)
     kept = _size(files["bytes_of_a_call"])
-    yield f"on disk: {source} in 16 bit, {result} as {plan.chosen}, {engine} engine; calibration {kept} a captured call"
+    each = ", of each transformer" if plan.transformers > 1 else ""
+    made = f"{source} in 16 bit, {result} as {plan.chosen}, {engine} engine"
+    yield f"on disk{each}: {made}; calibration {kept} a captured call"
     yield f"in the host's memory: {gib(form['build_memory_bytes'])} GiB for the build"

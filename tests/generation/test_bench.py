@@ -23,6 +23,7 @@ from generation.bench.place import Place, on_cpu, runnable
 from generation.bench.processes import NotRun, run
 from generation.bench.schedule import Schedule, Times, summary, timed
 from generation.transformer import SessionTransformer
+from tests.frame.diffusers_models import MODELS
 from tests.trt_build.stand_in_card import HostCard
 
 NO_GPU = on_cpu("no NVIDIA GPU is here: a reason")
@@ -210,7 +211,12 @@ def test_a_benchmark_without_a_model_or_of_a_range_is_refused(
         fp4trt.bench(quantized_digits, peers=["trt"])
     with pytest.raises(CannotRun, match=r"model\.onnx does not run"):
         fp4trt.bench(tmp_path, reference=digits, peers=[])
-    assert in_process == ["session"]
+    shutil.copy(quantized_digits / "diffusion_pytorch_model.safetensors", tmp_path)
+    other_config = {**MODELS["wan"].config, "_class_name": MODELS["wan"].class_name}
+    (tmp_path / "config.json").write_text(json.dumps(other_config))
+    with pytest.raises(CannotRun, match="it takes guidance, pooled_projections, txt_ids, which the model of its conf"):
+        fp4trt.bench(tmp_path, peers=[])
+    assert in_process == ["session", "session"]
 
 
 def test_on_a_card_a_session_is_called_as_a_pipeline_calls_it_and_its_memory_is_the_card_s(

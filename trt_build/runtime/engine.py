@@ -365,5 +365,5 @@ def _check_budget(file: EngineFile, budget: int | Literal["auto"], *, streams: b
             f"{file.path} was built to hold all weights on the GPU, and a weight streaming budget was given; build it "
             "with --weight-streaming, or give none"
         )
-    if budget != "auto" and (not isinstance(budget, int) or budget < 0):
+    if budget != "auto" and (type(budget) is not int or budget < 0):
         raise BadOption(f"the weight streaming budget is {budget!r}; expected bytes, 0 at least, or 'auto'")
