@@ -46,8 +46,6 @@ def _check(port: Port, view: View, sizes: dict[str, tuple[str, int]]) -> None:
         raise BadCall(f"the input {port.name} is {view.dtype}; expected {port.dtype}: convert it")
     if len(view.shape) != len(port.dims):
         raise BadCall(f"the input {port.name} is {list(view.shape)}; expected {_dims(port)}")
-    if 0 in view.shape and 0 not in port.dims:
-        raise BadCall(f"the input {port.name} is {list(view.shape)}, which holds nothing; expected {_dims(port)}")
     for size, dim in zip(view.shape, port.dims, strict=True):
         if isinstance(dim, int) and size != dim:
             raise BadCall(f"the input {port.name} is {list(view.shape)}; expected {_dims(port)}")

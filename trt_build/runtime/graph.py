@@ -67,7 +67,9 @@ class GraphSession:
         try:
             found = self._session.run(list(self.outputs), {**given, **self._factors})
         except runtime_errors() as error:
-            raise CannotRun(f"ONNX Runtime does not run {self._path}: {_first_line(error)}") from None
+            empty = ", ".join(name for name, values in given.items() if not values.size)
+            told = f" with nothing in {empty}" if empty else ""
+            raise CannotRun(f"ONNX Runtime does not run {self._path}{told}: {_first_line(error)}") from None
         return {
             name: on_host(values, port.dtype) for (name, port), values in zip(self.outputs.items(), found, strict=True)
         }
