@@ -289,6 +289,8 @@ def _ordered(given: str, values: Sequence[int], said: Sequence[object] = (), lea
     if len(values) not in (1, 3):
         raise BadProfileError(f"{given}: expected one value or MIN:OPT:MAX, found {len(values)} values")
     low, best, high = values[0], values[len(values) // 2], values[-1]
+    if high < least and len(values) == 1:
+        raise BadProfileError(f"{given}: expected {least} or more")
     if not 0 <= low <= best <= high or high < least:
         raise BadProfileError(
             f"{given}: expected minimum <= optimum <= maximum, found {', '.join(map(str, said or values))}"

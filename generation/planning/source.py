@@ -76,6 +76,8 @@ def read_source(source: str | Path, like: str | Path | None = None) -> Source:
         raise BadCheckpoint(f"{source} {what_it_lacks(place)}; expected a single file there")
     if like is not None and not (place.is_file() and is_single):
         raise BadOption(f"like is {str(like)!r}, which gives a single file its config; {source} has its own: drop it")
+    if place.suffix in (".onnx", ".engine") and place.is_file():
+        raise BadCheckpoint(f"{source} is no checkpoint; give the folder of the one that it was made from")
     if place.is_file():
         return _single_file(str(source), place, like) if is_single else _config_file(str(source), place)
     if place.is_dir():

@@ -238,6 +238,7 @@ REFUSED = {
         BadRecipe,
         "nvfp4-ptq: 'nvfp4-ptq' names another row of the plan",
     ),
+    "no pictures": (("FLUX.1", "--batch", "0"), BadProfileError, "--batch 0: expected 1 or more"),
     "odd pixels": (("FLUX.1", "--resolution", "1000"), BadProfileError, "--resolution 1000: 1000 is not a multiple of"),
     "no such size": (("FLUX.1", "--frames", "5"), BadProfileError, "--frames 5: the model declares no such dimension"),
     "a format that the GPU lacks": (
