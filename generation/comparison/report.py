@@ -56,9 +56,8 @@ def write_report(
     seeds, images = described["seeds"], described["images_per_seed"]
     body = (
         f"<h1>Comparison</h1>"
-        f"<p>{len(comparison.checkpoints)} quantized checkpoints of a {html.escape(described['family'])} model against "
-        f"its BF16 weights: {images} images of each of {len(seeds)} seeds ({', '.join(map(str, seeds))}), from the "
-        f"same prompts and noise.</p>"
+        f"<p>Quantized checkpoints of a {html.escape(described['family'])} model against its BF16 weights: {images} "
+        f"images of each seed ({', '.join(map(str, seeds))}), from the same prompts and noise.</p>"
         f"<h2>Images</h2>{_images(comparison, pictures, seeds[0])}"
         f"<h2>Figures</h2>{figures(comparison)}{differences(comparison)}{left_out(comparison)}"
         f"<h2>Velocity error by time</h2>{_by_time(comparison)}"
