@@ -50,7 +50,9 @@ def called_of(root: Path, model: Model) -> tuple[str, Pipeline]:
     return name, called
 
 
-def refuse_request(root: Path, name: str, request: Request, second: str | Path | None) -> None:
+def refuse_request(
+    root: Path, name: str, request: Request, second: str | Path | None, fps: float | None = None
+) -> None:
     """Refuse what pipelines of a class do not take.
 
     Raises:
@@ -60,6 +62,8 @@ def refuse_request(root: Path, name: str, request: Request, second: str | Path |
     for side in dict.fromkeys(request.size or (None,)):
         refuse_settings(root, name, request.sampling(side))
     _refuse_sides(root, name, request)
+    if fps is not None and PIPELINES[name].frames is None:
+        raise BadInputs(f"--fps {fps:g} was given, but {root} is a {name}, which draws no video: leave it out")
     _refuse_pictures(root, name, request)
     _refuse_guidance(root, name, request)
     refuse_missing_package(root, name)

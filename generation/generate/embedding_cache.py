@@ -70,7 +70,7 @@ class EmbeddingCache:
             with safe_open(path, "pt", device=str(device)) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 found = _rebuilt(json.loads(file.metadata()["value"]), tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError):
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError):
             note_once(f"warning: {path} is damaged; its text embeddings are computed again")
             return None
         note_once(f"text embeddings are taken from the cache, {self._folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import wave
@@ -14,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fp4trt.errors import BadOption
-from fp4trt.file_output import all_or_none, naming
+from fp4trt.file_output import all_or_none, check_writable, naming
 from fp4trt.publish import refuse_existing
 from generation.generate.metadata import parameters_of
 from generation.generate.request import Drawn
@@ -42,17 +43,21 @@ def refuse_output(output: Path, count: int, force: bool) -> None:
     Raises:
         BadOption: it is a file of another kind.
         OutputExists: a file is there.
+        OSError: nothing can be written there.
     """
     if output.suffix and not output.is_dir() and output.suffix.lower() not in SUFFIXES:
         raise BadOption(f"-o {output} is a {output.suffix} file; expected one of {', '.join(SUFFIXES)}, or a folder")
     for index in range(count):
         place = _place(output, index, count)
         made = [
-            path for kind in ("frame", "layer") for path in place.parent.glob(f"{place.stem}-{kind}-*{place.suffix}")
+            path
+            for kind in ("frame", "layer")
+            for path in place.parent.glob(f"{glob.escape(place.stem)}-{kind}-*{place.suffix}")
         ]
         for file in (place, place.with_suffix(".wav"), *sorted(made)):
             if os.path.lexists(file):
                 refuse_existing(file, force)
+    check_writable(_place(output, 0, count))
 
 
 def _place(output: Path, index: int, count: int) -> Path:

@@ -71,7 +71,7 @@ class Generated(Result):
     image=file_names,
     mask=file_name,
     frames=at_least(1),
-    fps=not_negative,
+    fps=lambda value: not_negative(value) or (None if value else "a number above 0"),
     lora=names("style.safetensors:0.8"),
     teacache=file_name,
     device=one_of("cpu", "cuda"),
@@ -151,7 +151,9 @@ def generate(
         frames,
     )
     loras = given_loras([lora] if isinstance(lora, str) else list(lora))
-    job = _Job(model, request, pipeline, transformer_2, _device(device), low_vram, embeddings_cache, loras, caching)
+    job = _Job(
+        model, request, pipeline, transformer_2, _device(device), low_vram, embeddings_cache, loras, fps, caching
+    )
     place = Path(output)
     refuse_output(place, len(request.prompts) * count, force)
     images = []
@@ -190,6 +192,7 @@ class _Job:
     low_vram: bool
     on_disk: bool
     loras: Sequence[tuple[Path, float]]
+    fps: float | None = None
     caching: StepCachingOf | None = None
     pipeline_class: str | None = None
     opened: DrawingPipeline | None = None
@@ -204,11 +207,12 @@ class _Job:
         """
         pixels = description_of(self.model)
         if pixels is not None:
-            refuse_of_pipelines(self.model, pixels, self.request, self.pipeline)
+            others = {"--pipeline": self.pipeline, "--transformer-2": self.transformer_2, "--fps": self.fps}
+            refuse_of_pipelines(self.model, pixels, self.request, others)
         else:
             root = find_pipeline(self.model, self.pipeline)
             self.pipeline_class, _ = called_of(root, self.model)
-            refuse_request(root, self.pipeline_class, self.request, self.transformer_2)
+            refuse_request(root, self.pipeline_class, self.request, self.transformer_2, self.fps)
         with with_loras(self.model, self.loras) as (path, factors):
             first = PipelineTransformer(
                 self.model,

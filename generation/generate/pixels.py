@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -44,13 +44,21 @@ def description_of(model: Model) -> Description | None:
     return describe(model.folder, model.family)
 
 
-def refuse_of_pipelines(model: Model, described: Description, request: Request, pipeline: str | Path | None) -> None:
+def refuse_of_pipelines(
+    model: Model, described: Description, request: Request, of_pipelines: Mapping[str, str | Path | float | None]
+) -> None:
     """Refuse what only a pipeline takes, and prompts that the model does not know.
+
+    Args:
+        model: which model.
+        described: how it is sampled.
+        request: what is asked for.
+        of_pipelines: options beside the request's, and their values; None of one that was not given.
 
     Raises:
         BadInputs: naming the option or the word.
     """
-    given = {option: getattr(request, name) for name, option in _ONLY_PIPELINES.items()} | {"--pipeline": pipeline}
+    given = {option: getattr(request, name) for name, option in _ONLY_PIPELINES.items()} | dict(of_pipelines)
     for option, value in given.items():
         if value not in (None, ()):
             size = described.image.size

@@ -55,9 +55,6 @@ class StepCachingOf:
         self.steps = steps or self.settings.steps
         self._cache: StepCache | None = None
 
-    def _fitted_for(self) -> tuple[str, str]:
-        return self.settings.model.family, self.settings.model.config
-
     def around(self, transformer: Transformer) -> Transformer:
         """Return a transformer that leaves out steps of the schedule.
 

@@ -201,6 +201,8 @@ def test_a_video_is_an_animation_and_has_its_sound_beside_it(tmp_path: Path) -> 
         (["-p", "a cat", "--lora", "gone.safetensors"], "gone.safetensors does not exist"),
         (["-p", "a cat", "--pipeline", "gone"], "gone does not exist; expected the folder of a diffusers pipeline"),
         (["-p", "a cat", "-o", "cat.jpg"], "-o cat.jpg is a .jpg file; expected one of .png, .webp, or a folder"),
+        (["-p", "a cat", "--pipeline", "gone", "-o", f"{__file__}/cat.png"], "test_generate.py is not a folder"),
+        (["-p", "a cat", "--fps", "24"], "is a FluxPipeline, which draws no video: leave it out"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(
@@ -210,4 +212,14 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("option", ["--transformer-2", "--fps"])
+def test_the_built_in_model_refuses_what_only_pipelines_take(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["generate", "digits", "-p", "one", option, "3", "-o", str(tmp_path / "out.png")]
+    assert fp4trt.run(given) == 2
+    assert f"{option} was given, but" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
