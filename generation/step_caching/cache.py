@@ -107,7 +107,10 @@ class StepCache:
         self._walks: dict[tuple[str, int], _Walk] = {}
         self._place: dict[str, int] = {}
         self.counts = Counts()
-        if self._steps != settings.steps:
+        if skipped is None and settings.first + settings.last >= self._steps:
+            always = f"the first {settings.first} and the last {settings.last}"
+            note(f"step caching leaves out none of {self._steps} steps: {always} are always computed")
+        elif self._steps != settings.steps:
             note(f"step caching was fitted for {settings.steps} steps, and {self._steps} are drawn: it may cost more")
 
     def __getattr__(self, name: str) -> Any:

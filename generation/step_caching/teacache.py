@@ -148,7 +148,7 @@ def teacache(
     path = opened.folder / FILE_NAME if output is None else Path(output)
     publish.refuse_existing(path, force)
     asked = Asked(
-        model_of(opened.folder), opened.steps, decider, reuse, degree, tuple(sorted(set(first))),
+        model_of(opened.folder), opened.steps, decider, reuse, degree, _usable(first, last, opened.steps),
         tuple(sorted(set(last))), most,
     )  # fmt: skip
     words = prompts_of(None if prompts is None else Path(prompts))
@@ -164,6 +164,21 @@ def teacache(
         write_plot(curve, settings)
     said = table(settings)
     return Fitted(settings.model_dump(mode="json"), str(path.resolve()), str(curve.resolve()) if curve else None, said)
+
+
+def _usable(first: Sequence[int], last: Sequence[int], steps: int) -> tuple[int, ...]:
+    """Return the numbers of first steps behind which there are a step to leave out and two changes to fit.
+
+    Raises:
+        BadOption: there is none.
+    """
+    found = tuple(number for number in sorted(set(first)) if number + max(2, min(last) + 1) <= steps)
+    if not found:
+        raise BadOption(
+            f"first is {min(first)} and last is {min(last)} at least, which leaves too few of {steps} steps between "
+            "them; expected fewer, or more --steps"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,7 @@ def test_what_cannot_be_fitted_is_refused_in_one_line(
         (("--check-seeds", "0"), "check_seeds has 0, which is fitted on; expected other noise"),
         (("--plot", "x.gif"), "plot is x.gif; expected a name that ends in .html, .svg, .png"),
         (("--resolution", "64"), "--resolution is of a pipeline; this model draws 16 x 16 pixels: leave it out"),
+        (("--first", "30"), "first is 30 and last is "),
     ):
         assert _fit(digits, tmp_path / "x.yaml", *words) == 2
         assert reason in capsys.readouterr().err
@@ -252,6 +253,8 @@ def test_settings_of_another_model_or_damaged_ones_are_refused(
 def test_another_number_of_steps_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     StepCache(Counted(), _settings(), steps=30)
     assert f"step caching was fitted for {STEPS} steps, and 30 are drawn" in capsys.readouterr().err
+    StepCache(Counted(), _settings(), steps=2)
+    assert "step caching leaves out none of 2 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("decider", ["time", "modulated"])
