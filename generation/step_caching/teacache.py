@@ -178,6 +178,8 @@ def _usable(first: Sequence[int], last: Sequence[int], steps: int) -> tuple[int,
             f"first is {min(first)} and last is {min(last)} at least, which leaves too few of {steps} steps between "
             "them; expected fewer, or more --steps"
         )
+    if dropped := sorted(set(first) - set(found) - {1, 2, 3, 4}):
+        note(f"first {dropped[0]} is not tried: behind so many of {steps} steps there is nothing to leave out")
     return found
 
 
