@@ -354,9 +354,11 @@ def _bare_fp8(_config: Mapping[str, Any], _metadata: Mapping[str, str], tensors:
     return _foreign(title, evidence, block_scales=_NONE, nibbles=_NONE)
 
 
-def _original_names(_config: Mapping[str, Any], _metadata: Mapping[str, str], tensors: Tensors) -> Layout | None:
+def _original_names(config: Mapping[str, Any], _metadata: Mapping[str, str], tensors: Tensors) -> Layout | None:
     """Know a single file by the names of its tensors: those of the model's own repository, or prefixed ones."""
     prefix = _prefix(tensors)
+    if prefix == "model." and "architectures" in config and "_class_name" not in config:
+        return None  # transformers' own names
     name = next((name for name in tensors if name.removeprefix(prefix).startswith(_ORIGINAL_NAMES)), None)
     name = name or (next(name for name in tensors if name.startswith(prefix)) if prefix else None)
     if name is None:
