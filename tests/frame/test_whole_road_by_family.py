@@ -30,7 +30,7 @@ from tests.frame.made_up import MADE_UP, MadeUpTransformer
 SIZES = ((1, 36, 8), (1, 16, 8), (2, 16, 5))
 
 # Their structure is another's here: one that goes all the way, or a newer one of the same class.
-ALIKE = ("qwen-image", "ltx2", "sd3", "wan", "wan-i2v")
+ALIKE = ("qwen-image", "qwen-image-layered", "ltx2", "sd3", "sd3.5-large", "wan", "wan-i2v")
 
 
 @pytest.fixture(autouse=True)
