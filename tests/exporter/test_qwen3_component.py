@@ -71,6 +71,7 @@ def test_qwen3_is_transformers_at_any_size_and_becomes_an_engine(tmp_path: Path)
     assert set(built.compute_capabilities) == {"SM89", "SM120"}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_qwen3_in_fp8_passes_every_gate_and_is_merged_on_sm89(tmp_path: Path) -> None:
     saved(tmp_path / "plain", tied=True)

@@ -156,7 +156,13 @@ def counts() -> Iterator[collections.Counter[str]]:
     print("\n" + ", ".join(f"{count} {what}" for what, count in sorted(found.items())), end=" ")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.thorough) if kind in ("quality", "svdquant", "fp8") else kind
+        for kind in KINDS
+    ],
+)
 def test_a_mutation_of_one_tensor_is_read_alike_by_all_verbs_or_refused_by_name(
     kind: str,
     exported: dict[str, Path],
