@@ -34,6 +34,8 @@ FAKE_QUANTIZED: dict[str, torch.Tensor] = {}
 """What ModelOpt's own fake-quantized model gave on the first call, by kind."""
 
 KINDS = ("ptq", "quality", "svdquant", "fp8", "mixed", "modelopt-svdquant", "modelopt-attention")
+ALIKE = ("quality", "svdquant", "fp8")
+"""Whose tensors are of the kinds that another one has, too."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "ptq": {"method": {"name": "ptq"}},
