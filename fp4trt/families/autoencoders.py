@@ -14,7 +14,7 @@ from fp4trt.families.family import Config, Family, Input
 __all__ = ["COMPONENTS"]
 
 _PIXELS: Final = 8
-"""Of a side of the picture for one of the latents, where there are four levels."""
+"""Pixels of a side for each latent, where there are four levels."""
 
 
 def _problem(config: Config) -> str | None:

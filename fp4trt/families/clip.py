@@ -8,6 +8,7 @@ from fp4trt.families.config import problem_of_sizes
 from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Group, Input, Stack
 from fp4trt.families.shapes import Shapes
+from fp4trt.families.text_encoders import is_class
 
 __all__ = ["COMPONENTS"]
 
@@ -75,7 +76,7 @@ def _clip(name: str, class_name: str, adapter: str, outputs: dict[str, Any]) -> 
     return Family(
         name=name,
         class_name=class_name,
-        matches=lambda config: "_class_name" not in config and config.get("architectures") == [class_name],
+        matches=lambda config: is_class(class_name, config),
         problem=_problem,
         stacks=(_LAYERS,),
         dims={"B": Dim("batch", min=1, max=4, default=1), "T": Dim("text_tokens", min=1, max=_TOKENS, default=_TOKENS)},

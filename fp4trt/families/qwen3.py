@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from fp4trt.families.config import problem_of_sizes
-from fp4trt.families.dim import Dim
-from fp4trt.families.family import Config, Family, Group, Input, Stack
+from fp4trt.families.family import Config, Family, Group, Stack
 from fp4trt.families.shapes import Shapes
+from fp4trt.families.text_encoders import DIMS, INPUTS, is_class
 
 __all__ = ["COMPONENTS"]
 
@@ -91,17 +91,11 @@ COMPONENTS: Final = (
     Family(
         name="qwen3-text",
         class_name="Qwen3ForCausalLM",
-        matches=lambda config: "_class_name" not in config and config.get("architectures") == ["Qwen3ForCausalLM"],
+        matches=lambda config: is_class("Qwen3ForCausalLM", config),
         problem=_problem,
         stacks=(_LAYERS,),
-        dims={
-            "B": Dim("batch", min=1, max=4, default=1),
-            "T": Dim("text_tokens", min=1, max=512, default=512),
-        },
-        inputs={
-            "input_ids": Input(("B", "T"), "token", "int64"),
-            "attention_mask": Input(("B", "T"), "mask", "int64"),
-        },
+        dims=DIMS,
+        inputs=INPUTS,
         outputs={"penultimate_hidden_state": ("B", "T", None), "quarter_hidden_states": ("B", "T", None)},
         positions=lambda _: {},
         state=_state,

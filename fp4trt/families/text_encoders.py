@@ -9,18 +9,13 @@ from fp4trt.families.dim import Dim
 from fp4trt.families.family import Config, Family, Group, Input, Stack
 from fp4trt.families.shapes import Shapes
 
-__all__ = ["COMPONENTS"]
+__all__ = ["COMPONENTS", "DIMS", "INPUTS", "is_class"]
 
 _SIZES: Final = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets")
 
 _MOST_BLOCKS: Final = 64
 
 _ATTENTION: Final = "layer.0.SelfAttention"
-
-
-def _is(name: str, config: Config) -> bool:
-    """Return whether a config of transformers is one of a class."""
-    return "_class_name" not in config and config.get("architectures") == [name]
 
 
 def _problem(config: Config) -> str | None:
@@ -67,22 +62,32 @@ _BLOCKS: Final = Stack(
 )
 
 
+DIMS: Final = {
+    "B": Dim("batch", min=1, max=4, default=1),
+    "T": Dim("text_tokens", min=1, max=512, default=512),
+}
+INPUTS: Final = {
+    "input_ids": Input(("B", "T"), "token", "int64"),
+    "attention_mask": Input(("B", "T"), "mask", "int64"),
+}
+"""What an encoder of masked tokens is called with."""
+
+
+def is_class(name: str, config: Config) -> bool:
+    """Return whether a config of transformers is one of a class."""
+    return "_class_name" not in config and config.get("architectures") == [name]
+
+
 def _t5(name: str, class_name: str, adapter: str, every: bool) -> Family:
     tables = (f"encoder.block.{index}.{_ATTENTION}.relative_attention_bias" for index in range(_MOST_BLOCKS))
     return Family(
         name=name,
         class_name=class_name,
-        matches=lambda config: _is(class_name, config),
+        matches=lambda config: is_class(class_name, config),
         problem=_problem,
         stacks=(_BLOCKS,),
-        dims={
-            "B": Dim("batch", min=1, max=4, default=1),
-            "T": Dim("text_tokens", min=1, max=512, default=512),
-        },
-        inputs={
-            "input_ids": Input(("B", "T"), "token", "int64"),
-            "attention_mask": Input(("B", "T"), "mask", "int64"),
-        },
+        dims=DIMS,
+        inputs=INPUTS,
         outputs={"last_hidden_state": ("B", "T", None)},
         positions=lambda _: {},
         state=lambda config: _state(config, every),

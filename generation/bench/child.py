@@ -47,7 +47,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, args=(sys.stdin.fileno(),), daemon=True).start()
     try:
         closing = measure(request, lambda: emit({"event": "call"}))
-    except Exception as error:  # a peer may fail in any way, which is what is told of it
+    except Exception as error:  # a peer may fail in any way, and its reason is reported
         emit({"event": "error", "message": _one_line(error)})
         return 0
     emit({"event": "done", **closing})

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "refuse_output", "write"]
 
 SUFFIXES: Final = (".png", ".webp")
-"""Of the pictures' files. A video is an animated one, or a folder of PNGs."""
+"""Suffixes of image files. A video is an animated one, or a folder of PNGs."""
 
 _DESCRIPTION: Final = 0x010E
 """EXIF's ImageDescription."""

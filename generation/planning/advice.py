@@ -24,7 +24,7 @@ _LITTLE_MORE: Final = 1.05
 """Times the least memory of all: what counts as no more."""
 
 _SMALL: Final = Fraction(3, 4)
-"""Of a picture's sides: what is left of them after a change that counts as small."""
+"""The part of a picture's sides that is left after a change that counts as small."""
 
 _SAID: Final[dict[Mode, str]] = {
     "resident": "",

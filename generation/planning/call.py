@@ -95,12 +95,12 @@ class Attention:
 
     @property
     def flops(self) -> int:
-        """Of its two products."""
+        """FLOPs of its two products."""
         return 4 * self.pictures * self.queries * self.keys * self.width
 
     @property
     def nbytes(self) -> int:
-        """Of queries, keys, values and the result, in 16 bit; scores never leave the kernel."""
+        """Bytes of queries, keys, values and the result, in 16 bit; scores never leave the kernel."""
         return _ACTIVATION * self.pictures * 2 * (self.queries + self.keys) * self.width
 
 

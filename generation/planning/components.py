@@ -12,7 +12,7 @@ Stage = Literal["encode", "denoise", "decode"]
 """When a component runs: before the denoising steps, in them, or after them."""
 
 _CHANNELS: Final = 256
-"""Of the largest feature map of AutoencoderKL, which stands for a VAE that is not known."""
+"""Channels of the largest feature map of AutoencoderKL, which stands for a VAE that is not known."""
 
 _LTX_PER_PIXEL: Final = 8.5
 """Elements of the largest feature map of AutoencoderKLLTX2Video for each pixel of each frame (traced on meta)."""

@@ -48,7 +48,7 @@ _UNKNOWN: Final = (
     Component("text encoders", "encode", None),
     Component("VAE", "decode", None, decoder=Decoder(256, known=False)),
 )
-"""Of a model that is no published one."""
+"""The components of a model that is no published one."""
 
 _PIPELINES: Final[Mapping[str, tuple[tuple[str, int, tuple[Component, ...]], ...]]] = {
     "flux": (("joint_attention_dim", 4096, (CLIP_L, T5_XXL, VAE)),),

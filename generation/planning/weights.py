@@ -37,7 +37,7 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of its elements, as they are stored."""
+        """Sizes of its axes, as it is stored."""
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from generation.step_caching.settings import Decider, Model, Polynomial, Rule, S
 __all__ = ["Asked", "Point", "candidates", "chosen", "evenly", "front", "planned", "tried"]
 
 _THRESHOLDS: Final = 40
-"""Of each pair of first and last steps, before those that skip the same steps are left out."""
+"""Thresholds for each pair of first and last steps, before those that skip the same steps are left out."""
 
 _MOST: Final = 0.7
 """Share of the steps that a candidate leaves out, at most."""
